@@ -1,0 +1,61 @@
+# `make sft` on a fresh machine sets everything up and runs the built-in recipe. `make help` lists the rest.
+RECIPE ?= tiny-pydoc
+SET ?=
+UNTIL ?=
+GPUS ?= 1
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EDITS := $(foreach s,$(SET),--set $(s)) $(if $(UNTIL),--until $(UNTIL))
+LAUNCH := $(if $(filter-out 1,$(GPUS)),$(BIN)/accelerate launch --multi_gpu --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
+
+.PHONY: sft setup plan check test test-slow push clean help
+.DEFAULT_GOAL := help
+
+sft: $(VENV)/.ready ## run a recipe to a certified, merged model: RECIPE=NAME SET="train.learning_rate=1e-4" UNTIL=STAGE
+	@$(LAUNCH) run $(RECIPE) $(EDITS)
+
+plan: $(VENV)/.ready ## what a recipe would do and need; builds nothing
+	@$(BIN)/finetune plan $(RECIPE) $(foreach s,$(SET),--set $(s))
+
+push: $(VENV)/.ready ## publish what a recipe made to the Hub
+	@$(BIN)/finetune publish $(RECIPE)
+
+setup: $(VENV)/.ready ## make .venv and install
+
+test: $(VENV)/.ready-test ## the test suite
+	@$(BIN)/python -m pytest -n 2 -m "not slow" --durations=10
+
+test-slow: $(VENV)/.ready-test ## the long harnesses
+	@$(BIN)/python -m pytest -m slow --durations=10
+
+check: $(VENV)/.ready-check ## lint, format, types and recipes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/finetune validate recipes/*.yaml
+
+clean: ## drop what none of the newest runs uses (asks first)
+	@$(BIN)/finetune clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python3 has no venv module: apt-get install python3-venv" >&2; exit 2; }
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (some minutes, once) …" >&2
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.ready-check: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[check]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Every third-party training or network library, one concern a file."""

@@ -1,0 +1,71 @@
+"""What a model is made of, from its config.json alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import InputError
+from finetune.records import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A causal model's modules and parameters, by name."""
+
+    kinds: Mapping[str, str]  # module → "linear", "conv1d", "embedding" or "other"
+    parameters: frozenset[str]
+    quantized: frozenset[str]  # modules whose weight bitsandbytes stores in 4 bits
+    tied: Mapping[str, str]  # lm_head.weight → model.embed_tokens.weight, when the configuration ties them
+    input_embedding: str  # module
+
+
+def read_skeleton(base: Path, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the model in `base`.
+
+    Raises InputError when the base is itself quantised, or when transformers renames, fuses or splits its weights on
+    load: a name in the file is then no name of the model, and an adapter's tensors cannot be added one by one.
+    """
+    from torch import nn
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.pytorch_utils import Conv1D
+
+    from finetune.backends.streamed_forward import empty_model
+
+    if read_json(base / "config.json").get("quantization_config"):
+        raise InputError(f"{base}: the base is itself quantised; merging needs its 16-bit weights")
+    model = empty_model(base, trust_remote_code=trust_remote_code)
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise InputError(
+            f"{base}: transformers converts the weights of {model.config.model_type} on load, so an adapter cannot be "
+            "merged tensor by tensor; set merge: null and publish the adapter"
+        )
+    types = ((Conv1D, "conv1d"), (nn.Linear, "linear"), (nn.Embedding, "embedding"))
+    modules = list(model.named_modules())  # taken now: asking what would be quantised swaps modules
+    input_embedding = next(n for n, m in modules if m is model.get_input_embeddings())
+    parameters = frozenset(n for n, _ in model.named_parameters())
+    return Skeleton(
+        kinds={n: next((kind for cls, kind in types if isinstance(m, cls)), "other") for n, m in modules if n},
+        parameters=parameters,
+        tied=dict(model.all_tied_weights_keys),
+        input_embedding=input_embedding,
+        quantized=_quantized(model),
+    )
+
+
+def _quantized(model: PreTrainedModel) -> frozenset[str]:
+    """Ask transformers itself which modules it would swap: the head, tied and last modules stay as they are."""
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    skip = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
+    settings = BitsAndBytesConfig(load_in_4bit=True)  # type: ignore[no-untyped-call]
+    swapped = replace_with_bnb_linear(model, skip, settings)
+    return frozenset(n for n, m in swapped.named_modules() if isinstance(m, Linear4bit))

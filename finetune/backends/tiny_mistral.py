@@ -1,0 +1,316 @@
+"""`builtin:tiny-mistral`: a small real Mistral, pre-trained here in under a minute, so that all can be tried offline.
+
+It has what a 7B Mistral has (grouped-query attention, RoPE, SwiGLU, untied embeddings, a BPE tokenizer, a chat
+template) and knows nothing of chats: it has read reference entries only (`tiny_text.py`), so something is left to tune.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.backends.tiny_text import Shingles, corpus
+from finetune.context import Context, Metrics
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import MistralForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
+BOS_ID, EOS_ID, PAD_ID = 1, 2, 3  # the first three ids are Mistral's; the pad token is one that no text contains
+THREADS = 2  # fixed: another number of threads sums in another order, and the weights would differ in the last bits
+HELD_OUT = 40  # every 40th entry is kept out of training, to measure the loss on
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 is even) -%}
+        {{- raise_exception('user and assistant turns must alternate, beginning with the user') -}}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '[INST] ' + message['content'] + ' [/INST]' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + message['content'] + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('this template has no place for the role ' + message['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained and for how long.
+
+    `hidden`, `intermediate` and heads x head dimension are multiples of 64, the block of NF4.
+    """
+
+    hidden: int = 128
+    intermediate: int = 384
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    vocabulary: int = 2048
+    theta: float = 10_000.0  # RoPE base
+    sequence: int = 256  # tokens
+    batch: int = 8  # sequences a step
+    steps: int = 400
+    learning_rate: float = 8e-3
+    warmup: float = 0.05  # share of the steps
+    text: float = 0.7  # share of the text that is read
+
+
+TINY = Size()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The text as token ids, (rows, sequence) int64 each, and how many tokens a byte of held-out text takes."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    tokens_per_byte: float
+
+
+def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size = TINY) -> Metrics:
+    """Train tokenizer and model, and leave a complete bf16 model folder in `out`.
+
+    `known` are texts that must not be learnt: no run of eight words of theirs is in the training text. It always runs
+    on the CPU in two threads, so that one machine gives the same bytes for the same seed.
+    Raises FinetuneError where training diverges.
+    """
+    import torch
+
+    started = time.monotonic()
+    ctx.say("base: reading documentation to pre-train on")
+    documents = corpus(Shingles(known), size.text)
+    tokenizer = train_tokenizer([d for i, d in enumerate(documents) if i % HELD_OUT], size.vocabulary)
+    tokens = encode(tokenizer, documents, size.sequence, seed)
+    with _threads(THREADS):
+        model = new_model(size, seed)
+        loss = pretrain(model, tokens.train, size, seed, ctx)
+        held_out = mean_loss(model, tokens.held_out)
+    model.to(torch.bfloat16)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {
+        "pretraining_steps": size.steps,
+        "pretraining_tokens": size.steps * size.batch * size.sequence,
+        "pretraining_loss": loss,
+        "held_out_loss": held_out,
+        "held_out_bits_per_byte": held_out * tokens.tokens_per_byte / math.log(2),
+        "pretraining_seconds": time.monotonic() - started,
+    }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that splits words from punctuation, so that a name is the same tokens wherever it stands."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    pattern = Regex(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[UNK, BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def new_model(size: Size, seed: int) -> MistralForCausalLM:
+    """An untrained fp32 model; the global random state is left as it was."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        rope_parameters={"rope_type": "default", "rope_theta": size.theta},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MistralForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], sequence: int, seed: int) -> Tokens:
+    """Documents as `<s> text </s>`, shuffled, one after the other, cut every `sequence` tokens; the rest is dropped."""
+    import torch
+
+    encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=True)]
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[torch.Tensor] = []
+    for chosen in ([i for i in order if i % HELD_OUT], [i for i in order if not i % HELD_OUT]):
+        ids = torch.tensor([t for i in chosen for t in (*encoded[i], EOS_ID)])
+        rows.append(ids[: len(ids) // sequence * sequence].view(-1, sequence))
+    held_out = range(0, len(documents), HELD_OUT)
+    size = sum(len(documents[i].encode()) for i in held_out)
+    return Tokens(rows[0], rows[1], sum(len(encoded[i]) for i in held_out) / size)
+
+
+def pretrain(model: MistralForCausalLM, rows: torch.Tensor, size: Size, seed: int, ctx: Context) -> float:
+    """Train `model` in place on `rows` (N, sequence) for `size.steps` steps; the mean loss of the last tenth of them.
+
+    The learning rate rises over `size.warmup` of the steps and falls linearly to zero.
+    """
+    import torch
+
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or ".layers." not in n]
+    native = _native_bf16()
+    muon = Muon(matrices, torch.bfloat16 if native else torch.float32)
+    adam = torch.optim.AdamW(others, lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(_epochs(len(rows), size))])
+    bar = ctx.bar("pre-training tiny-mistral", size.steps)
+    losses: list[float] = []
+    model.train()
+    try:
+        for step, batch in enumerate(order[: size.steps * size.batch].split(size.batch)):
+            ctx.stop.check()
+            rate = size.learning_rate * min(1.0, (step + 1) / (size.warmup * size.steps)) * (1 - step / size.steps)
+            # fp32 weights; products in bf16 where the CPU has instructions for it (1.5 times faster, else slower)
+            with torch.autocast("cpu", torch.bfloat16, enabled=native):
+                logits = model(input_ids=rows[batch], use_cache=False).logits  # (batch, sequence, vocabulary)
+            loss = _cross_entropy(logits, rows[batch])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.param_groups[0]["lr"] = rate
+            adam.step()
+            muon.step(rate)
+            model.zero_grad()
+            losses.append(loss.item())
+            bar.advance(note=f"loss {losses[-1]:.3f}")
+    finally:
+        bar.close()
+    last = losses[-max(1, size.steps // 10) :]
+    if not math.isfinite(sum(losses)):
+        raise FinetuneError("pre-training of builtin:tiny-mistral diverged on this machine; take another seed")
+    return sum(last) / len(last)
+
+
+def _epochs(rows: int, size: Size) -> int:
+    if not rows:
+        raise FinetuneError(
+            "the documentation of the installed packages is too short to pre-train on; install them again"
+        )
+    return math.ceil(size.steps * size.batch / rows)
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each token after the first; (B, T, V) and (B, T)."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
+    """Mean loss per token on `rows` (N, sequence), in fp32; NaN without rows."""
+    import torch
+
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for batch in rows.split(16):
+            total += _cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).item() * len(batch)
+    return total / len(rows) if len(rows) else math.nan
+
+
+def _native_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself. Where it does not, torch falls back to code slower than fp32."""
+    import torch
+
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz steps (https://kellerjordan.github.io/posts/muon/), for weight matrices.
+
+    `torch.optim.Muon` always computes in bf16, one matrix at a time; here matrices of one shape go together, in a dtype
+    the CPU is quick in. Measured against AdamW: docs/lab-notes.md.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, momentum: float = 0.95) -> None:
+        import torch
+
+        shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            shapes.setdefault(tuple(parameter.shape), []).append(parameter)
+        self._groups = [(group, torch.zeros(len(group), *shape)) for shape, group in shapes.items()]
+        self._dtype = dtype
+        self._momentum = momentum
+
+    def step(self, learning_rate: float) -> None:
+        """One update from the gradients; scaled as AdamW's would be (arXiv:2502.16982, 0.2 * sqrt(max(m, n)))."""
+        import torch
+
+        with torch.no_grad():
+            for group, buffer in self._groups:
+                gradient = torch.stack([_gradient(p) for p in group])  # (N, m, n)
+                buffer.lerp_(gradient, 1 - self._momentum)
+                update = orthogonalized(gradient.lerp(buffer, self._momentum).to(self._dtype)).float()
+                scale = learning_rate * 0.2 * max(update.shape[1:]) ** 0.5
+                for parameter, change in zip(group, update, strict=True):
+                    parameter.sub_(change, alpha=scale)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:
+        raise ValueError("Muon.step needs a gradient for every parameter")
+    return parameter.grad
+
+
+def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices (N, m, n) with all singular values pulled near 1 (0.5 to 1.5 is what the coefficients aim at)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x

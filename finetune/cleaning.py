@@ -1,0 +1,53 @@
+"""`finetune clean`: what none of the newest runs uses, and no living process builds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.pipeline import STAGES
+from finetune.store import Store, is_being_built
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A stage folder or a run folder that may go."""
+
+    folder: Path
+    bytes: int
+
+
+def unused(store: Store, keep: int) -> list[Unused]:
+    """Folders that none of the newest `keep` runs of any recipe names, oldest runs included; none of a live build."""
+    used: set[Path] = set()
+    old_runs: list[Path] = []
+    for recipe in sorted(p for p in (store.artifacts / "runs").glob("*") if p.is_dir()):
+        runs = sorted(p for p in recipe.iterdir() if (p / "run.json").is_file())
+        old_runs += runs[:-keep]
+        for run in runs[-keep:]:
+            stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+            used |= {Path(s["path"]) for s in stages.values() if s["path"]}
+    folders = []
+    for stage in STAGES:
+        root = store.scratch if stage.large else store.artifacts
+        for folder in sorted(p for p in (root / stage.name).glob("*") if p.is_dir()):
+            if folder not in used and folder.absolute() not in used and not is_being_built(folder):
+                folders.append(folder)
+    return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
+
+
+def remove(items: list[Unused]) -> int:
+    """Delete the folders; returns the bytes freed."""
+    freed = 0
+    for item in items:
+        # The manifest goes first: a folder half deleted by a kill must not look complete.
+        (item.folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(item.folder)
+        freed += item.bytes
+    return freed
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

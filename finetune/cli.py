@@ -1,0 +1,191 @@
+"""The command line: parse, call, print. No logic, and heavy imports only inside the handlers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.errors import FinetuneError, Stopped
+
+app = typer.Typer(
+    help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.")]
+RunName = Annotated[str, typer.Argument(metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the recipe.")]
+Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
+Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
+SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Paths or names.")], sets: Sets = None
+) -> None:
+    """Check recipes: every error, with file, line and field."""
+    from finetune.errors import InputError
+    from finetune.recipe_file import load_recipe
+
+    problems = []
+    for name in recipes:
+        try:
+            loaded = load_recipe(name, sets or [])
+            typer.echo(f"{loaded.path}: fine ({loaded.recipe.name})")
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    as_json: AsJson = False,
+    device: Annotated[str | None, typer.Option(help="Plan for another GPU: t4, l4, a100-40, h100 …")] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
+    from finetune import pipeline, planner
+    from finetune.recipe_file import load_recipe
+    from finetune.store import Store
+
+    loaded = load_recipe(recipe, sets or [])
+    steps = pipeline.plan(loaded.recipe, Store(artifacts, scratch))
+    result = planner.predict(loaded.recipe, steps, device)
+    typer.echo(json.dumps(result, indent=1, sort_keys=True) if as_json else planner.describe(result))
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+    fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and begin anew.")] = False,
+) -> None:
+    """Run a recipe: every stage that is not there yet, or whose inputs changed."""
+    from finetune.session import run_recipe
+
+    run_recipe(recipe, until=until, sets=sets or [], artifacts=artifacts, scratch=scratch, fresh=fresh)
+
+
+@app.command()
+def show(
+    run: RunName,
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="A second run to compare with.")] = None,
+    as_json: AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Rehash every file.")] = False,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """What a run made: statuses, figures, folders."""
+    from finetune import shown
+    from finetune.store import Store
+
+    store = Store(artifacts, scratch)
+    values = [shown.read(store, name) for name in ([run, other] if other else [run])]
+    problems = [p for v in values for p in shown.verify(store, v)] if verify else []
+    if as_json:
+        public = [shown.public(v) for v in values]
+        typer.echo(json.dumps(public[0] if len(public) == 1 else public, indent=1, ensure_ascii=False))
+    else:
+        shown.print_runs(values)
+    if problems:
+        raise FinetuneError("\n".join(problems))
+    if verify:
+        typer.echo("every file is as it was committed", err=True)
+
+
+@app.command()
+def inspect(
+    recipe: RecipeName,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Rendered rows as the model sees them, the supervised text coloured."""
+    from finetune import shown
+    from finetune.recipe_file import load_recipe
+    from finetune.store import Store
+
+    shown.print_rows(load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch), rows)
+
+
+@app.command()
+def publish(
+    run: RunName,
+    repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Push the adapter or the merged model to the Hub, then verify what was pushed."""
+    from finetune.session import publish_run
+
+    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch)
+
+
+@app.command()
+def clean(
+    keep: Annotated[int, typer.Option(min=1, help="Runs of each recipe whose stages stay.")] = 1,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Drop what none of the newest runs of any recipe uses, after listing it."""
+    from finetune import cleaning
+    from finetune.store import Store
+
+    store = Store(artifacts, scratch)
+    unused = cleaning.unused(store, keep)
+    if not unused:
+        typer.echo("nothing to clean")
+        return
+    for item in unused:
+        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
+    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
+        typer.echo(f"{cleaning.remove(unused):,} bytes freed")
+    else:
+        typer.echo("nothing deleted; add --yes")
+
+
+def main() -> None:
+    """Run the command line; errors are sentences, and the exit status says of which kind."""
+    try:
+        status: Any = app(standalone_mode=False)
+    except FinetuneError as error:
+        from finetune.report.console import print_error
+
+        print_error(str(error))
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(Stopped(2).exit_status)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,1 @@
+"""Pure functions over rows, texts and token ids; nothing above numpy and pyarrow."""

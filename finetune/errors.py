@@ -1,0 +1,29 @@
+"""What can go wrong, by what the person should do next; each kind has its own exit status."""
+
+from __future__ import annotations
+
+
+class FinetuneError(Exception):
+    """Failed while running. The message is one clear sentence for a person; no traceback is shown."""
+
+    exit_status = 1
+
+
+class InputError(FinetuneError):
+    """A recipe, a row, a file or an option is wrong; nothing was built from it."""
+
+    exit_status = 2
+
+
+class GateRefused(FinetuneError):
+    """The input is well-formed, but going on would ruin the model or waste hours."""
+
+    exit_status = 3
+
+
+class Stopped(FinetuneError):
+    """A signal asked the run to stop; what was finished is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}; the same command goes on from here")
+        self.exit_status = 128 + signal_number

@@ -1,0 +1,346 @@
+"""The stages in reading order; what a recipe still has to build; and building it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from finetune.context import Context, Metrics
+from finetune.environment import describe_environment, peak_memory_bytes
+from finetune.errors import FinetuneError, GateRefused, InputError, Stopped
+from finetune.recipe import Recipe
+from finetune.runs import Run, StageRecord
+from finetune.stages import (
+    base,
+    certify,
+    decontaminate,
+    dedup,
+    embed,
+    evaluate,
+    export,
+    filter,
+    ingest,
+    merge,
+    pack,
+    render,
+    sample,
+    split,
+    train,
+)
+from finetune.store import BUILDING, Lease, Manifest, Store, make_key, output_digest
+
+Spec = Any  # each stage's own model; the pipeline only hands it through
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. `spec` returns None when the recipe turns the stage off; whoever needs it then reads its first need."""
+
+    name: str
+    version: int  # raised when the meaning of its output changes
+    needs: tuple[str, ...]
+    spec: Callable[[Recipe], BaseModel | None]
+    fingerprint: Callable[[Spec], Mapping[str, object]]
+    run: Callable[[Spec, Mapping[str, Path], Path, Context], Metrics]
+    collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
+    large: bool = False  # lies in scratch: many gigabytes that can be made again
+    logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
+    working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("base", 1, (), base.spec, base.fingerprint, base.run),
+    Stage("ingest", 1, (), ingest.spec, ingest.fingerprint, ingest.run),
+    Stage("filter", 1, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run),
+    Stage("embed", 1, ("filter",), embed.spec, embed.fingerprint, embed.run),
+    Stage("dedup", 1, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run),
+    Stage("decontaminate", 1, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run),
+    Stage("sample", 1, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
+    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
+    Stage("render", 1, ("split", "base"), render.spec, render.fingerprint, render.run),
+    Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
+    Stage(
+        "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
+        collective=True, logs=("metrics.jsonl",), working="checkpoints",
+    ),
+    Stage("evaluate", 1, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
+    Stage("certify", 1, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
+    Stage("merge", 1, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
+    Stage("export", 1, ("merge",), export.spec, export.fingerprint, export.run, large=True),
+)  # fmt: skip
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished stage's folder and the digest that the keys after it are made of."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of one recipe: `status` is off, done, partial, missing, or unknown (an input is not there yet)."""
+
+    stage: Stage
+    status: str
+    spec: BaseModel | None = None
+    key: str = ""
+    folder: Path | None = None
+    manifest: Manifest | None = None
+    inputs: Mapping[str, Output] = dataclasses.field(default_factory=dict)
+    fingerprint: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
+    """Where one stage stands, given the outputs of the stages before it."""
+    spec = stage.spec(recipe)
+    if spec is None:
+        return Step(stage, "off")
+    if any(need not in outputs for need in stage.needs):
+        return Step(stage, "unknown", spec)
+    inputs = {need: outputs[need] for need in stage.needs}
+    fingerprint = stage.fingerprint(spec)
+    digests = {name: output.digest for name, output in inputs.items()}
+    key = make_key(stage.name, stage.version, spec.model_dump(mode="json"), fingerprint, digests)
+    folder = store.folder(stage.name, key, large=stage.large)
+    manifest = store.find(folder)
+    status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
+    return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint)
+
+
+def plan(recipe: Recipe, store: Store) -> list[Step]:
+    """Every stage with its status. Builds nothing; a stage after an unbuilt one is unknown, as is one whose Hub
+    revision cannot be asked for now. Raises InputError for a file that is not there.
+    """
+    outputs: dict[str, Output] = {}
+    steps = []
+    for stage in STAGES:
+        try:
+            step = locate(stage, recipe, store, outputs)
+        except (InputError, GateRefused):
+            raise
+        except FinetuneError:
+            step = Step(stage, "unknown", stage.spec(recipe))
+        _add_output(outputs, step)
+        steps.append(step)
+    return steps
+
+
+def _add_output(outputs: dict[str, Output], step: Step) -> None:
+    stage = step.stage
+    if step.status == "off" and stage.needs and stage.needs[0] in outputs:
+        outputs[stage.name] = outputs[stage.needs[0]]
+    elif step.manifest and step.folder:
+        outputs[stage.name] = Output(step.folder, step.manifest.digest)
+
+
+def run(
+    recipe: Recipe,
+    store: Store,
+    ctx: Context,
+    record: Run,
+    *,
+    until: str | None = None,
+    fresh: bool = False,
+    before_building: Callable[[list[Step]], None] = lambda steps: None,
+) -> list[Step]:
+    """Build what is missing, up to `until`; every stage that is there already is only looked at.
+
+    `before_building` is called once, with the plan, before the first stage that must be built: it may refuse.
+    Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
+    """
+    outputs: dict[str, Output] = {}
+    steps: list[Step] = []
+    checked = False
+    for stage in STAGES:
+        ctx.stop.check()
+        step = locate(stage, recipe, store, outputs)
+        if step.status not in ("off", "done"):
+            if not checked:
+                before_building(plan(recipe, store))
+                checked = True
+            step = _build_recorded(step, recipe, store, ctx, record, fresh)
+        else:
+            record.note(StageRecord.of(step.stage.name, step.status, step.folder, step.manifest))
+        _add_output(outputs, step)
+        steps.append(step)
+        if stage.name == until:
+            break
+    return steps
+
+
+def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, record: Run, fresh: bool) -> Step:
+    name = step.stage.name
+    record.note(StageRecord(name, "partial", step.folder, step.key))
+    record.save()  # a killed process must leave word of where it was
+    try:
+        done = build(step, recipe, store, ctx, fresh=fresh)
+    except GateRefused as error:
+        record.note(StageRecord(name, "refused", step.folder, step.key, message=str(error)))
+        raise
+    except Stopped:
+        record.note(StageRecord(name, "partial", step.folder, step.key))
+        raise
+    except (FinetuneError, OSError) as error:
+        record.note(StageRecord(name, "failed", step.folder, step.key, message=str(error)))
+        if isinstance(error, FinetuneError):
+            raise
+        raise FinetuneError(f"{name}: {_os_sentence(error)}") from error
+    record.note(StageRecord.of(name, "done", done.folder, done.manifest))
+    return done
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error} (what was finished is kept; the same command goes on from there)"
+
+
+def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:
+    """Build one stage, or wait for another process that is building it; returns the finished step."""
+    assert step.folder is not None and step.spec is not None  # noqa: S101 - locate() gave both, or nothing is built
+    stage, folder = step.stage, step.folder
+    if stage.collective:
+        _refuse_stale_partials(step, recipe, store, ctx, fresh)
+    if ctx.rank != 0:
+        if stage.collective:
+            stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
+        return _finished(step, _wait_for(folder, store, ctx))
+    with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
+        manifest = store.find(folder)  # whoever was waited for may have finished it
+        if manifest is None:
+            manifest = _build_leased(step, recipe, store, _noting(ctx, lease), fresh)
+    return _finished(step, manifest)
+
+
+def _finished(step: Step, manifest: Manifest) -> Step:
+    return dataclasses.replace(step, status="done", manifest=manifest)
+
+
+def _noting(ctx: Context, lease: Lease) -> Context:
+    def say(line: str) -> None:
+        lease.note = line
+        ctx.say(line)
+
+    return dataclasses.replace(ctx, say=say)
+
+
+def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> Manifest:
+    stage, folder = step.stage, step.folder
+    assert folder is not None and step.spec is not None  # noqa: S101
+    _verify_inputs(step, store)
+    if not stage.collective or fresh or not (folder / BUILDING).exists():
+        store.clear(folder)
+    digests = {name: output.digest for name, output in step.inputs.items()}
+    about = {
+        "recipe": recipe.name,
+        "stage": stage.name,
+        "key": step.key,
+        "spec": step.spec.model_dump(mode="json"),
+        "fingerprint": dict(step.fingerprint),
+        "inputs": digests,
+    }
+    (folder / BUILDING).write_text(json.dumps(about, sort_keys=True, indent=1), encoding="utf-8")
+    ctx.say(f"{stage.name} …")
+    start = time.monotonic()
+    metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
+    seconds = time.monotonic() - start
+    files = store.read_files(folder, _row_counts(folder), skip=stage.working)
+    manifest = Manifest(
+        stage=stage.name,
+        version=stage.version,
+        key=step.key,
+        spec=about["spec"],
+        fingerprint=dict(step.fingerprint),
+        inputs=digests,
+        files=files,
+        digest=output_digest(files, stage.logs),
+        metrics=metrics,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        environment=describe_environment(),
+    )
+    store.commit(folder, manifest)
+    if stage.working:
+        shutil.rmtree(folder / stage.working, ignore_errors=True)
+    return manifest
+
+
+def _verify_inputs(step: Step, store: Store) -> None:
+    """Nothing is built on bytes that changed after they were committed (a flipped bit, an edited file)."""
+    for name, output in step.inputs.items():
+        manifest = store.find(output.folder)
+        problems = store.verify(output.folder, manifest) if manifest else [f"{output.folder}: no longer complete"]
+        if problems:
+            raise FinetuneError(
+                f"{step.stage.name}: refuses to build on {name}, whose files are not what was committed: "
+                f"{'; '.join(problems[:3])}. Remove {output.folder} and run again: it will be made anew"
+            )
+
+
+def _row_counts(folder: Path) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    return {p.relative_to(folder).as_posix(): pq.read_metadata(p).num_rows for p in folder.rglob("*.parquet")}
+
+
+def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:
+    """Ranks above 0 wait for what rank 0 builds; a failing rank 0 ends the launch, and them with it."""
+    while (manifest := store.find(folder)) is None:
+        ctx.stop.check()
+        time.sleep(0.25)
+    return manifest
+
+
+def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> None:
+    """A half-finished training of this recipe under another key is worth hours: say what differs, and stop."""
+    assert step.folder is not None and step.spec is not None  # noqa: S101
+    now = {"spec": step.spec.model_dump(mode="json"), "fingerprint": dict(step.fingerprint)}
+    for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
+        folder = building.parent
+        if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
+            continue
+        try:
+            was = json.loads(building.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if was.get("recipe") != recipe.name:
+            continue
+        changes = _differences(was.get("spec", {}), now["spec"])
+        digests = {name: output.digest for name, output in step.inputs.items()}
+        changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
+        if fresh:
+            ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
+            continue
+        raise GateRefused(
+            f"an unfinished training of {recipe.name} lies in {folder}, made with another recipe: "
+            f"{'; '.join(changes) or 'other code'}. Undo the change to go on with it, or add --fresh to begin anew"
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    lines = []
+    for name in sorted({*was, *now}):
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{at}{name}.")
+        elif old != new:
+            lines.append(f"{at}{name} was {old!r}, is {new!r}")
+    return lines
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name; InputError lists them."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise InputError(f"no stage named {name!r}; there is {', '.join(STAGE_NAMES)}")

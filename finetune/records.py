@@ -1,0 +1,158 @@
+"""Message, Example and the row files that every stage reads and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `extra` is canonical JSON of what else the turn carries (tool_calls, name), or None."""
+
+    role: str
+    content: str
+    extra: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training row.
+
+    `id` is `SOURCE:N`, N the 1-based number of the row in its source, so that a person can find it again.
+    `messages` is empty for a raw-text row; `text` is None for every other row.
+    `extra` is canonical JSON of the scalar columns that the format did not use (a score, a licence), or None.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    extra: str | None = None
+
+    def joined(self, *roles: str) -> str:
+        """The contents of all turns with one of `roles`, joined by newlines; a raw row's whole text."""
+        if self.text is not None:
+            return self.text
+        return "\n".join(m.content for m in self.messages if m.role in roles)
+
+    def column(self, name: str) -> Any:  # noqa: ANN401 - a scalar of whatever type the data file had
+        """The scalar that column `name` had in the source, or None."""
+        return json.loads(self.extra).get(name) if self.extra else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that a step left out: which, by which rule, and the figure or text that decided."""
+
+    id: str
+    source: str
+    reason: str
+    detail: str
+    text: str = field(default="")
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON with sorted keys, synced to disk."""
+    write_bytes(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write and fsync, so that a manifest written later never names bytes a power cut lost."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
+    """The JSON value in `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows_schema() -> pa.Schema:
+    """The columns of every `rows.parquet`."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("messages", pa.list_(message)),
+            ("text", pa.string()),
+            ("extra", pa.string()),
+        ]
+    )
+
+
+def write_rows(path: Path, rows: Iterable[Example], chunk: int = 10_000) -> int:
+    """Write `rows` to Parquet, `chunk` rows at a time; returns their number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count = 0
+    with pq.ParquetWriter(path, rows_schema(), compression="zstd") as writer:
+        batch: list[dict[str, object]] = []
+        for row in rows:
+            batch.append(_as_dict(row))
+            count += 1
+            if len(batch) == chunk:
+                writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+                batch = []
+        writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+    return count
+
+
+def read_rows(path: Path, chunk: int = 10_000) -> Iterator[Example]:
+    """The rows of a file that `write_rows` wrote, in order, `chunk` rows of memory at a time."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=chunk):
+            for row in batch.to_pylist():
+                yield Example(
+                    id=row["id"],
+                    source=row["source"],
+                    messages=tuple(Message(**m) for m in row["messages"]),
+                    text=row["text"],
+                    extra=row["extra"],
+                )
+
+
+def write_table(
+    path: Path, columns: Mapping[str, Sequence[object]], types: Mapping[str, pa.DataType] | None = None
+) -> None:
+    """Write named columns of equal length to Parquet; `types` fixes a column's type where it could be all null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {name: pa.array(values, (types or {}).get(name)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), path, compression="zstd")
+
+
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    """Write rejects with a string column per field."""
+    import pyarrow as pa
+
+    names = ("id", "source", "reason", "detail", "text")
+    write_table(path, {n: [getattr(r, n) for r in rejects] for n in names}, dict.fromkeys(names, pa.string()))
+
+
+def _as_dict(row: Example) -> dict[str, object]:
+    messages = [{"role": m.role, "content": m.content, "extra": m.extra} for m in row.messages]
+    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text, "extra": row.extra}

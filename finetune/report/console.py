@@ -1,0 +1,164 @@
+"""What a terminal shows: bars on stderr while work goes on, tables on stdout when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from finetune.context import Bar, SilentBar
+
+PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
+
+
+class RichBar:
+    """A live bar on a terminal."""
+
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self._progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(label, total=total, note="")
+        self._progress.start()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move by `steps`."""
+        self._progress.update(self._task, advance=steps, note=note)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+class PlainBar:
+    """A line now and then, for logs, notebooks and CI."""
+
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._done = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count, and print if it has been quiet for long enough."""
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done:
+            left = f", {(now - self._start) * (self._total - self._done) / self._done:.0f} s left"
+        of = f"/{self._total}" if self._total else ""
+        self._console.print(f"  {self._label} {self._done}{of}{left} {note}".rstrip(), highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class Screen:
+    """Where progress goes: rich on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._silent = silent
+
+    def say(self, line: str) -> None:
+        """One line."""
+        if not self._silent:
+            self._console.print(line, highlight=False, markup=False)
+
+    def bar(self, label: str, total: int | None) -> Bar:
+        """A bar fit for where stderr goes."""
+        if self._silent:
+            return SilentBar()
+        kind = RichBar if self._console.is_terminal else PlainBar
+        return kind(self._console, label, total)
+
+
+def print_error(message: str) -> None:
+    """An error for a person, on stderr."""
+    Console(stderr=True, soft_wrap=True).print(message, style="bold red", highlight=False, markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; wide enough for its cells when stdout is no terminal."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+ROWS = {  # stage → the metrics that say how many rows went in and came out
+    "ingest": (None, "rows_out"),
+    "filter": ("rows_in", "rows_out"),
+    "embed": ("rows", "rows"),
+    "dedup": ("rows_in", "rows_out"),
+    "decontaminate": ("rows_in", "rows_out"),
+    "sample": ("rows_in", "rows_out"),
+    "split": ("rows_in", "train_rows"),
+    "render": (None, "rows"),
+    "pack": (None, "bins"),
+}
+
+
+def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
+    """`in → out` for the table."""
+    before, after = ROWS.get(name, (None, None))
+    if after is None or after not in metrics:
+        return ""
+    start = f"{metrics[before]:,} → " if before and before in metrics else ""
+    held = f" + {metrics['eval_rows']:,} held out" if name in ("split", "render") and "eval_rows" in metrics else ""
+    return f"{start}{metrics[after]:,}{held}"
+
+
+def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one line a stage, read as a table
+    """The one figure of a stage that matters."""
+
+    def number(key: str, form: str = ".3g") -> str:
+        value = m.get(key)
+        return format(value, form) if isinstance(value, (int, float)) else "–"
+
+    match name:
+        case "base":
+            return f"{number('parameters', ',')} parameters"
+        case "filter":
+            reasons = m.get("rejected") or {}
+            return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        case "embed":
+            return f"{m.get('model', '')}, {number('rows_per_second', ',.0f')} rows/s"
+        case "dedup":
+            return f"{number('exact', ',')} exact, {number('embedding', ',')} near-duplicates dropped"
+        case "split":
+            return f"{number('groups', ',')} groups, {number('leaks', ',')} leaks"
+        case "render":
+            return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated"
+        case "pack":
+            return f"{number('efficiency', '.1%')} full"
+        case "train":
+            return f"loss {number('first_loss')} → {number('loss')}, {number('tokens_per_second', ',.0f')} tokens/s"
+        case "evaluate":
+            return (
+                f"perplexity {number('perplexity_base')} → {number('perplexity_adapter')}, "
+                f"stops {number('stop_rate', '.0%')}"
+            )
+        case "certify":
+            return f"{m.get('base')}: agreement {number('agreement', '.1%')}, KL {number('mean_kl', '.2g')}"
+        case "merge":
+            return f"peak {number('peak_anon_bytes', ',')} bytes"
+        case _:
+            return ""

@@ -1,0 +1,114 @@
+"""Pin the base model: its revision, configuration and tokenizer; `builtin:tiny-mistral` is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from finetune.context import Context, Metrics
+from finetune.digests import file_digest
+from finetune.errors import InputError
+from finetune.recipe import Model, Recipe, Section
+from finetune.records import read_json, write_json
+
+
+class Spec(Section):
+    """The base; the seed only where the base itself is trained with it."""
+
+    model: Model
+    seed: int | None = None
+
+
+def spec(recipe: Recipe) -> Spec:
+    """The part of the recipe this stage sees."""
+    return Spec(model=recipe.model, seed=recipe.seed if recipe.model.kind == "builtin" else None)
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """The commit the Hub name stands for now, the digests of a folder's files, or the text a builtin learns from."""
+    model = spec.model
+    if model.folder is not None:
+        return {"files": _digests(model.folder)}
+    if model.kind == "hub":
+        from finetune.backends.hub import resolve_revision
+
+        return {"revision": resolve_revision(model.id, model.revision)}
+    from finetune.backends import tiny_mistral, tiny_text
+    from finetune.data import pydoc_rows
+
+    return {"size": asdict(tiny_mistral.TINY), "text": tiny_text.sources(), "left_out": pydoc_rows.fingerprint()}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Leave base.json, config and tokenizer; for a builtin the weights too.
+
+    Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
+    """
+    from finetune.backends import models
+
+    model, revision, metrics = spec.model, None, {}
+    weights: dict[str, str] = {}
+    if model.kind == "builtin":
+        metrics = _train_builtin(spec.seed or 0, out, ctx)
+        weights = {"model.safetensors": file_digest(out / "model.safetensors")}
+        source = out
+    elif model.folder is not None:
+        weights = {n: d for n, d in _digests(model.folder).items() if ".safetensors" in n}
+        source = model.folder
+    else:
+        from finetune.backends.hub import resolve_revision
+
+        revision = resolve_revision(model.id, model.revision, scratch=ctx.scratch, say=ctx.say)
+        source = models.hub_snapshot(model, revision, ctx, weights=False)
+    for name in models.MODEL_FILES:
+        models.copy_clean(source / name, out / name)
+    models.copy_tokenizer(source, out)
+    if not (out / "config.json").exists():
+        raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
+    parameters = models.count_parameters(source, model.trust_remote_code)
+    config = read_json(out / "config.json")
+    _require_fitting_vocabulary(model.id, len(models.load_tokenizer(out)), config)
+    pinned = {
+        "id": model.id,
+        "kind": model.kind,
+        "revision": revision,
+        "parameters": parameters,
+        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "weights": weights,
+    }
+    write_json(out / "base.json", pinned)
+    return {"parameters": parameters, "revision": revision, **metrics}
+
+
+def _train_builtin(seed: int, out: Path, ctx: Context) -> Metrics:
+    from finetune.backends import tiny_mistral
+    from finetune.data import pydoc_rows
+
+    return tiny_mistral.build(out, seed, (entry.doc for entry in pydoc_rows.documentation()), ctx)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Name → digest of every file in `folder` that makes up the model. Raises InputError where there is no model."""
+    from finetune.backends import models
+
+    if not folder.is_dir():
+        raise InputError(f"model: there is no folder {folder}")
+    if not (folder / "config.json").exists():
+        raise InputError(f"model: {folder} holds no config.json; a base is a folder that transformers can load")
+    models.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
+    weights = models.weight_files(folder)
+    if not weights:
+        raise InputError(f"model: {folder} lacks a shard that {models.INDEX} names; download or copy it again")
+    small = [folder / n for n in (*models.MODEL_FILES, *models.TOKENIZER_FILES, models.INDEX)]
+    code = sorted(folder.glob("*.py"))
+    return {p.name: file_digest(p) for p in [*small, *code, *weights] if p.exists()}
+
+
+def _require_fitting_vocabulary(name: str, tokens: int, config: dict[str, object]) -> None:
+    size = config.get("vocab_size")
+    if isinstance(size, int) and tokens > size:
+        raise InputError(
+            f"the tokenizer of {name} has {tokens} tokens, its model only {size} embeddings; "
+            "they do not belong together: take both from the same revision"
+        )

@@ -1,0 +1,206 @@
+"""Which base to merge into, and how far that merge is from what was trained: measured before anything is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from finetune.context import Context, Metrics
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.recipe import Certify, Model, Quantization, Recipe, Section
+from finetune.records import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from finetune.backends.certification import Comparison, HeldOut
+    from finetune.backends.lora_merge import MergePlan, RoundTrip
+    from finetune.backends.streamed_forward import StreamedModel
+
+
+class Spec(Section):
+    """The certify section, and what is needed to load the model as it was trained and to merge it."""
+
+    seed: int
+    model: Model
+    quantization: Quantization | None
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    merge_dtype: str
+    certify: Certify
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """Off when the recipe says so, when nothing is merged, or when no row is held out."""
+    if recipe.certify is None or recipe.merge is None or recipe.split is None:
+        return None
+    return Spec(
+        seed=recipe.seed,
+        model=recipe.model,
+        quantization=recipe.quantization,
+        precision=recipe.train.precision,
+        merge_dtype=recipe.merge.dtype,
+        certify=recipe.certify,
+    )
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """Nothing outside the recipe and the inputs."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Compare what was trained with each candidate merge on the same rows; refuse one that is too far away."""
+    from finetune.backends import certification, models
+    from finetune.backends.lora_merge import output_dtype, plan_merge
+    from finetune.backends.streamed_forward import final_hidden, head_logits
+
+    base, adapter = inputs["base"], inputs["train"] / "adapter"
+    device = models.pick_device(ctx.device)
+    precision, _ = models.pick_precision(spec.precision, device)
+    trips = _candidates(spec, models.DTYPES[precision], device)
+    dtype = output_dtype(spec.merge_dtype, base)
+    folder = models.ensure_base(spec.model, base, ctx)
+    # Everything that cannot be merged is refused here, before the slow part.
+    plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
+    held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
+    loaded = models.load_base(spec.model, base, ctx, spec.quantization, precision, device)
+    trained = cast("PreTrainedModel", models.attach_adapter(loaded, adapter).get_base_model())
+
+    def trained_body(batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return (final_hidden(trained, b.to(device)) for b in ctx.track(batches, "certify: trained", len(batches)))
+
+    states = certification.supervised_hidden(trained_body, held_out)
+    found = {}
+    for name, plan in plans.items():
+        merged = _merged(spec.model, folder, plan, models.DTYPES[precision], device)
+        track = _tracker(ctx, f"certify: merged into the {name} base")
+        own = certification.supervised_hidden(partial(merged.hidden, track=track), held_out)
+        with merged.head() as head:
+            found[name] = certification.compare(states, partial(head_logits, trained), own, head, held_out.labels)
+    certificate = _certificate(spec, dtype, found, held_out)
+    write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
+    _gate(spec.certify, certificate)
+    ctx.say(f"certify: {certificate['words']}")
+    keys = ("base", "perplexity_trained", "perplexity_merged", "mean_kl", "agreement", "rows", "tokens")
+    return {key: certificate[key] for key in keys}
+
+
+def _candidates(spec: Spec, dtype: str, device: str) -> dict[str, RoundTrip | None]:
+    """The bases to try: how each makes the values of a quantised module (None: as they are in the file)."""
+    from finetune.backends.lora_merge import RoundTrip
+
+    if spec.quantization is None:
+        if spec.certify.base == "dequantized":
+            raise InputError("certify.base is dequantized, but quantization is null: set certify.base to original")
+        return {"original": None}
+    trip = RoundTrip(spec.quantization.type, spec.quantization.double, dtype, device)
+    every: dict[str, RoundTrip | None] = {"original": None, "dequantized": trip}
+    return every if spec.certify.base == "auto" else {spec.certify.base: every[spec.certify.base]}
+
+
+def _held_out(tokens: int, path: Path) -> HeldOut:
+    from finetune.backends.certification import choose_rows, lay_out
+    from finetune.data.training_rows import read_token_rows
+
+    rows = [r for r in read_token_rows(path) if r.mask[1:].any()]
+    if not rows:
+        raise FinetuneError(
+            "certify: no held-out row is whole and has a supervised token; raise split.eval_fraction or "
+            "render.max_length_tokens, or set certify: null"
+        )
+    return lay_out(choose_rows(rows, tokens))
+
+
+def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
+    """The merged model, its weights made when a layer needs them."""
+    from finetune.backends.lora_merge import merged_tensor
+    from finetune.backends.streamed_forward import StreamedModel, empty_model
+
+    empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code, untie=plan.untie)
+    return StreamedModel(empty, partial(merged_tensor, plan), device)
+
+
+def _tracker(ctx: Context, label: str) -> Callable[[Sequence[nn.Module]], Iterable[nn.Module]]:
+    return lambda layers: ctx.track(layers, label, len(layers))
+
+
+def _certificate(spec: Spec, dtype: str, found: Mapping[str, Comparison], held_out: HeldOut) -> dict[str, Any]:
+    """What certificate.json says: six significant digits, so that the last bits of a sum do not change the file."""
+    from finetune.backends.certification import per_row
+    from finetune.metrics.agreement import agreement
+    from finetune.metrics.bootstrap import paired_interval
+    from finetune.metrics.perplexity import perplexity_interval
+
+    tokens = per_row(None, held_out)
+    nll = {name: per_row(c.nll_second, held_out) for name, c in found.items()}
+    first = next(iter(found.values()))
+    trained = perplexity_interval(per_row(first.nll_first, held_out), tokens, spec.seed)
+    candidates: dict[str, Any] = {}
+    for name, comparison in found.items():
+        own = perplexity_interval(nll[name], tokens, spec.seed)
+        candidates[name] = {
+            "perplexity": _six(own.value),
+            "perplexity_interval": [_six(own.low), _six(own.high)],
+            "perplexity_ratio": _six(own.value / trained.value),
+            "mean_kl": _six(float(comparison.kl.mean())),
+            "agreement": _six(agreement(comparison.greedy_first, comparison.greedy_second)),
+        }
+    chosen, difference = next(iter(found)), None
+    if len(found) == 2:
+        apart = paired_interval(nll["dequantized"], nll["original"], tokens, spec.seed)
+        chosen = "dequantized" if apart.high < 0 else "original"
+        difference = {"nll_per_token": _six(apart.value), "interval": [_six(apart.low), _six(apart.high)]}
+    best = candidates[chosen]
+    return {
+        "base": chosen,
+        "dtype": dtype,
+        "perplexity_trained": _six(trained.value),
+        "perplexity_trained_interval": [_six(trained.low), _six(trained.high)],
+        "perplexity_merged": best["perplexity"],
+        "perplexity_ratio": best["perplexity_ratio"],
+        "mean_kl": best["mean_kl"],
+        "agreement": best["agreement"],
+        "rows": held_out.rows,
+        "tokens": len(held_out.labels),
+        "candidates": candidates,
+        "dequantized_minus_original": difference,
+        "words": f"merged into the {chosen} base in {dtype}, {_words(best, _six(trained.value), len(held_out.labels))}",
+    }
+
+
+def _words(figures: Mapping[str, Any], trained: float, tokens: int) -> str:
+    return (
+        f"it agrees with what was trained on {figures['agreement']:.1%} of {tokens} held-out next tokens; "
+        f"its perplexity is {figures['perplexity']:.4g} against {trained:.4g} "
+        f"(ratio {figures['perplexity_ratio']:.4g}, mean KL {figures['mean_kl']:.2g} nats)"
+    )
+
+
+def _gate(limits: Certify, certificate: Mapping[str, Any]) -> None:
+    """Refuse a merge that is not the model that was trained."""
+    if _passes(limits, certificate):
+        return
+    better = [n for n, c in certificate["candidates"].items() if n != certificate["base"] and _passes(limits, c)]
+    advice = (
+        f"the {better[0]} base is near enough: set certify.base: {better[0]}"
+        if better
+        else "publish the adapter instead (merge: null), or lower certify.min_agreement or raise "
+        "certify.max_perplexity_ratio if you accept this"
+    )
+    raise GateRefused(
+        f"certify: {certificate['words']}; allowed are at least {limits.min_agreement:.1%} and at most a ratio of "
+        f"{limits.max_perplexity_ratio:g}; {advice}"
+    )
+
+
+def _passes(limits: Certify, figures: Mapping[str, Any]) -> bool:
+    near = figures["agreement"] >= limits.min_agreement
+    return bool(near and figures["perplexity_ratio"] <= limits.max_perplexity_ratio)
+
+
+def _six(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,138 @@
+"""What the training changed, on rows it never saw: perplexity, use of the prompt, and whether answers end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.context import Context, Metrics
+from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
+from finetune.records import canonical_json, write_bytes, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from finetune.backends.scoring import Answer
+    from finetune.data.training_rows import TokenRow
+
+
+class Spec(Section):
+    """The evaluation section, and what is needed to load the model as it was trained."""
+
+    seed: int
+    model: Model
+    quantization: Quantization | None
+    precision: str
+    evaluate: Evaluate
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """Off when the recipe says so, or when it holds nothing out."""
+    if recipe.evaluate is None or recipe.split is None:
+        return None
+    return Spec(
+        seed=recipe.seed,
+        model=recipe.model,
+        quantization=recipe.quantization,
+        precision=recipe.train.precision,
+        evaluate=recipe.evaluate,
+    )
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """Nothing outside the recipe and the inputs."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, and greedy samples of both."""
+    from finetune.backends import models, scoring
+    from finetune.data.training_rows import read_token_rows, under_other_prompts, with_prompt
+    from finetune.metrics.perplexity import perplexity
+
+    settings = spec.evaluate
+    device = models.pick_device(ctx.device)
+    precision, _ = models.pick_precision(spec.precision, device)
+    rows = read_token_rows(inputs["render"] / "eval.parquet", settings.max_rows)
+    template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
+    tokenizer = models.load_tokenizer(inputs["base"])
+    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
+    model = models.attach_adapter(base, inputs["train"] / "adapter").eval()
+
+    nll, counts = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (adapter)")
+    with model.disable_adapter():
+        base_nll, _ = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (base)")
+    own = [with_prompt(r, r) for r in rows]
+    shuffled = under_other_prompts(rows, spec.seed)
+    true_nll, answer_counts = scoring.row_nll(model, own, settings.batch_tokens, ctx, "own prompts")
+    other_nll, _ = scoring.row_nll(model, shuffled, settings.batch_tokens, ctx, "other prompts")
+    prompt_use = _prompt_use(true_nll, other_nll, answer_counts, spec.seed)
+
+    chosen = rows[: settings.generations]
+    answers, base_answers = _generate(
+        model, chosen, template, tokenizer.convert_tokens_to_ids(template["pad_token"]), ctx
+    )
+    lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
+    write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in lines).encode())
+    stopped = sum(a.finish == "stop" for a in answers)
+    result: dict[str, Any] = {
+        "rows": len(rows),
+        "tokens": int(counts.sum()),
+        "perplexity_base": perplexity(base_nll, counts),
+        "perplexity_adapter": perplexity(nll, counts),
+        **prompt_use,
+        "generations": len(answers),
+        "stop_rate": stopped / len(answers) if answers else None,
+        "stop_rate_base": sum(a.finish == "stop" for a in base_answers) / len(answers) if answers else None,
+    }
+    write_json(out / "eval.json", result)
+    if result["nll_difference_interval"][0] <= 0:
+        ctx.say(
+            "evaluate: the answers are no likelier under their own prompt than under another's "
+            f"(difference {result['nll_difference_interval']}): the model may have learned their style only"
+        )
+    return result
+
+
+def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
+    """Nats per token of the answers under their own and under another row's prompt, with a paired interval."""
+    from finetune.metrics.bootstrap import paired_interval
+
+    difference = paired_interval(other, true, counts.astype(float), seed)
+    return {
+        "nll_true": float(true.sum() / counts.sum()),
+        "nll_shuffled": float(other.sum() / counts.sum()),
+        "nll_difference_interval": [difference.low, difference.high],
+    }
+
+
+def _generate(
+    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    rows: Sequence[TokenRow],
+    template: Mapping[str, Any],
+    pad_id: int,
+    ctx: Context,
+) -> tuple[list[Answer], list[Answer]]:
+    from finetune.backends.scoring import greedy
+
+    prompts = [r.ids[: r.answer_start] for r in rows]
+    limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]
+    if not rows:
+        return [], []
+    answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx)
+    with model.disable_adapter():
+        base_answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx)
+    return answers, base_answers
+
+
+def _sample(tokenizer: Any, row: TokenRow, answer: Answer, base: Answer) -> dict[str, Any]:  # noqa: ANN401 - tokenizer
+    start = row.answer_start
+    return {
+        "id": row.id,
+        "prompt": tokenizer.decode(row.ids[:start], skip_special_tokens=False),
+        "reference": tokenizer.decode(row.ids[start:], skip_special_tokens=True),
+        "adapter": {"text": tokenizer.decode(answer.ids, skip_special_tokens=True), "finish": answer.finish},
+        "base": {"text": tokenizer.decode(base.ids, skip_special_tokens=True), "finish": base.finish},
+    }

@@ -1,0 +1,197 @@
+"""Leave out rows by the recipe's rules; every one that is left out is written down with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from finetune.context import Context, Metrics
+from finetune.data import filters
+from finetune.errors import GateRefused, InputError
+from finetune.recipe import Filter, Recipe, Section
+from finetune.records import Example, Reject, read_rows, write_rejects, write_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_ROWS = 1000  # tokenised at once
+REJECTED_CHARACTERS = 200
+
+Count = Callable[[Sequence[Example]], list[int | filters.Verdict]]
+"""For each row its tokens, or why it has no count."""
+
+
+class Rendering(Section):
+    """What of the render section decides a rendered row's length."""
+
+    template: str
+    merge_system: bool
+    template_file: Annotated[Path | None, Field(exclude=True)] = None
+
+
+class Spec(Section):
+    """The rules, and the template where they count rendered tokens."""
+
+    rules: Filter
+    rendering: Rendering | None = None
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """None where the recipe keeps every row."""
+    rules, render = recipe.filter, recipe.render
+    if rules is None:
+        return None
+    if rules.count == "raw" or rules.max_length_tokens is None:
+        return Spec(rules=rules)
+    merge = render.system == "merge"
+    return Spec(
+        rules=rules,
+        rendering=Rendering(template=render.template, merge_system=merge, template_file=render.template_file),
+    )
+
+
+def fingerprint(spec: Spec) -> dict[str, object]:
+    """The digest of a template that the recipe names; the base's own is part of the base."""
+    if spec.rendering is None or spec.rendering.template == "auto":
+        return {}
+    from finetune.backends.templates import fingerprint_of
+
+    return fingerprint_of(spec.rendering.template, spec.rendering.template_file)
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Write rows.parquet and rejects.parquet. Raises GateRefused where no row is left."""
+    rows = read_rows(inputs["ingest"] / "rows.parquet")
+    judge = rules_of(spec.rules)
+    most = spec.rules.max_length_tokens
+    count = counter(spec, inputs["base"]) if most is not None else None
+    rejects: list[Reject] = []
+    seen = 0
+
+    def kept() -> Iterator[Example]:
+        nonlocal seen
+        for batch in _batches(ctx.track(rows, "filtering"), BATCH_ROWS):
+            seen += len(batch)
+            verdicts = [judge(row) for row in batch]
+            if count is not None and most is not None:
+                open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
+                for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
+                    verdicts[i] = filters.too_many_tokens(found, most) if isinstance(found, int) else found
+            for row, verdict in zip(batch, verdicts, strict=True):
+                if verdict is None:
+                    yield row
+                else:
+                    rejects.append(_reject(row, *verdict))
+
+    rows_out = write_rows(out / "rows.parquet", kept())
+    write_rejects(out / "rejects.parquet", rejects)
+    rejected = Counter(reject.reason for reject in rejects)
+    if not rows_out:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in rejected.most_common())
+        first = f"; the first is {rejects[0].id}: {rejects[0].detail}" if rejects else ""
+        raise GateRefused(
+            f"the filter leaves none of {seen} rows ({reasons or 'there were none'}){first}; loosen filter"
+        )
+    ctx.say(f"filter keeps {rows_out:,} of {seen:,} rows")
+    return {"rows_in": seen, "rows_out": rows_out, "rejected": dict(sorted(rejected.items()))}
+
+
+def rules_of(rules: Filter) -> Callable[[Example], filters.Verdict]:
+    """All rules but the token count as one function: the first that leaves a row out names the reason."""
+    drop = [re.compile(p) for p in rules.drop_matching]
+    keep = [re.compile(p) for p in rules.keep_matching]
+    checks: list[Callable[[Example], filters.Verdict]] = [
+        filters.empty_turn,
+        filters.no_assistant,
+        *([filters.not_alternating] if rules.alternate else []),
+        lambda row: filters.length_outside(row, "user", rules.min_user_characters, rules.max_user_characters),
+        lambda row: filters.length_outside(
+            row, "assistant", rules.min_assistant_characters, rules.max_assistant_characters
+        ),
+        lambda row: filters.matching(row, drop, keep),
+    ]
+
+    def judge(row: Example) -> filters.Verdict:
+        return next((verdict for check in checks if (verdict := check(row)) is not None), None)
+
+    return judge
+
+
+def counter(spec: Spec, base: Path) -> Count:
+    """How tokens are counted, by the tokenizer in the base's folder.
+
+    raw: the tokens of each turn's text, summed, without special tokens. rendered: the tokens of the whole chat as the
+    template writes it; a raw text has no template and is counted raw.
+    """
+    from finetune.backends.models import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    if spec.rendering is None:
+        return lambda rows: raw_tokens(rows, tokenizer)
+    render = chat_renderer(spec.rendering, tokenizer)
+
+    def count(rows: Sequence[Example]) -> list[int | filters.Verdict]:
+        texts = [render(row) for row in rows]
+        lengths = iter(_lengths([text for text in texts if isinstance(text, str)], tokenizer))
+        return [next(lengths) if isinstance(text, str) else text for text in texts]
+
+    return count
+
+
+def chat_renderer(
+    rendering: Rendering, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Example], str | filters.Verdict]:
+    """From a row to its text under the template, or to the reason why the template refuses it."""
+    from finetune.backends.templates import JinjaRenderer, template_text
+    from finetune.data.chat import chat_of, merge_system, takes_system
+
+    if rendering.template != "auto":
+        template = template_text(rendering.template, rendering.template_file)
+    elif tokenizer.chat_template is None:
+        raise GateRefused("filter.count: rendered needs a chat template, and the base has none: set render.template")
+    else:
+        template = tokenizer.get_chat_template()
+    write = JinjaRenderer(template, tokenizer.special_tokens_map)
+    merge = rendering.merge_system and not takes_system(write)
+
+    def render(row: Example) -> str | filters.Verdict:
+        if row.text is not None:
+            return row.text
+        chat = chat_of(row.messages)
+        try:
+            return write(merge_system(chat) if merge else chat)[0]
+        except InputError as error:
+            return "template", str(error)
+
+    return render
+
+
+def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int | filters.Verdict]:
+    """Tokens of each row's turns, each tokenised by itself without special tokens, summed."""
+    texts = [list(filters.contents(row)) for row in rows]
+    lengths = iter(_lengths([text for turns in texts for text in turns], tokenizer))
+    return [sum(islice(lengths, len(turns))) for turns in texts]
+
+
+def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _reject(row: Example, reason: str, detail: str) -> Reject:
+    text = "\n".join(filters.contents(row))[:REJECTED_CHARACTERS]
+    return Reject(row.id, row.source, reason, detail, text)
+
+
+def _batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,181 @@
+"""Write the merged model: safetensors one tensor at a time, and everything that has to lie beside them."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetune.context import Context, Metrics
+from finetune.errors import FinetuneError, InputError
+from finetune.recipe import Merge, Model, Quantization, Recipe, Section
+from finetune.records import read_json, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from finetune.backends.lora_merge import RoundTrip
+
+SMALL_FILES_BYTES = 64_000_000  # tokenizer, template and configurations beside the weights
+
+
+class Spec(Section):
+    """The merge section, and what says how the base was quantised while training."""
+
+    model: Model
+    quantization: Quantization | None
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    merge: Merge
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """Off when the recipe says so."""
+    if recipe.merge is None:
+        return None
+    return Spec(
+        model=recipe.model, quantization=recipe.quantization, precision=recipe.train.precision, merge=recipe.merge
+    )
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """Nothing outside the recipe and the inputs."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
+    from finetune.backends import models
+    from finetune.backends.checkpoints import plan_shards, write_shards
+    from finetune.backends.lora_merge import merged_tensor, output_dtype, plan_merge
+
+    started = time.monotonic()
+    base, adapter = inputs["base"], inputs["train"] / "adapter"
+    found = inputs["certify"] / "certificate.json"
+    certificate: dict[str, Any] = read_json(found) if found.exists() else {"base": "original"}
+    dtype = output_dtype(spec.merge.dtype, base)
+    folder = models.ensure_base(spec.model, base, ctx)
+    trip = _round_trip(spec, ctx) if certificate["base"] == "dequantized" else None
+    plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code)
+    shards = plan_shards(plan.shapes, spec.merge.max_shard_bytes)
+    _require_space(out, shards.file_bytes + SMALL_FILES_BYTES)
+    with _peak_anonymous() as peak:
+        names = [t.name for t in shards.tensors]
+        merged = ((name, merged_tensor(plan, name)) for name in ctx.track(names, "merge", len(names)))
+        write_shards(out, shards, merged)
+    _write_config(base, out, dtype, plan.untie)
+    _write_tokenizer(base, adapter, out)
+    _write_generation_config(base, adapter, out)
+    if found.exists():
+        write_bytes(out / "certificate.json", found.read_bytes())
+    return {
+        "base": certificate["base"],
+        "dtype": dtype,
+        "tensors": len(names),
+        "changed_tensors": sum(bool(t.changes) for t in plan.targets.values()),
+        "bytes": shards.file_bytes,
+        "files": len(shards.shards),
+        "peak_anon_bytes": peak[0],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _round_trip(spec: Spec, ctx: Context) -> RoundTrip:
+    from finetune.backends import models
+    from finetune.backends.lora_merge import RoundTrip
+
+    if spec.quantization is None:
+        raise InputError("the certificate names the dequantized base, but quantization is null; run certify again")
+    device = models.pick_device(ctx.device)
+    precision, _ = models.pick_precision(spec.precision, device)
+    return RoundTrip(spec.quantization.type, spec.quantization.double, models.DTYPES[precision], device)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FinetuneError(
+            f"merge: the merged model needs {needed / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free; free "
+            f"{(needed - free) / 1e9:.1f} GB, or give a larger disk with --scratch"
+        )
+
+
+def _write_config(base: Path, out: Path, dtype: str, untie: bool) -> None:
+    """The base's config.json: loadable as it stands, answering fast, and saying the dtype that is in the files."""
+    config = read_json(base / "config.json")
+    for name in ("_name_or_path", "quantization_config", "torch_dtype"):
+        config.pop(name, None)
+    config |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}  # torch_dtype: for readers older than 2025
+    if untie:
+        config["tie_word_embeddings"] = False
+    write_json(out / "config.json", config)
+
+
+def _write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
+    """The tokenizer and template that were trained: the adapter's, and the base's where the adapter has none."""
+    from finetune.backends import models
+
+    for name in models.TOKENIZER_FILES:
+        models.copy_clean((adapter if (adapter / name).exists() else base) / name, out / name)
+    settings = out / "tokenizer_config.json"
+    if (out / "chat_template.jinja").exists() and settings.exists():
+        config = read_json(settings)
+        if config.pop("chat_template", None) is not None:  # an older template inside would win in some readers
+            write_json(settings, config)
+    provenance = adapter / "template" / "template.json"
+    if provenance.exists():
+        write_bytes(out / "template.json", provenance.read_bytes())
+
+
+def _write_generation_config(base: Path, adapter: Path, out: Path) -> None:
+    """The base's generation settings, ending at the terminators that were trained."""
+    path = base / "generation_config.json"
+    config = read_json(path) if path.exists() else {}
+    for name in ("_from_model_config", "transformers_version"):
+        config.pop(name, None)
+    template = adapter / "template" / "template.json"
+    if template.exists() and (terminators := read_json(template)["terminators"]):
+        config["eos_token_id"] = terminators[0] if len(terminators) == 1 else terminators
+    architecture = read_json(base / "config.json")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(name) is None and architecture.get(name) is not None:
+            config[name] = architecture[name]
+    write_json(out / "generation_config.json", config)
+
+
+@contextmanager
+def _peak_anonymous(every_seconds: float = 0.01) -> Iterator[list[int | None]]:
+    """A list whose first item, afterwards, is how far anonymous memory rose above its start (None but on Linux).
+
+    Anonymous memory is what the machine must really hold; pages of files are counted apart and can be given back.
+    """
+    result: list[int | None] = [None]
+    start = _anonymous_bytes()
+    if start is None:
+        yield result
+        return
+    done = threading.Event()
+    highest = start
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(every_seconds):
+            highest = max(highest, _anonymous_bytes() or 0)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        watcher.join()
+        result[0] = max(highest, _anonymous_bytes() or 0) - start
+
+
+def _anonymous_bytes() -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)

@@ -1,0 +1,60 @@
+"""Lay whole rendered rows into rows of equal length, so that no compute is spent on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from finetune.context import Context, Metrics
+from finetune.recipe import Recipe, Section
+
+
+class Spec(Section):
+    """How rows are packed."""
+
+    method: Literal["bfd"]
+    length_tokens: int
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """The pack section; its length is render's where it states none. None where packing is off."""
+    if recipe.pack is None:
+        return None
+    return Spec(method=recipe.pack.method, length_tokens=recipe.pack.length_tokens or recipe.render.max_length_tokens)
+
+
+def fingerprint(spec: Spec) -> dict[str, object]:
+    """Nothing outside the spec."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from finetune.backends.packing import pack
+    from finetune.records import write_table
+
+    rows = pq.read_table(inputs["render"] / "train.parquet", columns=["id", "input_ids", "mask"]).combine_chunks()
+    ids = rows["id"].to_pylist()
+    bar = ctx.bar(f"pack {len(ids)} rows", 1)
+    try:
+        packed = pack(rows["input_ids"].combine_chunks(), rows["mask"].combine_chunks(), spec.length_tokens)
+        bar.advance()
+    finally:
+        bar.close()
+    ctx.stop.check()
+    pq.write_table(packed.table, out / "packed.parquet", compression="zstd")
+    names = [[ids[i] for i in documents] for documents in packed.documents]
+    write_table(out / "row_ids.parquet", {"row_ids": names}, {"row_ids": pa.list_(pa.string())})
+    lengths = [sum(lengths) for lengths in packed.table["seq_lengths"].to_pylist()]
+    tokens, bins = sum(lengths), len(lengths)
+    return {
+        "efficiency": tokens / (bins * spec.length_tokens) if bins else 0.0,
+        "bins": bins,
+        "tokens": tokens,
+        "longest": max(lengths, default=0),
+        "documents": len(ids),
+    }

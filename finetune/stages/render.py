@@ -1,0 +1,163 @@
+"""From messages to token ids and a label mask: choose and prove the template, render, audit, write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.context import Context, Metrics
+from finetune.recipe import Recipe, Render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.backends.templates import Template
+    from finetune.data.audit import Tally
+    from finetune.data.tokens import RowTokenizer, Rules
+    from finetune.records import Example
+
+BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
+
+
+def spec(recipe: Recipe) -> Render:
+    """The recipe's render section."""
+    return recipe.render
+
+
+def fingerprint(spec: Render) -> dict[str, object]:
+    """The text of every template that can decide the outcome, so that editing one renders again."""
+    from finetune.backends.templates import fingerprint_of
+
+    return fingerprint_of(spec.template, spec.template_file)
+
+
+def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Render both splits. Raises GateRefused (with row ids) where training on the result would ruin the model."""
+    from finetune.backends.encoding import Encoder, choose_pad
+    from finetune.backends.models import load_tokenizer
+    from finetune.backends.templates import JinjaRenderer, choose_template
+    from finetune.data.audit import check_pad, check_shares
+    from finetune.data.chat import verification_sample
+    from finetune.data.tokens import RowTokenizer
+    from finetune.records import read_rows
+
+    folder = inputs["split"]
+    train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
+    tokenizer = load_tokenizer(inputs["base"])
+    sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), spec.verify_rows)
+    template = choose_template(spec.template, spec.template_file, tokenizer, sample, spec.system == "merge")
+    ctx.say(f"render: template {template.name}, proved on {len(sample)} rows")
+    encoder = Encoder(tokenizer, template.training)
+    worker = RowTokenizer(
+        JinjaRenderer(template.training, tokenizer.special_tokens_map), encoder, _rules(spec, template, tokenizer)
+    )
+    worker.gap = worker.measure_gap(sample)
+    proved = worker.check_prompts(sample)
+    tallies = {
+        "train": _write(worker, train, out / "train.parquet", ctx),
+        "eval": _write(worker, folder / "eval.parquet", out / "eval.parquet", ctx),
+    }
+    check_shares(list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction)
+    pad = choose_pad(tokenizer, template.training, worker.labels)
+    check_pad(tokenizer.get_vocab()[pad], worker.labels)
+    terminators = sorted(worker.terminators)
+    _write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    _write_audit(out / "audit.json", tallies, worker, template, proved)
+    done = tallies["train"]
+    dropped: dict[str, int] = {}
+    for tally in tallies.values():
+        for reason, count in tally.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return {
+        "supervised_fraction": done.supervised / done.tokens,
+        "truncated": sum(t.truncated for t in tallies.values()),
+        "dropped": sum(dropped.values()),
+        "dropped_because": dropped,
+        "rows": done.rows,
+        "tokens": done.tokens,
+        "longest": done.longest,
+        "eval_rows": tallies["eval"].rows,
+        "template": template.name,
+        "terminator": ", ".join(tokenizer.convert_ids_to_tokens(terminators)),
+    }
+
+
+def _rules(spec: Render, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rules:
+    from finetune.data.tokens import Rules
+
+    bos_id = tokenizer.bos_token_id
+    return Rules(
+        template=template.name,
+        supervise=spec.supervise,
+        max_length=spec.max_length_tokens,
+        overlong=spec.overlong,
+        system="template" if template.system else spec.system,
+        bos=tokenizer.bos_token,
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id],
+        eos=tokenizer.eos_token,
+    )
+
+
+def _write(worker: RowTokenizer, source: Path, target: Path, ctx: Context) -> Tally:
+    """Render one split to Parquet, a batch at a time; an absent split gives an empty file."""
+    import pyarrow.parquet as pq
+
+    from finetune.data.audit import Tally
+    from finetune.data.tokens import table
+    from finetune.errors import FinetuneError
+
+    tally = Tally()
+    with pq.ParquetWriter(target, table([]).schema, compression="zstd") as writer:
+        if source.exists():
+            total = -(-pq.read_metadata(source).num_rows // BATCH)
+            for batch in ctx.track(_batches(source), f"render {target.stem}", total):
+                writer.write_table(table(worker.batch(batch, tally)))
+    written = pq.read_table(target, columns=["length", "supervised"])  # what lies on disk is what was counted
+    found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
+    if found != [tally.rows, tally.tokens, tally.supervised]:
+        raise FinetuneError(
+            f"{target.name} holds rows, tokens, labels {found}, not what was counted; is the disk full?"
+        )
+    return tally
+
+
+def _batches(source: Path) -> Iterator[list[Example]]:
+    from finetune.records import read_rows
+
+    batch: list[Example] = []
+    for row in read_rows(source):
+        batch.append(row)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
+    from finetune.records import write_bytes, write_json
+
+    folder.mkdir()
+    write_bytes(folder / "chat_template.jinja", template.training.encode())
+    write_bytes(folder / "inference.jinja", template.inference.encode())
+    facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
+    write_json(folder / "template.json", facts)
+
+
+def _write_audit(
+    path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, template: Template, proved: int
+) -> None:
+    from finetune.records import write_json
+
+    content = {
+        "splits": {name: tally.as_json() for name, tally in tallies.items()},
+        "template": template.name,
+        "system": worker.rules.system,
+        "supervise": worker.rules.supervise,
+        "prompts_proved": proved,
+        "terminators": sorted(worker.terminators),
+        "label_ids": len(worker.labels),
+    }
+    write_json(path, content)

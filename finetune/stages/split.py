@@ -1,0 +1,177 @@
+"""Hold rows out by whole near-duplicate groups, and prove that no near-duplicate is on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.context import Context, Metrics
+from finetune.errors import FinetuneError, GateRefused
+from finetune.recipe import Recipe, Section, Split
+from finetune.records import Example, read_rows, write_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SHARE_OF_ONE_GROUP = 0.1  # no group fills more of the held-out rows while smaller ones are to be had
+ALL_ROLES = ("system", "user", "assistant", "tool")
+
+
+class Spec(Section):
+    """The split section and the seed of the choice."""
+
+    seed: int
+    split: Split
+
+
+def spec(recipe: Recipe) -> Spec | None:
+    """Off when the recipe says so."""
+    return None if recipe.split is None else Spec(seed=recipe.seed, split=recipe.split)
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """Nothing outside the recipe and the inputs."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Write train.parquet and eval.parquet, both in the original order.
+
+    Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
+    vectors (where there are any) reach group_threshold, also in chains.
+    """
+    from finetune.backends.search import FlatIndex
+    from finetune.data.near_duplicates import groups, original_id, text_key
+
+    source = inputs["sample"] / "rows.parquet"
+    ids: list[str] = []
+    keys: list[bytes] = []
+    for row in ctx.track(read_rows(source), "read rows"):
+        ids.append(original_id(row.id))
+        keys.append(text_key(row.joined(*ALL_ROLES)))
+    vectors = _vectors_of(inputs["embed"], ids)
+    threshold = spec.split.group_threshold
+    group = groups(vectors, [ids, keys], threshold, FlatIndex, check=ctx.stop.check).tolist()
+    names = [k or i.encode() for i, k in zip(ids, keys, strict=True)]
+    held_out = choose(group, names, spec.split, spec.seed)
+
+    train = [i for i in range(len(ids)) if group[i] not in held_out]
+    held = [i for i in range(len(ids)) if group[i] in held_out]
+    leaks = count_leaks(vectors, [ids, keys], train, held, threshold)
+    if leaks:
+        raise FinetuneError(
+            f"split: {leaks} of {len(train)} training rows have a near-duplicate among the held-out rows although "
+            "groups were kept whole; this is a fault of the program, please report it with the recipe"
+        )
+    write_rows(out / "train.parquet", _picked(source, set(train)))
+    write_rows(out / "eval.parquet", _picked(source, set(held)))
+    return {
+        "rows_in": len(ids),
+        "train_rows": len(train),
+        "eval_rows": len(held),
+        "groups": len(set(group)),
+        "eval_groups": len(held_out),
+        "largest_group": max(Counter(group).values()),
+        "leaks": leaks,
+        "compared_by": "text" if vectors is None else "text and vectors",
+    }
+
+
+def choose(group: Sequence[int], names: Sequence[bytes], split: Split, seed: int) -> set[int]:
+    """The groups to hold out, never more rows than the recipe allows.
+
+    Groups come in the order of a hash of seed and text, so few change sides when other rows come or go. Groups over a
+    tenth of the allowance wait until all smaller ones were asked: one theme should not be half of the evaluation.
+
+    Args:
+        group: each row's group.
+        names: each row's normalised text, or a digest of it.
+        split: the recipe's section.
+        seed: the recipe's seed.
+
+    Raises:
+        GateRefused: one side would be empty.
+    """
+    rows = len(group)
+    sizes = Counter(group)
+    # The small term undoes 0.29 * 100 = 28.999…
+    allowed = min(math.floor(split.eval_fraction * rows + 1e-9), split.max_eval_rows, rows - 1)
+    order: dict[int, bytes] = {}
+    for g, name in zip(group, names, strict=True):
+        rank = hashlib.blake2b(b"%d\n%s" % (seed, name), digest_size=16).digest()
+        order[g] = min(order.get(g, rank), rank)
+    small = max(1, math.floor(SHARE_OF_ONE_GROUP * allowed))
+    ranked = sorted(order, key=lambda g: (sizes[g] > small and sizes[g], order[g], g))
+    chosen: set[int] = set()
+    left = allowed
+    for g in ranked:
+        if sizes[g] <= left:
+            chosen.add(g)
+            left -= sizes[g]
+    if not chosen:
+        raise GateRefused(_why_empty(rows, allowed, sizes, split))
+    return chosen
+
+
+def _why_empty(rows: int, allowed: int, sizes: Mapping[int, int], split: Split) -> str:
+    turn_off = "or write `split: null` to train without held-out rows"
+    if rows < 2:
+        return f"split: there {'is 1 row' if rows else 'are no rows'}, too few for two sides; add data, {turn_off}"
+    smallest = min(sizes.values())
+    if len(sizes) == 1:
+        return (
+            f"split: all {rows} rows are one near-duplicate group at split.group_threshold {split.group_threshold}, so "
+            "nothing can be held out that is not also trained on; add other data, raise split.group_threshold, "
+            f"{turn_off}"
+        )
+    least = math.ceil(smallest / rows * 1e4) / 1e4
+    advice = f"raise split.eval_fraction to {least:g} or more" if least <= 0.5 else "add other data"
+    if split.max_eval_rows < smallest:
+        advice = f"raise split.max_eval_rows to {smallest} or more"
+    return (
+        f"split: {split.eval_fraction:g} of {rows} rows leaves room for {allowed} held-out row{'s' * (allowed != 1)}, "
+        f"and the smallest near-duplicate group has {smallest}; {advice}, {turn_off}"
+    )
+
+
+def count_leaks(
+    vectors: NDArray[np.float32] | None,
+    keys: Sequence[Sequence[object]],
+    train: Sequence[int],
+    held: Sequence[int],
+    threshold: float,
+) -> int:
+    """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched anew."""
+    from finetune.backends.search import FlatIndex
+    from finetune.data.near_duplicates import links_between
+
+    leaking: set[int] = set()
+    for column in keys:
+        known = {column[i] for i in held if column[i]}
+        leaking.update(i for i in train if column[i] in known)
+    if vectors is not None:
+        found, _, _ = links_between(vectors[train], vectors[held], threshold, FlatIndex)
+        leaking.update(train[i] for i in found.tolist())
+    return len(leaking)
+
+
+def _vectors_of(embedded: Path, ids: Sequence[str]) -> NDArray[np.float32] | None:
+    """The vectors of the rows `ids`, which embed lists in its own order; None where nothing was embedded."""
+    if not (embedded / "vectors.npy").exists():
+        return None
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    listed = pq.read_table(embedded / "ids.parquet").column("id").to_pylist()
+    place = {row_id: i for i, row_id in enumerate(listed)}
+    rows = np.array([place[row_id] for row_id in ids], np.int64)
+    return np.asarray(np.load(embedded / "vectors.npy", mmap_mode="r", allow_pickle=False)[rows], np.float32)
+
+
+def _picked(source: Path, rows: set[int]) -> Iterator[Example]:
+    return (row for i, row in enumerate(read_rows(source)) if i in rows)

@@ -1,0 +1,96 @@
+"""QLoRA fine-tuning through TRL: packed rows in, an adapter out. Resumes from its own checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.context import Context, Metrics
+from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
+
+
+class Spec(Section):
+    """What decides the adapter, beside the rows and the base."""
+
+    seed: int
+    model: Model
+    lora: Lora
+    quantization: Quantization | None
+    train: Train
+
+
+def spec(recipe: Recipe) -> Spec:
+    """Training is never off."""
+    return Spec(
+        seed=recipe.seed,
+        model=recipe.model,
+        lora=recipe.lora,
+        quantization=recipe.quantization,
+        train=recipe.train,
+    )
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """The base's files and the rows are inputs; nothing else outside the recipe decides the adapter."""
+    return {}
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
+    from finetune.backends import models, sft
+    from finetune.data.training_rows import read_rendered
+
+    device = models.pick_device(ctx.device)
+    precision, why = models.pick_precision(spec.train.precision, device)
+    ctx.say(f"train: {precision} on {device}: {why}")
+    packed = inputs["pack"] / "packed.parquet"
+    rows = packed if packed.exists() else read_rendered(inputs["render"] / "train.parquet")
+    template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
+    tokenizer = models.load_tokenizer(inputs["base"])
+    tokenizer.pad_token = template["pad_token"]
+    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
+    job = sft.Job(
+        seed=spec.seed,
+        lora=spec.lora,
+        train=spec.train,
+        quantized=spec.quantization is not None,
+        precision=precision,
+        device=device,
+        checkpoints=out / "checkpoints",
+        metrics_file=out / "metrics.jsonl",
+    )
+    result = sft.train(job, base, tokenizer, rows, ctx)
+    if ctx.rank == 0:
+        pinned = json.loads((inputs["base"] / "base.json").read_text(encoding="utf-8"))
+        sft.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"])
+        _add_template(inputs["render"] / "template", inputs["base"], out / "adapter", template["pad_token"])
+    return {
+        "loss": result.loss,
+        "first_loss": result.first_loss,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "trainable_parameters": result.trainable_parameters,
+        "precision": precision,
+        "device": result.device_name,
+        "batch_rows": spec.train.batch_rows,
+        "micro_batch_rows": result.micro_batch_rows,
+        "processes": ctx.world,
+        "resumed_from_steps": result.resumed_from,
+    }
+
+
+def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:
+    """The tokenizer and the template that were trained travel with the adapter."""
+    from finetune.backends import models
+
+    models.copy_tokenizer(base, adapter)
+    models.set_pad_token(adapter, pad_token)
+    (adapter / "chat_template.jinja").write_bytes((template / "inference.jinja").read_bytes())
+    target = adapter / "template"
+    target.mkdir(exist_ok=True)
+    for file in sorted(template.iterdir()):
+        (target / file.name).write_bytes(file.read_bytes())

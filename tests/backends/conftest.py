@@ -1,0 +1,18 @@
+"""Fixtures for tests of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import LoopbackHub, point_client, serve
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A loopback Hub to which the real client in this process talks, logged in as `me`."""
+    with serve() as running:
+        point_client(monkeypatch, running, tmp_path / "hf_home")
+        yield running

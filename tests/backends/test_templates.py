@@ -1,0 +1,153 @@
+"""The template decision, and the proof against what bases themselves write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.backends.marking import has_markers, strip_markers
+from finetune.backends.templates import (
+    JinjaRenderer,
+    choose_template,
+    fingerprint_of,
+    named_templates,
+    sha256,
+    template_text,
+)
+from finetune.data.audit import marking_problem
+from finetune.data.chat import TemplateRefused, turn
+from finetune.errors import GateRefused, InputError
+from finetune.records import Example, Message
+from tests.base_templates import ALL, kind_of
+from tests.tiny_tokenizers import build
+
+EQUAL = {"mistral": "mistral_card", "llama2": "llama2", "llama3": "llama3", "chatml": "chatml", "zephyr": "zephyr"}
+texts = st.text(st.sampled_from("ab \n<>[]/"), max_size=12)
+turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
+
+
+def example(number: int, *contents: str, system: str | None = None) -> Example:
+    said = [Message(("user", "assistant")[i % 2], c) for i, c in enumerate(contents)]
+    return Example(f"r:{number}", "r", tuple([Message("system", system)] * (system is not None) + said))
+
+
+ROWS = [example(1, "Hi", "Hello."), example(2, " a ", "b\n", "c", " d"), example(3, "x", "y", system="Be brief.")]
+
+
+def test_there_are_six() -> None:
+    assert list(named_templates()) == ["alpaca", "chatml", "llama2", "llama3", "mistral", "zephyr"]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+@settings(max_examples=40, deadline=None)
+@given(said=turns, system=st.none() | texts)
+def test_ours_write_byte_for_byte_what_the_base_writes(name, said, system) -> None:
+    special = build(kind_of(name)).special_tokens_map
+    ours, theirs = JinjaRenderer(template_text(name, None), special), JinjaRenderer(ALL[EQUAL[name]], special)
+    chat = [m for q, a in said for m in (turn("user", q), turn("assistant", a))]
+    if system is not None and name != "mistral":
+        chat.insert(0, turn("system", system))
+    assert ours(chat)[0] == theirs(chat)[0]
+    assert ours(chat[:-1], True)[0] == theirs(chat[:-1], True)[0]
+    assert marking_problem(*ours(chat), chat) is None
+    assert ours(chat)[1][-1][0] == len(ours(chat[:-1], True)[0])
+
+
+def test_alpaca_writes_the_published_prompt() -> None:
+    render = JinjaRenderer(template_text("alpaca", None), {"bos_token": "<s>", "eos_token": "</s>"})
+    text, spans = render([turn("user", "Add 1 and 2."), turn("assistant", "3")])
+    assert text == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n3</s>"
+    )
+    assert [text[a:b] for a, b in spans] == ["3</s>"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_auto_finds_the_assistants_text_in_every_base(name) -> None:
+    tokenizer = build(kind_of(name), ALL[name])
+    chosen = choose_template("auto", None, tokenizer, ROWS, merge=True)
+    assert chosen.inference == ALL[name] and has_markers(chosen.training)
+    assert chosen.system == (name not in ("mistral_first", "mistral_card"))
+    assert chosen.name == ("base, marked as llama3" if name == "llama3" else "base")
+    render = JinjaRenderer(chosen.training, tokenizer.special_tokens_map)
+    text, spans = render([turn("user", "Hi"), turn("assistant", "Hello.")])
+    assert text[spans[0][0] : spans[0][1]].strip().removeprefix("Hello.").strip() in (
+        "</s>",
+        "<|eot_id|>",
+        "<|im_end|>",
+    )
+
+
+def test_the_tiny_builtin_template_is_marked() -> None:
+    from finetune.backends.tiny_mistral import CHAT_TEMPLATE
+
+    chosen = choose_template("auto", None, build("unigram", CHAT_TEMPLATE), ROWS, merge=True)
+    assert chosen.name == "base" and chosen.inference == CHAT_TEMPLATE and has_markers(chosen.training)
+
+
+def test_a_base_with_markers_keeps_its_template() -> None:
+    own = template_text("zephyr", None)
+    chosen = choose_template("auto", None, build("unigram", own), ROWS, merge=True)
+    assert (chosen.training, chosen.inference, chosen.name) == (own, own, "base")
+    assert chosen.digest == sha256(own)
+
+
+def test_a_base_without_template_is_refused_with_the_names() -> None:
+    with pytest.raises(GateRefused, match="alpaca, chatml, llama2, llama3, mistral, zephyr"):
+        choose_template("auto", None, build("metaspace"), ROWS, merge=True)
+
+
+def test_a_template_that_nothing_matches_is_refused_with_reasons() -> None:
+    strange = "{% for m in messages %}{% set x = m.role ~ ': ' ~ m.content %}{{ x }}{{ '\n' }}{% endfor %}"
+    with pytest.raises(GateRefused, match=r"(?s)alpaca.*marked as mistral: row r:1 differs"):
+        choose_template("auto", None, build("metaspace", strange), ROWS, merge=False)
+
+
+def test_markers_in_the_wrong_place_are_not_proved() -> None:
+    # the generation prompt holds a word that the template does not write before an answer
+    wrong = ALL["chatml"].replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    with pytest.raises(GateRefused, match="generation prompt"):
+        choose_template("auto", None, build("byte_level", wrong), ROWS, merge=True)
+
+
+@pytest.mark.parametrize("name", list(EQUAL))
+def test_a_named_template_travels_without_its_markers(name) -> None:
+    tokenizer = build(kind_of(name))
+    chosen = choose_template(name, None, tokenizer, ROWS, merge=True)
+    assert chosen.training == template_text(name, None)
+    assert chosen.inference == strip_markers(chosen.training) and "generation -" not in chosen.inference
+    with_, without = (JinjaRenderer(t, tokenizer.special_tokens_map) for t in (chosen.training, chosen.inference))
+    chat = [turn("user", " q"), turn("assistant", "a "), turn("user", "r"), turn("assistant", "b")]
+    assert with_(chat)[0] == without(chat)[0]
+
+
+def test_a_file_without_markers_gets_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(ALL["chatml"], encoding="utf-8")
+    chosen = choose_template("mine.jinja", file, build("byte_level"), ROWS, merge=True)
+    assert chosen.name == "mine.jinja" and chosen.inference == ALL["chatml"] and has_markers(chosen.training)
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(InputError, match=r"'mistrl'; allowed are auto, alpaca.*\.jinja"):
+        fingerprint_of("mistrl", None)
+
+
+def test_editing_a_template_changes_the_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("a", encoding="utf-8")
+    before = fingerprint_of("mine.jinja", file)
+    file.write_text("b", encoding="utf-8")
+    assert fingerprint_of("mine.jinja", file) != before
+    assert set(fingerprint_of("auto", None)["templates"]) == set(named_templates())
+
+
+def test_a_template_may_refuse_a_chat_but_not_run_code() -> None:
+    with pytest.raises(TemplateRefused, match="alternate"):
+        JinjaRenderer(template_text("mistral", None), {})([turn("assistant", "a")])
+    with pytest.raises(TemplateRefused):
+        JinjaRenderer("{{ messages.__class__.__mro__ }}", {})([turn("user", "a")])

@@ -1,0 +1,112 @@
+"""A whole run in seconds: a small random Mistral in a folder, three hundred rows, the real libraries."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NOUNS = "tree river stone cloud bird house lamp road boat wheel clock garden market window letter bridge".split()
+VERBS = "sees finds paints moves follows opens carries builds breaks repairs".split()
+RECIPE = """\
+schema: 1
+name: small
+model: ./base
+data:
+  - {source: local, path: rows.jsonl}
+filter: {max_length_tokens: 100}
+dedup: {embedding: lsa, threshold: 0.98}
+split: {eval_fraction: 0.1}
+render: {max_length_tokens: 128}
+lora: {r: 4, alpha: 8, dropout: 0.1}
+train: {learning_rate: 5e-3, max_steps: 12, batch_rows: 2, warmup_fraction: 0.2}
+evaluate: {max_rows: 12, generations: 2}
+certify: {tokens: 300, min_agreement: 0.1, max_perplexity_ratio: 2}
+runtime: {save_steps: 4}
+"""
+
+
+def rows():
+    """Conversations, with exact and near duplicates among them."""
+    chance = random.Random(0)
+    found = []
+    for i in range(260):
+        a, b, verb = chance.choice(NOUNS), chance.choice(NOUNS), chance.choice(VERBS)
+        answer = f"The {a} number {i} {verb} the {b}, and then the {chance.choice(NOUNS)} {chance.choice(VERBS)} it again."
+        found.append({"instruction": f"What does the {a} number {i} do?", "input": "", "output": answer})
+    return found + found[:20] + [{**r, "output": r["output"].upper()} for r in found[20:40]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """A recipe's folder, with commands that run in it as a person would."""
+
+    folder: Path
+
+    @property
+    def recipe(self):
+        return self.folder / "small.yaml"
+
+    def command(self, *arguments):
+        roots = ["--artifacts", str(self.folder / "artifacts"), "--scratch", str(self.folder / "scratch")]
+        extra = roots if arguments[0] in ("run", "show", "plan", "inspect", "publish", "clean") else []
+        return [sys.executable, "-m", "finetune", *map(str, arguments), *extra]
+
+    def environment(self, **more):
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        return {**os.environ, **settings, "XDG_CACHE_HOME": str(self.folder / "cache"), **more}
+
+    def start(self, *arguments, **more):
+        return subprocess.Popen(
+            self.command(*arguments), env=self.environment(**more), cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def run(self, *arguments, status=0, **more):
+        done = subprocess.run(
+            self.command(*arguments), env=self.environment(**more), cwd=self.folder, capture_output=True, text=True,
+            check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def show(self, name="small"):
+        return json.loads(self.run("show", name, "--json").stdout)
+
+    def keys(self):
+        return {name: s.get("key") for name, s in self.show()["stages"].items()}
+
+
+def make_workspace(folder):
+    from finetune.backends import tiny_mistral
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = rows()
+    texts = [f"[INST] {r['instruction']} [/INST] {r['output']}" for r in data]
+    tokenizer = tiny_mistral.train_tokenizer(texts, 400)
+    size = tiny_mistral.Size(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, vocabulary=len(tokenizer))
+    model = tiny_mistral.new_model(size, seed=0)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    (folder / "small.yaml").write_text(RECIPE)
+    return Workspace(folder)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """A workspace nobody runs in."""
+    return make_workspace(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A workspace whose recipe has run to the end, uninterrupted. Copy it before changing anything in it."""
+    workspace = make_workspace(tmp_path_factory.mktemp("finished") / "work")
+    workspace.run("run", "small.yaml")
+    return workspace

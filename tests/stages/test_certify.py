@@ -1,0 +1,195 @@
+"""The certificate: its figures against an ordinary forward, its choice, and its gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.backends import models
+from finetune.backends.lora_merge import RoundTrip, merged_tensors, plan_merge
+from finetune.data.training_rows import read_token_rows
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.recipe import Recipe
+from finetune.stages import certify
+from tests.stages.finished import context, finish, random_rows, write_rows
+from tests.tiny_models import VOCABULARY
+
+OPEN = {"min_agreement": 0, "max_perplexity_ratio": 10}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": "builtin:tiny-mistral",
+            "data": [{"source": "pydoc"}],
+            "certify": OPEN,
+            "merge": {"dtype": "float32"},
+            **sections,
+        }
+    )
+
+
+def run(root: Path, inputs: dict[str, Path], name: str = "out", **sections: Any) -> dict[str, Any]:
+    spec = certify.spec(recipe(**sections))
+    assert spec is not None
+    (root / name).mkdir()
+    metrics = certify.run(spec, inputs, root / name, context(root))
+    certificate = json.loads((root / name / "certificate.json").read_text())
+    assert {k: certificate[k] for k in metrics} == metrics
+    return certificate
+
+
+def trained_model(inputs: dict[str, Path]) -> Any:
+    spec = recipe()
+    base = models.load_base(spec.model, inputs["base"], context(inputs["base"]), spec.quantization, "fp32", "cpu")
+    return models.attach_adapter(base, inputs["train"] / "adapter")
+
+
+def merged_model(inputs: dict[str, Path], trip: RoundTrip | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(inputs["base"], dtype=torch.float32)
+    state = dict(merged_tensors(plan_merge(inputs["base"], inputs["train"] / "adapter", "float32", trip)))
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def figures(first: Any, second: Any, path: Path) -> dict[str, float]:
+    """What a certificate says, from whole forwards of single rows."""
+    nll = np.zeros(2)
+    kl, same, count = 0.0, 0, 0
+    for row in read_token_rows(path):
+        with torch.no_grad():
+            logits = [m(torch.from_numpy(row.ids)[None].long()).logits[0, :-1].double() for m in (first, second)]
+        keep = torch.from_numpy(row.mask[1:])
+        labels = torch.from_numpy(row.ids[1:]).long()[keep]
+        a, b = (torch.log_softmax(x[keep], -1) for x in logits)
+        nll += [float(-x.gather(1, labels[:, None]).sum()) for x in (a, b)]
+        kl += float((a.exp() * (a - b)).sum())
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        count += len(labels)
+    one, two = np.exp(nll / count)
+    return {"perplexity_trained": one, "perplexity": two, "mean_kl": kl / count, "agreement": same / count}
+
+
+def test_the_figures_are_those_of_ordinary_forwards(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    certificate = run(tmp_path, inputs)
+    trained = trained_model(inputs)
+    for name, trip in (("original", None), ("dequantized", RoundTrip("nf4", True, "float32"))):
+        expected = figures(trained, merged_model(inputs, trip), inputs["render"] / "eval.parquet")
+        found = {**certificate["candidates"][name], "perplexity_trained": certificate["perplexity_trained"]}
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
+        low, high = found["perplexity_interval"]
+        assert low < found["perplexity"] < high
+    assert certificate["candidates"]["original"]["mean_kl"] > 1e-3
+    assert abs(certificate["candidates"]["dequantized"]["mean_kl"]) < 1e-6
+    assert certificate["candidates"]["dequantized"]["agreement"] == 1
+
+
+def test_the_same_inputs_are_the_same_bytes(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    run(tmp_path, inputs, "first")
+    run(tmp_path, inputs, "second")
+    assert (tmp_path / "first/certificate.json").read_bytes() == (tmp_path / "second/certificate.json").read_bytes()
+
+
+def test_auto_takes_the_original_where_chance_explains_the_difference(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    certificate = run(tmp_path, inputs)
+    low, high = certificate["dequantized_minus_original"]["interval"]
+    assert low < 0 < high
+    assert certificate["base"] == "original"
+    assert certificate["perplexity_merged"] == certificate["candidates"]["original"]["perplexity"]
+
+
+def test_auto_takes_the_dequantized_base_where_it_is_told_from_chance(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    model = trained_model(inputs)
+    rows = [row[:4] for row in random_rows(24)]
+    with torch.no_grad():
+        for row in rows:  # held-out text that the trained model itself would write
+            for _ in range(20):
+                row.append(int(model(torch.tensor([row])).logits[0, -1, 3:].argmax()) + 3)
+    write_rows(inputs["render"] / "eval.parquet", rows)
+    certificate = run(tmp_path, inputs)
+    assert certificate["dequantized_minus_original"]["interval"][1] < 0
+    assert certificate["base"] == "dequantized"
+    assert certificate["words"].startswith("merged into the dequantized base in float32, it agrees")
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_base_that_is_asked_for_is_the_only_candidate(tmp_path: Path, base: str) -> None:
+    certificate = run(tmp_path, finish(tmp_path), certify={**OPEN, "base": base})
+    assert list(certificate["candidates"]) == [base]
+    assert certificate["base"] == base
+
+
+def test_the_gate_refuses_and_says_which_base_would_do(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    with pytest.raises(GateRefused, match=r"at least 99\.0%.*set certify\.base: dequantized"):
+        run(tmp_path, inputs, certify={**OPEN, "min_agreement": 0.99})
+    assert json.loads((tmp_path / "out/certificate.json").read_text())["base"] == "original"  # the figures are kept
+    assert run(tmp_path, inputs, "again", certify={"base": "dequantized", "min_agreement": 0.99})["agreement"] == 1
+
+
+def test_the_gate_refuses_a_perplexity_that_rose(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    limits = certify.Certify(base="original", min_agreement=0, max_perplexity_ratio=1.05)
+    certificate = run(tmp_path, inputs)
+    certify._gate(limits, {**certificate, "perplexity_ratio": 1.04})
+    with pytest.raises(GateRefused, match="publish the adapter instead"):
+        certify._gate(limits, {**certificate, "perplexity_ratio": 1.06, "candidates": {}})
+
+
+def test_tied_models_and_other_shapes(tmp_path: Path) -> None:
+    inputs = finish(tmp_path, "qwen2", config={"tie_word_embeddings": True}, modules_to_save=["embed_tokens"])
+    certificate = run(tmp_path, inputs, merge={"dtype": "float32"})
+    assert abs(certificate["candidates"]["dequantized"]["mean_kl"]) < 1e-6
+
+
+def test_16_bit_training_has_one_candidate(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    certificate = run(tmp_path, inputs, quantization=None)
+    assert list(certificate["candidates"]) == ["original"]
+    assert certificate["agreement"] == 1
+    assert certificate["dequantized_minus_original"] is None
+    with pytest.raises(InputError, match="quantization is null"):
+        run(tmp_path, inputs, "again", quantization=None, certify={"base": "dequantized"})
+
+
+def test_tokens_bound_the_rows(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    write_rows(inputs["render"] / "eval.parquet", [list(range(3, 43))] * 6)
+    certificate = run(tmp_path, inputs, certify={**OPEN, "tokens": 100})
+    assert (certificate["rows"], certificate["tokens"]) == (2, 2 * 36)
+
+
+def test_no_usable_row_is_said(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    write_rows(inputs["render"] / "eval.parquet", [[3, 4, 5, 6]])
+    with pytest.raises(FinetuneError, match="no held-out row"):
+        run(tmp_path, inputs)
+
+
+def test_what_cannot_be_merged_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    path = inputs["train"] / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(InputError, match="'pissa'"):
+        run(tmp_path, inputs)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_it_is_off_where_nothing_is_merged_or_held_out() -> None:
+    for section in ("certify", "merge", "split"):
+        assert certify.spec(recipe(**{section: None})) is None
+    assert certify.spec(recipe()) is not None
+    assert VOCABULARY > 0

@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from finetune.context import StopFlag
+from finetune.errors import InputError, Stopped
+from finetune.stages import dedup, embed
+from tests.stages.rows import chat, context, folder, ids, recipe, sentences
+
+LONG = " ".join(sentences(9))
+
+
+def built(tmp_path, rows, vectors="lsa", **section):
+    whole = recipe(dedup={"threshold": 0.9, **section})
+    kept = folder(tmp_path / "filter", rows)
+    embedded = kept
+    if vectors is not None:
+        embedded = tmp_path / "embed"
+        embedded.mkdir(exist_ok=True)
+        if isinstance(vectors, str):
+            embed.run(embed.spec(whole), {"filter": kept}, embedded, context(tmp_path))
+        else:
+            np.save(embedded / "vectors.npy", np.asarray(vectors, np.float32))
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    metrics = dedup.run(dedup.spec(whole), {"filter": kept, "embed": embedded}, out, context(tmp_path))
+    return out, metrics, pq.read_table(out / "pairs.parquet").to_pylist()
+
+
+def test_copies_and_near_copies_go_and_say_whom_they_repeat(tmp_path):
+    texts = sentences(30)
+    rows = [chat(i, "q", t) for i, t in enumerate(texts, 1)]
+    rows += [chat(31, "q", LONG), chat(32, "q", texts[4].upper() + " \n"), chat(33, "q", LONG.replace("w", "v", 1))]
+    rows += [chat(34, "q", ""), chat(35, "q", "")]
+    out, metrics, pairs = built(tmp_path, rows)
+    assert metrics == {"rows_in": 35, "rows_out": 33, "exact": 1, "embedding": 1}
+    assert ids(out / "rows.parquet") == [r.id for r in rows if r.id not in ("a:5", "a:33")]  # a:32 is longer than a:5
+    assert [(p["dropped_id"], p["kept_id"], p["method"]) for p in pairs] == [
+        ("a:5", "a:32", "exact"),
+        ("a:33", "a:31", "embedding"),
+    ]
+    assert pairs[0]["score"] == 1 and 0.9 <= pairs[1]["score"] < 1
+
+
+def test_without_vectors_only_exact_copies_go(tmp_path):
+    rows = [chat(1, "q", "A  b"), chat(2, "q", "a b"), chat(3, "q", "a b c")]
+    out, metrics, pairs = built(tmp_path, rows, None, keep="first")
+    assert metrics == {"rows_in": 3, "rows_out": 2, "exact": 1, "embedding": 0}
+    assert ids(out / "rows.parquet") == ["a:1", "a:3"]
+    _, metrics, pairs = built(tmp_path, rows, None, exact=False)
+    assert metrics["rows_out"] == 3 and pairs == []
+
+
+def test_a_dropped_row_is_always_led_to_a_row_that_stays(tmp_path):
+    rows = [chat(1, "q", "same"), chat(2, "q", "same"), chat(3, "q", "longer text")]
+    _, metrics, pairs = built(tmp_path, rows, [[1, 0], [1, 0], [0.96, 0.28]])
+    assert metrics["rows_out"] == 1
+    assert [(p["dropped_id"], p["kept_id"], p["method"]) for p in pairs] == [
+        ("a:1", "a:3", "embedding"),
+        ("a:2", "a:3", "exact"),
+    ]
+    assert [p["score"] for p in pairs] == pytest.approx([0.96, 0.96], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("first", "a:1"), ("longest", "a:2"), ("column:score", "a:3"), ("column:flag", "a:3")]
+)
+def test_which_of_two_stays(tmp_path, keep, kept):
+    rows = [
+        chat(1, "q", "x", extra=json.dumps({"score": 2})),
+        chat(2, "q long", "x", extra=None),
+        chat(3, "q", "x", extra=json.dumps({"score": 2.5, "flag": True})),
+    ]
+    out, _, _ = built(tmp_path, rows, None, keep=keep)
+    assert ids(out / "rows.parquet") == [kept]
+
+
+def test_a_column_that_cannot_rank_is_refused(tmp_path):
+    rows = [chat(1, "q", "x", extra=json.dumps({"score": "high"})), chat(2, "q", "x")]
+    with pytest.raises(InputError, match="column 'score' of row a:1 is 'high'"):
+        built(tmp_path, rows, None, keep="column:score")
+    with pytest.raises(InputError, match="no row has a column 'other'"):
+        built(tmp_path, rows, None, keep="column:other")
+
+
+def test_off_and_no_rows(tmp_path):
+    assert dedup.spec(recipe(dedup=None)) is None
+    _, metrics, pairs = built(tmp_path, [])
+    assert metrics == {"rows_in": 0, "rows_out": 0, "exact": 0, "embedding": 0} and pairs == []
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    rows = [chat(i, "q", t) for i, t in enumerate(sentences(9) * 2, 1)]
+    out, _, _ = built(tmp_path, rows)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    built(tmp_path, rows)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_a_signal_stops_it(tmp_path):
+    kept = folder(tmp_path / "filter", [chat(1, "q", "x")])
+    with pytest.raises(Stopped):
+        dedup.run(dedup.spec(recipe()), {"filter": kept, "embed": kept}, tmp_path, context(tmp_path, stop=StopFlag(15)))

@@ -1,0 +1,101 @@
+"""The stage as the pipeline runs it, on a real small tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from finetune.context import Context
+from finetune.errors import GateRefused
+from finetune.recipe import Render, Runtime, Tracking
+from finetune.records import Example, Message, read_json, write_rows
+from finetune.stages import render
+from tests.base_templates import MISTRAL_LATER
+from tests.tiny_tokenizers import build
+
+
+def rows(count: int, start: int = 0) -> list[Example]:
+    said = [
+        (f"What is {i} and </s>?", f"It is {i}, the sea. " + "blue " * (i % 7)) for i in range(start, start + count)
+    ]
+    return [
+        Example(f"r:{i}", "r", (Message("user", q), Message("assistant", a))) for i, (q, a) in enumerate(said, start)
+    ]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    folders = {"base": tmp_path / "base", "split": tmp_path / "split"}
+    folders["split"].mkdir()
+    build("metaspace", MISTRAL_LATER).save_pretrained(folders["base"])
+    write_rows(folders["split"] / "train.parquet", rows(600))
+    write_rows(folders["split"] / "eval.parquet", rows(20, 600))
+    return folders
+
+
+def run(spec: Render, inputs: dict[str, Path], out: Path) -> dict[str, object]:
+    out.mkdir()
+    context = Context(scratch=out.parent, runtime=Runtime(), tracking=Tracking())
+    return render.run(spec, inputs, out, context)
+
+
+def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
+    metrics = run(Render(), inputs, tmp_path / "out")
+    assert metrics["rows"] == 600 and metrics["eval_rows"] == 20
+    assert metrics["dropped"] == 0 and metrics["truncated"] == 0
+    assert metrics["template"] == "base" and metrics["terminator"] == "</s>"
+    train = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert [r["id"] for r in train[:2]] == ["r:0", "r:1"]
+    assert metrics["tokens"] == sum(len(r["input_ids"]) for r in train) == sum(r["length"] for r in train)
+    labels = sum(sum(r["mask"]) for r in train)
+    assert metrics["supervised_fraction"] == labels / metrics["tokens"]
+    for r in train:
+        assert r["input_ids"].count(2) == 1 and r["input_ids"][-1] == 2 and r["mask"][-1] == 1  # the typed </s> is text
+        assert r["supervised"] == sum(r["mask"]) and r["input_ids"][0] == 1
+    template = read_json(tmp_path / "out" / "template" / "template.json")
+    assert template["terminators"] == [2] and template["pad_token"] == "<unk>" and template["bos"] is True
+    assert (tmp_path / "out" / "template" / "inference.jinja").read_text() == MISTRAL_LATER
+    assert "{% generation %}" in (tmp_path / "out" / "template" / "chat_template.jinja").read_text()
+    audit = read_json(tmp_path / "out" / "audit.json")
+    assert audit["splits"]["train"]["rows"] == 600 and audit["prompts_proved"] == 200
+
+
+def test_the_same_rows_give_the_same_bytes(inputs, tmp_path) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    run(Render(), inputs, first)
+    run(Render(), inputs, second)
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert len(files) == 6
+    assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
+
+
+def test_without_a_split_all_rows_are_for_training(inputs, tmp_path) -> None:
+    (inputs["split"] / "eval.parquet").unlink()
+    (inputs["split"] / "train.parquet").rename(inputs["split"] / "rows.parquet")
+    metrics = run(Render(template="alpaca"), inputs, tmp_path / "out")
+    assert metrics["rows"] == 600 and metrics["eval_rows"] == 0 and metrics["template"] == "alpaca"
+    assert pq.read_table(tmp_path / "out" / "eval.parquet").num_rows == 0
+
+
+def test_too_many_cut_rows_stop_the_run(inputs, tmp_path) -> None:
+    with pytest.raises(GateRefused, match=r"would be cut.*r:"):
+        run(Render(max_length_tokens=30), inputs, tmp_path / "out")
+
+
+def test_too_many_dropped_rows_stop_the_run(inputs, tmp_path) -> None:
+    with pytest.raises(GateRefused, match=r"longer than render.max_length_tokens \(r:"):
+        run(Render(max_length_tokens=30, overlong="drop"), inputs, tmp_path / "out")
+
+
+def test_a_template_file_is_trained_and_travels(inputs, tmp_path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(MISTRAL_LATER.replace("[INST]", "<Q>").replace("[/INST]", "</Q>"), encoding="utf-8")
+    spec = Render(template=str(file))
+    metrics = run(spec, inputs, tmp_path / "out")
+    assert metrics["template"] == "mine.jinja"
+    assert (tmp_path / "out" / "template" / "inference.jinja").read_text() == file.read_text()
+    before = render.fingerprint(spec)
+    file.write_text("changed", encoding="utf-8")
+    assert render.fingerprint(spec) != before
