@@ -6,11 +6,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from finetune.errors import FinetuneError, Stopped
+from finetune.errors import FinetuneError
 
 app = typer.Typer(
     help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
@@ -169,23 +169,9 @@ def clean(
 def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
     try:
-        status: Any = app(standalone_mode=False)
+        app()
     except FinetuneError as error:
         from finetune.report.console import print_error
 
         print_error(str(error))
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(Stopped(2).exit_status)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(1)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
-    sys.exit(status if isinstance(status, int) else 0)

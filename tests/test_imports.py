@@ -19,7 +19,18 @@ LAYERS = {  # what each part of the package may import of it, whether at the top
     "store": {"errors", "digests"},
     "data": {"data", "recipe", "records", "errors"},
     "metrics": {"metrics", "errors"},
-    "backends": {"backends", "data", "metrics", "recipe", "recipe_file", "records", "context", "errors", "digests", "environment"},
+    "backends": {
+        "backends",
+        "data",
+        "metrics",
+        "recipe",
+        "recipe_file",
+        "records",
+        "context",
+        "errors",
+        "digests",
+        "environment",
+    },
 }
 LAYERS["stages"] = LAYERS["backends"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "sklearn", "faiss", "pandas"}

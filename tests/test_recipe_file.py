@@ -115,7 +115,13 @@ def test_a_bad_set_says_so(option, expected, tmp_path):
 
 
 def test_set_reaches_every_kind_of_field(tmp_path):
-    sets = ["train.learning_rate=2e-5", "data.0.take=5", "dedup=null", "lora.targets=[q_proj]", "model.trust_remote_code=true"]
+    sets = [
+        "train.learning_rate=2e-5",
+        "data.0.take=5",
+        "dedup=null",
+        "lora.targets=[q_proj]",
+        "model.trust_remote_code=true",
+    ]
     recipe = parse_recipe(GOOD, tmp_path / "r.yaml", sets)
     assert recipe.train.learning_rate == 2e-5
     assert recipe.data[0].take == 5
@@ -161,7 +167,10 @@ def test_validate_exits_2_without_a_traceback_and_never_imports_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("modle: x\n")
     code = "import sys; from finetune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code, "validate", str(tmp_path / "bad.yaml")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, "validate", str(tmp_path / "bad.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert "bad.yaml:1: modle: unknown field; did you mean model?" in done.stderr and "Traceback" not in done.stderr
@@ -169,7 +178,10 @@ def test_validate_exits_2_without_a_traceback_and_never_imports_torch(tmp_path):
 
 trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["name", "model", "data", "train", "lora", "id", "r", "zz"]), x),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "model", "data", "train", "lora", "id", "r", "zz"]), x)
+    ),
     max_leaves=12,
 )
 

@@ -77,7 +77,9 @@ def test_logs_do_not_count_as_output(store, tmp_path):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=8,
 )
 
 
@@ -103,7 +105,9 @@ BUILDER = textwrap.dedent("""
 
 
 def builder(folder, seconds):
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_live_builder_is_waited_for_and_named(store, tmp_path):
@@ -177,5 +181,8 @@ def test_never_two_owners_at_once(tmp_path_factory, count):
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file", tmp_path)
-    with pytest.raises(FinetuneError, match="cannot be written"), store.lease(tmp_path / "file" / "x", print, lambda: None):
+    with (
+        pytest.raises(FinetuneError, match="cannot be written"),
+        store.lease(tmp_path / "file" / "x", print, lambda: None),
+    ):
         pass

@@ -70,6 +70,7 @@ def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
     """
     from scipy.sparse import csr_matrix
     from sklearn.utils.extmath import randomized_svd
+    from threadpoolctl import threadpool_limits
 
     weights = _tf_idf(texts)
     rows, features = weights.shape
@@ -79,7 +80,9 @@ def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
     common = np.sort(np.argsort(-frequency, kind="stable")[:SVD_FEATURES])
     weights_common = weights[:, common]
     dimension = min(SVD_DIMENSION, rows, len(common))
-    _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
+    # The last directions are nearly degenerate: with another number of threads they turn, and entries move by 2e-4.
+    with threadpool_limits(1):
+        _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
     latent = np.asarray(weights_common @ basis.T, np.float32)
 
     generator = np.random.default_rng(SEED)

@@ -57,7 +57,8 @@ class Shingles:
 
         self.length = length
         self._ids: dict[str, int] = {}
-        parts = [self._hashes([self._ids.setdefault(w, len(self._ids) + 1) for w in words(t)]) for t in texts]
+        unique = dict.fromkeys(texts)  # documentation is inherited a great deal
+        parts = [self._hashes([self._ids.setdefault(w, len(self._ids) + 1) for w in words(t)]) for t in unique]
         self._sorted = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
 
     def _hashes(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
@@ -77,7 +78,8 @@ class Shingles:
 
         hashes = self._hashes([self._ids.get(w, 0) for w in words(text)])
         at = np.searchsorted(self._sorted, hashes)
-        return bool(np.any(self._sorted[np.minimum(at, len(self._sorted) - 1)] == hashes)) if len(hashes) else False
+        inside = at < len(self._sorted)
+        return bool(np.any(self._sorted[at[inside]] == hashes[inside]))
 
 
 def package_files(package: str) -> list[tuple[str, Path]]:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from finetune.backends.embeddings import embed
 from finetune.context import Context, StopFlag
@@ -50,6 +51,14 @@ def test_lsa_rows_are_unit_equal_for_equal_texts_and_the_same_again(ctx, count):
     assert not vectors[-1].any()
     assert vectors[0].tobytes() == vectors[count].tobytes()
     assert vectors.tobytes() == embed(texts, "lsa", ctx).tobytes()
+
+
+def test_the_number_of_threads_changes_no_bit_of_lsa(ctx):
+    found = set()
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.add(embed(texts_about(1500), "lsa", ctx).tobytes())
+    assert len(found) == 1
 
 
 def test_lsa_tells_apart_texts_that_differ_in_a_rare_word_or_a_sign(ctx):

@@ -188,7 +188,7 @@ def test_an_unexpected_weight_is_fatal(base: Base) -> None:
 
 def test_a_weight_of_another_shape_is_fatal(base: Base) -> None:
     change_weights(base[1], lambda t: t.update({"model.norm.weight": torch.zeros(3)}))
-    with pytest.raises(FinetuneError, match="mismatch|size"):
+    with pytest.raises(FinetuneError, match=r"mismatch|size"):
         models.load_base(*base, None, "fp32", "cpu")
 
 
@@ -280,7 +280,9 @@ def planted(hub: LoopbackHub, folder: Path, **files: bytes | None) -> str:
     return hub.plant("lab/model", {n: c for n, c in content.items() if c is not None})
 
 
-def test_weights_come_from_the_hub_and_come_again_if_they_are_gone(base: Base, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_weights_come_from_the_hub_and_come_again_if_they_are_gone(
+    base: Base, hub: LoopbackHub, tmp_path: Path
+) -> None:
     import shutil
 
     _, folder, context = base

@@ -21,7 +21,7 @@ def columns(lengths: list[int], unlabelled: frozenset[int] = frozenset()) -> tup
     return pa.ListArray.from_arrays(offsets, pa.array(ids)), pa.ListArray.from_arrays(offsets, pa.array(mask))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(2, 16), min_size=1, max_size=30))
 def test_documents_survive_whole_with_their_numbers(lengths) -> None:
     ids, mask = columns(lengths)

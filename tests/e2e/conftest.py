@@ -37,7 +37,9 @@ def rows():
     found = []
     for i in range(260):
         a, b, verb = chance.choice(NOUNS), chance.choice(NOUNS), chance.choice(VERBS)
-        answer = f"The {a} number {i} {verb} the {b}, and then the {chance.choice(NOUNS)} {chance.choice(VERBS)} it again."
+        answer = (
+            f"The {a} number {i} {verb} the {b}, and then the {chance.choice(NOUNS)} {chance.choice(VERBS)} it again."
+        )
         found.append({"instruction": f"What does the {a} number {i} do?", "input": "", "output": answer})
     return found + found[:20] + [{**r, "output": r["output"].upper()} for r in found[20:40]]
 

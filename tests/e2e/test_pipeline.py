@@ -8,7 +8,9 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-STAGES = "base ingest filter embed dedup decontaminate sample split render pack train evaluate certify merge export".split()
+STAGES = (
+    "base ingest filter embed dedup decontaminate sample split render pack train evaluate certify merge export".split()
+)
 OFF = {"decontaminate", "sample", "export"}
 
 
@@ -112,7 +114,7 @@ def test_an_edited_data_file_template_or_base_reruns_what_reads_it(work):
     work.run("run", "small.yaml", "--until", "dedup")
     assert rebuilt(before, work.keys())[:1] == ["base"]
     template = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n{% else %}" + (
-        "{% generation %}A: {{ m['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+        "A: {% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     (work.folder / "mine.jinja").write_text(template)
     work.run("run", "small.yaml", "--set", "render.template=mine.jinja", "--until", "render")
@@ -206,7 +208,7 @@ def test_two_runs_at_once_build_each_stage_once(clean_work):
     texts = [p.communicate()[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], texts
     for stage in ("base", "ingest", "filter", "dedup", "render", "pack"):
-        assert sum(text.count(f"{stage} …") for text in texts) == 1, stage
+        assert "\n".join(texts).splitlines().count(f"{stage} …") == 1, stage
 
 
 def test_the_merged_model_answers_as_the_adapter_on_its_base_does(finished):
@@ -240,4 +242,6 @@ def test_a_mistake_is_one_sentence_with_its_own_exit_status(clean_work):
     missing = clean_work.run("run", "small.yaml", "--set", "data.0.path=nowhere.jsonl", status=2)
     assert "nowhere.jsonl" in missing.stderr and "Traceback" not in missing.stderr
     assert "has not run yet" in clean_work.run("show", "small", status=2).stderr
-    assert not (clean_work.folder / "artifacts").exists() or not list((clean_work.folder / "artifacts").glob("*/*/manifest.json"))
+    assert not (clean_work.folder / "artifacts").exists() or not list(
+        (clean_work.folder / "artifacts").glob("*/*/manifest.json")
+    )
