@@ -241,7 +241,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     if not stage.collective or fresh or not (folder / BUILDING).exists():
         store.clear(folder)
     digests = {name: output.digest for name, output in step.inputs.items()}
-    about = {
+    about: dict[str, Any] = {
         "recipe": recipe.name,
         "stage": stage.name,
         "key": step.key,

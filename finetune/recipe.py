@@ -262,12 +262,9 @@ class Lora(Section):
             raise ValueError("an empty list trains nothing")
         if any("lm_head" in n for n in names):
             raise ValueError("TRL cannot train LoRA on lm_head with its chunked loss; leave it out")
+        if any("embed_tokens" in n for n in names):
+            raise ValueError("LoRA on embed_tokens is not supported yet; leave it out")
         return targets
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of B·A for `module`: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
-        alpha = next((v for k, v in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?({k})", module)), self.alpha)
-        return alpha / (rank**0.5 if self.rslora else rank)
 
 
 class Quantization(Section):

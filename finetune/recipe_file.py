@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -35,11 +35,11 @@ class LoadedRecipe:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core scalars: `2e-4` is a number, and `no`, `on` and dates are plain text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as PyYAML declares it
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not used in recipes", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
@@ -177,12 +177,9 @@ def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: lis
         return None
     if kind == "float":
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    return {
-        "str": lambda: text,
-        "null": lambda: None,
-        "bool": lambda: text.lower() == "true",
-        "int": lambda: int(text),
-    }[kind]()
+    if kind == "int":
+        return int(text)
+    return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
 
 
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:

@@ -105,6 +105,6 @@ def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
         raise InputError(
             f"{what} under {artifacts} ({'there is ' + ', '.join(there[-5:]) if there else 'no run there'})"
         )
-    value = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    value: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     value["folder"] = folder
     return value

@@ -96,7 +96,7 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
     render, base = steps["render"], steps["base"]
     if render.manifest is None or render.folder is None or base.folder is None:
         raise InputError(f"nothing rendered yet: run `finetune run {recipe.name} --until render` first")
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer: Any = load_tokenizer(base.folder)
     console = Console()
     for row in read_token_rows(render.folder / "train.parquet", count, whole=False):
         console.print(

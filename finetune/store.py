@@ -236,7 +236,7 @@ def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]])
         owner = json.loads(content)
         me = _identity()
         if all(owner[k] == me[k] for k in ("host", "boot", "namespace")):
-            return _process_start(int(owner["pid"])) != owner["start"]
+            return bool(_process_start(int(owner["pid"])) != owner["start"])
     except (ValueError, KeyError, TypeError):
         pass  # torn or half-written: judged by whether it still changes
     return now - watch[path][1] > LEASE_SECONDS

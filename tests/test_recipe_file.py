@@ -29,6 +29,7 @@ def errors(text, tmp_path, sets=()):
     return str(caught.value).replace(f"{path}:", "r:").replace(str(path), "r")
 
 
+# ruff: noqa: E501
 BAD = {
     "unknown key at the top": (GOOD + "trian: {}\n", "r:6: trian: unknown field; did you mean train?"),
     "unknown key in a section": (GOOD + "train: {learning_rte: 1}\n", "r:6: train.learning_rte: unknown field; did you mean learning_rate?"),

@@ -78,9 +78,7 @@ class RoundTrip:
     def _dequantize(self, packed: torch.Tensor, scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(  # type: ignore[no-untyped-call]
-            scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, quant_type=self.type
-        )
+        state = QuantState(scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, quant_type=self.type)
         return dequantize_4bit(packed, state).reshape(like.shape)
 
 

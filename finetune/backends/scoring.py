@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from finetune.data.training_rows import TokenRow
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,11 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def row_nll(
-    model: PreTrainedModel, rows: Sequence[TokenRow], batch_tokens: int, ctx: Context, label: str
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    rows: Sequence[TokenRow],
+    batch_tokens: int,
+    ctx: Context,
+    label: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per row: the summed negative log-likelihood of its supervised tokens (nats), and their number."""
     import torch
@@ -62,7 +65,10 @@ def row_nll(
 
 
 def _batch_nll(
-    model: PreTrainedModel, ids: torch.Tensor, attention: torch.Tensor, wanted: torch.Tensor
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    wanted: torch.Tensor,
 ) -> torch.Tensor:
     """(B,) fp32 sums over the supervised positions of (B, T) rows; only those positions meet the vocabulary."""
     import torch
@@ -76,7 +82,7 @@ def _batch_nll(
 
 
 def greedy(
-    model: PreTrainedModel,
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
     prompts: Sequence[np.ndarray],
     limits: Sequence[int],
     terminators: Sequence[int],
@@ -96,7 +102,7 @@ def greedy(
 
 
 def _generate(
-    model: PreTrainedModel,
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
     prompts: Sequence[np.ndarray],
     limits: Sequence[int],
     terminators: Sequence[int],
@@ -118,7 +124,7 @@ def _generate(
     class OwnLimit(StoppingCriteria):
         """Each row ends at its own limit; a signal ends all."""
 
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # type: ignore[override]
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
             ctx.stop.check()
             return (input_ids.shape[1] - width) >= allowed
 

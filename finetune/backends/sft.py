@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
@@ -42,6 +42,7 @@ class Job:
     quantized: bool
     precision: str  # fp32, bf16 or fp16
     device: str
+    checkpointing: bool
     checkpoints: Path
     metrics_file: Path
 
@@ -91,9 +92,12 @@ def train(
             processing_class=tokenizer,
             peft_config=lora_config(job.lora),
         )
-        recast_adapters(trainer.model)
+        model = cast("torch.nn.Module", trainer.model)
+        recast_adapters(model)
         trainer_callbacks.replace_printers(trainer, follower)
-        _prove(trainer, packed, job.lora)
+        prove_adapters(model)
+        first = dataset[0]
+        check_batch(trainer.data_collator([first]), first.get("seq_lengths"), packed)
         if resume:
             ctx.say(f"train: goes on from {resume.name} of {steps} steps")
         follower.resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
@@ -156,13 +160,14 @@ def lora_config(lora: Lora) -> LoraConfig:
 
     return LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=cast("int", int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        # peft takes the first pattern that matches, and sorts them when it saves: sorted here, training agrees with that
+        rank_pattern=dict(sorted(lora.rank_pattern.items())),
+        alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -220,7 +225,7 @@ def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, 
 def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int, steps: int) -> SFTConfig:
     from trl import SFTConfig
 
-    checkpoint = ctx.runtime.checkpointing != "none"
+    checkpoint = job.checkpointing
     return SFTConfig(
         output_dir=str(job.checkpoints),
         seed=job.seed,
@@ -258,20 +263,17 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
     )
 
 
-def _prove(trainer: SFTTrainer, packed: bool, lora: Lora) -> None:
-    """On the collated batch and the built model, before step 1: what would ruin the adapter in silence is refused."""
+def prove_adapters(model: torch.nn.Module) -> None:
+    """Refuse a model that would train anything but LoRA parameters in fp32, or nothing."""
     import torch
 
-    trainable = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     wrong = [n for n, p in trainable.items() if p.dtype != torch.float32]
     if wrong:
         raise GateRefused(f"{len(wrong)} trainable parameters are not fp32 ({wrong[0]} is {trainable[wrong[0]].dtype})")
     other = [n for n in trainable if "lora_" not in n]
     if other or not trainable:
         raise GateRefused(f"only LoRA parameters should train, found {other[0] if other else 'none'}")
-    collator = trainer.data_collator
-    row = trainer.train_dataset[0]
-    check_batch(collator([row]), row.get("seq_lengths"), packed)
 
 
 def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packed: bool) -> None:
@@ -302,11 +304,12 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
 
     history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     tenth = max(1, len(history) // 10)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trainable = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
     if not history:
         raise FinetuneError("training logged no loss: no step was taken")
     return Result(
-        model=trainer.accelerator.unwrap_model(trainer.model),
+        model=model,
         loss=sum(history[-tenth:]) / tenth,
         first_loss=sum(history[:tenth]) / tenth,
         steps=int(trainer.state.global_step),

@@ -66,6 +66,6 @@ def _quantized(model: PreTrainedModel) -> frozenset[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     skip = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
-    settings = BitsAndBytesConfig(load_in_4bit=True)  # type: ignore[no-untyped-call]
+    settings = BitsAndBytesConfig(load_in_4bit=True)
     swapped = replace_with_bnb_linear(model, skip, settings)
     return frozenset(n for n, m in swapped.named_modules() if isinstance(m, Linear4bit))

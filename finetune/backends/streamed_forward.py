@@ -47,7 +47,7 @@ def empty_model(
     try:
         with init_empty_weights(include_buffers=False):
             # typed Any: transformers' auto classes carry no annotations
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: Any = AutoModelForCausalLM.from_config(
                 config,
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
@@ -72,7 +72,7 @@ class StreamedModel:
         """Take over `model` (from `empty_model`); nothing is loaded yet."""
         self.model = model
         self.layers = decoder_layers(model)
-        self._head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head: nn.Module = model.get_output_embeddings()
         self._weights = weights
         self._device = device
         for name, buffer in list(model.named_buffers()):

@@ -196,7 +196,9 @@ def wire_lookup(model: MistralForCausalLM) -> None:
     codes, constant = hidden // 2, hidden - 1
     here, before, written = slice(0, codes), slice(codes, codes + width), slice(codes + width, codes + 2 * width - 1)
     turns = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2) / width)  # radians a token
-    fast = (turns > 0.01).nonzero().flatten()  # tells one position from the next; RoPE pairs dimension i with i + width/2
+    fast = (
+        (turns > 0.01).nonzero().flatten()
+    )  # tells one position from the next; RoPE pairs dimension i with i + width/2
     slow = (turns <= 0.01).nonzero().flatten()  # hardly turns within a text: compares content
     content = torch.cat([slow, slow + width // 2])
     previous, lookup = (layer.self_attn for layer in model.model.layers[:2])
@@ -227,8 +229,6 @@ def _orthonormal(rows: int, columns: int) -> torch.Tensor:
     import torch
 
     return torch.linalg.qr(torch.randn(columns, rows))[0].T * (columns / rows) ** 0.5
-
-
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], sequence: int, seed: int) -> Tokens:

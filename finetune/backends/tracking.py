@@ -55,7 +55,7 @@ def _open_wandb(ctx: Context, folder: Path) -> Any:  # noqa: ANN401 - wandb's ru
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.api.api_key)
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     ctx.say(f"tracking: W&B {mode} (project {ctx.tracking.wandb_project}, files in {folder})")
     return wandb.init(
         project=ctx.tracking.wandb_project,

@@ -6,14 +6,14 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.backends.sft import mark_complete
-from finetune.backends.tracking import open_tracker
-from finetune.context import Context
+from finetune.backends.tracking import Tracker, open_tracker
+from finetune.context import Bar, Context
 from finetune.environment import peak_memory_bytes
 from finetune.errors import FinetuneError
 
@@ -32,9 +32,9 @@ class Follower(TrainerCallback):
         self.tokens = 0
         self._tokens_before = 0
         self._started = self._last = time.monotonic()
-        self._bar = None
-        self._file = None
-        self._tracker = None
+        self._bar: Bar | None = None
+        self._file: TextIO | None = None
+        self._tracker: Tracker | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
         """Open the log. Lines after the checkpoint that is resumed from were undone, and go."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
@@ -24,7 +24,7 @@ class Spec(Section):
     seed: int
     model: Model
     quantization: Quantization | None
-    precision: str
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
     evaluate: Evaluate
 
 
@@ -59,7 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = models.load_tokenizer(inputs["base"])
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
-    model = models.attach_adapter(base, inputs["train"] / "adapter").eval()
+    model: Any = models.attach_adapter(base, inputs["train"] / "adapter").eval()
 
     nll, counts = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (adapter)")
     with model.disable_adapter():
@@ -71,9 +71,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     prompt_use = _prompt_use(true_nll, other_nll, answer_counts, spec.seed)
 
     chosen = rows[: settings.generations]
-    answers, base_answers = _generate(
-        model, chosen, template, tokenizer.convert_tokens_to_ids(template["pad_token"]), ctx
-    )
+    pad_id = tokenizer.get_vocab()[template["pad_token"]]
+    answers, base_answers = _generate(model, chosen, template, pad_id, ctx)
     lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
     write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in lines).encode())
     stopped = sum(a.finish == "stop" for a in answers)

@@ -9,6 +9,8 @@ from pathlib import Path
 from finetune.context import Context, Metrics
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 
+CHECKPOINT_FROM_PARAMETERS = 500_000_000
+
 
 class Spec(Section):
     """What decides the adapter, beside the rows and the base."""
@@ -57,6 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         quantized=spec.quantization is not None,
         precision=precision,
         device=device,
+        checkpointing=_checkpointing(ctx.runtime.checkpointing, inputs["base"]),
         checkpoints=out / "checkpoints",
         metrics_file=out / "metrics.jsonl",
     )
@@ -81,6 +84,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "processes": ctx.world,
         "resumed_from_steps": result.resumed_from,
     }
+
+
+def _checkpointing(choice: str, base: Path) -> bool:
+    """Whether activations are recomputed (the gradients are the same): a small base has memory to spare."""
+    if choice != "auto":
+        return choice == "full"
+    parameters = json.loads((base / "base.json").read_text(encoding="utf-8"))["parameters"]
+    return bool(parameters >= CHECKPOINT_FROM_PARAMETERS)
 
 
 def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:

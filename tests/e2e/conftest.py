@@ -91,7 +91,7 @@ def make_workspace(folder):
     data = rows()
     texts = [f"[INST] {r['instruction']} [/INST] {r['output']}" for r in data]
     tokenizer = tiny_mistral.train_tokenizer(texts, 400)
-    size = tiny_mistral.Size(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, vocabulary=len(tokenizer))
+    size = tiny_mistral.Size(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=len(tokenizer))
     model = tiny_mistral.new_model(size, seed=0)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

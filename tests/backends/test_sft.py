@@ -1,0 +1,245 @@
+"""The proofs before step 1, and what TRL's trainer does with our rows on a real quantised model."""
+
+import json
+
+import pyarrow as pa
+import pytest
+import torch
+
+from finetune.backends import models, sft
+from finetune.context import Context
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.recipe import Lora, Model, Quantization, Runtime, Tracking, Train
+from tests.e2e.conftest import make_workspace
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("sft")).folder / "base"
+
+
+@pytest.fixture
+def ctx(tmp_path):
+    return Context(scratch=tmp_path / "scratch", runtime=Runtime(save_steps=100), tracking=Tracking(), device="cpu")
+
+
+@pytest.fixture
+def load(base, ctx, tmp_path):
+    from finetune.stages.base import Spec, run
+
+    folder = tmp_path / "pinned"
+    folder.mkdir()
+    model = Model.model_validate(str(base))
+    run(Spec(model=model), {}, folder, ctx)
+    return lambda quantization=Quantization(double=False): models.load_base(  # noqa: B008
+        model, folder, ctx, quantization, "fp32", "cpu"
+    )
+
+
+def documents(count=12):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        n = int(torch.randint(6, 20, (), generator=generator))
+        ids = torch.randint(5, 300, (n,), generator=generator).tolist()
+        found.append((ids, [-100] * (n // 2) + ids[n // 2 :]))
+    return found
+
+
+def unpacked(rows):
+    return pa.table({"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]})
+
+
+def packed(rows, tmp_path):
+    import pyarrow.parquet as pq
+
+    bins = [[]]
+    for row in rows:
+        if sum(len(r[0]) for r in bins[-1]) + len(row[0]) > LENGTH:
+            bins.append([])
+        bins[-1].append(row)
+    table = pa.table(
+        {
+            "input_ids": [[t for r in b for t in r[0]] for b in bins],
+            "labels": [[t for r in b for t in r[1]] for b in bins],
+            "seq_lengths": [[len(r[0]) for r in b] for b in bins],
+        }
+    )
+    pq.write_table(table, tmp_path / "packed.parquet")
+    return tmp_path / "packed.parquet"
+
+
+def job(tmp_path, name="run", **train):
+    settings = {"learning_rate": 1e-2, "batch_rows": 4, "max_steps": 3, "warmup_fraction": 0, "optimizer": "adamw"}
+    (tmp_path / name).mkdir()
+    return sft.Job(
+        seed=0, lora=Lora(r=4, dropout=0), train=Train(**{**settings, **train}), quantized=True, precision="fp32",
+        device="cpu", checkpointing=False, checkpoints=tmp_path / name / "checkpoints",
+        metrics_file=tmp_path / name / "metrics.jsonl",
+    )  # fmt: skip
+
+
+def trained(job, model, base, rows, ctx):
+    result = sft.train(job, model, models.load_tokenizer(base), rows, ctx)
+    weights = {n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad}
+    return result, weights
+
+
+def assert_close(first, second, tolerance=2e-4):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=tolerance), name
+
+
+def test_a_batch_of_four_is_four_of_one_on_unequal_lengths(load, base, ctx, tmp_path):
+    from dataclasses import replace
+
+    rows = unpacked(documents())
+    outcomes = []
+    for micro in (4, 1):
+        own = replace(ctx, runtime=Runtime(micro_batch_rows=micro, save_steps=100))
+        outcomes.append(trained(job(tmp_path, f"m{micro}"), load(), base, rows, own)[1])
+    assert_close(*outcomes)
+
+
+def test_packed_is_unpacked(load, base, ctx, tmp_path):
+    rows = documents()
+    everything = len(rows)  # one step over all of it, so that both see the same tokens in the same step
+    path = packed(rows, tmp_path)
+    import pyarrow.parquet as pq
+
+    bins = pq.read_metadata(path).num_rows
+    one, a = trained(job(tmp_path, "a", batch_rows=everything, max_steps=1), load(), base, unpacked(rows), ctx)
+    two, b = trained(job(tmp_path, "b", batch_rows=bins, max_steps=1), load(), base, path, ctx)
+    assert one.loss == pytest.approx(two.loss, abs=1e-5)
+    assert_close(a, b)
+
+
+def test_checkpointing_changes_nothing(load, base, ctx, tmp_path):
+    from dataclasses import replace
+
+    rows = packed(documents(), tmp_path)
+    off = trained(job(tmp_path, "off"), load(), base, rows, ctx)[1]
+    on = trained(replace(job(tmp_path, "on"), checkpointing=True), load(), base, rows, ctx)[1]
+    assert_close(off, on, 1e-6)
+
+
+def test_adapters_are_fp32_and_nearly_every_element_moves(load, base, ctx, tmp_path):
+    result, weights = trained(job(tmp_path, max_steps=4, learning_rate=2e-5), load(), base, unpacked(documents()), ctx)
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    moved = [(p != 0).float().mean() for n, p in weights.items() if "lora_B" in n]
+    assert min(moved) > 0.99
+    assert result.steps == 4 and result.trainable_parameters == sum(p.numel() for p in weights.values())
+
+
+def test_trl_still_casts_the_adapters_of_a_quantised_model_to_bf16(load, base, tmp_path):
+    """When this fails, recast_adapters can go."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        model=load(),
+        args=SFTConfig(str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, report_to="none", use_cpu=True),
+        train_dataset=Dataset(unpacked(documents())),
+        processing_class=models.load_tokenizer(base),
+        peft_config=sft.lora_config(Lora(r=4)),
+    )  # fmt: skip
+    assert sft.recast_adapters(trainer.model) > 0
+    assert sft.recast_adapters(trainer.model) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_step(load, base, ctx, tmp_path):
+    model = load()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = float("nan")
+    with pytest.raises(FinetuneError, match="became nan at step 1"):
+        trained(job(tmp_path), model, base, unpacked(documents()), ctx)
+
+
+def test_a_checkpoint_without_its_marker_is_not_resumed_from(tmp_path):
+    for number, complete in ((4, True), (8, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        if complete:
+            sft.mark_complete(folder)
+    assert sft.last_checkpoint(tmp_path, remove_incomplete=False).name == "checkpoint-8"
+    assert (tmp_path / "checkpoint-12").exists()
+    assert sft.last_checkpoint(tmp_path, remove_incomplete=True).name == "checkpoint-8"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def batch(positions, labels=None, **more):
+    ids = torch.arange(10, 10 + len(positions))[None]
+    return {
+        "input_ids": ids,
+        "labels": ids if labels is None else labels,
+        "position_ids": torch.tensor([positions]),
+        **more,
+    }
+
+
+def test_the_batch_gate_is_silent_on_isolated_documents_and_fires_otherwise():
+    sft.check_batch(batch([0, 1, 2, 0, 1]), [3, 2], packed=True)
+    with pytest.raises(GateRefused, match="do not restart"):
+        sft.check_batch(batch([0, 1, 2, 3, 4]), [3, 2], packed=True)
+    with pytest.raises(GateRefused, match="dense attention mask"):
+        sft.check_batch(batch([0, 1, 2, 0, 1], attention_mask=torch.ones(1, 5)), [3, 2], packed=True)
+    with pytest.raises(GateRefused, match="no supervised token"):
+        sft.check_batch(batch([0, 1, 2, 0, 1], labels=torch.full((1, 5), -100)), [3, 2], packed=True)
+    with pytest.raises(GateRefused, match="not its own tokens"):
+        sft.check_batch(batch([0, 1, 2, 0, 1], labels=torch.ones(1, 5, dtype=torch.long)), [3, 2], packed=True)
+
+
+def test_the_adapter_gate_fires_on_bf16_and_on_a_trained_base(load, base):
+    from peft import get_peft_model
+
+    model = get_peft_model(load(), sft.lora_config(Lora(r=4)))
+    sft.recast_adapters(model)
+    sft.prove_adapters(model)
+    norm = model.get_base_model().model.norm.weight
+    norm.requires_grad_(True)
+    with pytest.raises(GateRefused, match="only LoRA parameters"):
+        sft.prove_adapters(model)
+    norm.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(GateRefused, match="not fp32"):
+        sft.prove_adapters(model)
+
+
+@pytest.mark.parametrize(
+    "rows, micro, world, packed, expected",
+    [
+        (16, "auto", 1, True, (1, 16)),
+        (16, "auto", 1, False, (4, 4)),
+        (6, "auto", 2, False, (3, 1)),
+        (8, 2, 4, True, (2, 1)),
+    ],
+)
+def test_the_effective_batch_is_the_recipes_on_any_machine(rows, micro, world, packed, expected):
+    assert sft.batch_shape(rows, micro, world, packed) == expected
+
+
+def test_a_batch_that_cannot_be_shared_says_which_could(tmp_path):
+    with pytest.raises(InputError, match="use 1, 2, 3, 6 processes"):
+        sft.batch_shape(6, "auto", 4, True)
+
+
+def test_a_saved_adapter_is_the_same_bytes_and_names_its_base(load, base, tmp_path):
+    from peft import get_peft_model
+
+    lora = Lora(r=4, rank_pattern={"q_proj": 8, "layers.0.*": 2}, targets=["v_proj", "q_proj"])
+    torch.manual_seed(0)
+    model = get_peft_model(load(), sft.lora_config(lora))
+    for name in ("one", "two"):
+        sft.save_adapter(model, tmp_path / name, "owner/base", "a" * 40)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "a" * 40)
+    assert list(config["rank_pattern"]) == list(model.peft_config["default"].rank_pattern)  # peft takes the first match
+    assert config["target_modules"] == ["q_proj", "v_proj"]
