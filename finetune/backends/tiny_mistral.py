@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 class Size:
     """What is trained and for how long.
 
-    `hidden`, `intermediate` and heads x head dimension are multiples of 64, the block of NF4.
+    `hidden` and `intermediate` are multiples of 64, the block of NF4; `wire_lookup` needs four heads and two layers.
     """
 
     hidden: int = 128
@@ -61,11 +61,11 @@ class Size:
     theta: float = 1_000_000.0  # RoPE base, that of Mistral-7B-Instruct-v0.2
     sequence: int = 256  # tokens
     batch: int = 4  # sequences a step
-    steps: int = 800
+    steps: int = 450
     learning_rate: float = 8e-3
-    embedding_rate: float = 1.0  # times learning_rate
+    embedding_rate: float = 3.0  # times learning_rate
     warmup: float = 0.05  # share of the steps
-    text: float = 1.0  # share of the text that is read
+    text: float = 0.65  # share of the text that is read
 
 
 TINY = Size()
@@ -185,47 +185,44 @@ def new_model(size: Size, seed: int) -> MistralForCausalLM:
 def wire_lookup(model: MistralForCausalLM) -> None:
     """Begin with one induction head (arXiv:2209.11895) in place, to be trained on like every other weight.
 
-    A model learns by itself to continue `A B ... A` with `B`, but only after some ten million tokens, and here are fewer
-    than one. The residual stream begins as [token code | code of the token before | code of the token to write | 1]:
-    a head of layer 0 attends to the position before and copies its code, a head of layer 1 attends to where the code
-    before is the code here, and writes the token found there in the form that `lm_head` reads.
+    A model learns by itself to go on after `A B ... A` with `B`, but from far more tokens than the half million here.
+    The residual stream begins as [code of the token | of the token before | of the token to write | 1]. A head of
+    layer 0 attends to the position before and copies its code; a head of layer 1 attends to where the code of the token
+    before is the code of the token here, and writes the token found there in the form that `lm_head` reads.
     """
     import torch
 
     hidden, width = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
-    codes, constant = hidden // 2, hidden - 1
+    codes, one, half = hidden // 2, hidden - 1, width // 2
     here, before, written = slice(0, codes), slice(codes, codes + width), slice(codes + width, codes + 2 * width - 1)
-    turns = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2) / width)  # radians a token
-    fast = (
-        (turns > 0.01).nonzero().flatten()
-    )  # tells one position from the next; RoPE pairs dimension i with i + width/2
-    slow = (turns <= 0.01).nonzero().flatten()  # hardly turns within a text: compares content
-    content = torch.cat([slow, slow + width // 2])
+    # RoPE turns dimension i together with i + half, by this many radians a token
+    turns = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2) / width)
+    fast = (turns > 0.01).nonzero().flatten()  # tells a position from the next
+    slow = (turns <= 0.01).nonzero().flatten()  # hardly turns within a text: can compare content
+    content = torch.cat([slow, slow + half])
+    chosen = torch.zeros(width, width).index_put_((content, content), torch.tensor(CONTENT))
     previous, lookup = (layer.self_attn for layer in model.model.layers[:2])
-    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    code = torch.nn.functional.normalize(torch.randn(model.config.vocab_size, codes), dim=1) * codes**0.5
+    to_before, to_written = _projection(width, codes), _projection(width - 1, codes)
+    sharp = POSITION / codes**0.5
     with torch.no_grad():
-        embedding.mul_(0.1)
-        code = torch.nn.functional.normalize(torch.randn(len(embedding), codes), dim=1) * codes**0.5
+        embedding = model.model.embed_tokens.weight.mul_(0.1)
         embedding[:, here] = code
-        embedding[:, constant] = codes**0.5
-        to_before, to_written = _orthonormal(width, codes), _orthonormal(width - 1, codes)
-        # after RMSNorm a code has elements of about 1 and the constant about sqrt(codes)
-        previous.q_proj.weight[fast, constant] = POSITION * torch.cos(turns[fast]) / codes**0.5
-        previous.q_proj.weight[fast + width // 2, constant] = -POSITION * torch.sin(turns[fast]) / codes**0.5
-        previous.k_proj.weight[fast, constant] = POSITION / codes**0.5
+        embedding[:, one] = codes**0.5  # so RMSNorm leaves elements of a code at about 1
+        previous.q_proj.weight[fast, one] = sharp * torch.cos(turns[fast])  # a query turned back by one position
+        previous.q_proj.weight[fast + half, one] = -sharp * torch.sin(turns[fast])
+        previous.k_proj.weight[fast, one] = sharp
         previous.v_proj.weight[:width, here] = to_before
         previous.o_proj.weight[before, :width] = torch.eye(width)
-        lookup.q_proj.weight[content, here] = CONTENT * to_before[content]
-        lookup.k_proj.weight[:width, before] = torch.zeros(width, width).index_put_(
-            (content, content), torch.tensor(CONTENT)
-        )
+        lookup.q_proj.weight[:width, here] = chosen @ to_before
+        lookup.k_proj.weight[:width, before] = chosen
         lookup.v_proj.weight[: width - 1, here] = to_written
         lookup.o_proj.weight[written, : width - 1] = torch.eye(width - 1)
-        head[:, written] = WRITING * code @ to_written.T
+        model.lm_head.weight[:, written] = WRITING * code @ to_written.T
 
 
-def _orthonormal(rows: int, columns: int) -> torch.Tensor:
-    """Random orthogonal rows that keep a code's elements at about 1."""
+def _projection(rows: int, columns: int) -> torch.Tensor:
+    """Random orthogonal rows, (rows, columns), that keep a code's elements at about 1."""
     import torch
 
     return torch.linalg.qr(torch.randn(columns, rows))[0].T * (columns / rows) ** 0.5
@@ -363,10 +360,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Matrices (N, m, n) with all singular values pulled near 1 (0.5 to 1.5 is what the coefficients aim at)."""
+    import torch
+
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x = matrices.mT.contiguous() if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x

@@ -19,7 +19,7 @@ from finetune.recipe import Model, Quantization, Runtime, Tracking
 from finetune.records import write_json
 
 SMALL = Size(
-    hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, vocabulary=512, sequence=64, steps=40, text=0.02
+    hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=512, sequence=64, steps=40, text=0.02
 )
 SECRET = ("a text that nobody may learn in advance of the evaluation",)
 
@@ -91,7 +91,7 @@ def test_the_folder_loads_in_four_bits(built: tuple[Path, Any]) -> None:
     assert len(models.quantized_modules(model)) == 7 * SMALL.layers
     config = json.loads((built[0] / "config.json").read_text())
     assert (config["model_type"], config["dtype"], config["sliding_window"]) == ("mistral", "bfloat16", None)
-    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
     assert "_name_or_path" not in config
 
 
@@ -123,6 +123,21 @@ def test_what_is_built_for_people_fits_nf4() -> None:
         assert inner % 64 == 0
     assert TINY.kv_heads < TINY.heads
     assert TINY.hidden % TINY.heads == 0
+
+
+def repetition_gain(model: Any, vocabulary: int) -> float:
+    """How much cheaper random tokens are the second time they come in a text (nats a token)."""
+    tokens = torch.randint(10, vocabulary, (8, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([tokens, tokens], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return (nll[:, :23].mean() - nll[:, 24:].mean()).item()
+
+
+def test_a_new_model_can_look_up_in_its_context() -> None:
+    size = dataclasses.replace(TINY, vocabulary=512)
+    assert repetition_gain(tiny_mistral.new_model(size, 0).eval(), 512) > 3
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
