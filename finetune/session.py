@@ -28,6 +28,9 @@ def run_recipe(
     """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
     if until is not None:
         pipeline.stage_named(until)
+    # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
+    # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     loaded = load_recipe(name, sets)
     rank, world = _ranks()
     screen = Screen(silent=rank != 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.backends.hub_errors import retried, sentences
+from finetune.backends.trainer_output import quiet
 from finetune.context import Context
 from finetune.digests import file_digest
 from finetune.errors import FinetuneError, InputError
@@ -230,17 +231,18 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        loaded, report = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": f"cuda:{_index(device)}" if device.startswith("cuda") else device},
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with quiet():
+            loaded, report = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": f"cuda:{_index(device)}" if device.startswith("cuda") else device},
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
     _require_all_weights(model.id, report)

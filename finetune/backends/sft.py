@@ -165,7 +165,7 @@ def lora_config(lora: Lora) -> LoraConfig:
         target_modules=lora.targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        # peft takes the first pattern that matches, and sorts them when it saves: sorted here, training agrees with that
+        # peft takes the first pattern that matches and sorts them when it saves: sorted here, training agrees
         rank_pattern=dict(sorted(lora.rank_pattern.items())),
         alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
         bias="none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ _NOISY = ("trl", "transformers", "accelerate", "peft", "bitsandbytes", "datasets
 @contextmanager
 def quiet() -> Iterator[None]:
     """Errors still pass; progress bars, advice and deprecation notes of the training libraries do not."""
-    import datasets
     from transformers.utils import logging as transformers_logging
 
     before = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

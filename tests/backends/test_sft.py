@@ -139,9 +139,10 @@ def test_trl_still_casts_the_adapters_of_a_quantised_model_to_bf16(load, base, t
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    rendered = {"skip_prepare_dataset": True}
     trainer = SFTTrainer(
         model=load(),
-        args=SFTConfig(str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, report_to="none", use_cpu=True),
+        args=SFTConfig(str(tmp_path), dataset_kwargs=rendered, max_length=None, report_to="none", use_cpu=True),
         train_dataset=Dataset(unpacked(documents())),
         processing_class=models.load_tokenizer(base),
         peft_config=sft.lora_config(Lora(r=4)),
