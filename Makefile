@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 EDITS := $(foreach s,$(SET),--set $(s)) $(if $(UNTIL),--until $(UNTIL))
 LAUNCH := $(if $(filter-out 1,$(GPUS)),$(BIN)/accelerate launch --multi_gpu --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
 
+# two test processes whose threads spin for the same two cores would take turns, not run
+test test-slow: export OMP_NUM_THREADS := 1
+
 .PHONY: sft setup plan check test test-slow push clean help
 .DEFAULT_GOAL := help
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from finetune import recipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",  # transformers no longer writes it, but llama.cpp and others read it
@@ -214,14 +214,13 @@ def load_base(
 
     Raises FinetuneError where the files and the architecture do not agree on every weight.
     """
-    import torch
     import transformers
 
     # transformers' own annotations know neither the report nor these constructors
     auto: Any = transformers.AutoModelForCausalLM
     quantize: Any = transformers.BitsAndBytesConfig
     folder = ensure_base(model, base, ctx)
-    dtype: torch.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[compute_dtype]
+    dtype = _torch_dtype(compute_dtype)
     options: dict[str, Any] = {}
     if quantization is not None:
         options["quantization_config"] = quantize(
@@ -250,6 +249,12 @@ def load_base(
         _keep_weights_unpacked(loaded)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen
+
+
+def _torch_dtype(precision: Precision) -> torch.dtype:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def _require_all_weights(name: str, report: dict[str, Any]) -> None:

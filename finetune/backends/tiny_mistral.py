@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from finetune.backends.muon import Muon, gradient_of
 from finetune.backends.tiny_text import Shingles, corpus
+from finetune.backends.trainer_output import quiet
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError
 
@@ -101,7 +102,8 @@ def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size =
         loss = pretrain(model, tokens.train, size, seed, ctx)
         held_out = mean_loss(model, tokens.held_out)
     model.bfloat16()
-    model.save_pretrained(out)
+    with quiet():
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
         "pretraining_steps": size.steps,

@@ -13,6 +13,7 @@ from finetune.records import canonical_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
     from finetune.backends.scoring import Answer
     from finetune.data.training_rows import TokenRow
@@ -48,19 +49,42 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, and greedy samples of both."""
-    from finetune.backends import models, scoring
-    from finetune.data.training_rows import read_token_rows, under_other_prompts, with_prompt
-    from finetune.metrics.perplexity import perplexity
+    from finetune.backends import models, threads
+    from finetune.data.training_rows import read_token_rows
 
-    settings = spec.evaluate
     device = models.pick_device(ctx.device)
     precision, _ = models.pick_precision(spec.precision, device)
-    rows = read_token_rows(inputs["render"] / "eval.parquet", settings.max_rows)
+    rows = read_token_rows(inputs["render"] / "eval.parquet", spec.evaluate.max_rows)
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = models.load_tokenizer(inputs["base"])
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
-    model: Any = models.attach_adapter(base, inputs["train"] / "adapter").eval()
+    model = models.attach_adapter(base, inputs["train"] / "adapter").eval()
+    with threads.fitting(inputs["base"], device):
+        result, samples = _measure(model, tokenizer, rows, template, spec, ctx)
+    write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
+    write_json(out / "eval.json", result)
+    if result["nll_difference_interval"][0] <= 0:
+        ctx.say(
+            "evaluate: the answers are no likelier under their own prompt than under another's "
+            f"(difference {result['nll_difference_interval']}): the model may have learned their style only"
+        )
+    return result
 
+
+def _measure(
+    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenRow],
+    template: Mapping[str, Any],
+    spec: Spec,
+    ctx: Context,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures, and a line for each sample."""
+    from finetune.backends import scoring
+    from finetune.data.training_rows import under_other_prompts, with_prompt
+    from finetune.metrics.perplexity import perplexity
+
+    settings = spec.evaluate
     nll, counts = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (adapter)")
     with model.disable_adapter():
         base_nll, _ = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (base)")
@@ -74,7 +98,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     pad_id = tokenizer.get_vocab()[template["pad_token"]]
     answers, base_answers = _generate(model, chosen, template, pad_id, ctx)
     lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
-    write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in lines).encode())
     stopped = sum(a.finish == "stop" for a in answers)
     result: dict[str, Any] = {
         "rows": len(rows),
@@ -86,13 +109,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "stop_rate": stopped / len(answers) if answers else None,
         "stop_rate_base": sum(a.finish == "stop" for a in base_answers) / len(answers) if answers else None,
     }
-    write_json(out / "eval.json", result)
-    if result["nll_difference_interval"][0] <= 0:
-        ctx.say(
-            "evaluate: the answers are no likelier under their own prompt than under another's "
-            f"(difference {result['nll_difference_interval']}): the model may have learned their style only"
-        )
-    return result
+    return result, lines
 
 
 def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:

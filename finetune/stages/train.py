@@ -40,7 +40,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
-    from finetune.backends import models, sft
+    from finetune.backends import models, sft, threads
     from finetune.data.training_rows import read_rendered
 
     device = models.pick_device(ctx.device)
@@ -63,7 +63,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         checkpoints=out / "checkpoints",
         metrics_file=out / "metrics.jsonl",
     )
-    result = sft.train(job, base, tokenizer, rows, ctx)
+    with threads.fitting(inputs["base"], device):
+        result = sft.train(job, base, tokenizer, rows, ctx)
     if ctx.rank == 0:
         pinned = json.loads((inputs["base"] / "base.json").read_text(encoding="utf-8"))
         sft.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"])
