@@ -323,7 +323,8 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
     if not file.exists():
         raise FinetuneError(f"{adapter_dir} holds no adapter_model.safetensors")
     try:
-        attached = PeftModel.from_pretrained(model, adapter_dir, torch_device=str(model.device))
+        with quiet():
+            attached = PeftModel.from_pretrained(model, adapter_dir, torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
         raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {_first_line(error)}") from error
     with safe_open(file, "pt") as stored:
