@@ -254,6 +254,10 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     start = time.monotonic()
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
     seconds = time.monotonic() - start
+    if stage.fingerprint(step.spec) != step.fingerprint:
+        raise FinetuneError(
+            f"{stage.name}: a file or Hub revision that it reads changed meanwhile; run again to read the new one"
+        )
     files = store.read_files(folder, _row_counts(folder), skip=stage.working)
     manifest = Manifest(
         stage=stage.name,

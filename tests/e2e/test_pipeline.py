@@ -245,3 +245,26 @@ def test_a_mistake_is_one_sentence_with_its_own_exit_status(clean_work):
     assert not (clean_work.folder / "artifacts").exists() or not list(
         (clean_work.folder / "artifacts").glob("*/*/manifest.json")
     )
+
+
+def test_a_data_file_edited_while_it_is_read_is_not_built_from(clean_work):
+    """The key names what the file held before: what was read may be neither the old nor the new."""
+    from finetune import pipeline
+    from finetune.context import Context
+    from finetune.errors import FinetuneError
+    from finetune.recipe_file import load_recipe
+    from finetune.store import Store
+
+    recipe = load_recipe(str(clean_work.recipe)).recipe
+    store = Store(clean_work.folder / "artifacts", clean_work.folder / "scratch")
+
+    def edit(line):
+        if line == "ingest …":
+            with (clean_work.folder / "rows.jsonl").open("a") as file:
+                file.write('{"instruction": "q", "output": "a"}\n')
+
+    ctx = Context(scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, say=edit, device="cpu")
+    step = pipeline.plan(recipe, store)[1]
+    with pytest.raises(FinetuneError, match="changed meanwhile"):
+        pipeline.build(step, recipe, store, ctx)
+    assert store.find(step.folder) is None
