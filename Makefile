@@ -6,7 +6,7 @@ GPUS ?= 1
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EDITS := $(foreach s,$(SET),--set $(s)) $(if $(UNTIL),--until $(UNTIL))
+EDITS := $(foreach s,$(SET),--set '$(s)') $(if $(UNTIL),--until $(UNTIL))
 LAUNCH := $(if $(filter-out 1,$(GPUS)),$(BIN)/accelerate launch --multi_gpu --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
 
 # two test processes whose threads spin for the same two cores would take turns, not run
@@ -19,10 +19,10 @@ sft: $(VENV)/.ready ## run a recipe to a certified, merged model: RECIPE=NAME SE
 	@$(LAUNCH) run $(RECIPE) $(EDITS)
 
 plan: $(VENV)/.ready ## what a recipe would do and need; builds nothing
-	@$(BIN)/finetune plan $(RECIPE) $(foreach s,$(SET),--set $(s))
+	@$(BIN)/finetune plan $(RECIPE) $(foreach s,$(SET),--set '$(s)')
 
 push: $(VENV)/.ready ## publish what a recipe made to the Hub
-	@$(BIN)/finetune publish $(RECIPE)
+	@$(BIN)/finetune publish $(RECIPE) $(foreach s,$(SET),--set '$(s)')
 
 setup: $(VENV)/.ready ## make .venv and install
 

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.pipeline import STAGES
+from finetune.pipeline import STAGES, stage_folder
 from finetune.store import Store, is_being_built
 
 
@@ -28,12 +28,12 @@ def unused(store: Store, keep: int) -> list[Unused]:
         old_runs += runs[:-keep]
         for run in runs[-keep:]:
             stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
-            used |= {Path(s["path"]) for s in stages.values() if s["path"]}
+            used |= {f for n, s in stages.items() if (f := stage_folder(store, n, s)) is not None}
     folders = []
     for stage in STAGES:
         root = store.scratch if stage.large else store.artifacts
         for folder in sorted(p for p in (root / stage.name).glob("*") if p.is_dir()):
-            if folder not in used and folder.absolute() not in used and not is_being_built(folder):
+            if folder not in used and not is_being_built(folder):
                 folders.append(folder)
     return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
 

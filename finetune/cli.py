@@ -166,6 +166,49 @@ def clean(
         typer.echo("nothing deleted; add --yes")
 
 
+@app.command()
+def chat(
+    name: Annotated[str, typer.Argument(metavar="RECIPE[@RUN]|FOLDER", help="A run's adapter, or a merged model.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
+    compare: Annotated[str | None, typer.Option(metavar="base", help="Answer without the adapter, too.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Talk to what was trained: the adapter of a run on its 4-bit base, or a merged model."""
+    from finetune import chatting
+
+    options = chatting.Options(max_new_tokens, temperature, seed, system, compare)
+    chatting.chat(name, prompt, options, artifacts, scratch)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Option(help="The recipe's name.")] = None,
+    model: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub, a folder, or builtin:tiny-mistral.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE|ID", help="A file, or OWNER/NAME on the Hub.")] = None,
+    device: Annotated[str | None, typer.Option(help="The GPU to fit: t4, l4, a100-40, h100 …; or cpu")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="Default: recipes/NAME.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
+) -> None:
+    """Write a recipe; asks for what is not given."""
+    from finetune.starter import ask_terminal, write_recipe
+
+    ask = ask_terminal if sys.stdin.isatty() else None
+    typer.echo(write_recipe(name, model, data, device, out, force=force, ask=ask))
+
+
+@app.command()
+def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
+    """What this machine has and lacks, and how to mend it."""
+    from finetune.doctor import examine
+
+    examine(artifacts, scratch)
+
+
 def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
     try:

@@ -35,7 +35,7 @@ from finetune.stages import (
     split,
     train,
 )
-from finetune.store import BUILDING, Lease, Manifest, Store, make_key, output_digest
+from finetune.store import BUILDING, Lease, Manifest, Store, is_being_built, make_key, output_digest
 
 Spec = Any  # each stage's own model; the pipeline only hands it through
 
@@ -196,6 +196,9 @@ def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, reco
         if isinstance(error, FinetuneError):
             raise
         raise FinetuneError(f"{name}: {_os_sentence(error)}") from error
+    except Exception as error:  # a defect of ours or of a library: shown whole, but the record must say failed
+        record.note(StageRecord(name, "failed", step.folder, step.key, message=f"{type(error).__name__}: {error}"))
+        raise
     record.note(StageRecord.of(name, "done", done.folder, done.manifest))
     return done
 
@@ -313,6 +316,8 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         folder = building.parent
         if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
             continue
+        if store.find(folder) is not None or is_being_built(folder):
+            continue
         try:
             was = json.loads(building.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -324,6 +329,7 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
+            building.unlink(missing_ok=True)  # said once: from now on only `clean` speaks of it
             continue
         raise GateRefused(
             f"an unfinished training of {recipe.name} lies in {folder}, made with another recipe: "
@@ -340,6 +346,14 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -
         elif old != new:
             lines.append(f"{at}{name} was {old!r}, is {new!r}")
     return lines
+
+
+def stage_folder(store: Store, name: str, record: Mapping[str, Any]) -> Path | None:
+    """Where a recorded stage lies under these roots, wherever they lay when it was recorded (a Drive mounted anew)."""
+    stage = next((s for s in STAGES if s.name == name), None)
+    if stage is None or not record.get("key") or record.get("status") == "off":
+        return None
+    return store.folder(name, record["key"], large=stage.large)
 
 
 def stage_named(name: str) -> Stage:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import planner
-from finetune.errors import FinetuneError, GateRefused
+from finetune.backends.sft import batch_shape
+from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.pipeline import Step
 from finetune.recipe import HubSource, Recipe
 from finetune.store import Store
@@ -18,7 +20,7 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters; above that one step takes minutes 
 DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 
 
-def check(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
+def check(recipe: Recipe, steps: Sequence[Step], world: int = 1) -> list[str]:
     """Refuse what cannot end well; returns notes on what could not be checked.
 
     `steps` is the plan up to the stage asked for. Raises InputError (no access), GateRefused (no GPU for this size),
@@ -30,6 +32,10 @@ def check(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
     shapes = planner.read_shapes(recipe, base.folder if base.manifest else None)
     if shapes is not None and to_build & set(NEEDS_WEIGHTS):
         _check_device(recipe, shapes)
+    if "train" in to_build:
+        batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+        if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
     return notes
 
 

@@ -183,6 +183,7 @@ class Dedup(Section):
     field: Literal["instruction", "output", "both"] = "output"
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
     keep: Annotated[str, Field(pattern=r"^(longest|first|column:.+)$")] = "longest"
+    max_dropped_fraction: Fraction = 0.9
 
 
 class Decontaminate(Section):
@@ -317,7 +318,7 @@ class Merge(Section):
 class Export(Section):
     """Other formats of the merged model."""
 
-    gguf: Annotated[list[Literal["f32", "f16", "bf16", "q8_0"]], Field(min_length=1)]
+    gguf: Annotated[list[Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]], Field(min_length=1)]
 
 
 class Publish(Section):
@@ -335,7 +336,7 @@ class Runtime(Section):
     micro_batch_rows: Count | Literal["auto"] = "auto"
     checkpointing: Literal["auto", "none", "full"] = "auto"
     save_steps: Count = 50
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the older one goes before the newer one is marked complete
     workers: Count | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     memory_budget_gb: Positive | None = None

@@ -34,7 +34,7 @@ def run_recipe(
     loaded = load_recipe(name, sets)
     rank, world = _ranks()
     screen = Screen(silent=rank != 0)
-    store = Store(artifacts.absolute(), scratch.absolute())
+    store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
     start = time.monotonic()
     with _signals(screen) as stop:
@@ -64,13 +64,15 @@ def publish_run(
     from finetune.stages import publish
 
     recipe_name, _, run_name = name.partition("@")
-    store = Store(artifacts.absolute(), scratch.absolute())
+    store = Store(artifacts, scratch)
     short = _recipe_name(recipe_name)
     value = read_run(store.artifacts, short, run_name or None)
     text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
     recipe = parse_recipe(text, value["folder"] / "recipe.yaml", [*value["sets"], *sets])
-    folders = {n: Path(s["path"]) for n, s in value["stages"].items() if s["path"] and s["status"] == "done"}
-    unfinished = [n for n in folders if store.find(folders[n]) is None]
+    found = {n: pipeline.stage_folder(store, n, s) for n, s in value["stages"].items() if s["status"] == "done"}
+    folders = {n: f for n, f in found.items() if f is not None}
+    needed = {"base", "render", "train", *(["merge"] if "merged" in recipe.publish.what else [])}
+    unfinished = [n for n in folders if n in needed and store.find(folders[n]) is None]
     if unfinished:
         raise InputError(
             f"{', '.join(unfinished)} of {short} is gone or incomplete: run `finetune run {recipe_name}` first"
@@ -158,7 +160,7 @@ def _preflight(recipe: Recipe, steps: list[pipeline.Step], until: str | None, st
         last = pipeline.STAGE_NAMES.index(until) if until else len(steps)
         asked = steps[: last + 1]
         preflight.check_folders(recipe, asked, store)
-        for note in preflight.check(recipe, asked):
+        for note in preflight.check(recipe, asked, ctx.world):
             ctx.say(note)
 
 

@@ -22,8 +22,9 @@ def read(store: Store, name: str) -> dict[str, Any]:
     value = read_run(store.artifacts, recipe, run or None)
     for stage in pipeline.STAGE_NAMES:
         record = value["stages"].setdefault(stage, {"status": "missing", "path": None, "seconds": None, "metrics": {}})
-        if record["status"] in ("done", "partial") and record["path"]:
-            folder = Path(record["path"])
+        folder = pipeline.stage_folder(store, stage, record)
+        record["path"] = str(folder) if folder else None
+        if record["status"] in ("done", "partial") and folder:
             if store.find(folder) is not None:
                 record["status"] = "done"
             else:

@@ -95,7 +95,7 @@ class Store:
     """Two roots: `artifacts` (durable, small) and `scratch` (local, large, can be made again)."""
 
     def __init__(self, artifacts: Path, scratch: Path) -> None:
-        self.artifacts, self.scratch = artifacts, scratch
+        self.artifacts, self.scratch = artifacts.absolute(), scratch.absolute()
 
     def folder(self, stage: str, key: str, *, large: bool = False) -> Path:
         """Where the stage of this key lies, whether or not it exists."""
@@ -148,9 +148,11 @@ class Store:
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
         """Declare the folder complete. The manifest is written last; a torn write of it is not valid JSON."""
-        (folder / BUILDING).unlink(missing_ok=True)
         _write_synced(folder / MANIFEST, manifest.model_dump_json(indent=1))
         _sync_folder(folder)
+        (folder / BUILDING).unlink(
+            missing_ok=True
+        )  # after the manifest: with neither, hours of training would be cleared
 
     def read_files(self, folder: Path, rows: Mapping[str, int], skip: str = "") -> dict[str, FileEntry]:
         """Hash and sync every file of a folder that is about to be committed, less those under the folder `skip`."""

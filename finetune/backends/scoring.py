@@ -88,12 +88,14 @@ def greedy(
     terminators: Sequence[int],
     pad_id: int,
     ctx: Context,
-    batch_rows: int = 32,
+    batch_tokens: int = 16384,
 ) -> list[Answer]:
-    """Greedy answers to prompts of token ids, each of at most its own `limits` new tokens."""
+    """Greedy answers to prompts of token ids, each of at most its own `limits` new tokens.
+
+    `batch_tokens` bounds prompts and answers of a batch together, padded: the key-value cache grows with it.
+    """
     answers: list[Answer | None] = [None] * len(prompts)
-    order = np.argsort(np.asarray(limits), kind="stable")  # rows that end together run together
-    groups = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
+    groups = list(batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], batch_tokens))
     for group in ctx.track(groups, "generating", len(groups)):
         new = _generate(model, [prompts[i] for i in group], [limits[i] for i in group], terminators, pad_id, ctx)
         for i, ids in zip(group, new, strict=True):

@@ -83,7 +83,7 @@ def train(
     steps = total_steps(len(dataset), job.train)
     resume = last_checkpoint(job.checkpoints, remove_incomplete=ctx.rank == 0)
     arguments = _arguments(job, ctx, packed, micro, accumulate, steps)
-    follower = trainer_callbacks.Follower(ctx, job.metrics_file, job.checkpoints, steps, packed)
+    follower = trainer_callbacks.Follower(ctx, job.metrics_file, job.checkpoints, steps, fp16=job.precision == "fp16")
     with trainer_output.quiet():
         trainer = SFTTrainer(
             model=base,
@@ -106,11 +106,59 @@ def train(
             f"({micro} a micro-batch x {accumulate} x {ctx.world} process{'es' if ctx.world > 1 else ''})"
         )
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if resume and follower.resumed_from >= steps:
+                _take_over(trainer, follower, resume)
+            else:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             follower.close()
     ctx.stop.check()
     return _result(trainer, follower, micro, job.device)
+
+
+def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
+    """The last step's checkpoint is the result. `Trainer` would take one step more: it looks at `max_steps` only at
+    the end of a step.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerControl, TrainerState
+
+    set_peft_model_state_dict(trainer.model, load_file(str(checkpoint / "adapter_model.safetensors")))
+    recast_adapters(cast("torch.nn.Module", trainer.model))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    follower.on_train_begin(trainer.args, trainer.state, TrainerControl())
+
+
+def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
+    """Refuse a target or pattern that names no linear module of the base: peft drops it without a word.
+
+    `base` is a folder with config.json; no weights are read. Raises InputError with the nearest name.
+    """
+    import difflib
+    import re
+
+    from torch import nn
+
+    from finetune.backends.streamed_forward import empty_model
+
+    model = empty_model(base, trust_remote_code=trust_remote_code)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    last = sorted({n.rpartition(".")[2] for n in names})
+    for target in lora.targets if isinstance(lora.targets, list) else []:
+        if not any(n == target or n.endswith(f".{target}") for n in names):
+            near = difflib.get_close_matches(target, last, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"lora.targets: no linear module named {target!r}{hint} (there is {', '.join(last)})")
+    if isinstance(lora.targets, str) and lora.targets != "all-linear":
+        if not any(re.fullmatch(lora.targets, n) for n in names):
+            raise InputError(
+                f"lora.targets: the expression {lora.targets!r} matches no linear module, such as {names[0]}"
+            )
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", n) for n in names):
+                raise InputError(f"lora.{field}: {pattern!r} matches no linear module (there is {', '.join(last)})")
 
 
 def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> tuple[int, int]:
@@ -226,7 +274,7 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
     from trl import SFTConfig
 
     checkpoint = job.checkpointing
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(job.checkpoints),
         seed=job.seed,
         data_seed=job.seed,
@@ -261,6 +309,11 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         dataloader_pin_memory=job.device == "cuda",
         ddp_find_unused_parameters=False,
     )
+    # Without a launcher Trainer takes every visible GPU for itself: twice the rows a step, and the loss scaled for it.
+    # The recipe's batch is the recipe's; several GPUs are used through `accelerate launch` (GPUS=N).
+    _ = arguments.n_gpu  # sets _n_gpu
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def prove_adapters(model: torch.nn.Module) -> None:

@@ -20,14 +20,17 @@ from finetune.errors import FinetuneError
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
+MOST_OVERFLOWS = 20  # in a row
 KEPT = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "mean_token_accuracy": "accuracy"}
 
 
 class Follower(TrainerCallback):
     """One callback on every rank; only rank 0 writes and shows."""
 
-    def __init__(self, ctx: Context, metrics_file: Path, checkpoints: Path, steps: int, packed: bool) -> None:
+    def __init__(self, ctx: Context, metrics_file: Path, checkpoints: Path, steps: int, *, fp16: bool) -> None:
         self.ctx, self.metrics_file, self.checkpoints, self.steps = ctx, metrics_file, checkpoints, steps
+        self.fp16 = fp16
+        self._overflows = 0
         self.resumed_from = 0
         self.tokens = 0
         self._tokens_before = 0
@@ -67,12 +70,27 @@ class Follower(TrainerCallback):
         """The watchdog, then one line of metrics.jsonl."""
         if not logs or "loss" not in logs:
             return
+        self._watch(logs, state.global_step)
+        self._note(logs, state)
+
+    def _watch(self, logs: dict[str, Any], step: int) -> None:
+        """Refuse to go on once the loss or the gradient is no number.
+
+        Under fp16 a gradient that overflows is how the GradScaler finds its scale: that step is skipped and the scale
+        halved, so only many of them in a row mean that the run is lost.
+        """
         for name in ("loss", "grad_norm"):
-            if name in logs and not math.isfinite(float(logs[name])):
+            bad = name in logs and not math.isfinite(float(logs[name]))
+            if name == "grad_norm":
+                self._overflows = self._overflows + 1 if bad else 0
+                bad = self._overflows > (MOST_OVERFLOWS if self.fp16 else 0)
+            if bad:
                 raise FinetuneError(
-                    f"{name} became {logs[name]} at step {state.global_step}; the last good checkpoint is kept. Lower "
+                    f"{name} became {logs[name]} at step {step}; the last good checkpoint is kept. Lower "
                     "train.learning_rate, or look at the rows of that step"
                 )
+
+    def _note(self, logs: dict[str, Any], state: TrainerState) -> None:
         now = time.monotonic()
         new_tokens = int(logs.get("num_tokens", 0)) + self._tokens_before - self.tokens
         self.tokens += new_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
-from finetune.errors import InputError
+from finetune.errors import GateRefused, InputError
 from finetune.recipe import Dedup, Recipe, Section
 from finetune.records import Example, read_rows, write_rows, write_table
 
@@ -23,6 +23,7 @@ class Spec(Section):
     field: str
     threshold: float
     keep: str
+    max_dropped_fraction: float = 1.0
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -30,7 +31,7 @@ def spec(recipe: Recipe) -> Spec | None:
     dedup: Dedup | None = recipe.dedup
     if dedup is None:
         return None
-    return Spec(exact=dedup.exact, field=dedup.field, threshold=dedup.threshold, keep=dedup.keep)
+    return Spec(**dedup.model_dump(exclude={"embedding"}))
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -73,6 +74,12 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         near = near_duplicates(vectors, left, spec.threshold, FlatIndex, check=ctx.stop.check)
 
     found = _resolved(exact, near)
+    if len(found) > spec.max_dropped_fraction * len(ids):
+        raise GateRefused(
+            f"{len(found):,} of {len(ids):,} rows repeat the {spec.field} of another, more than "
+            f"dedup.max_dropped_fraction {spec.max_dropped_fraction}; where answers are short and questions differ "
+            "(labels, yes and no), compare both: dedup.field=both"
+        )
     rows = (row for i, row in enumerate(read_rows(source)) if i not in found)
     rows_out = write_rows(out / "rows.parquet", rows)
     listed = sorted(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
+from finetune.errors import GateRefused
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
 from finetune.records import canonical_json, write_bytes, write_json
 
@@ -55,6 +56,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     device = models.pick_device(ctx.device)
     precision, _ = models.pick_precision(spec.precision, device)
     rows = read_token_rows(inputs["render"] / "eval.parquet", spec.evaluate.max_rows)
+    if not rows:
+        raise GateRefused(
+            "no held-out row is whole: all were cut at render.max_length_tokens; raise it, or set evaluate: null"
+        )
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = models.load_tokenizer(inputs["base"])
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
@@ -63,10 +68,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         result, samples = _measure(model, tokenizer, rows, template, spec, ctx)
     write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
     write_json(out / "eval.json", result)
-    if result["nll_difference_interval"][0] <= 0:
+    interval = result["nll_difference_interval"]
+    if interval is None:
+        ctx.say("evaluate: one held-out row has no other prompt to be compared with")
+    elif interval[0] <= 0:
         ctx.say(
             "evaluate: the answers are no likelier under their own prompt than under another's "
-            f"(difference {result['nll_difference_interval']}): the model may have learned their style only"
+            f"(difference {interval}): the model may have learned their style only"
         )
     return result
 
@@ -96,7 +104,7 @@ def _measure(
 
     chosen = rows[: settings.generations]
     pad_id = tokenizer.get_vocab()[template["pad_token"]]
-    answers, base_answers = _generate(model, chosen, template, pad_id, ctx)
+    answers, base_answers = _generate(model, chosen, template, pad_id, settings.batch_tokens, ctx)
     lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
     stopped = sum(a.finish == "stop" for a in answers)
     result: dict[str, Any] = {
@@ -116,6 +124,8 @@ def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: i
     """Nats per token of the answers under their own and under another row's prompt, with a paired interval."""
     from finetune.metrics.bootstrap import paired_interval
 
+    if len(true) < 2:
+        return {"nll_true": float(true.sum() / counts.sum()), "nll_shuffled": None, "nll_difference_interval": None}
     difference = paired_interval(other, true, counts.astype(float), seed)
     return {
         "nll_true": float(true.sum() / counts.sum()),
@@ -129,6 +139,7 @@ def _generate(
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
     pad_id: int,
+    batch_tokens: int,
     ctx: Context,
 ) -> tuple[list[Answer], list[Answer]]:
     from finetune.backends.scoring import greedy
@@ -137,9 +148,10 @@ def _generate(
     limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]
     if not rows:
         return [], []
-    answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx)
+    most = 4 * batch_tokens  # cached keys and values: 2 GB for a 7B at the default
+    answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx, most)
     with model.disable_adapter():
-        base_answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx)
+        base_answers = greedy(model, prompts, limits, template["terminators"], pad_id, ctx, most)
     return answers, base_answers
 
 

@@ -43,6 +43,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.backends import models, sft, threads
     from finetune.data.training_rows import read_rendered
 
+    sft.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
     device = models.pick_device(ctx.device)
     precision, why = models.pick_precision(spec.train.precision, device)
     ctx.say(f"train: {precision} on {device}: {why}")

@@ -244,3 +244,40 @@ def test_a_saved_adapter_is_the_same_bytes_and_names_its_base(load, base, tmp_pa
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "a" * 40)
     assert list(config["rank_pattern"]) == list(model.peft_config["default"].rank_pattern)  # peft takes the first match
     assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_an_fp16_overflow_is_a_skipped_step_and_only_many_in_a_row_a_lost_run(ctx, tmp_path):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from finetune.backends.trainer_callbacks import MOST_OVERFLOWS, Follower
+
+    def logged(fp16, times):
+        follower = Follower(ctx, tmp_path / "metrics.jsonl", tmp_path, 100, fp16=fp16)
+        for _ in range(times):
+            logs = {"loss": 1.0, "grad_norm": float("inf"), "num_tokens": 1}
+            follower.on_log(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl(), logs)
+
+    logged(True, MOST_OVERFLOWS)
+    with pytest.raises(FinetuneError, match="grad_norm became inf"):
+        logged(True, MOST_OVERFLOWS + 1)
+    with pytest.raises(FinetuneError, match="grad_norm became inf"):
+        logged(False, 1)
+
+
+@pytest.mark.parametrize(
+    "lora, expected",
+    [
+        ({"targets": ["q_proj", "kk_proj"]}, "no linear module named 'kk_proj'; did you mean k_proj"),
+        ({"targets": "nothing.*"}, "matches no linear module"),
+        ({"rank_pattern": {"zzz": 4}}, "lora.rank_pattern: 'zzz' matches no linear module"),
+    ],
+)
+def test_a_target_that_names_nothing_is_refused(base, lora, expected):
+    with pytest.raises(InputError, match=expected):
+        sft.check_targets(Lora(**lora), base, False)
+
+
+def test_targets_that_name_something_pass(base):
+    sft.check_targets(Lora(), base, False)
+    sft.check_targets(Lora(targets=["q_proj", "mlp.up_proj"], rank_pattern={"q_proj": 4}), base, False)
+    sft.check_targets(Lora(targets=r".*\.(q|v)_proj"), base, False)

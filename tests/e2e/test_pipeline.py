@@ -161,7 +161,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("stage", KILLS)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=[] if s == "train" else pytest.mark.slow) for s in KILLS])
 def test_kill_9_loses_nothing(stage, clean_work, finished):
     process = clean_work.start("run", "small.yaml")
     wait_for(clean_work, process, KILLS[stage])
@@ -173,7 +173,7 @@ def test_kill_9_loses_nothing(stage, clean_work, finished):
     assert outputs(clean_work) == outputs(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_in_training_leaves_a_checkpoint_and_says_so(number, clean_work, finished):
     process = clean_work.start("run", "small.yaml", "--set", "runtime.save_steps=100")
     wait_for(clean_work, process, "artifacts/train/*/metrics.jsonl")
@@ -200,7 +200,23 @@ def test_a_changed_recipe_does_not_silently_abandon_a_half_finished_training(cle
     refused = clean_work.run("run", "small.yaml", *change, status=3)
     assert "train.learning_rate was 0.005, is 0.001" in refused.stderr and "--fresh" in refused.stderr
     assert clean_work.show()["stages"]["train"]["status"] == "refused"
-    clean_work.run("run", "small.yaml", *change, "--fresh")
+    process = clean_work.start("run", "small.yaml", *change, "--fresh", "--set", "runtime.save_steps=2")
+    wait_for(clean_work, process, KILLS["train"].replace("checkpoint-4", "checkpoint-2"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    clean_work.run("run", "small.yaml", *change)  # --fresh is said once: what it began can be gone on with
+
+
+@pytest.mark.slow
+def test_a_kill_after_the_last_step_adds_no_step(clean_work, finished):
+    """The last checkpoint is the result: Trainer by itself would take one step more on resuming from it."""
+    process = clean_work.start("run", "small.yaml")
+    wait_for(clean_work, process, "artifacts/train/*/checkpoints/checkpoint-12/COMPLETE")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    clean_work.run("run", "small.yaml")
+    assert clean_work.show()["stages"]["train"]["metrics"]["steps"] == 12
+    assert outputs(clean_work) == outputs(finished)
 
 
 def test_two_runs_at_once_build_each_stage_once(clean_work):

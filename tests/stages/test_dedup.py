@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import StopFlag
-from finetune.errors import InputError, Stopped
+from finetune.errors import GateRefused, InputError, Stopped
 from finetune.stages import dedup, embed
 from tests.stages.rows import chat, context, folder, ids, recipe, sentences
 
@@ -103,3 +103,11 @@ def test_a_signal_stops_it(tmp_path):
     kept = folder(tmp_path / "filter", [chat(1, "q", "x")])
     with pytest.raises(Stopped):
         dedup.run(dedup.spec(recipe()), {"filter": kept, "embed": kept}, tmp_path, context(tmp_path, stop=StopFlag(15)))
+
+
+def test_a_field_that_nearly_every_row_shares_is_refused(tmp_path):
+    """Yes or no to four hundred questions is no data set of two rows."""
+    rows = [chat(i, f"question {i}?", "yes" if i % 2 else "no") for i in range(1, 41)]
+    with pytest.raises(GateRefused, match=r"dedup\.field=both"):
+        built(tmp_path, rows, None)
+    assert built(tmp_path, rows, None, field="both")[1]["rows_out"] == 40

@@ -1,0 +1,210 @@
+"""A tokenizer in the words of GGUF: tokens, their types and scores, merges, and how llama.cpp splits text.
+
+llama.cpp has its own tokenizers, chosen by `tokenizer.ggml.model` and `tokenizer.ggml.pre`
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A tokenizer that none of them repeats exactly is refused:
+the model would be asked in other tokens than it was trained on, and only answer worse.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import InputError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same numbers in GGUF and SentencePiece
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # the pattern in tokenizer.json -> the name of llama.cpp's repetition of it
+    CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + LINES: "llama-bpe",
+    CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + LINES: "qwen2",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
+    r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+# builtin:tiny-mistral: the same words, but llama.cpp takes contractions ('s) whole. A toy may be near; nothing else may
+NEAR_SPLITS = {r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+": "smollm"}
+NO_SCORE = -1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What goes under `tokenizer.ggml.*`; the three lists run by token id."""
+
+    model: str  # "gpt2": byte-level BPE, "llama": SentencePiece's BPE
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    add_bos: bool = False
+    add_space_prefix: bool | None = None
+    exact: bool = True  # False where llama.cpp splits some text differently
+
+
+def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: str | None) -> Vocabulary:
+    """The vocabulary of a tokenizer, filled up to the `rows` of the embedding.
+
+    `content` is tokenizer.json as transformers loaded it, which is what was trained with: for some models it replaces
+    parts of the file. SentencePiece's scores come from the tokenizer.model in `folder`, or else from the merges.
+    Raises InputError for a tokenizer that llama.cpp cannot repeat, or with more tokens than `rows`.
+    """
+    path = folder / "tokenizer.json"
+    model = content["model"]
+    if model.get("type") == "BPE" and "ByteLevel" in _kinds(content.get("pre_tokenizer")):
+        pre, exact = _split(content["pre_tokenizer"], path)
+        pieces: dict[int, tuple[str, int, float]] = {i: (t, NORMAL, 0.0) for t, i in model["vocab"].items()}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        settings: dict[str, Any] = {"model": "gpt2", "pre": pre, "merges": merges, "exact": exact}
+    elif (folder / "tokenizer.model").exists():
+        pieces = dict(enumerate(read_sentencepiece(folder / "tokenizer.model")))
+        settings = {"model": "llama", "pre": "default", "add_space_prefix": True}
+    elif model.get("type") == "BPE" and model.get("byte_fallback"):
+        pieces = _scored(model, path)
+        settings = {"model": "llama", "pre": "default", "add_space_prefix": True}
+    else:
+        raise InputError(
+            f"{folder}: GGUF needs a byte-level BPE or a SentencePiece BPE tokenizer; this one is "
+            f"{model.get('type', 'none')}; set export: null"
+        )
+    for token in content["added_tokens"]:
+        kind = CONTROL if token["special"] else USER_DEFINED
+        known = pieces.get(token["id"])
+        unknown = settings["model"] == "llama" and known is not None and known[1] == UNKNOWN
+        pieces[token["id"]] = (token["content"], UNKNOWN if unknown else kind, known[2] if known else NO_SCORE)
+    if pieces and max(pieces) >= rows:
+        raise InputError(f"{folder}: the tokenizer has id {max(pieces)}, the embedding only {rows} rows")
+    filled = [pieces.get(i, (f"[PAD{i}]", UNUSED, NO_SCORE)) for i in range(rows)]
+    settings |= _habits(content, bos, settings["model"] == "llama")
+    scores = [p[2] for p in filled] if settings["model"] == "llama" else []
+    return Vocabulary(tokens=[p[0] for p in filled], types=[p[1] for p in filled], scores=scores, **settings)
+
+
+def _kinds(step: Mapping[str, Any] | None) -> list[str]:
+    return [] if step is None else [s["type"] for s in step.get("pretokenizers", [step])]
+
+
+def _split(step: Mapping[str, Any], path: Path) -> tuple[str, bool]:
+    """The name of llama.cpp's splitter for this pre-tokenizer, and whether it is the very same."""
+    steps: list[Mapping[str, Any]] = step.get("pretokenizers", [step])
+    kinds, last = [s["type"] for s in steps], steps[-1]
+    if kinds[-1] == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space"):
+        if kinds == ["ByteLevel"]:
+            return "gpt-2", True
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            return "smollm", True
+    pattern = steps[0].get("pattern", {}).get("Regex", "") if kinds == ["Split", "ByteLevel"] else ""
+    if pattern in SPLITS:
+        return SPLITS[pattern], True
+    if pattern in NEAR_SPLITS:
+        return NEAR_SPLITS[pattern], False
+    raise InputError(
+        f"{path}: llama.cpp has no splitter for {pattern or ' + '.join(kinds)!r}, so a GGUF would be read in other "
+        "tokens than were trained; set export: null, or convert the merged folder with a llama.cpp that has one"
+    )
+
+
+def _habits(content: Mapping[str, Any], bos: str | None, sentencepiece: bool) -> dict[str, bool]:
+    """Whether the tokenizer puts its BOS in front by itself, and a space behind a control token: asked of itself."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    habits = {"add_bos": bos is not None and tokenizer.encode("x").tokens[:1] == [bos]}
+    if sentencepiece and bos is not None:
+        # chats begin with BOS; there llama.cpp puts a space in front or not, as this flag says
+        first = tokenizer.encode(bos + "x", add_special_tokens=False).tokens[1]
+        habits["add_space_prefix"] = first.startswith("▁")
+    return habits
+
+
+def _scored(model: Mapping[str, Any], path: Path) -> dict[int, tuple[str, int, float]]:
+    """SentencePiece's pieces from a converted tokenizer.json: a piece scores minus the rank of its first merge.
+
+    SentencePiece joins any two neighbours whose union is a piece, best score first; the two agree only where every
+    such pair is in the merges. Raises InputError where one is missing.
+    """
+    vocabulary: dict[str, int] = model["vocab"]
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs):
+        ranks.setdefault(left + right, rank)
+    listed = set(pairs)
+    for piece in ranks:
+        for i in range(1, len(piece)):
+            pair = (piece[:i], piece[i:])
+            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in listed:
+                raise InputError(
+                    f"{path}: was not converted from SentencePiece (no merge {' + '.join(pair)}), so llama.cpp would "
+                    "split text differently; put the tokenizer.model into the folder, or set export: null"
+                )
+    lowest = -float(len(pairs))
+    return {
+        i: (
+            piece,
+            BYTE if _is_byte(piece) else UNKNOWN if piece == model.get("unk_token") else NORMAL,
+            -float(ranks[piece]) if piece in ranks else 0.0 if len(piece) > 1 else lowest,
+        )
+        for piece, i in vocabulary.items()
+    }
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def read_sentencepiece(path: Path) -> list[tuple[str, int, float]]:
+    """(piece, type, score) of every piece in a SentencePiece BPE model, by id.
+
+    The file is a protocol buffer (sentencepiece_model.proto): field 1 of the model are its pieces (1 text, 2 score,
+    3 type), field 2 the trainer's settings (3 model type: 2 is BPE). Raises InputError for any other file.
+    """
+    pieces: list[tuple[str, int, float]] = []
+    model_type = 1
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                entry = dict(_fields(value))
+                score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
+                pieces.append((entry[1].decode("utf-8"), entry.get(3, NORMAL), score))
+            elif number == 2:
+                model_type = dict(_fields(value)).get(3, 1)
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a SentencePiece model; download it again") from error
+    if not pieces or model_type != 2:
+        raise InputError(f"{path}: a SentencePiece model of BPE pieces is needed; this is another kind")
+    return pieces
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of one protocol buffer message: an int, or bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        length = 4 if wire == 5 else 8
+        if wire == 2:
+            length, at = _varint(data, at)
+        elif wire not in (1, 5):
+            raise IndexError(f"wire type {wire}")
+        if at + length > len(data):
+            raise IndexError("cut short")
+        yield number, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value, at
+        shift += 7

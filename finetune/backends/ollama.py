@@ -1,0 +1,105 @@
+"""An Ollama Modelfile that writes conversations as the model's own chat template does.
+
+Ollama's templates are Go's text/template (https://docs.ollama.com/template). Ours is read off the Jinja template: it
+is rendered for a few conversations, the text between the messages is taken, and the whole is tried on a longer one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Chat = list[dict[str, str]]
+Render = Callable[[Chat, bool], str]  # (messages, add_generation_prompt) -> text; raises ValueError where it refuses
+SYSTEM, USER, ANSWER = "Sys7text", "Ask7text", "Reply7text"
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The text around the messages."""
+
+    opening: str  # before the first user message when there is no system message
+    system: tuple[str, str] | None  # before the system message, and from it to the first user message
+    between: str  # before each later user message
+    prompt: str  # after a user message
+    lead: str  # before an answer, which the model writes itself
+    end: str  # after an answer
+
+    def text(self, chat: Chat) -> str:
+        """What Ollama will make of `chat` when the last message is a user's."""
+        system = next((m["content"] for m in chat if m["role"] == "system"), None)
+        text = self.opening if system is None or self.system is None else self.system[0] + system + self.system[1]
+        first = True
+        for message in chat:
+            if message["role"] == "user":
+                text += ("" if first else self.between) + message["content"] + self.prompt
+                first = False
+            elif message["role"] == "assistant":
+                text += self.lead + message["content"] + self.end
+        return text
+
+
+def read_pieces(render: Render) -> Pieces | None:
+    """The pieces of a Jinja template; None where it is no plain sequence of turns."""
+    user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+    system = {"role": "system", "content": SYSTEM}
+    try:
+        opening, prompt = render([user], True).split(USER)
+        _, reply, after = render([user, answer, user], True).split(USER)
+        lead, rest = reply.removeprefix(prompt).split(ANSWER)
+        end = render([user, answer], False).split(ANSWER)[1]
+        if not reply.startswith(prompt) or not rest.startswith(end) or after != prompt:
+            return None
+    except ValueError:
+        return None
+    try:
+        head, behind = render([system, user], True).split(SYSTEM)
+        around = (head, behind.split(USER)[0])
+    except ValueError:
+        around = None
+    pieces = Pieces(opening, around, rest.removeprefix(end), prompt, lead, end)
+    said = [{"role": r, "content": f"{r} {n}\nline"} for n in range(3) for r in ("user", "assistant")][:-1]
+    chats: list[Chat] = [said[:1], said] if around is None else [said[:1], said, [system, *said]]
+    return pieces if all(pieces.text(chat) == render(chat, True) for chat in chats) else None
+
+
+def modelfile(weights: str, pieces: Pieces | None, stops: Sequence[str], bos: str | None) -> str:
+    """The Modelfile for the GGUF `weights` beside it.
+
+    `bos` is the token that Ollama puts in front by itself (None where it does not). Without `pieces` the template is
+    left to Ollama, which looks for one it knows in the GGUF.
+    """
+    lines = [f"FROM ./{weights}"]
+    if pieces is None:
+        lines.append("# the chat template in the GGUF has no plain form; Ollama takes the one it knows that is nearest")
+    else:
+        lines.append(f'TEMPLATE """{_go(pieces, bos or "")}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    return "\n".join(lines) + "\n"
+
+
+def _go(pieces: Pieces, bos: str) -> str:
+    opening = _literal(pieces.opening.removeprefix(bos))
+    if pieces.system is not None:
+        before, after = pieces.system
+        opening = (
+            f"{{{{ if .System }}}}{_literal(before.removeprefix(bos))}{{{{ .System }}}}{_literal(after)}"
+            f"{{{{ else }}}}{opening}{{{{ end }}}}"
+        )
+    return (
+        f"{opening}{{{{ $first := true }}}}{{{{ range .Messages }}}}"
+        f'{{{{ if eq .Role "user" }}}}{{{{ if not $first }}}}{_literal(pieces.between)}{{{{ end }}}}'
+        f"{{{{ .Content }}}}{_literal(pieces.prompt)}{{{{ $first = false }}}}"
+        f'{{{{ else if eq .Role "assistant" }}}}{_literal(pieces.lead)}{{{{ .Content }}}}{_literal(pieces.end)}'
+        "{{ end }}{{ end }}"
+    )
+
+
+def _literal(text: str) -> str:
+    """`text` as a Go string in an action, so that no space or line end of it is lost; quotes are escaped for Ollama."""
+    if not text:
+        return ""
+    # JSON's escapes are Go's; \u0022 keeps three quotes in a row from ending the TEMPLATE
+    inner = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022")
+    return f'{{{{ "{inner}" }}}}'

@@ -1,0 +1,111 @@
+"""`finetune chat` as a person types it: a run's adapter and the merged model of the same run."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune.chatting import Conversation, _prompt_ids, printable
+from finetune.records import read_json
+
+QUESTION = "What does the tree number 3 do?"
+SHORT = ("--max-new-tokens", "12")
+
+
+def talk(workspace, name, lines, *options, folder):
+    """The command with `lines` on stdin."""
+    roots = ["--artifacts", str(workspace.folder / "artifacts"), "--scratch", str(workspace.folder / "scratch")]
+    done = subprocess.run(
+        [*workspace.command("chat", name, *SHORT, *options), *roots], env=workspace.environment(), cwd=folder,
+        input="".join(line + "\n" for line in lines), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert printable("a\n\tb\x1b[31m\x9b\r\x07é🙂") == "a\n\tb�[31m���é🙂"
+
+
+@pytest.fixture
+def merged(finished):
+    return finished.show()["stages"]["merge"]["path"]
+
+
+def test_one_question_to_a_run_with_and_without_its_adapter(finished):
+    greedy = ("--prompt", QUESTION, "--temperature", "0", *SHORT)
+    done = finished.run("chat", "small", "--compare", "base", *greedy)
+    assert done.stdout.startswith("adapter> ") and "\nbase> " in done.stdout
+    assert "NF4" in done.stderr and "Traceback" not in done.stderr
+    named = finished.run("chat", f"small@{finished.show()['run']}", *greedy)
+    assert f"adapter> {named.stdout}" in done.stdout  # the same prompt and no chance: the same answer
+
+
+def test_the_merged_folder_answers_the_same_under_the_same_seed(finished, merged, tmp_path):
+    once = finished.run("chat", merged, "--prompt", QUESTION, "--seed", "3", *SHORT).stdout
+    lines = [QUESTION, "/save", "/reset", QUESTION, "/save", "/reset", "/seed 4", QUESTION, "/save"]
+    talk(finished, merged, lines, "--seed", "3", folder=tmp_path)
+    saved = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "chat.jsonl").open()]
+    assert once.strip() == printable(saved[0]).strip() != "" and saved[0] == saved[1] != saved[2]
+
+
+def test_commands_on_stdin(finished, merged, tmp_path):
+    lines = [
+        "/save", QUESTION, "/save", "/system Be brief.", "Say </s> now.", "and again?", "/save more.jsonl", "/reset",
+        "/seed x", "/seed 5", "/bogus", "/help", "", "/quit", "never asked",
+    ]  # fmt: skip
+    done = talk(finished, merged, lines, folder=tmp_path)
+    for sentence in ("nothing said yet", "added to chat.jsonl", "/seed x: write", "no command /bogus", "a new conv"):
+        assert sentence in done.stderr
+    (first,) = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"]
+    second = json.loads((tmp_path / "more.jsonl").read_text())["messages"]
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user", "assistant"]
+    assert second[1]["content"] == "Say </s> now."
+    assert "never asked" not in done.stdout + done.stderr
+
+
+def test_a_conversation_ends_with_stdin_and_one_too_long_says_so(finished, merged, tmp_path):
+    done = talk(finished, merged, ["tree " * 4000, QUESTION], "--system", "Be brief.", folder=tmp_path)
+    assert "/reset it" in done.stderr and done.stdout.strip()  # the next question is answered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing", "--prompt", "x"), "has not run yet"),
+        (("small", "--prompt", " "), "--prompt is empty"),
+        (("small", "--prompt", "x", "--compare", "other"), "allowed: base"),
+        (("./gone", "--prompt", "x"), "is no folder"),
+        (("artifacts/base", "--prompt", "x"), "holds no config.json"),
+    ],
+)
+def test_what_cannot_be_talked_to_is_refused(finished, arguments, sentence):
+    refused = finished.run("chat", *arguments, status=2)
+    assert sentence in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_an_adapter_folder_and_a_comparison_without_base_are_refused(finished, merged):
+    adapter = Path(finished.show()["stages"]["train"]["path"]) / "adapter"
+    assert "without its base" in finished.run("chat", adapter, "--prompt", "x", status=2).stderr
+    assert "no base" in finished.run("chat", merged, "--prompt", "x", "--compare", "base", status=2).stderr
+
+
+def test_the_prompt_is_the_one_that_was_trained(finished, merged):
+    """Token for token what the training rows begin with, and a typed control string stays text."""
+    from finetune.chatting import _folder_voice
+    from finetune.data.training_rows import read_token_rows
+    from finetune.records import read_rows
+    from finetune.report.console import Screen
+
+    stages = finished.show()["stages"]
+    rows = {r.id: r for r in read_rows(Path(stages["split"]["path"]) / "train.parquet")}
+    trained = read_token_rows(Path(stages["render"]["path"]) / "train.parquet", 5)
+    with _folder_voice(Path(merged), Screen(silent=True)) as voice:
+        assert list(voice.terminators) == read_json(Path(merged) / "template.json")["terminators"]
+        for row in trained:
+            talked = Conversation(None, 0, [{"role": "user", "content": rows[row.id].messages[0].content}])
+            assert _prompt_ids(voice, talked.chat()) == row.ids[: row.answer_start].tolist()
+        typed = _prompt_ids(voice, [{"role": "user", "content": "</s>"}])
+        assert voice.tokenizer.eos_token_id not in typed

@@ -1,0 +1,153 @@
+"""`finetune init`: what it writes is short, valid and fits; what it cannot know it asks or refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune import starter
+from finetune.errors import InputError
+from finetune.recipe import LocalSource
+from finetune.recipe_file import load_recipe
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a?", "answer": "b", "id": 3}) + "\n")
+    return tmp_path
+
+
+def write(name="mine", model=MISTRAL, data="rows.jsonl", device=None, out=None, **more):
+    return starter.write_recipe(name, model, data, device, out, **more)
+
+
+def test_a_recipe_is_short_valid_and_says_what_was_found(folder):
+    said = write()
+    text = (folder / "mine.yaml").read_text()
+    assert len(text.splitlines()) <= 15 and text.startswith("# Hardware: one T4")
+    recipe = load_recipe("mine.yaml").recipe
+    source = recipe.data[0]
+    assert isinstance(source, LocalSource) and source.format == "prompt_completion" and source.path.exists()
+    assert recipe.render.template == "auto" and recipe.render.max_length_tokens == 2048
+    assert "format prompt_completion" in said and "not used: id" in said and "finetune run" in said
+
+
+def test_it_goes_into_recipes_and_finds_the_data_from_there(folder):
+    (folder / "recipes").mkdir()
+    write()
+    assert load_recipe("mine").recipe.data[0].path.exists()
+    elsewhere = folder.parent / f"{folder.name}-elsewhere" / "a.yaml"
+    write(out=elsewhere)
+    assert load_recipe(str(elsewhere)).recipe.data[0].path.exists()
+
+
+def test_nothing_is_written_over_without_force(folder):
+    write()
+    before = (folder / "mine.yaml").read_text()
+    with pytest.raises(InputError, match="--force"):
+        write(model="mistralai/Mistral-7B-v0.1")
+    assert (folder / "mine.yaml").read_text() == before
+    write(model="mistralai/Mistral-7B-v0.1", force=True)
+    assert load_recipe("mine.yaml").recipe.render.template == "alpaca"  # a bare base has no template of its own
+
+
+def test_without_a_terminal_the_missing_options_are_named(folder):
+    with pytest.raises(InputError, match="--name, --data"):
+        starter.write_recipe(None, MISTRAL, None, None, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "init", "--name", "x"], cwd=folder, capture_output=True, text=True,
+        check=False, stdin=subprocess.DEVNULL, env={"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "--model, --data" in " ".join(done.stderr.split())
+
+
+def test_on_a_terminal_only_what_is_missing_is_asked(folder):
+    asked = []
+
+    def ask(question, default):
+        asked.append(question)
+        return "rows.jsonl" if question.startswith("data") else default
+
+    starter.write_recipe(None, None, None, None, None, ask=ask)
+    assert len(asked) == 4 and load_recipe("rows.yaml").recipe.model.id == MISTRAL
+    asked.clear()
+    write("other", device="l4", ask=ask)
+    assert asked == []
+
+
+def test_the_length_is_the_longest_that_fits_the_device(folder, monkeypatch):
+    roomy = load_length(device="h100")
+    small = starter.planner.Device(int(6.2e9), 1e12)
+    monkeypatch.setitem(starter.planner.DEVICES, "t4", small)
+    assert load_length(device="t4") < roomy == 2048
+    monkeypatch.setitem(starter.planner.DEVICES, "t4", starter.planner.Device(int(3e9), 1e12))
+    with pytest.raises(InputError, match=r"needs .* GB even for rows of 256 tokens; take l4"):
+        write("none", device="t4")
+    assert not (folder / "none.yaml").exists()
+
+
+def load_length(device):
+    write(device=device, force=True)
+    return load_recipe("mine.yaml").recipe.render.max_length_tokens
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"device": "t5"}, "allowed: t4"),
+        ({"device": "cpu"}, "weeks"),
+        ({"data": "gone.jsonl"}, "no file"),
+        ({"data": "a b/c"}, "data.0.id"),
+        ({"model": "./gone"}, "no such folder"),
+        ({"model": "builtin:large"}, "no builtin model"),
+        ({"name": "a b"}, "name: found 'a b'"),
+        ({"out": Path("rows.jsonl")}, "ends in .yaml"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(folder, changed, sentence):
+    with pytest.raises(InputError, match=sentence):
+        write(**changed)
+    assert [p.name for p in folder.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_that_fit_no_format_are_refused_with_their_columns(folder):
+    (folder / "odd.jsonl").write_text('{"left": 1}\n')
+    with pytest.raises(InputError, match="left"):
+        write(data="odd.jsonl")
+
+
+def test_a_folder_as_base_keeps_to_its_own_positions_and_template(folder):
+    base = folder / "base"
+    base.mkdir()
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 300, "max_position_embeddings": 600}))
+    write(model="base", device="cpu")
+    recipe = load_recipe("mine.yaml").recipe
+    assert recipe.model.folder == base and recipe.render.max_length_tokens == 512
+    assert recipe.render.template == "alpaca"
+    (base / "chat_template.jinja").write_text("x")
+    write(model="./base", device="cpu", force=True)
+    assert load_recipe("mine.yaml").recipe.render.template == "auto"
+
+
+def test_the_builtin_base_and_hub_data(folder):
+    write("tiny", model="builtin:tiny-mistral", data="pydoc")
+    assert load_recipe("tiny.yaml").recipe.train.max_steps == 150
+    said = write("hub", data="owner/rows")
+    assert load_recipe("hub.yaml").recipe.data[0].id == "owner/rows" and "when it is read" in said
+
+
+@given(st.text(min_size=1, max_size=30))
+def test_any_text_survives_yaml(text):
+    import yaml
+
+    if any(c != " " and not c.isprintable() for c in text):
+        return
+    assert yaml.safe_load("{path: " + starter._scalar(text) + "}") == {"path": text}
