@@ -82,6 +82,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         with merged.head() as head:
             found[name] = certification.compare(states, partial(head_logits, trained), own, head, held_out.labels)
     certificate = _certificate(spec, dtype, found, held_out)
+    certificate["round_trip_dtype"] = models.DTYPES[precision]  # merge may run on another machine
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
     _gate(spec.certify, certificate)
     ctx.say(f"certify: {certificate['words']}")

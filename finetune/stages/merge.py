@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, InputError
@@ -26,7 +26,6 @@ class Spec(Section):
 
     model: Model
     quantization: Quantization | None
-    precision: Literal["auto", "bf16", "fp16", "fp32"]
     merge: Merge
 
 
@@ -34,9 +33,7 @@ def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe says so."""
     if recipe.merge is None:
         return None
-    return Spec(
-        model=recipe.model, quantization=recipe.quantization, precision=recipe.train.precision, merge=recipe.merge
-    )
+    return Spec(model=recipe.model, quantization=recipe.quantization, merge=recipe.merge)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -56,7 +53,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     certificate: dict[str, Any] = read_json(found) if found.exists() else {"base": "original"}
     dtype = output_dtype(spec.merge.dtype, base)
     folder = models.ensure_base(spec.model, base, ctx)
-    trip = _round_trip(spec, ctx) if certificate["base"] == "dequantized" else None
+    trip = _round_trip(spec, certificate, ctx) if certificate["base"] == "dequantized" else None
     plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code)
     shards = plan_shards(plan.shapes, spec.merge.max_shard_bytes)
     _require_space(out, shards.file_bytes + SMALL_FILES_BYTES)
@@ -81,15 +78,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     }
 
 
-def _round_trip(spec: Spec, ctx: Context) -> RoundTrip:
+def _round_trip(spec: Spec, certificate: Mapping[str, Any], ctx: Context) -> RoundTrip:
+    """Through 4 bits and back in the precision that was certified, whatever this machine would choose."""
     from finetune.backends import models
     from finetune.backends.lora_merge import RoundTrip
 
     if spec.quantization is None:
         raise InputError("the certificate names the dequantized base, but quantization is null; run certify again")
     device = models.pick_device(ctx.device)
-    precision, _ = models.pick_precision(spec.precision, device)
-    return RoundTrip(spec.quantization.type, spec.quantization.double, models.DTYPES[precision], device)
+    return RoundTrip(spec.quantization.type, spec.quantization.double, certificate["round_trip_dtype"], device)
 
 
 def _require_space(folder: Path, needed: int) -> None:

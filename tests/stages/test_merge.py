@@ -70,7 +70,7 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
 def test_it_merges_into_the_base_that_the_certificate_names(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     (tmp_path / "certify").mkdir()
-    (tmp_path / "certify/certificate.json").write_text('{"base": "dequantized"}')
+    (tmp_path / "certify/certificate.json").write_text('{"base": "dequantized", "round_trip_dtype": "float32"}')
     metrics = run(tmp_path, {**inputs, "certify": tmp_path / "certify"}, merge={"dtype": "float32"})
     trip = RoundTrip("nf4", True, "float32")  # the CPU computes in fp32
     expected = dict(merged_tensors(plan_merge(inputs["base"], inputs["train"] / "adapter", "float32", trip)))
@@ -78,7 +78,7 @@ def test_it_merges_into_the_base_that_the_certificate_names(tmp_path: Path) -> N
     assert metrics["base"] == "dequantized"
     assert set(found) == set(expected)
     assert all(torch.equal(found[n], expected[n]) for n in found)
-    assert config(tmp_path / "out", "certificate.json") == {"base": "dequantized"}
+    assert config(tmp_path / "out", "certificate.json") == {"base": "dequantized", "round_trip_dtype": "float32"}
     with pytest.raises(InputError, match="quantization is null"):
         run(tmp_path, {**inputs, "certify": tmp_path / "certify"}, "again", quantization=None)
 
