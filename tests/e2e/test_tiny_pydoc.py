@@ -54,6 +54,7 @@ def test_near_duplicates_are_those_of_brute_force(stages):
     threshold = 0.85
     filtered = pq.read_table(Path(stages["filter"]["path"]) / "rows.parquet").to_pylist()
     vectors = np.load(Path(stages["embed"]["path"]) / "vectors.npy").astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)  # float32 rows are unit to 1e-8 only
     pairs = pq.read_table(Path(stages["dedup"]["path"]) / "pairs.parquet").to_pylist()
     kept = {r["id"] for r in pq.read_table(Path(stages["dedup"]["path"]) / "rows.parquet", columns=["id"]).to_pylist()}
     position = {row["id"]: i for i, row in enumerate(filtered)}
