@@ -25,12 +25,12 @@ def file_digest(path: Path) -> str:
     path = path.resolve()
     stat = path.stat()
     if stat.st_size < REMEMBERED_FROM_BYTES:
-        return _hash(path)
+        return hash_file(path)
     cache, key = cache_file(), f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
     known = _read(cache)
     if key in known:
         return known[key]
-    digest = _hash(path)
+    digest = hash_file(path)
     after = path.stat()
     unchanged = (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     if unchanged and time.time() - stat.st_mtime > SETTLED_SECONDS:
@@ -45,7 +45,8 @@ def cache_file() -> Path:
     return root / "finetune" / "digests.json"
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The xxh3-128 of the file's bytes, read now. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

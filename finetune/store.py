@@ -25,6 +25,7 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ValidationError
 
+from finetune import digests
 from finetune.errors import FinetuneError, InputError
 
 MANIFEST = "manifest.json"
@@ -189,15 +190,11 @@ def output_digest(files: Mapping[str, FileEntry], logs: Iterable[str] = ()) -> s
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hex; reads 4 MiB at a time."""
-    digest = xxhash.xxh3_128()
+    """xxh3-128 of a file's bytes, in hex. Raises InputError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        return digests.hash_file(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def _acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Lease:

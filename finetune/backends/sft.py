@@ -39,7 +39,6 @@ class Job:
     seed: int
     lora: Lora
     train: Train
-    quantized: bool
     precision: str  # fp32, bf16 or fp16
     device: str
     checkpointing: bool

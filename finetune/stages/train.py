@@ -57,7 +57,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         seed=spec.seed,
         lora=spec.lora,
         train=spec.train,
-        quantized=spec.quantization is not None,
         precision=precision,
         device=device,
         checkpointing=_checkpointing(ctx.runtime.checkpointing, inputs["base"]),

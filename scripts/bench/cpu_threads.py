@@ -45,7 +45,7 @@ def measure(artifacts: Path, steps: int) -> float:
         ctx = Context(scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, device="cpu")
         base = models.load_base(recipe.model, found["base"], ctx, recipe.quantization, "fp32", "cpu")
         job = sft.Job(
-            seed=0, lora=recipe.lora, train=recipe.train, quantized=True, precision="fp32", device="cpu",
+            seed=0, lora=recipe.lora, train=recipe.train, precision="fp32", device="cpu",
             checkpointing=False, checkpoints=out / "checkpoints", metrics_file=out / "metrics.jsonl",
         )  # fmt: skip
         rows = found["pack"] / "packed.parquet"

@@ -75,7 +75,7 @@ def job(tmp_path, name="run", **train):
     settings = {"learning_rate": 1e-2, "batch_rows": 4, "max_steps": 3, "warmup_fraction": 0, "optimizer": "adamw"}
     (tmp_path / name).mkdir()
     return sft.Job(
-        seed=0, lora=Lora(r=4, dropout=0), train=Train(**{**settings, **train}), quantized=True, precision="fp32",
+        seed=0, lora=Lora(r=4, dropout=0), train=Train(**{**settings, **train}), precision="fp32",
         device="cpu", checkpointing=False, checkpoints=tmp_path / name / "checkpoints",
         metrics_file=tmp_path / name / "metrics.jsonl",
     )  # fmt: skip
