@@ -3,20 +3,26 @@ RECIPE ?= tiny-pydoc
 SET ?=
 UNTIL ?=
 GPUS ?= 1
+CONFIG ?=
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EDITS := $(foreach s,$(SET),--set '$(s)') $(if $(UNTIL),--until $(UNTIL))
-LAUNCH := $(if $(filter-out 1,$(GPUS)),$(BIN)/accelerate launch --multi_gpu --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
+# CONFIG=fsdp or deepspeed_zero2 goes through accelerate; plain data parallel training needs no launcher but our own
+LAUNCH := $(if $(CONFIG),$(BIN)/accelerate launch --config_file recipes/accelerate/$(CONFIG).yaml --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
 
 # two test processes whose threads spin for the same two cores would take turns, not run
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: sft setup plan check test test-slow push clean help
+.PHONY: sft setup plan check test test-slow push docs clean help
 .DEFAULT_GOAL := help
 
 sft: $(VENV)/.ready ## run a recipe to a certified, merged model: RECIPE=NAME SET="train.learning_rate=1e-4" UNTIL=STAGE
-	@$(LAUNCH) run $(RECIPE) $(EDITS)
+ifneq ($(filter deepspeed%,$(CONFIG)),)
+	@$(BIN)/python -c 'import deepspeed' 2>/dev/null || \
+	  { echo "CONFIG=$(CONFIG) needs DeepSpeed: $(BIN)/pip install -e '.[deepspeed]'" >&2; exit 2; }
+endif
+	@$(LAUNCH) run $(RECIPE) $(EDITS) $(if $(CONFIG),,$(if $(filter-out 1,$(GPUS)),--processes $(GPUS)))
 
 plan: $(VENV)/.ready ## what a recipe would do and need; builds nothing
 	@$(BIN)/finetune plan $(RECIPE) $(foreach s,$(SET),--set '$(s)')
@@ -37,6 +43,9 @@ check: $(VENV)/.ready-check ## lint, format, types and recipes
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/finetune validate recipes/*.yaml
+
+docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md anew, from the models
+	@$(BIN)/python -m finetune.reference
 
 clean: ## drop what none of the newest runs uses (asks first)
 	@$(BIN)/finetune clean

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from finetune.errors import InputError
 from finetune.recipe import Recipe
+from finetune.recipe_data import local_path
+from finetune.recipe_errors import Location, Where, explain, in_file_order, line_of, shortened
+from finetune.recipe_names import known_recipes
 
-MAX_RECIPE_BYTES = 1_000_000
-Location = tuple[str | int, ...]
-Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
+MAX_RECIPE_BYTES = 100_000
+MOST_SHOWN = 50  # mistakes of one file
+PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.MappingNode: ("map",),
+    yaml.SequenceNode: ("seq",),
+    yaml.ScalarNode: ("str", "null", "bool", "int", "float"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class LoadedRecipe:
     path: Path
     text: str
     sets: tuple[str, ...] = ()
+    where: Mapping[Location, str] = field(default_factory=dict, repr=False)
+
+    def line_of(self, *at: str | int) -> str:
+        """`file:line` (or the --set option) that wrote this field, or the section it is in."""
+        return line_of(at, self.where, str(self.path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,28 +67,17 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def recipe_folders() -> list[Path]:
-    """Where a recipe's name is looked up: the working directory's recipes/, the checkout's, the installed package's."""
-    package = Path(__file__).parent
-    return [Path("recipes"), package.parent / "recipes", package / "_recipes"]
-
-
-def resource(*parts: str) -> Path | None:
-    """A file or folder shipped in recipes/ (templates, shapes), or None."""
-    return next((f.joinpath(*parts) for f in recipe_folders()[1:] if f.joinpath(*parts).exists()), None)
-
-
 def find_recipe(name: str) -> Path:
     """The file that `name` (a path, or the name of a file in recipes/) means; InputError with the nearest name."""
-    path = Path(name).expanduser()
+    try:
+        path = local_path(name)
+    except ValueError as error:
+        raise InputError(f"{shortened(name)}: {error}") from None
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
-        raise InputError(f"{name}: no such recipe file{', it is a folder' if path.is_dir() else ''}")
-    known: dict[str, Path] = {}
-    for folder in recipe_folders():
-        for found in sorted(folder.glob("*.yaml")):
-            known.setdefault(found.stem, found)
+        raise InputError(f"{name}: {'a folder, not a recipe file' if path.is_dir() else 'no such recipe file'}")
+    known = known_recipes()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -90,30 +89,39 @@ def load_recipe(name: str, sets: Sequence[str] = ()) -> LoadedRecipe:
     """Read, edit (`--set a.b=value`) and validate a recipe; InputError carries every error of the file."""
     path = find_recipe(name)
     text = _read_text(path)
-    return LoadedRecipe(parse_recipe(text, path, sets), path, text, tuple(sets))
+    recipe, where = _validated(text, path, sets)
+    return LoadedRecipe(recipe, path, text, tuple(sets), where)
 
 
 def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
     """Validate the recipe in `text`; `path` is named in errors, and its folder is where local files are looked for."""
+    return _validated(text, path, sets)[0]
+
+
+def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where]:
     problems: list[str] = []
     where: Where = {}
     raw = _parse_yaml(text, str(path), where, problems)
-    if not problems and not isinstance(raw, dict):
-        found = "nothing" if raw is None else f"a {type(raw).__name__}"
-        problems.append(f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {found}")
-    if not problems:
-        for option in sets:
-            problem = _apply_set(raw, option, where)
-            problems += [problem] if problem else []
-    if problems:
-        raise InputError("\n".join(problems))
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else shortened(raw)
+        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {found}"
+        raise InputError("\n".join(problems or [shape]))
+    for option in sets:
+        problem = _apply_set(raw, option, where)
+        problems += [problem] if problem else []
     context = {"folder": str(path.parent), "working_folder": "."}
     try:
-        return Recipe.model_validate(raw, context=context)
+        # strict: "16", 16.0 and `yes` are no numbers and no truths here, nor in the schema that editors use
+        recipe = Recipe.model_validate(raw, context=context, strict=True)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(error.errors(), where, str(path)))) from None
+        said = tuple(": ".join(p.split(": ")[:2]) + ": " for p in problems)  # a field is complained of once
+        problems += [line for line in explain(error.errors(), where, str(path)) if not line.startswith(said)]
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a recipe") from None
+        problems.append(f"{path}: nested too deeply to be a recipe")
+    if problems:
+        more = [f"{path}: and {len(problems) - MOST_SHOWN:,} mistakes more"] if len(problems) > MOST_SHOWN else []
+        raise InputError("\n".join([*in_file_order(problems)[:MOST_SHOWN], *more]))
+    return recipe, where
 
 
 def _read_text(path: Path) -> str:
@@ -125,7 +133,7 @@ def _read_text(path: Path) -> str:
     if size > MAX_RECIPE_BYTES:
         raise InputError(f"{path}: {size:,} bytes; a recipe is at most {MAX_RECIPE_BYTES:,} (is this a data file?)")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: encoded as UTF-16; save it as UTF-8")
+        raise InputError(f"{path}: encoded as UTF-16 or UTF-32; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,13 +146,11 @@ def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        tab = " (YAML is indented with spaces, never tabs)" if mark and "\t" in str(error.problem) else ""
-        problems.append(f"{name}:{line}: not YAML: {error.problem or error.context}{tab}")
+        problems.append(_not_yaml(error, name))
         return None
-    except yaml.YAMLError as error:
-        problems.append(f"{name}:1: not YAML: {' '.join(str(error).split())}")
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problems.append(f"{name}:{line}: the character U+{int(error.character):04X} is not allowed in YAML")
         return None
     except RecursionError:
         problems.append(f"{name}: nested too deeply to be a recipe")
@@ -152,14 +158,47 @@ def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:
     return None if node is None else _value(node, (), name, where, problems)
 
 
+def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
+    """PyYAML's own words, and what they mostly mean."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = str(error.problem or error.context).replace("but got '<stream end>'", "but the file ends")
+    if "another document" in problem:
+        return f"{name}:{line}: a second document begins here (---); a recipe is one"
+    if "'\\t'" in problem:
+        problem += " (YAML is indented with spaces, never tabs)"
+    elif "mapping values are not allowed" in problem:
+        problem += " (is a text with a colon to be quoted, or a line indented otherwise than the one above?)"
+    elif problem.endswith("but got ':'"):
+        problem += " (is a bracket not closed, or a text with a colon to be quoted?)"
+    elif "cannot start any token" in problem or "alphabetic or numeric" in problem:
+        problem += " (put the text in quotes)"
+    if error.context and error.context_mark and error.context_mark.line + 1 != line:
+        problem += f", {error.context} that begins in line {error.context_mark.line + 1}"
+    return f"{name}:{line}: not YAML: {problem}"
+
+
 def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
     line = f"{name}:{node.start_mark.line + 1}"
     where.setdefault(at, line)
     kind = node.tag.rpartition(":")[2]
+    here = f"{line}: {'.'.join(map(str, at))}".removesuffix(": ")
+    if kind not in PLAIN_TAGS[type(node)]:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        problems.append(f"{here}: the tag {tag} is not allowed; write a plain value")
+        return None
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key, key_line = str(key_node.value), f"{name}:{key_node.start_mark.line + 1}"
+            key_line = f"{name}:{key_node.start_mark.line + 1}"
+            if (
+                not isinstance(key_node, yaml.ScalarNode)
+                or key_node.value in ("", "<<")
+                or not _is_text(key_node.value)
+            ):
+                problems.append(f"{key_line}: a field's name is a plain word; write NAME: VALUE")
+                continue
+            key = str(key_node.value)
             if key in result:
                 problems.append(f"{key_line}: {'.'.join(map(str, (*at, key)))}: written twice; keep one")
                 continue
@@ -168,18 +207,26 @@ def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: lis
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*at, i), name, where, problems) for i, item in enumerate(node.value)]
-    if kind not in ("str", "null", "bool", "int", "float"):
-        problems.append(f"{line}: {'.'.join(map(str, at))}: the tag {node.tag} is not allowed; write a plain value")
-        return None
     text = str(node.value)
+    if not _is_text(text):
+        problems.append(f"{here}: half a character (\\uD800 to \\uDFFF stand for none)")
+        return None
     if kind == "int" and len(text) > 300:
-        problems.append(f"{line}: {'.'.join(map(str, at))}: a number of {len(text)} digits")
+        problems.append(f"{here}: a number of {len(text)} digits")
         return None
     if kind == "float":
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
     if kind == "int":
         return int(text)
     return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
@@ -198,7 +245,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
         if isinstance(at, list):
-            if not step.isdigit() or int(step) >= len(at):
+            if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
                 here = ".".join(map(str, trail))
                 return f"--set {option}: {here} has {len(at)} items; {step!r} is none of 0…{len(at) - 1}"
             key: str | int = int(step)
@@ -219,100 +266,3 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
         else:
             at = at[key]
     return None
-
-
-def _explain(errors: Iterable[ErrorDetails], where: Where, path: str) -> list[str]:
-    """One line a field. A union reports one error per member; those are joined."""
-    merged: dict[tuple[Location, str], list[str]] = {}
-    for error in errors:
-        at, model = _real_location(error["loc"], where)
-        field = ".".join(map(str, at)) or "recipe"
-        line = next((where[at[:n]] for n in range(len(at), -1, -1) if at[:n] in where), path)
-        merged.setdefault((at, f"{line}: {field}"), []).append(_sentence(error, at, model))
-    lines = []
-    for (_, start), sentences in merged.items():
-        first, *others = dict.fromkeys(
-            sentences
-        )  # a union says "found X; allowed: A", "found X; allowed: B": say X once
-        lines.append(f"{start}: {' or '.join([first, *(o.partition('allowed: ')[2] or o for o in others)])}")
-    return sorted(lines, key=_line_number)
-
-
-def _line_number(line: str) -> int:
-    match = re.match(r".*?:(\d+): ", line)
-    return int(match[1]) if match else 0
-
-
-def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) -> str:
-    kind, found = error["type"], _short(error["input"])
-    if kind == "extra_forbidden":
-        names = sorted(f.alias or n for n, f in model.model_fields.items()) if model else []
-        near = difflib.get_close_matches(str(at[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"unknown field; {hint}allowed: {', '.join(names)}"
-    if kind == "missing":
-        return "this field is required"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tag = cast("Mapping[str, Any]", error["input"]).get("source") if isinstance(error["input"], dict) else None
-        near = difflib.get_close_matches(str(tag), ("hub", "local", "pydoc"), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"found source {tag!r}; allowed: source: hub, local or pydoc{hint}"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if kind == "value_error":
-        return (
-            message
-            if str(error["input"])[:20] in message or isinstance(error["input"], dict)
-            else f"found {found}; {message}"
-        )
-    if kind == "literal_error":
-        options = [o.strip("'") for o in re.findall(r"'[^']*'|\d+", message)]
-        near = difflib.get_close_matches(str(error["input"]), options, n=1, cutoff=0.5)
-        return f"found {found}; allowed: {message}" + (f"; did you mean {near[0]}?" if near else "")
-    return f"found {found}; allowed: {message}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _real_location(loc: Location, where: Where) -> tuple[Location, type[BaseModel] | None]:
-    """Drop the union tags that pydantic puts into a location; also the model that holds its last field."""
-    annotation: Any = Recipe
-    at: Location = ()
-    holder: type[BaseModel] | None = None
-    for step in loc:
-        members = [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
-        if isinstance(step, int):
-            annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
-            at = (*at, step)
-            continue
-        tagged = [m for m in members if len(members) > 1 and step in _tags(m)]
-        if tagged:  # the tag of a discriminated union is no field of the file
-            annotation = tagged[0]
-            continue
-        if len(members) == 1:
-            holder = members[0]
-            fields = {f.alias or n: f.annotation for n, f in holder.model_fields.items()}
-            annotation = fields.get(step, Any)
-            at = (*at, step)
-            continue
-        dicts = [m for m in _members(annotation) if get_origin(m) is dict]
-        if dicts and step != "[key]" and (*at, step) in where:
-            annotation, at = get_args(dicts[0])[1], (*at, step)
-        # anything else is the name of a union member ("list[str]", "function-before[…]"): not in the file
-    return at, holder
-
-
-def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
-    """The members of a (possibly annotated) union."""
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [m for a in get_args(annotation) for m in _members(a)]
-    return [annotation]
-
-
-def _tags(model: type[BaseModel]) -> tuple[str, ...]:
-    field = model.model_fields.get("source")
-    return get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,10 @@ import yaml
 from finetune import planner
 from finetune.errors import InputError
 from finetune.recipe import LocalSource, Recipe
-from finetune.recipe_file import parse_recipe
+from finetune.recipe_checks import absent
+from finetune.recipe_data import local_path
+from finetune.recipe_file import load_recipe, parse_recipe
+from finetune.recipe_names import resource
 from finetune.records import canonical_json, read_json
 
 Ask = Callable[[str, str], str]
@@ -27,10 +31,24 @@ CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-
 TINY = (  # recipes/tiny-pydoc.yaml tells why
     "filter: {max_length_tokens: 448}",
     "render: {max_length_tokens: 512}",
-    "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}   # a rate for a small model: a 7B takes 2e-4",
+    "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}",
 )
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
+COMMENTS = {  # by what a line begins with
+    "schema:": "the version of this format",
+    "name:": "runs lie in artifacts/runs/NAME",
+    "model:": "the base; its revision is pinned when it is first read",
+    "data:": "a line a source; weight: 2 takes its rows twice",
+    "  - {source: local": "its format was found by its columns",
+    "  - {source: hub": "split: train, format: auto, where not written",
+    "  - {source: pydoc": "rows made of Python's own documentation",
+    "filter:": "rejects.parquet says why a row is left out",
+    "render:": "tokens of a row; GPU memory grows with them",
+    "lora:": "r: the adapter's size; alpha / r scales it",
+    "train:": "a step learns from batch_rows, on any number of GPUs",
+}
+COMMENT_COLUMN = 58
 
 
 def ask_terminal(question: str, default: str) -> str:
@@ -65,7 +83,7 @@ def write_recipe(
             device = ask(f"GPU to fit ({', '.join(planner.DEVICES)}, or cpu)", DEFAULT_DEVICE)
         name = name or ask("name of the recipe", suggested_name(data))
     assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
-    path = (out or _default_path(name)).expanduser()
+    path = _path("out" if out else "name", str(out or _default_path(name)))
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--out {path}: a recipe's file ends in .yaml")
     if path.exists() and not force:
@@ -76,6 +94,8 @@ def write_recipe(
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    if problems := absent(load_recipe(str(path))):
+        raise InputError("\n".join(problems))
     called = path.stem if path.parent == Path("recipes") else path
     lines = [text, *notes, f"wrote {path}", f"next: finetune plan {called}, then finetune run {called}"]
     return "\n".join(lines)
@@ -94,15 +114,16 @@ def recipe_text(name: str, model: str, data: str, device: str, path: Path) -> tu
     if model.startswith("builtin:"):
         lines = [*head, *TINY]
         _parse(lines, path)
-        return _text("any machine with 2 cores and 4 GB of memory; no GPU", lines), notes
+        own = {"train:": "a rate for a small model: a 7B takes 2e-4"}
+        return _text("any machine with 2 cores and 4 GB of memory; no GPU", lines, path, own), notes
     bare = _parse(head, path)
     template, note = ("", "") if form == "text" else _template(bare, where)
     best, positions = "", _positions(bare)
     for length in [n for n in LENGTHS if n <= positions] or [positions]:
-        lines = [*head, f"render: {{{template}max_length_tokens: {length}}}{note}", LORA, TRAIN]
+        lines = [*head, f"render: {{{template}max_length_tokens: {length}}}", LORA, TRAIN]
         fits, best = _fits(_parse(lines, path), device.lower())
         if fits:
-            return _text(best, lines), notes
+            return _text(best, lines, path, {"render:": note} if note else {}), notes
     raise InputError(best)
 
 
@@ -117,19 +138,38 @@ def _default_path(name: str) -> Path:
     return (folder if folder.is_dir() else Path()) / f"{name}.yaml"
 
 
-def _text(hardware: str, lines: list[str]) -> str:
-    return "\n".join([f"# Hardware: {hardware}.", *lines]) + "\n"
+def _text(hardware: str, lines: list[str], path: Path, own: Mapping[str, str]) -> str:
+    """The file: what editors check it by, what it was made for, and each line with what it means."""
+    comments = {**COMMENTS, **own}
+    explained = [
+        next((f"{line:<{COMMENT_COLUMN}}  # {why}" for start, why in comments.items() if line.startswith(start)), line)
+        for line in lines
+    ]
+    return "\n".join([*_schema_line(path), f"# Hardware: {hardware}.", *explained]) + "\n"
+
+
+def _schema_line(path: Path) -> list[str]:
+    """Where editors find the schema: relative within one checkout, else as a URI of this machine."""
+    schema = resource("schema.json")
+    if schema is None:
+        return []
+    schema, folder = schema.absolute(), path.absolute().parent
+    where = schema.as_uri()
+    if folder.is_relative_to(schema.parent.parent) and ".." not in folder.parts:
+        where = os.path.relpath(schema, folder)
+        where = where if where.startswith(".") else f"./{where}"
+    return [f"# yaml-language-server: $schema={where}"]
 
 
 def _parse(lines: list[str], path: Path) -> Recipe:
-    return parse_recipe(_text("", lines), path)
+    return parse_recipe("\n".join(lines), path)
 
 
 def _source(data: str, path: Path) -> tuple[str, str, list[str]]:
     """The line of the recipe, the format ("" where it is not known yet), and what was found in the file."""
     if data == "pydoc":
         return "{source: pydoc}", "messages", []
-    file = Path(data).expanduser()
+    file = _path("data", data)
     if not (file.exists() or FILE.search(data) or data.startswith((".", "/", "~")) or data.count("/") > 1):
         return f"{{source: hub, id: {_scalar(data)}}}", "", [f"{data}: its format is found when it is read"]
     from finetune.backends.sources import read_source
@@ -142,6 +182,13 @@ def _source(data: str, path: Path) -> tuple[str, str, list[str]]:
     return f"{{source: local, path: {_scalar(where)}, format: {decision.format}}}", decision.format, notes
 
 
+def _path(option: str, text: str) -> Path:
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise InputError(f"--{option} {text[:60]}: {error}") from None
+
+
 def _written_path(file: Path, recipe: Path) -> str:
     """As a recipe may name it: beside itself, under the working folder, else absolute."""
     for folder in (recipe.absolute().parent, Path().absolute()):
@@ -152,7 +199,7 @@ def _written_path(file: Path, recipe: Path) -> str:
 
 def _written_model(model: str, recipe: Path) -> str:
     """A folder so that the recipe's own rules take it for one; any other name as it is."""
-    folder = Path(model).expanduser()
+    folder = _path("model", model)
     if model.startswith("builtin:") or not (folder.is_dir() or model.startswith((".", "/", "~"))):
         return model
     if not (folder / "config.json").is_file():
@@ -171,10 +218,10 @@ def _template(recipe: Recipe, name: str) -> tuple[str, str]:
         own = (folder / "chat_template.jinja").is_file() or (
             settings.is_file() and read_json(settings).get("chat_template")
         )
-        return ("", "") if own else ("template: alpaca, ", "   # this base has no chat template of its own")
+        return ("", "") if own else ("template: alpaca, ", "this base has no chat template of its own")
     if CHATTY.search(name):
         return "", ""
-    return "template: alpaca, ", "   # by its name no chat model; else: template: auto"
+    return "template: alpaca, ", "by its name no chat model; if it has a template: auto"
 
 
 def _positions(recipe: Recipe) -> int:

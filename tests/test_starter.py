@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,12 +32,48 @@ def write(name="mine", model=MISTRAL, data="rows.jsonl", device=None, out=None, 
 def test_a_recipe_is_short_valid_and_says_what_was_found(folder):
     said = write()
     text = (folder / "mine.yaml").read_text()
-    assert len(text.splitlines()) <= 15 and text.startswith("# Hardware: one T4")
+    assert len(text.splitlines()) <= 15 and text.splitlines()[1].startswith("# Hardware: one T4")
     recipe = load_recipe("mine.yaml").recipe
     source = recipe.data[0]
     assert isinstance(source, LocalSource) and source.format == "prompt_completion" and source.path.exists()
     assert recipe.render.template == "auto" and recipe.render.max_length_tokens == 2048
     assert "format prompt_completion" in said and "not used: id" in said and "finetune run" in said
+
+
+def test_editors_find_the_schema_and_the_card_does_not_show_where(folder):
+    from finetune.report.model_card import _without_folders
+
+    write()
+    loaded = load_recipe("mine.yaml")
+    line = loaded.text.splitlines()[0]
+    where = line.removeprefix("# yaml-language-server: $schema=")
+    assert where.startswith("file:///") and json.loads(Path(where.removeprefix("file://")).read_text())["$defs"]
+    assert "yaml-language-server" not in _without_folders(loaded.text, loaded.recipe)
+    assert "# Hardware: " in _without_folders(loaded.text, loaded.recipe)
+
+
+def test_in_a_checkout_the_schema_is_named_relative_to_the_recipe():
+    root = Path(starter.__file__).parent.parent
+    lines = {
+        "recipes/a.yaml": "./schema.json",
+        "a.yaml": "./recipes/schema.json",
+        "mine/a.yaml": "../recipes/schema.json",
+    }
+    for path, where in lines.items():
+        assert starter._schema_line(root / path) == [f"# yaml-language-server: $schema={where}"]
+
+
+def test_every_line_says_what_it_is_and_the_schema_accepts_it(folder):
+    from jsonschema import Draft202012Validator
+
+    from finetune.recipe_file import _Loader
+    from finetune.reference import schema
+
+    for change in ({}, {"model": "builtin:tiny-mistral", "data": "pydoc"}, {"data": "owner/rows"}):
+        write(force=True, **change)
+        text = (folder / "mine.yaml").read_text()
+        assert all("# " in line for line in text.splitlines()) and max(map(len, text.splitlines())) <= 120
+        assert not list(Draft202012Validator(schema()).iter_errors(yaml.load(text, _Loader)))
 
 
 def test_it_goes_into_recipes_and_finds_the_data_from_there(folder):
@@ -105,6 +142,9 @@ def load_length(device):
         ({"device": "cpu"}, "weeks"),
         ({"data": "gone.jsonl"}, "no file"),
         ({"data": "a b/c"}, "data.0.id"),
+        ({"data": "~nobody-here/x"}, "no home folder ~nobody-here"),
+        ({"model": "~nobody-here/x"}, "no home folder ~nobody-here"),
+        ({"out": Path("~nobody-here/x.yaml")}, "no home folder ~nobody-here"),
         ({"model": "./gone"}, "no such folder"),
         ({"model": "builtin:large"}, "no builtin model"),
         ({"name": "a b"}, "name: found 'a b'"),
@@ -146,8 +186,6 @@ def test_the_builtin_base_and_hub_data(folder):
 
 @given(st.text(min_size=1, max_size=30))
 def test_any_text_survives_yaml(text):
-    import yaml
-
     if any(c != " " and not c.isprintable() for c in text):
         return
     assert yaml.safe_load("{path: " + starter._scalar(text) + "}") == {"path": text}

@@ -1,0 +1,66 @@
+"""What a valid recipe names on this machine and is not there: data files, a base's folder, a template.
+
+Kept out of the models, which look at nothing but the recipe, and out of reading, which `show` does years later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.recipe import LocalSource, Source
+from finetune.recipe_data import is_folder_name
+from finetune.recipe_errors import in_file_order
+from finetune.recipe_file import LoadedRecipe
+from finetune.recipe_names import resource
+
+
+def absent(loaded: LoadedRecipe) -> list[str]:
+    """A sentence, with file and line, for each thing that is named and is not there."""
+    found = _absent(loaded)
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
+
+
+def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    recipe = loaded.recipe
+    folder = recipe.model.folder
+    if folder is not None and not (folder / "config.json").is_file():
+        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    for number, source in enumerate(recipe.data):
+        yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
+    for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
+        yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
+    embedding = recipe.dedup.embedding if recipe.dedup else None
+    if embedding and is_folder_name(embedding):
+        if not Path(embedding).expanduser().is_dir():
+            yield ("dedup", "embedding"), f"found {embedding!r}: no such folder; allowed: lsa, OWNER/NAME, a folder"
+    if recipe.render.template_file is not None:
+        if not recipe.render.template_file.is_file():
+            yield ("render", "template"), f"no such file: {recipe.render.template_file}"
+    elif recipe.render.template != "auto":
+        yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def _no_file(source: Source, recipe: Path) -> Iterator[str]:
+    if not isinstance(source, LocalSource) or source.path.is_file():
+        return
+    if source.path.is_dir():
+        yield f"a folder, not a file: {source.path}"
+        return
+    tried = [source.path]
+    if source.path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
+        tried.append(recipe.absolute().parent / source.path.relative_to(Path.cwd()))
+    names = [p.name for path in tried if path.parent.is_dir() for p in path.parent.iterdir()]
+    near = difflib.get_close_matches(source.path.name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
+
+
+def _no_template(name: str) -> Iterator[str]:
+    folder = resource("templates")
+    known = ["auto", *(sorted(p.stem for p in folder.glob("*.jinja")) if folder else [])]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"found {name!r}; allowed: {', '.join(known)}, or a .jinja file{hint}"
