@@ -1,0 +1,290 @@
+"""The report's sections on training, evaluation, certificate, merge and export."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.report import plots
+from finetune.report.stage_view import Stages, StageView
+from finetune.report.text import clipped, duration, interval, number, percent, size
+
+SAMPLES, OPEN_SAMPLES = 24, 4
+LONGEST_TEXT = 700
+MEMORY_KEYS = ("memory_bytes", "peak_memory_bytes")
+HELD_OUT_KEYS = ("held_out_loss", "eval_loss")
+MEMORY_WORDS = {"device": "driver, buffers", "checkpoints": "activations kept", "layer": "layer recomputed"}
+HIDDEN_TRAIN_FIGURES = ("loss", "first_loss", "tokens_per_second", "peak_memory_bytes")
+
+
+def training_section(train: StageView, predicted: Mapping[str, int] | None) -> dict[str, Any]:
+    """Curves, figures, and the plan's memory beside what was measured."""
+    steps = read_lines(train.file("metrics.jsonl"))
+    return {
+        "absent": "" if steps or train.metrics else train.absence,
+        "unfinished": train.absence if steps and train.status != "done" else "",
+        "plots": curves(steps, predicted),
+        "figures": _train_figures(train.metrics),
+        "memory": memory(train.metrics, predicted),
+    }
+
+
+def read_lines(path: Path | None) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each; a line torn by a kill ends it."""
+    found: list[dict[str, Any]] = []
+    if path is None:
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | None) -> list[tuple[Any, str]]:
+    """(drawing, caption) of what metrics.jsonl holds, against the optimiser's steps."""
+
+    def points(*names: str, scale: float = 1.0) -> list[tuple[float, float]]:
+        return [(float(s["step"]), float(s[n]) * scale) for s in steps if "step" in s for n in names if n in s]
+
+    if not steps:
+        return []
+    loss, held = [p for p in points("loss") if math.isfinite(p[1])], points(*HELD_OUT_KEYS)
+    window, run = max(2, len(loss) // 15), plots.thinning(len(loss))
+    x = "optimiser step"
+    drawn = [plots.Line(loss, "faint"), plots.Line(plots.smoothed(loss, window))]
+    thin = "each step" if run == 1 else f"the mean of every {run} steps"
+    words = f"Loss of the training batches: thin, {thin}; bold, the mean of the last {window}."
+    if held:
+        drawn.append(plots.Line(held, "dots"))
+        words += " Dots: loss on held-out rows."
+    found = [(plots.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
+    norm = points("grad_norm")
+    lost = sum(not math.isfinite(y) for _, y in norm)
+    skipped = f" {lost} steps overflowed and are not drawn." if lost else ""
+    for label, name, unit, words in (
+        ("gradient norm", "grad_norm", "norm of the gradient", f"Gradient norm before clipping.{skipped}"),
+        ("learning rate", "learning_rate", "learning rate", "Learning rate."),
+        ("tokens per second", "tokens_per_second", "tokens / s", "Tokens trained on in a second, step by step."),
+    ):
+        if values := points(name):
+            plot = plots.lines(_range(label, values), [plots.Line(values)], x, unit, from_zero=True)
+            found.append((plot, words))
+    if used := points(*MEMORY_KEYS, scale=1e-9):
+        level = plots.Level(predicted["total"] / 1e9, "predicted for a GPU") if predicted else None
+        plot = plots.lines(_range("memory", used), [plots.Line(used)], x, "memory, GB", level=level, from_zero=True)
+        found.append((plot, "Memory while training: the peak so far, step by step."))
+    return [(plot, words) for plot, words in found if plot]
+
+
+def _range(name: str, points: Sequence[tuple[float, float]]) -> str:
+    finite = [y for _, y in points if math.isfinite(y)]
+    if not finite:
+        return name
+    return f"{name} over {len(points)} steps: first {finite[0]:.4g}, last {finite[-1]:.4g}, highest {max(finite):.4g}"
+
+
+def _train_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not metrics:
+        return []
+    first = [("loss", f"{number(metrics.get('first_loss'))} → {number(metrics.get('loss'))}")]
+    rest = {k: v for k, v in metrics.items() if k not in HIDDEN_TRAIN_FIGURES}
+    return first + [(k.replace("_", " "), number(v)) for k, v in rest.items() if isinstance(v, (str, int, float))]
+
+
+def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> dict[str, Any] | None:
+    """The plan's parts as bars, and the measured peak beside their sum."""
+    if not predicted:
+        return None
+    peak, total = metrics.get("peak_memory_bytes"), predicted["total"]
+    whole = max(total, peak or 0)
+    parts = sorted(((MEMORY_WORDS.get(k, k), v) for k, v in predicted.items() if k != "total"), key=lambda p: -p[1])
+    shown = [(k, v) for k, v in parts if v >= 0.01 * total]
+    shown += [("the rest", rest)] if (rest := total - sum(v for _, v in shown)) else []
+    lines = [(k, size(v), plots.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in shown]
+    lines.append(("predicted in all", size(total), plots.bar(f"predicted: {size(total)}", total, 0, whole)))
+    if peak:
+        lines.append(("measured peak", size(peak), plots.bar(f"measured: {size(peak)}", peak, 0, whole, "measured")))
+    cpu = (
+        ""
+        if str(metrics.get("device", "cpu")) != "cpu"
+        else (
+            "The prediction is for a GPU, with its own driver and buffers. This run used none: the peak is what the "
+            "whole process held in RAM, libraries included."
+        )
+    )
+    return {"lines": lines, "note": cpu if peak else ""}
+
+
+def evaluation_section(stages: Stages) -> dict[str, Any]:
+    """Perplexities, use of the prompt, stop rate, and the samples side by side."""
+    view = stages["evaluate"]
+    m = view.metrics
+    samples = read_lines(view.file("samples.jsonl"))
+    return {
+        "absent": "" if m else view.absence,
+        "intervals": perplexities(m, certificate(stages["certify"])),
+        "figures": _evaluation_figures(m),
+        "prompt": prompt_use(m),
+        "samples": [_sample(s) for s in samples[:SAMPLES]],
+        "all_samples": len(samples),
+        "open_samples": OPEN_SAMPLES,
+    }
+
+
+def _evaluation_figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not m:
+        return []
+    lines = [
+        ("held-out rows", f"{number(m.get('rows'))} with {number(m.get('tokens'))} supervised tokens"),
+        ("perplexity of the base", _with_interval(m, "perplexity_base")),
+        ("perplexity with the adapter", _with_interval(m, "perplexity_adapter")),
+    ]
+    if m.get("generations"):
+        base = f" (the base: {percent(m.get('stop_rate_base'))})" if m.get("stop_rate_base") is not None else ""
+        lines.append(("answers that end by themselves", f"{percent(m.get('stop_rate'))} of {m['generations']}{base}"))
+    return lines
+
+
+def _with_interval(m: Mapping[str, Any], name: str) -> str:
+    ends = interval(m.get(f"{name}_interval"))
+    return number(m.get(name)) + (f" ({ends})" if f"{name}_interval" in m else "")
+
+
+def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Dots with 95 % whiskers: evaluate's on its rows, the certificate's on its own."""
+    rows: list[tuple[str, float, float | None, float | None]] = []
+    for label, name in (("base", "perplexity_base"), ("with the adapter", "perplexity_adapter")):
+        if isinstance(m.get(name), (int, float)):
+            low, high = m.get(f"{name}_interval") or (None, None)
+            rows.append((label, float(m[name]), low, high))
+    note = ""
+    if found:
+        low, high = found.get("perplexity_trained_interval") or (None, None)
+        rows.append(("certificate's rows: as trained", float(found["perplexity_trained"]), low, high))
+        for name, c in found.get("candidates", {}).items():
+            low, high = c.get("perplexity_interval") or (None, None)
+            rows.append((f"certificate's rows: merged, {name} base", float(c["perplexity"]), low, high))
+        note = (
+            f"The certificate is measured on {number(found.get('rows'))} of the held-out rows, so its perplexities "
+            "compare with each other, not with the two above. Whiskers: 95 % of bootstrap samples of rows."
+        )
+    rows = [r for r in rows if math.isfinite(r[1])]
+    if not rows:
+        return None
+    label = "Perplexities: " + ", ".join(f"{name} {value:.4g}" for name, value, _, _ in rows)
+    return {"plot": plots.intervals(label, rows, "perplexity (lower is better)"), "note": note}
+
+
+def prompt_use(m: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How much likelier answers are under their own prompt than under another row's."""
+    own, other = m.get("nll_true"), m.get("nll_shuffled")
+    if own is None or other is None:
+        return None
+    whole = max(own, other)
+    lines = [
+        (label, f"{value:.3f}", plots.bar(f"{label}: {value:.3f} nats per token", value, 0, whole))
+        for label, value in (("own prompt", own), ("another row's prompt", other))
+    ]
+    ends = m.get("nll_difference_interval") or [None, None]
+    words = f"Answers are {other - own:.3f} nats per token likelier under their own prompt (95 %: {interval(ends)})."
+    if ends[0] is not None and ends[0] <= 0:
+        words += " The interval holds 0: the model may have learned the answers' style only."
+    return {"lines": lines, "words": words}
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(name: str) -> tuple[str, bool]:
+        found = sample.get(name) or {}
+        return clipped(str(found.get("text", "")), LONGEST_TEXT), found.get("finish") == "stop"
+
+    return {
+        "id": str(sample.get("id")),
+        "prompt": clipped(str(sample.get("prompt", "")), LONGEST_TEXT),
+        "reference": clipped(str(sample.get("reference", "")), LONGEST_TEXT),
+        "base": answer("base"),
+        "adapter": answer("adapter"),
+    }
+
+
+def certificate(view: StageView) -> dict[str, Any] | None:
+    """certificate.json; it is there when the gate refused, too."""
+    path = view.file("certificate.json")
+    if path is None:
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # torn by a kill while it was written
+    return value if isinstance(value, dict) and "perplexity_trained" in value else None
+
+
+def certificate_section(stages: Stages) -> dict[str, Any]:
+    """The words, and a line for each base that was tried."""
+    view = stages["certify"]
+    found = certificate(view)
+    if found is None:
+        return {"absent": view.absence, "refused": "", "words": "", "rows": [], "difference": ""}
+    rows = [
+        (
+            name,
+            name == found["base"],
+            number(c.get("perplexity")),
+            interval(c.get("perplexity_interval")),
+            f"{c.get('perplexity_ratio', math.nan):.6g}",
+            f"{c.get('mean_kl', math.nan):.2g}",
+            percent(c.get("agreement")),
+        )
+        for name, c in found.get("candidates", {}).items()
+    ]
+    words = str(found.get("words", ""))
+    return {
+        "absent": "",
+        "refused": view.absence if view.status == "refused" else "",
+        "words": f"The adapter, {words}." if words else "",
+        "rows": rows,
+        "difference": _difference(found.get("dequantized_minus_original")),
+    }
+
+
+def _difference(apart: Mapping[str, Any] | None) -> str:
+    """What the choice between the two bases rests on."""
+    if not apart:
+        return ""
+    value, ends = apart["nll_per_token"], sorted(abs(v) for v in apart["interval"])
+    sure = apart["interval"][0] * apart["interval"][1] > 0
+    range_ = f"95 %: {interval(ends)}" if sure else f"95 %: {interval(apart['interval'])}, which holds 0"
+    return (
+        f"Merged into the dequantized base, an answer's token costs {abs(value):.3g} nats "
+        f"{'less' if value < 0 else 'more'} than merged into the original ({range_})."
+    )
+
+
+def merge_section(view: StageView) -> dict[str, Any]:
+    """What was written, and how much memory that took."""
+    m = view.metrics
+    lines = [
+        ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
+        ("tensors", f"{number(m.get('tensors'))}, {number(m.get('changed_tensors'))} of them changed"),
+        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'s' * (m.get('files') != 1)}"),
+        ("memory for it", size(m.get("peak_anon_bytes"))),
+        ("time", duration(m.get("seconds"))),
+        ("folder", str(view.folder)),
+    ]
+    return {"absent": "" if m else view.absence, "figures": lines if m else []}
+
+
+def export_section(view: StageView) -> dict[str, Any]:
+    """The GGUF files, and how far they are from the merged weights when read again."""
+    m = view.metrics
+    apart = m.get("reload_difference", {})
+    rows = [(name, size(count), number(apart[name]) if name in apart else "not read again")
+            for name, count in m.get("bytes", {}).items()]  # fmt: skip
+    note = "" if m.get("tokenizer_exact", True) else "Its tokenizer does not split every text as the base's own does."
+    return {"absent": "" if m else view.absence, "rows": rows, "note": note}

@@ -1,0 +1,154 @@
+"""Rows by their ids, what was dropped for them, and how long rows are; no tokenizer beyond `tokenizers`, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.records import Example
+
+COUNTED_ROWS = 20_000  # of a larger file every k-th row is counted: a histogram looks the same
+BATCH_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that repeats another: its id, how that was found, the score, and its text once it is looked up."""
+
+    id: str
+    kept_id: str
+    method: str
+    score: float
+
+
+def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
+    """The rows of those ids, read a batch at a time; an id that is not there is left out."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from finetune.records import Message
+
+    wanted = pa.array(sorted(ids), pa.string())
+    found = {}
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for row in batch.filter(pc.is_in(batch.column("id"), value_set=wanted)).to_pylist():
+                messages = tuple(Message(**m) for m in row["messages"])
+                found[row["id"]] = Example(row["id"], row["source"], messages, row["text"], row["extra"])
+    return found
+
+
+def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
+    """For each of the kept ids the rows dropped for it, the nearest first; ids of copies (`~2`) stand for their row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from finetune.data.near_duplicates import original_id
+
+    originals = {row_id: original_id(row_id) for row_id in kept}
+    table = pq.read_table(pairs)
+    table = table.filter(pc.is_in(table["kept_id"], value_set=pa.array(sorted(set(originals.values())), pa.string())))
+    groups: dict[str, list[Dropped]] = {}
+    for row in table.to_pylist():
+        groups.setdefault(row["kept_id"], []).append(
+            Dropped(row["dropped_id"], row["kept_id"], row["method"], row["score"])
+        )
+    for group in groups.values():
+        group.sort(key=lambda d: (-d.score, d.id))
+    return {row_id: groups.get(original, []) for row_id, original in originals.items()}
+
+
+def largest_groups(pairs: Path, count: int) -> list[list[Dropped]]:
+    """The `count` kept rows with most dropped ones, each group with its farthest row first."""
+    import pyarrow.parquet as pq
+
+    names = pq.read_table(pairs, columns=["kept_id"])["kept_id"].to_pylist()
+    chosen = [name for name, _ in Counter(names).most_common(count)]  # ties: in the order of the rows
+    groups = dropped_for(pairs, chosen)
+    return [sorted(groups[name], key=lambda d: (d.score, d.id)) for name in chosen]
+
+
+def sources_of(paths: Sequence[Path]) -> list[Counter[str]]:
+    """For each rows file, how many rows of each source it holds."""
+    import pyarrow.parquet as pq
+
+    found = []
+    for path in paths:
+        counts: Counter[str] = Counter()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["source"]):
+                counts.update(batch.column("source").to_pylist())
+        found.append(counts)
+    return found
+
+
+def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
+    """The source of each of those rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = pa.array(sorted(ids), pa.string())
+    found: dict[str, str] = {}
+    for path in paths:
+        table = pq.read_table(path, columns=["id", "source"])
+        table = table.filter(pc.is_in(table["id"], value_set=wanted))
+        found.update(zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return found
+
+
+def rendered_lengths(paths: Sequence[Path]) -> list[int]:
+    """Tokens of every rendered row."""
+    import pyarrow.parquet as pq
+
+    return [length for path in paths for length in pq.read_table(path, columns=["length"])["length"].to_pylist()]
+
+
+def raw_lengths(rows: Path, tokenizer: Path) -> tuple[list[int], int]:
+    """Tokens of the rows' turns without any template, and the number k: every k-th row was counted."""
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+    counter = Tokenizer.from_file(str(tokenizer))
+    counter.no_truncation()
+    counter.no_padding()
+    step = max(1, -(-pq.read_metadata(rows).num_rows // COUNTED_ROWS))
+    lengths: list[int] = []
+    for texts in _turns(rows, step):
+        flat = counter.encode_batch([t for row in texts for t in row], add_special_tokens=False)
+        counts = iter([len(e.ids) for e in flat])
+        lengths += [sum(next(counts) for _ in row) for row in texts]
+    return lengths, step
+
+
+def _turns(rows: Path, step: int) -> Iterator[list[list[str]]]:
+    """The texts of the turns of every `step`-th row, a batch at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    at = 0
+    with pq.ParquetFile(rows) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["messages", "text"]):
+            first = -at % step
+            picked = batch.take(pa.array(range(first, batch.num_rows, step), pa.int64()))
+            at += batch.num_rows
+            yield [_contents(row) for row in picked.to_pylist()]
+
+
+def _contents(row: Mapping[str, object]) -> list[str]:
+    if row["text"] is not None:
+        return [str(row["text"])]
+    messages = row["messages"]
+    return [str(m["content"]) for m in messages] if isinstance(messages, list) else []
+
+
+def question_and_answer(row: Example) -> tuple[str, str]:
+    """What a row asks and what it answers; a raw text is all question."""
+    if row.text is not None:
+        return row.text, ""
+    asked = "\n".join(m.content for m in row.messages if m.role != "assistant")
+    return asked, row.joined("assistant")

@@ -1,0 +1,59 @@
+"""A stage of a run as the report's sections see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.store import Manifest
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage: `manifest` is None where its folder is not complete, or was cleaned away."""
+
+    name: str
+    status: str
+    folder: Path | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    message: str = ""
+    manifest: Manifest | None = None
+
+    def file(self, name: str) -> Path | None:
+        """A file of the stage, where it is there."""
+        path = self.folder / name if self.folder else None
+        return path if path is not None and path.is_file() else None
+
+    @property
+    def absence(self) -> str:
+        """One sentence on why there is nothing to show."""
+        match self.status:
+            case "off":
+                return f"The recipe turns {self.name} off."
+            case "refused" | "failed":
+                what = "was refused" if self.status == "refused" else "failed"
+                return f"{self.name} {what}: {self.message}"
+            case "partial":
+                return f"{self.name} was begun and is not finished."
+            case "missing" if self.metrics:
+                return f"The files of {self.name} are no longer there."
+            case "missing":
+                return f"{self.name} has not run."
+            case _:
+                return f"{self.name} left nothing to show here."
+
+
+Stages = Mapping[str, StageView]
+
+
+def rows_before(stages: Stages, name: str) -> Path | None:
+    """The newest rows file of the stages before `name`, which is what that stage read."""
+    order = ("ingest", "filter", "dedup", "decontaminate", "sample")
+    before = order[: order.index(name)] if name in order else order
+    for stage in reversed(before):
+        if (path := stages[stage].file("rows.parquet")) and stages[stage].manifest is not None:
+            return path
+    return None

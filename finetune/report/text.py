@@ -1,0 +1,79 @@
+"""Text and figures as a page shows them: no character hides, counts have separators, amounts have units."""
+
+from __future__ import annotations
+
+import math
+
+BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would turn the text around them round
+SHOWN: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},  # Unicode's own pictures of controls
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),  # half a surrogate pair: no file can hold it
+    0xFFFE: 0xFFFD,
+    0xFFFF: 0xFFFD,
+    **{code: f"⟨U+{code:04X}⟩" for code in BIDI},
+}
+NONE = "–"
+
+
+def visible(text: str) -> str:
+    """`text` with every control character as a visible one; line ends and tabs stay."""
+    return text.translate(SHOWN)
+
+
+def clipped(text: str, most: int) -> str:
+    """At most `most` characters, and how many are left out."""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
+def number(value: object) -> str:
+    """A count with separators, a float with four significant digits, yes or no; anything else as it is."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
+
+
+def percent(value: object) -> str:
+    """A share as a percentage with one decimal; no share but 1 reads as 100 %, and none but 0 as 0 %."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return NONE
+    if 0.9995 <= value < 1:
+        return "> 99.9 %"
+    return "< 0.1 %" if 0 < value < 0.0005 else f"{value:.1%}".replace("%", " %")
+
+
+def size(value: object) -> str:
+    """Bytes in decimal units: 1.09 GB."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return NONE
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.{2 if value < 10 * scale else 1}f} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def duration(value: object) -> str:
+    """Seconds as a person says them: 0.5 s, 1 min 12 s, 3 h 05 min."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return NONE
+    if value < 59.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def interval(pair: object) -> str:
+    """`low to high`, or nothing."""
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
+        return f"{number(pair[0])} to {number(pair[1])}"
+    return NONE
