@@ -22,7 +22,7 @@ def has_markers(template: str) -> bool:
 
 def strip_markers(template: str) -> str:
     """The template without generation markers, for software that knows only plain Jinja."""
-    return MARKER.sub("", template)
+    return MARKER.sub("", template) if "generation" in template else template
 
 
 def with_markers(template: str, control: Sequence[str]) -> list[str]:

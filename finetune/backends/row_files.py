@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,21 +47,33 @@ def content_digest(path: Path) -> str:
     """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError where there is no such file."""
     require_file(path)
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}; change its permissions or copy it again") from None
     return digest.hexdigest()
 
 
 def require_file(path: Path) -> None:
     """Raise InputError unless `path` is a file that is not empty, of a kind that we read."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name one file in it ({', '.join(ENDINGS)}, also .gz and .zst)")
-    if not path.is_file():
+    try:
+        str(path).encode()  # a row's id begins with the name, so it has to be text
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link to a file that is not there") from None
         raise InputError(
             f"there is no file {path}; a relative path is looked for beside the recipe, then under the working folder"
-        )
-    if path.stat().st_size == 0:
+        ) from None
+    except (OSError, ValueError) as error:  # a link to itself, no permission, a name too long or with a zero in it
+        raise InputError(f"{str(path)!r} cannot be looked at: {_reason(error)}; name another file") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path} is a folder; name one file in it ({', '.join(ENDINGS)}, also .gz and .zst)")
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe waits for ever, and a device has no end
+        raise InputError(f"{path} is no regular file but a pipe, a socket or a device; save its rows in a file first")
+    if found.st_size == 0:
         raise InputError(f"{path} is empty")
     _ending(path)
 
@@ -165,6 +178,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _without_mark(path: Path, start: bytes) -> bytes:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         _refuse(path, 1, "UTF-16 text", "UTF-8 text; save it as UTF-8")
+    if b"\0" in start[:2]:  # no text begins so, but one in UTF-16 does where its mark is missing
+        _refuse(path, 1, "a zero byte, as in UTF-16 text", "UTF-8 text; save it as UTF-8")
     return start.removeprefix(codecs.BOM_UTF8)
 
 
@@ -175,11 +190,12 @@ def _json_lines(path: Path) -> Iterator[RawRow]:
         try:
             value = json.loads(line, parse_constant=_no_constant)
         except json.JSONDecodeError as error:
-            yield RawRow(number, None, f"line {number}, column {error.colno}: {_json_problem(error)}", line[:200])
+            problem = f"line {number}, column {error.colno}: {_json_problem(error)}{_array_hint(line)}"
+            yield RawRow(number, None, problem, line[:200])
         except (ValueError, RecursionError) as error:
             yield RawRow(number, None, f"line {number}: {_first_line(error)}", line[:200])
         else:
-            yield _as_row(number, value, f"line {number}")
+            yield _as_row(number, value, f"line {number}", _array_hint(line))
 
 
 def _json(path: Path) -> Iterator[RawRow]:
@@ -308,9 +324,10 @@ def _chunks(path: Path) -> Iterator[str]:
 def _csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB would refuse a long document
     reader = csv.reader((text for _, text in _lines(path)), strict=True)
-    number, header = 0, None
+    number, header, begin = 0, None, 1
     try:
         for cells in reader:
+            begin = reader.line_num + 1  # of the next record, for an error in it
             if not cells:
                 continue
             if header is None:
@@ -326,7 +343,10 @@ def _csv(path: Path) -> Iterator[RawRow]:
             else:
                 yield RawRow(number, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        _refuse(path, reader.line_num, _first_line(error), 'CSV with commas, quoted by "')
+        found = f"{_first_line(error)}, in the record that begins on line {begin}"
+        if "unexpected end of data" in str(error):
+            found = f'a quotation mark (") opened in the record that begins on line {begin} and never closed'
+        _refuse(path, reader.line_num, found, 'CSV with commas, quoted by ", a quotation mark inside doubled')
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -344,11 +364,15 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         raise InputError(f"{path}: after row {number}: not readable as parquet: {_first_line(error)}") from error
 
 
-def _as_row(number: int, value: object, place: str) -> RawRow:
+def _as_row(number: int, value: object, place: str, hint: str = "") -> RawRow:
     if isinstance(value, dict):
         return RawRow(number, value)
     found = json.dumps(value)[:60]
-    return RawRow(number, None, f"{place}: found {found}, allowed is an object {{…}} with named columns", found)
+    return RawRow(number, None, f"{place}: found {found}, allowed is an object {{…}} with named columns{hint}", found)
+
+
+def _array_hint(line: str) -> str:
+    return "; a file that holds one array [{…}, {…}] is named .json" if line.lstrip().startswith("[") else ""
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -357,11 +381,18 @@ def _no_constant(name: str) -> NoReturn:
 
 def _json_problem(error: json.JSONDecodeError) -> str:
     """What the parser says, and the text where it says it."""
-    return f"{error.msg} at {error.doc[error.pos : error.pos + 20]!r}"
+    rest = error.doc[error.pos : error.pos + 20]
+    # a comma before a closing bracket is what people write most
+    comma = error.doc[: error.pos].rstrip()[-1:] == "," and rest[:1] in "}]"
+    return f"{error.msg} at {rest!r}{' (take out the comma before it)' if comma and rest else ''}"
 
 
 def _refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
     raise InputError(f"{path}, line {line}: found {found}; allowed is {allowed}")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _first_line(error: object) -> str:

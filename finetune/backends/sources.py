@@ -39,12 +39,16 @@ def read_source(source: Source, label: str, scratch: Path) -> tuple[Decision, It
     sample = [r.row for r in head if r.row is not None]
     if not sample:
         found = head[0].problem if head else "no row at all"
-        raise InputError(f"data source {label}: nothing in it can be read as a row: {found}")
+        raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{_place(source)}")
     try:
         decision = decide(source.format, source.columns, sample)
     except FormatError as error:
-        raise InputError(f"data source {label}: {error}") from error
+        raise InputError(f"data source {label}: {error}{_place(source)}") from error
     return decision, _converted(chain(head, raw), decision, label)
+
+
+def _place(source: Source) -> str:
+    return f" ({source.path})" if isinstance(source, LocalSource) else ""
 
 
 def _converted(rows: Iterator[RawRow], decision: Decision, label: str) -> Iterator[Example | Reject]:
@@ -56,7 +60,7 @@ def _converted(rows: Iterator[RawRow], decision: Decision, label: str) -> Iterat
         try:
             yield to_example(raw.row, decision, row_id, label)
         except RowError as error:
-            yield Reject(row_id, label, error.reason, _printable(str(error)), _printable(str(raw.row)))
+            yield Reject(row_id, label, error.reason, _printable(str(error)), _printable(_shown(raw.row)))
 
 
 def _raw_rows(source: Source, scratch: Path) -> Iterator[RawRow]:
@@ -82,6 +86,13 @@ def _commit(source: HubSource, scratch: Path | None) -> str:
     from finetune.backends.hub import resolve_revision
 
     return resolve_revision(source.id, source.revision, repo_type="dataset", scratch=scratch)
+
+
+def _shown(row: dict[str, object]) -> str:
+    try:
+        return str(row)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _printable(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.backends.marking import has_markers, strip_markers, with_markers
+from finetune.backends.template_limits import RenderingTooLong, check_template, count_once, limited
 from finetune.data.audit import marking_problem, shared_length
 from finetune.data.chat import Chat, Renderer, Span, TemplateRefused, chat_of, merge_system, prompt_of, takes_system
 from finetune.errors import GateRefused, InputError
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[1]
 # a wheel carries the recipes inside the package
 FOLDER = (PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes") / "templates"
+
+
+# What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role
+# looked up in a mapping, a division, tool calls nested too deeply.
+TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,31 @@ class JinjaRenderer:
         self._marked = has_markers(template)
 
     def __call__(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text and the ranges of generation blocks (none for a template without markers)."""
+        """The text and the ranges of generation blocks (none for a template without markers).
+
+        Raises TemplateRefused, or GateRefused where it takes so long that the other rows would never be reached.
+        """
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
-            texts_and_spans = render_jinja_template(
-                [chat],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=generation_prompt,
-                **self._special_tokens,
-            )
-        except (TemplateError, TypeError) as error:  # TypeError: None + text, where a turn lacks what is added
+            with limited(len(chat)):
+                if self._marked:
+                    count_once(_compile_jinja_template(self.template).environment)
+                texts_and_spans = render_jinja_template(
+                    [chat],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=self._marked,
+                    add_generation_prompt=generation_prompt,
+                    **self._special_tokens,
+                )
+        except RenderingTooLong:
+            first = str(chat[0]["content"])[:60] if chat else ""
+            raise GateRefused(
+                f"the chat template does not come to an end on a conversation of {len(chat)} turns that begins "
+                f"{first!r}; choose another by render.template, or leave the row out by a rule of filter"
+            ) from None
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise TemplateRefused(f"the chat template refused: {error}") from error
         texts, spans = texts_and_spans[0], texts_and_spans[1]
         return texts[0], [(int(span[0]), int(span[1])) for span in spans[0]] if self._marked else []
@@ -79,7 +97,10 @@ def template_text(name: str, file: Path | None) -> str:
     path = file or known.get(name)
     if path is None or not path.is_file():
         raise InputError(f"render.template: found {str(file or name)!r}; allowed are {_choices()}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"render.template: {path} cannot be read as UTF-8 text: {error}") from None
 
 
 def fingerprint_of(name: str, file: Path | None) -> dict[str, object]:
@@ -106,6 +127,8 @@ def choose_template(
     else:
         own, label = tokenizer.get_chat_template(), "base"
     special = tokenizer.special_tokens_map
+    if own not in {template_text(n, None) for n in named_templates()}:
+        check_template(own, special, "the base's chat template" if name == "auto" else f"render.template {label}")
     reference = JinjaRenderer(own, special)
     system = takes_system(reference)
     chats = _chats(rows, merge and not system)
@@ -123,6 +146,11 @@ def choose_template(
         if reason is None:
             return Template(candidate, text, own, system)
         reasons.append(f"\n  {candidate}: {reason}")
+    if why := _refuses_all(reference, chats):
+        raise GateRefused(
+            f"template {label} takes none of the {len(chats)} rows that it was tried on; of the first it says: {why}. "
+            "Change the rows, or set render.template to one that takes them"
+        )
     raise GateRefused(
         f"which tokens of template {label} are the assistant's is unknown: it has no {{% generation %}} markers, and "
         f"no marked template writes the same text; set render.template to {_choices(auto=False)}{''.join(reasons)}"
@@ -155,17 +183,37 @@ def _disagreement(candidate: Renderer, reference: Renderer, chats: Sequence[tupl
     for row_id, chat in chats:
         prompt = prompt_of(chat)
         for messages, generation_prompt in ((chat, False), *(((prompt, True),) if prompt else ())):
-            try:
-                wanted = reference(messages, generation_prompt)[0]
-            except TemplateRefused:
-                continue  # such a row is dropped when it is rendered
-            try:
-                found = candidate(messages, generation_prompt)[0]
-            except TemplateRefused as error:
-                return f"row {row_id}: {error}"
-            if found != wanted:
+            wanted = _written(reference, messages, generation_prompt)
+            found = _written(candidate, messages, generation_prompt)
+            if wanted is None:  # where both refuse a row, it is dropped when it is rendered
+                if found is not None and messages is chat:
+                    return f"row {row_id}: it would train on what the template itself refuses"
+            elif found is None:
+                return f"row {row_id}: it refuses what the template itself takes"
+            elif found != wanted:
                 return f"row {row_id} differs from character {shared_length(found, wanted)} on"
     return None
+
+
+def _refuses_all(render: Renderer, chats: Sequence[tuple[str, Chat]]) -> str | None:
+    """What the template says of the first chat where it takes none of them."""
+    why = None
+    for row_id, chat in chats:
+        try:
+            render(chat)
+        except TemplateRefused as error:
+            why = why or f"row {row_id}: {error}"
+        else:
+            return None
+    return why
+
+
+def _written(render: Renderer, chat: Chat, generation_prompt: bool) -> str | None:
+    """The text, or None where the template refuses the chat."""
+    try:
+        return render(chat, generation_prompt)[0]
+    except TemplateRefused:
+        return None
 
 
 def _unproved(candidate: Renderer, reference: Renderer, chats: Sequence[tuple[str, Chat]]) -> str | None:

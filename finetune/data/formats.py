@@ -54,6 +54,8 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
+MOST_LISTED = 20  # column names in a message
+ABSENT = object()  # in place of a value: this row has no such column
 LLAMA2_START = re.compile(r"\s*(?:<s>\s*)?\[INST\]")
 LLAMA2_TURN = re.compile(
     r"\s*(?:<s>\s*)?\[INST\](?P<user>.*?)\[/INST\](?P<answer>.*?)(?P<end></s>|(?=<s>|\[INST\])|\Z)", re.S
@@ -97,7 +99,7 @@ def decide(asked: str, columns: Mapping[str, str], sample: Sequence[RawRow]) -> 
         missing = [name for name in REQUIRED[asked] if name not in resolved]
         if missing:
             raise FormatError(
-                f"format {asked} needs the column {missing[0]!r}; the columns are {_listed(present)}. "
+                f"format {asked} needs the column {missing[0]!r}; the columns are {listed(present)}. "
                 f"Say which it is: columns: {{{missing[0]}: NAME}}"
             )
         return _decision(asked, resolved, "the recipe says so", present)
@@ -105,14 +107,18 @@ def decide(asked: str, columns: Mapping[str, str], sample: Sequence[RawRow]) -> 
 
 
 def _guess(columns: Mapping[str, str], present: Sequence[str], sample: Sequence[RawRow]) -> Decision:
+    no_turns = ""
     for name in ("messages", "sharegpt", "alpaca", "prompt_completion"):
         resolved = _resolve(name, columns, present)
         if any(column not in resolved for column in REQUIRED[name]):
             continue
         named = " and ".join(repr(resolved[column]) for column in REQUIRED[name])
         if name in ("messages", "sharegpt"):
-            keys = _turn_keys(sample, resolved[REQUIRED[name][0]])
+            column = resolved[REQUIRED[name][0]]
+            keys = _turn_keys(sample, column)
             if keys is None:
+                first = next((value for row in sample if (value := row.get(column)) is not None), None)
+                no_turns = f" The column {column!r} holds no list of turns: its first value is {_kind(first)}."
                 continue
             name = "sharegpt" if "from" in keys else "messages"
             resolved = {REQUIRED[name][0] if k in ("messages", "conversations") else k: v for k, v in resolved.items()}
@@ -127,7 +133,7 @@ def _guess(columns: Mapping[str, str], present: Sequence[str], sample: Sequence[
         return _decision("text", resolved, f"there is only {resolved['text']!r}, and it is no chat", present)
     known = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
     raise FormatError(
-        f"no format fits the columns {_listed(present)}. Formats and their columns are {known}. "
+        f"no format fits the columns {listed(present)}.{no_turns} Formats and their columns are {known}. "
         "Map yours, for example columns: {instruction: question, output: answer}"
     )
 
@@ -147,10 +153,10 @@ def _check_mapping(asked: str, columns: Mapping[str, str], present: Sequence[str
     for ours, theirs in columns.items():
         if ours not in canonical:
             close = _near(ours, canonical)
-            raise FormatError(f"columns: {ours!r} is no name of ours{close}; there is {_listed(canonical)}")
+            raise FormatError(f"columns: {ours!r} is no name of ours{close}; there is {listed(canonical)}")
         if theirs not in present:
             close = _near(theirs, present)
-            raise FormatError(f"columns.{ours}: there is no column {theirs!r}{close}; there is {_listed(present)}")
+            raise FormatError(f"columns.{ours}: there is no column {theirs!r}{close}; there is {listed(present)}")
 
 
 def _resolve(name: str, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
@@ -174,7 +180,7 @@ def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Exa
 
     Raises RowError where the row does not fit.
     """
-    get = {ours: (theirs, row.get(theirs)) for ours, theirs in decision.columns.items()}
+    get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in decision.columns.items()}
     extra = canonical_json(scalars) if (scalars := _scalars(row, decision.columns.values())) else None
     if extra is not None:
         _encodes(extra, "a column beside the text")
@@ -248,13 +254,13 @@ def _turn(where: str, turn: object, sharegpt: bool) -> Message:
         if key not in turn and not (key == "content" and turn.get("tool_calls")):
             expected = ("from", "value") if sharegpt else ("role", "content")
             near = next(iter(difflib.get_close_matches(key, [str(k) for k in turn], 1)), None)
-            raise RowError("missing", where, f"the keys {_listed(turn)}", " and ".join(expected), near)
+            raise RowError("missing", where, f"the keys {listed(turn)}", " and ".join(expected), near)
     role = _role(f"{where}.{role_key}", turn[role_key], sharegpt)
     rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     content = turn.get(content_key)
     if content is None and role == "assistant" and rest.get("tool_calls"):
         content = ""  # a turn that only calls a tool says nothing beside
-    extra = canonical_json(_plain(f"{where}", rest)) if rest else None
+    extra = _plain_json(where, rest) if rest else None
     if extra is not None:
         _encodes(extra, where)
     return Message(role, _content(f"{where}.{content_key}", content), extra)
@@ -263,11 +269,11 @@ def _turn(where: str, turn: object, sharegpt: bool) -> Message:
 def _role(where: str, value: object, sharegpt: bool) -> str:
     known = SHAREGPT_ROLES if sharegpt else {**{r: r for r in ROLES}, "function": "tool"}
     if not isinstance(value, str):
-        raise RowError("role", where, _kind(value), _listed(known))
+        raise RowError("role", where, _kind(value), listed(known))
     role = known.get(value.strip().lower())
     if role is None:
         near = next(iter(difflib.get_close_matches(value.lower(), known, 1)), None)
-        raise RowError("role", where, repr(value), _listed(known), near)
+        raise RowError("role", where, repr(value), listed(known), near)
     return role
 
 
@@ -293,13 +299,13 @@ def _side(where: str, value: object, role: str) -> tuple[Message, ...]:
 
 def _text(where: str, value: object) -> str:
     if not isinstance(value, str):
-        raise RowError("null" if value is None else "type", where, _kind(value), "a text")
+        raise RowError("null" if value is None or value is ABSENT else "type", where, _kind(value), "a text")
     _encodes(value, where)
     return value
 
 
 def _optional_text(where: str, value: object) -> str:
-    return "" if value is None else _text(where, value)
+    return "" if value is None or value is ABSENT else _text(where, value)
 
 
 def _encodes(value: str, where: str) -> None:
@@ -324,13 +330,12 @@ def _scalars(row: RawRow, used: Iterable[str]) -> dict[str, object]:
     return kept
 
 
-def _plain(where: str, value: dict[str, object]) -> dict[str, object]:
-    """The same mapping, proved to be JSON and without nulls that a table added to make its rows alike."""
+def _plain_json(where: str, value: dict[str, object]) -> str:
+    """The mapping as canonical JSON, proved to be JSON."""
     try:
-        plain: dict[str, object] = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        return canonical_json(json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
         raise RowError("type", where, str(error), "values that JSON can hold") from None
-    return plain
 
 
 def unique_labels(labels: Iterable[str]) -> list[str]:
@@ -350,14 +355,17 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _listed(names: Iterable[object]) -> str:
-    return ", ".join(str(n) for n in names) or "none"
+def listed(names: Iterable[object]) -> str:
+    """The names, the first ones of very many; what no terminal and no file can hold shown as an escape."""
+    shown = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
+    more = f", … ({len(shown)} in all)" if len(shown) > MOST_LISTED else ""
+    return ", ".join(shown[:MOST_LISTED]) + more or "none"
 
 
 def _kind(value: object) -> str:
     """What was found, as a person says it."""
-    if value is None:
-        return "null"
+    if value is None or value is ABSENT:
+        return "null" if value is None else "no such column in this row"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):

@@ -33,19 +33,23 @@ def token_mask(offsets: Offsets, spans: Sequence[Span]) -> Mask:
     made from no character (SentencePiece's added space) goes with the character it stands before. Nothing predicts a
     row's first token, and in a packed row its label would be predicted from another document.
     """
-    start, end = _ranges(offsets)
-    mask = np.zeros(len(offsets), np.uint8)
-    for first, last in spans:
-        mask |= ((start < last) & (end > first)).astype(np.uint8)
+    first, last = _overlapping(offsets, spans)
+    mask = (last > first).astype(np.uint8)
     mask[:1] = 0
     return mask
 
 
 def last_tokens(offsets: Offsets, spans: Sequence[Span]) -> list[int | None]:
     """For each span the index of its last token, or None where no token of it is left."""
-    start, end = _ranges(offsets)
-    found = [np.flatnonzero((start < last) & (end > first)) for first, last in spans]
-    return [int(hits[-1]) if len(hits) else None for hits in found]
+    order = sorted(range(len(spans)), key=lambda i: spans[i])
+    found = np.full(len(spans), -1, np.int64)
+    first, last = _overlapping(offsets, [spans[i] for i in order])
+    for more in range(int((last - first).max(initial=0))):  # nearly always one: few tokens reach into two spans
+        tokens = np.flatnonzero(last - first > more)
+        np.maximum.at(found, first[tokens] + more, tokens)
+    place = np.empty(len(spans), np.int64)
+    place[order] = np.arange(len(spans))
+    return [int(token) if token >= 0 else None for token in found[place]]
 
 
 def fuses_with_prompt(offsets: Offsets, borders: Sequence[int]) -> bool:
@@ -53,10 +57,18 @@ def fuses_with_prompt(offsets: Offsets, borders: Sequence[int]) -> bool:
 
     When generating, the prompt is tokenised alone, so the model would be trained on a token it can never be asked for.
     """
-    start, end = offsets[:, 0], offsets[:, 1]
-    return any(bool(((start < border) & (end > border)).any()) for border in borders)
+    at = np.sort(np.asarray(borders, np.int64))
+    return bool((np.searchsorted(at, offsets[:, 1], "left") > np.searchsorted(at, offsets[:, 0], "right")).any())
 
 
-def _ranges(offsets: Offsets) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _overlapping(offsets: Offsets, spans: Sequence[Span]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each token, the half-open range of those spans (in order of position) of which it holds a character.
+
+    By bisection, for a row may have 100,000 turns: spans that end at or before the token's start are behind it, those
+    that begin before its end are reached.
+    """
+    edges = np.asarray(spans, np.int64).reshape(-1, 2)
     start = offsets[:, 0]
-    return start, np.maximum(offsets[:, 1], start + 1)
+    first = np.searchsorted(np.sort(edges[:, 1]), start, "right")
+    last = np.searchsorted(np.sort(edges[:, 0]), np.maximum(offsets[:, 1], start + 1), "left")
+    return first, last
