@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.pipeline import STAGES, stage_folder
+from finetune.runs import latest_run, read_record
 from finetune.store import Store, is_being_built
 
 
@@ -25,9 +25,11 @@ def unused(store: Store, keep: int) -> list[Unused]:
     old_runs: list[Path] = []
     for recipe in sorted(p for p in (store.artifacts / "runs").glob("*") if p.is_dir()):
         runs = sorted(p for p in recipe.iterdir() if (p / "run.json").is_file())
-        old_runs += runs[:-keep]
-        for run in runs[-keep:]:
-            stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
+        # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
+        kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
+        old_runs += [r for r in runs if r not in kept]
+        for run in (r for r in runs if r in kept):
+            stages = read_record(run)["stages"]
             used |= {f for n, s in stages.items() if (f := stage_folder(store, n, s)) is not None}
     folders = []
     for stage in STAGES:

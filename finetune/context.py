@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -39,14 +40,26 @@ class SilentBar:
 
 @dataclass
 class StopFlag:
-    """Set by a signal handler, read by long work between two steps."""
+    """Set by a signal handler, which also interrupts the work at once, wherever it is: a stage is complete only with
+    its manifest, so nothing is lost. Training alone is left to reach its next check, for it has something to save.
+    """
 
     signal_number: int = 0
+    deferred: bool = False  # the handler must not interrupt: whoever works looks at signal_number
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
         if self.signal_number:
             raise Stopped(self.signal_number)
+
+    @contextmanager
+    def at_checks_only(self) -> Iterator[None]:
+        """Within this block a signal only sets the flag."""
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
 
 
 @dataclass(frozen=True)
@@ -60,9 +73,11 @@ class Context:
     say: Callable[[str], None] = lambda line: None  # one plain line for a person
     bar: Callable[[str, int | None], Bar] = lambda label, total: SilentBar()
     stop: StopFlag = field(default_factory=StopFlag)
+    hashed: Callable[[Path, str], None] = lambda path, digest: None  # a large file, written, synced, and its xxh3-128
     device: str = "auto"  # "auto", "cpu" or "cuda"; backends/models.py decides what auto means
     rank: int = 0
     world: int = 1
+    launch: str = ""  # tells the processes of one launch from those of another
     environment: Mapping[str, str] = field(default_factory=dict)  # what the tracker may record; never a secret
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

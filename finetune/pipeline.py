@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import time
@@ -35,8 +36,9 @@ from finetune.stages import (
     split,
     train,
 )
-from finetune.store import BUILDING, Lease, Manifest, Store, is_being_built, make_key, output_digest
+from finetune.store import BUILDING, Lease, Manifest, Store, is_being_built, is_full, make_key, output_digest
 
+KEPT = "(what was finished is kept; the same command goes on from there)"
 Spec = Any  # each stage's own model; the pipeline only hands it through
 
 
@@ -74,7 +76,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("evaluate", 1, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
     Stage("certify", 1, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
     Stage("merge", 1, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
-    Stage("export", 1, ("merge",), export.spec, export.fingerprint, export.run, large=True),
+    Stage("export", 2, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
@@ -174,8 +176,8 @@ def run(
             record.note(StageRecord.of(step.stage.name, step.status, step.folder, step.manifest))
         _add_output(outputs, step)
         steps.append(step)
-        if stage.name == until:
-            break
+        if stage.name == until or (ctx.rank and not any(s.collective for s in STAGES[len(steps) :])):
+            break  # ranks above 0 have nothing left to do once no stage is left that all of them run
     return steps
 
 
@@ -188,24 +190,33 @@ def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, reco
     except GateRefused as error:
         record.note(StageRecord(name, "refused", step.folder, step.key, message=str(error)))
         raise
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         record.note(StageRecord(name, "partial", step.folder, step.key))
         raise
     except (FinetuneError, OSError) as error:
         record.note(StageRecord(name, "failed", step.folder, step.key, message=str(error)))
         if isinstance(error, FinetuneError):
             raise
-        raise FinetuneError(f"{name}: {_os_sentence(error)}") from error
+        raise FinetuneError(f"{name}: {_os_sentence(error, step.folder)}") from error
     except Exception as error:  # a defect of ours or of a library: shown whole, but the record must say failed
+        if step.folder and is_full(step.folder):  # torch and safetensors have words of their own for a full disk
+            record.note(StageRecord(name, "failed", step.folder, step.key, message="no space left"))
+            raise FinetuneError(f"{name}: {_full_sentence(step.folder)}") from error
         record.note(StageRecord(name, "failed", step.folder, step.key, message=f"{type(error).__name__}: {error}"))
         raise
     record.note(StageRecord.of(name, "done", done.folder, done.manifest))
     return done
 
 
-def _os_sentence(error: OSError) -> str:
+def _os_sentence(error: OSError, folder: Path | None) -> str:
+    if folder and (error.errno == errno.ENOSPC or is_full(folder)):
+        return _full_sentence(folder)
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error} (what was finished is kept; the same command goes on from there)"
+    return f"{where}{error.strerror or error} {KEPT}"
+
+
+def _full_sentence(folder: Path) -> str:
+    return f"{folder}: no space left on this disk; free some {KEPT}"
 
 
 def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:
@@ -215,7 +226,7 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
     if stage.collective:
         _refuse_stale_partials(step, recipe, store, ctx, fresh)
     if ctx.rank != 0:
-        if stage.collective:
+        if stage.collective and _begins(folder, store, ctx):
             stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
         return _finished(step, _wait_for(folder, store, ctx))
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
@@ -242,6 +253,8 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     assert folder is not None and step.spec is not None  # noqa: S101
     _verify_inputs(step, store)
     if not stage.collective or fresh or not (folder / BUILDING).exists():
+        if stage.collective and (lost := sorted(p.parent.name for p in folder.glob("checkpoints/*/COMPLETE"))):
+            ctx.say(f"{stage.name}: --fresh removes {', '.join(lost)} in {folder}")
         store.clear(folder)
     digests = {name: output.digest for name, output in step.inputs.items()}
     about: dict[str, Any] = {
@@ -251,11 +264,13 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         "spec": step.spec.model_dump(mode="json"),
         "fingerprint": dict(step.fingerprint),
         "inputs": digests,
+        "launch": ctx.launch,
     }
     (folder / BUILDING).write_text(json.dumps(about, sort_keys=True, indent=1), encoding="utf-8")
     ctx.say(f"{stage.name} …")
     start = time.monotonic()
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
+    ctx.stop.check()  # a library may have taken the interruption for an error of its own and gone on
     seconds = time.monotonic() - start
     if stage.fingerprint(step.spec) != step.fingerprint:
         raise FinetuneError(
@@ -276,9 +291,10 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         peak_memory_bytes=peak_memory_bytes(),
         environment=describe_environment(),
     )
-    store.commit(folder, manifest)
-    if stage.working:
-        shutil.rmtree(folder / stage.working, ignore_errors=True)
+    with ctx.stop.at_checks_only():
+        store.commit(folder, manifest)
+        if stage.working:
+            shutil.rmtree(folder / stage.working, ignore_errors=True)
     return manifest
 
 
@@ -298,6 +314,21 @@ def _row_counts(folder: Path) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     return {p.relative_to(folder).as_posix(): pq.read_metadata(p).num_rows for p in folder.rglob("*.parquet")}
+
+
+def _begins(folder: Path, store: Store, ctx: Context) -> bool:
+    """Wait until rank 0 of this launch has begun the stage (True), or another run has finished it (False): a rank that
+    begins alone would wait for the others until torch gives up.
+    """
+    while store.find(folder) is None:
+        ctx.stop.check()
+        try:
+            if json.loads((folder / BUILDING).read_text(encoding="utf-8")).get("launch") == ctx.launch:
+                return True
+        except (OSError, ValueError):
+            pass  # not there yet, or being written
+        time.sleep(0.1)
+    return False
 
 
 def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:

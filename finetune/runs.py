@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError
 from finetune.store import Manifest
 
 
@@ -54,6 +55,7 @@ class Run:
         self.parent = artifacts / "runs" / recipe
         self.name = f"{now}-{digest[:8]}"
         self.folder = self.parent / self.name
+        self.begun = False  # whether the folder is there
         self.stages: dict[str, StageRecord] = {}
 
     def note(self, record: StageRecord) -> None:
@@ -65,24 +67,42 @@ class Run:
         stages = {name: record.as_json() for name, record in self.stages.items()}
         value = {"recipe": self.recipe, "run": self.name, "sets": list(self.sets), "stages": stages}
         newest = latest_run(self.parent)
-        if (
-            newest is not None
-            and newest.name != self.name
-            and (newest / "recipe.yaml").is_file()
-            and (newest / "run.json").is_file()
-        ):
-            before = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-            same_text = (newest / "recipe.yaml").read_text(encoding="utf-8") == self.text
-            if same_text and before["sets"] == list(self.sets) and before["stages"] == stages:
-                self.name, self.folder = newest.name, newest
-                return newest
+        if not self.begun and newest is not None and self._is_told_by(newest, stages):
+            self.name, self.folder = newest.name, newest
+            return newest
         if self.write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(self.text, encoding="utf-8")
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            (self.folder / "run.json").write_text(text + "\n", encoding="utf-8")
-            (self.parent / "latest").write_text(self.name + "\n", encoding="utf-8")
+            self.begin()
+            value["run"] = self.name
+            _replace(self.folder / "recipe.yaml", self.text)
+            _replace(self.folder / "run.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            _replace(self.parent / "latest", self.name + "\n")
         return self.folder
+
+    def begin(self) -> None:
+        """Make the run's folder: one of its own, also where another run of this recipe began in the same second."""
+        if self.begun or not self.write:
+            return
+        name, count = self.name, 1
+        try:
+            while True:
+                try:
+                    (self.parent / name).mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    count += 1
+                    name = f"{self.name}-{count}"
+        except OSError as error:
+            raise FinetuneError(f"{self.parent}: cannot be written: {error.strerror}") from None
+        self.name, self.folder, self.begun = name, self.parent / name, True
+
+    def _is_told_by(self, folder: Path, stages: dict[str, Any]) -> bool:
+        """Whether that run's record says exactly what this one's would."""
+        try:
+            before = read_record(folder)
+            text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        except (InputError, OSError, ValueError):
+            return False
+        return text == self.text and before["sets"] == list(self.sets) and before["stages"] == stages
 
 
 def latest_run(parent: Path) -> Path | None:
@@ -105,6 +125,30 @@ def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
         raise InputError(
             f"{what} under {artifacts} ({'there is ' + ', '.join(there[-5:]) if there else 'no run there'})"
         )
-    value: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    value["folder"] = folder
-    return value
+    return read_record(folder) | {"folder": folder}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run's folder. Raises InputError where it is torn, edited or of another form."""
+    path = folder / "run.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        stages = value["stages"]
+        if not all(isinstance(s["status"], str) and isinstance(s["metrics"], dict) for s in stages.values()):
+            raise TypeError
+        return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
+            "nothing that is there already"
+        ) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whose readers see the old text or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

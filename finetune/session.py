@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from finetune import pipeline
+from finetune import launching, pipeline
 from finetune.context import Context, StopFlag
 from finetune.environment import describe_environment
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError, Stopped
 from finetune.recipe import Recipe
 from finetune.recipe_file import LoadedRecipe, load_recipe, parse_recipe
 from finetune.report.console import Screen, print_table, stage_figure, stage_rows
 from finetune.runs import Run, read_run
 from finetune.store import Store, make_key
+
+LEAVE_SECONDS = 20.0  # after a signal that found nothing to save
 
 
 def run_recipe(
@@ -31,36 +34,72 @@ def run_recipe(
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
     # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    rank, world = launching.ranks(os.environ)
     loaded = load_recipe(name, sets)
-    rank, world = _ranks()
     screen = Screen(silent=rank != 0)
     store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
     start = time.monotonic()
-    with _signals(screen) as stop:
+    with _signals(screen, launched=world > 1) as stop, ExitStack() as owned:
         ctx = _context(loaded.recipe, store, screen, stop, record.name, rank, world)
+
+        def before_building(steps: list[pipeline.Step]) -> None:
+            _preflight(loaded.recipe, steps, until, store, ctx)
+            if rank == 0:  # while the lease lives, `clean` leaves alone what this run has found or made
+                record.begin()
+                owned.enter_context(store.lease(record.folder, screen.say, stop.check))
+
         try:
             steps = pipeline.run(
-                loaded.recipe,
-                store,
-                ctx,
-                record,
-                until=until,
-                fresh=fresh,
-                before_building=lambda steps: _preflight(loaded.recipe, steps, until, store, ctx),
+                loaded.recipe, store, ctx, record, until=until, fresh=fresh, before_building=before_building
             )
         finally:
-            if record.stages:
-                record.save()
+            _save_record(record, screen)
+            if rank == 0 and not stop.signal_number:
+                _write_report(store, record, screen)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start)
+
+
+def _save_record(record: Run, screen: Screen) -> None:
+    """A disk that is full or read-only must neither hide a sentence that matters more nor fail a run that is there."""
+    try:
+        if record.stages:
+            record.save()
+    except (OSError, FinetuneError) as error:
+        screen.say(f"the run's record was not written: {error}")
+
+
+def _write_report(store: Store, record: Run, screen: Screen) -> None:
+    """The run's page, unless it is there: a run that found everything finished reads nothing again."""
+    if not (record.folder / "run.json").is_file() or (record.folder / "report.html").exists():
+        return
+    try:
+        from finetune.reporting import write_report
+
+        write_report(store, f"{record.recipe}@{record.name}")
+    except Exception as error:  # whatever it is, the run itself is none the worse for it
+        screen.say(f"the report could not be written: {error} (`finetune report {record.recipe}` tries again)")
+
+
+def launch_recipe(
+    name: str, processes: int, *, until: str | None, sets: Sequence[str], artifacts: Path, scratch: Path, fresh: bool
+) -> None:
+    """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
+    if launching.ranks(os.environ)[1] > 1:
+        raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
+    load_recipe(name, sets)  # a mistake in it is said once, and here
+    arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
+    arguments += [*(["--until", until] if until else []), *(["--fresh"] if fresh else [])]
+    launching.launch([*arguments, *(f"--set={s}" for s in sets)], processes)
 
 
 def publish_run(
     name: str, *, repo: str | None, dry_run: bool, sets: Sequence[str], artifacts: Path, scratch: Path
 ) -> None:
     """Push what a finished run made; prints where it went, or, dry, the files and the card."""
-    from finetune.report.model_card import model_card
+    from finetune.backends.pushed import stages_read
+    from finetune.report.model_card import write_card
     from finetune.stages import publish
 
     recipe_name, _, run_name = name.partition("@")
@@ -71,19 +110,27 @@ def publish_run(
     recipe = parse_recipe(text, value["folder"] / "recipe.yaml", [*value["sets"], *sets])
     found = {n: pipeline.stage_folder(store, n, s) for n, s in value["stages"].items() if s["status"] == "done"}
     folders = {n: f for n, f in found.items() if f is not None}
-    needed = {"base", "render", "train", *(["merge"] if "merged" in recipe.publish.what else [])}
-    unfinished = [n for n in folders if n in needed and store.find(folders[n]) is None]
+    needed = stages_read(list(recipe.publish.what), folders)
+    manifests = {n: store.find(folders[n]) for n in needed | ({"ingest"} & set(folders))}
+    unfinished = [n for n in folders if n in needed and manifests[n] is None]
     if unfinished:
         raise InputError(
             f"{', '.join(unfinished)} of {short} is gone or incomplete: run `finetune run {recipe_name}` first"
         )
-    metrics = {n: s["metrics"] for n, s in value["stages"].items()}
+    trained, read = manifests.get("train"), manifests.get("ingest")
+    run = publish.Run(
+        folder=value["folder"],
+        recipe_text=text,
+        metrics={n: s["metrics"] for n, s in value["stages"].items()},
+        sets=value["sets"],
+        seconds={n: s["seconds"] for n, s in value["stages"].items() if s.get("seconds")},
+        versions=trained.environment.get("versions", {}) if trained else {},
+        sources=read.fingerprint.get("sources", []) if read else [],
+    )
     screen = Screen()
     with _signals(screen) as stop:
         ctx = _context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(
-            recipe, value["folder"], folders, metrics, repo, dry_run, ctx, card=model_card, recipe_text=text
-        )
+        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card)
     _print_receipt(receipt)
 
 
@@ -103,11 +150,6 @@ def _recipe_name(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         return load_recipe(name).recipe.name
     return name
-
-
-def _ranks() -> tuple[int, int]:
-    """The rank of this process and their number, as accelerate and torchrun hand them down."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _record(loaded: LoadedRecipe, store: Store, *, write: bool) -> Run:
@@ -130,25 +172,47 @@ def _context(
         device=recipe.runtime.device,
         rank=rank,
         world=world,
+        launch=os.environ.get("MASTER_PORT", ""),
         environment=recorded,
     )
 
 
 @contextmanager
-def _signals(screen: Screen) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM asks the work to save and stop; a second one leaves at once."""
+def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
+    """The first SIGINT or SIGTERM asks the work to save and stop; the same again leaves at once.
+
+    One of several launched processes takes the same again for the first come twice (a cluster signals every process of
+    a job, and the launcher hands its own on): to leave at once is the launcher's to say, by SIGKILL.
+    """
     stop = StopFlag()
+    again = "" if launched else " (again to leave at once)"
+    if launched:
+        launching.stop_with_launcher()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        # From now on the kernel's own default: no Python code, however long it computes, stands in the way of a second
+        # Ctrl-C. The other signal changes nothing: a launcher sends SIGTERM after a terminal's Ctrl-C.
+        signal.signal(number, signal.SIG_IGN if launched else signal.SIG_DFL)
         if stop.signal_number:
-            os._exit(128 + number)
+            return
         stop.signal_number = number
-        screen.say(f"{signal.Signals(number).name}: saving and stopping (again to leave at once)")
+        with suppress(RuntimeError):  # the signal came while stderr was being written to
+            screen.say(f"{signal.Signals(number).name}: saving and stopping{again}")
+        if not stop.deferred:
+            leave.args = (128 + number,)
+            leave.start()
+            raise KeyboardInterrupt
 
+    # A library that waits for threads of its own (a download) does not hold up the end: there is nothing to save.
+    leave = threading.Timer(LEAVE_SECONDS, os._exit)
+    leave.daemon = True
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except KeyboardInterrupt:
+        raise Stopped(stop.signal_number or signal.SIGINT) from None
     finally:
+        leave.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -185,6 +249,8 @@ def _print_result(loaded: LoadedRecipe, steps: list[pipeline.Step], record: Run,
     ):
         if folder := folders.get(stage):
             print(f"{label:>20}  {folder / inside if inside else folder}")  # noqa: T201 - the command's result
+    if (report := record.folder / "report.html").is_file():
+        print(f"{'report':>20}  {report}")  # noqa: T201
     print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
     if loaded.recipe.model.kind == "builtin":
         print("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201

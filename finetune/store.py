@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 BUILDING = "building.json"
 LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
 BEAT_SECONDS = 5.0
+FULL_BYTES = 65536
 
 
 class FileEntry(BaseModel):
@@ -166,6 +167,14 @@ class Store:
                 os.fsync(file.fileno())
             entries[name] = FileEntry(bytes=path.stat().st_size, digest=hash_file(path), rows=rows.get(name))
         return entries
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk under `folder` has next to nothing left: less than one large write would need."""
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 def is_being_built(folder: Path) -> bool:

@@ -125,9 +125,15 @@ def set_pad_token(folder: Path, pad_token: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`; empty where one is missing or there are none."""
+    """The safetensors files that make up the model in `folder`; empty where one is missing or there are none.
+
+    Raises InputError where the index names a file outside the folder: it comes with a download, and is data.
+    """
     if (folder / INDEX).exists():
-        shards = sorted({folder / name for name in read_json(folder / INDEX)["weight_map"].values()})
+        names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
+        if outside := sorted(n for n in names if not n.endswith(".safetensors") or Path(n).name != n):
+            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is no safetensors file of this folder")
+        shards = sorted(folder / name for name in names)
         return shards if all(s.exists() for s in shards) else []
     whole = folder / "model.safetensors"
     return [whole] if whole.exists() else []

@@ -316,3 +316,11 @@ def test_a_missing_shard_is_no_model(tmp_path: Path) -> None:
     assert models.weight_files(tmp_path) == []
     (tmp_path / "model-2.safetensors").write_bytes(b"")
     assert [p.name for p in models.weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "weights.bin"])
+def test_an_index_cannot_name_a_file_outside_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write_json(tmp_path / "base" / models.INDEX, {"weight_map": {"a": name}})
+    with pytest.raises(InputError, match=re.escape(repr(name))):
+        models.weight_files(tmp_path / "base")

@@ -1,0 +1,108 @@
+"""A disk that fills up while a stage writes: one sentence, nothing committed, and the same command goes on."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from finetune import pipeline
+from finetune.context import Context
+from finetune.errors import FinetuneError
+from finetune.recipe_file import load_recipe
+from finetune.runs import Run
+from finetune.store import Store
+from tests.e2e.conftest import Workspace
+
+ROOM = 200_000_000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 200 MB large, and a function that leaves so many bytes of it free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk must be mounted: needs root")
+
+    def leave(free):
+        filler = folder / "filler"
+        filler.unlink(missing_ok=True)
+        if free is not None:
+            with filler.open("wb") as file, contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, max(0, shutil.disk_usage(folder).free - free))
+
+    yield folder, leave
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["nothing-left", "half-of-what-it-writes"])
+def test_every_stage_that_meets_a_full_disk_says_so_and_goes_on_later(share, small_disk, pristine, finished, tmp_path):
+    disk, leave = small_disk
+    work = Workspace(tmp_path / "work")
+    shutil.copytree(pristine.folder, work.folder)
+    recipe = load_recipe(str(work.recipe)).recipe
+    store = Store(disk / "artifacts", disk / "scratch")
+    whole = Store(finished.folder / "artifacts", finished.folder / "scratch")
+    sizes = {s.stage.name: s.manifest for s in pipeline.plan(recipe, whole) if s.manifest}
+
+    def run(until, full):
+        free = int(share * sum(f.bytes for f in sizes[until].files.values()))
+        ctx = Context(
+            scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, device="cpu",
+            say=lambda line: leave(free) if full and line == f"{until} …" else None,
+        )  # fmt: skip
+        record = Run(tmp_path / "elsewhere", recipe.name, "", (), "0" * 8, write=True)
+        return pipeline.run(recipe, store, ctx, record, until=until)
+
+    for stage in sizes:
+        with pytest.raises(FinetuneError, match=r"no space left on this disk|GB are free") as failed:
+            run(stage, full=True)
+        assert stage in str(failed.value) and failed.value.exit_status == 1
+        leave(None)
+        assert not any(disk.glob(f"*/{stage}/*/manifest.json"))
+        done = run(stage, full=False)[-1]
+        assert done.manifest is not None and store.verify(done.folder, done.manifest) == []
+        assert (done.key, done.manifest.digest) == (sizes[stage].key, sizes[stage].digest)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_built(small_disk, pristine):
+    disk, leave = small_disk
+    leave(None)
+    work = Workspace(pristine.folder)
+    refused = subprocess.run(
+        [*work.command("validate", "small.yaml")[:3], "run", "small.yaml", "--artifacts", disk, "--scratch", disk],
+        env=work.environment(), cwd=work.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "GB free, about" in refused.stderr and "--artifacts" in refused.stderr
+    assert not any(disk.glob("*/*/manifest.json"))
+
+
+def test_a_read_only_folder_can_be_looked_at_and_a_build_in_it_is_one_sentence(finished, tmp_path):
+    """Also a second run that has nothing to build: it writes nothing."""
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    if subprocess.run(["mount", "--bind", finished.folder / "artifacts", folder], check=False).returncode:
+        pytest.skip("needs root to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        roots = ["--artifacts", str(folder), "--scratch", str(finished.folder / "scratch")]
+
+        def command(*words):
+            line = [*finished.command("validate")[:3], *words, *roots]
+            return subprocess.run(
+                line, env=finished.environment(), cwd=finished.folder, capture_output=True, text=True, check=False
+            )
+
+        for words in (["show", "small", "--verify"], ["plan", "small.yaml"], ["run", "small.yaml"]):
+            done = command(*words)
+            assert done.returncode == 0, (words, done.stderr)
+        refused = command("run", "small.yaml", "--set", "seed=5")
+        assert refused.returncode == 1 and "cannot be written" in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
+    finally:
+        subprocess.run(["umount", folder], check=True)
