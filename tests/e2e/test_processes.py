@@ -1,46 +1,190 @@
-"""Two processes that really run, over gloo: `accelerate launch` with recipes/accelerate/multi_cpu.yaml."""
+"""Several processes that really run, over gloo: `--processes N`, and `accelerate launch` with multi_cpu.yaml."""
 
+import json
 import shutil
-import sys
-from pathlib import Path
+import signal
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.conftest import ROOT, Workspace
+from tests.e2e import launches
+from tests.e2e.conftest import Workspace
+from tests.e2e.launches import NO_DROPOUT, TRAIN
 
-NO_DROPOUT = ("--set", "lora.dropout=0", "--until", "train")  # each process draws its own dropout
+MORE_ROWS = ("--set", "train.batch_rows=4")
 
 
-def test_two_processes_train_the_adapter_of_one(pristine, tmp_path):
-    import subprocess
+@pytest.fixture
+def fresh(pristine, tmp_path):
+    """Makes workspaces by name."""
 
-    adapters, shown = [], []
-    for name in ("one", "two"):
+    def make(name):
         shutil.copytree(pristine.folder, tmp_path / name)
-        work = Workspace(tmp_path / name)
-        if name == "one":
-            work.run("run", "small.yaml", *NO_DROPOUT)
-        else:
-            launcher = Path(sys.executable).parent / "accelerate"
-            config = ROOT / "recipes" / "accelerate" / "multi_cpu.yaml"
-            command = [launcher, "launch", "--config_file", config, *work.command("run", "small.yaml", *NO_DROPOUT)[1:]]
-            done = subprocess.run(
-                list(map(str, command)),
-                env=work.environment(),
-                cwd=work.folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
-            assert (
-                done.stderr.count("train …") == 1 and done.stderr.count("ingest …") == 1
-            )  # one process builds and speaks
-        shown.append(work.show()["stages"]["train"])
-        adapters.append(load_file(str(Path(shown[-1]["path"]) / "adapter" / "adapter_model.safetensors")))
-    assert [s["metrics"]["processes"] for s in shown] == [1, 2]
-    assert shown[0]["key"] == shown[1]["key"]
-    assert shown[0]["metrics"]["tokens"] == shown[1]["metrics"]["tokens"]
-    for name in adapters[0]:
-        np.testing.assert_allclose(adapters[0][name], adapters[1][name], atol=1e-5)
+        return Workspace(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def packed(pristine, tmp_path_factory):
+    """A workspace whose data stages are done."""
+    folder = tmp_path_factory.mktemp("packed") / "work"
+    shutil.copytree(pristine.folder, folder)
+    work = Workspace(folder)
+    work.run("run", "small.yaml", "--until", "pack")
+    return work
+
+
+@pytest.fixture
+def curated(packed, tmp_path):
+    """One's own copy of it."""
+    shutil.copytree(packed.folder, tmp_path / "work")
+    return Workspace(tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def by_two(packed, tmp_path_factory):
+    """What two processes train when nothing interrupts them."""
+    folder = tmp_path_factory.mktemp("by_two") / "work"
+    shutil.copytree(packed.folder, folder)
+    work = Workspace(folder)
+    launches.finish(work, launches.ours(work, 2, *TRAIN))
+    return launches.adapter(work).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def by_one(packed, tmp_path_factory):
+    """What one process trains with the larger batch."""
+    folder = tmp_path_factory.mktemp("by_one") / "work"
+    shutil.copytree(packed.folder, folder)
+    work = Workspace(folder)
+    work.run("run", "small.yaml", *NO_DROPOUT, *MORE_ROWS)
+    return work
+
+
+def losses(work):
+    file = launches.adapter(work).parent.parent / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+
+
+def assert_same_training(works, processes, atol):
+    shown = [w.show()["stages"]["train"] for w in works]
+    assert [s["metrics"]["processes"] for s in shown] == processes
+    assert len({s["key"] for s in shown}) == 1
+    assert len({s["metrics"]["tokens"] for s in shown}) == 1  # the same rows, in the same order
+    first, *others = [load_file(str(launches.adapter(w))) for w in works]
+    for other in others:
+        for name in first:
+            np.testing.assert_allclose(first[name], other[name], atol=atol)
+    for work in works[1:]:
+        np.testing.assert_allclose(losses(works[0]), losses(work), rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [launches.ours, pytest.param(launches.accelerate, marks=pytest.mark.slow)])
+def test_two_processes_train_the_adapter_of_one(how, fresh):
+    one, two = fresh("one"), fresh("two")
+    one.run("run", "small.yaml", *NO_DROPOUT)
+    text = launches.finish(two, how(two, 2, *NO_DROPOUT))
+    assert text.count("train …") == 1 and text.count("ingest …") == 1  # one process builds and speaks
+    assert_same_training([one, two], [1, 2], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_train_the_adapter_of_one_and_one_process_does_the_rest(by_one, curated):
+    text = launches.finish(curated, launches.ours(curated, 4, *NO_DROPOUT[:2], *MORE_ROWS))
+    assert_same_training([by_one, curated], [1, 4], atol=1e-4)
+    assert text.count("merge …") == 1 and curated.show()["stages"]["merge"]["status"] == "done"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on(curated, by_two):
+    process = launches.begin(curated, launches.ours(curated, 2, *TRAIN))
+    launches.wait_until(lambda: launches.complete(curated) == [4], process)
+    launches.kill(launches.rank_of(process, 1))
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    # the other finds out by itself, or is told before it could
+    assert "another process of this training is gone" in text or "stopped by signal 15" in text
+    assert "process 2 of 2 was killed by SIGKILL" in text and "Traceback" not in text
+    assert curated.show()["stages"]["train"]["status"] in ("failed", "partial")
+    assert not list(curated.folder.glob("artifacts/train/*/manifest.json"))
+    last = launches.complete(curated)[-1]
+    assert f"goes on from checkpoint-{last}" in launches.finish(curated, launches.ours(curated, 2, *TRAIN))
+    assert launches.adapter(curated).read_bytes() == by_two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(signal.SIGINT, launches.ours), (signal.SIGTERM, launches.accelerate)],
+    ids=["ours", "accelerate"],
+)
+def test_a_signal_to_the_launcher_saves_one_checkpoint_and_ends_every_rank(number, how, curated, by_two):
+    process = launches.begin(curated, how(curated, 2, *TRAIN, "--set", "runtime.save_steps=100"))
+    launches.wait_until(lambda: launches.steps_taken(curated), process)
+    ranks = [launches.rank_of(process, r) for r in (0, 1)]
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert not launches.alive(ranks)
+    assert process.returncode == (128 + number if how is launches.ours else 1)
+    assert text.count("saving and stopping") == 1
+    assert len(launches.complete(curated)) == 1 and launches.complete(curated)[0] < 12
+    assert curated.show()["stages"]["train"]["status"] == "partial"
+    launches.finish(curated, how(curated, 2, *TRAIN))
+    assert launches.adapter(curated).read_bytes() == by_two
+
+
+@pytest.mark.slow
+def test_two_launches_at_once_train_once(curated, by_two):
+    both = [launches.begin(curated, launches.ours(curated, 2, *TRAIN)) for _ in range(2)]
+    texts = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], texts
+    assert "".join(texts).count("train …") == 1
+    assert launches.adapter(curated).read_bytes() == by_two
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(curated):
+    process = launches.begin(curated, launches.ours(curated, 2, *TRAIN, "--set", "runtime.save_steps=100"))
+    launches.wait_until(lambda: launches.steps_taken(curated), process)
+    ranks = [launches.rank_of(process, r) for r in (0, 1)]
+    process.kill()
+    process.communicate(timeout=60)  # its pipe closes with the last rank
+    assert not launches.alive(ranks)
+    assert launches.complete(curated)
+
+
+def test_a_batch_that_does_not_divide_names_the_numbers_that_do(curated):
+    text = launches.finish(curated, launches.ours(curated, 2, *TRAIN, "--set", "train.batch_rows=15"), status=2)
+    assert text.strip() == (
+        "train.batch_rows 15 cannot be shared by 2 processes; use 1, 3, 5, 15 processes, or a batch_rows that 2 divides"
+    )
+
+
+def test_a_wrong_recipe_is_told_once(curated):
+    mistake = ("--set", "train.batch_row=2")
+    text = launches.finish(curated, launches.ours(curated, 2, *mistake), status=2)
+    assert text.count("did you mean batch_rows?") == 1 and len(text.splitlines()) == 1
+    text = launches.finish(curated, launches.accelerate(curated, 2, *mistake), status=1)  # torch's launcher says 1
+    assert text.count("did you mean batch_rows?") == 1
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_its_batch_under_another_sharing(by_one, curated):
+    """(processes, micro-batch) before the kill and after it: the recipe's batch is shared out otherwise."""
+    before, after = (2, 1), (1, 2)
+
+    def command(shape):
+        micro = f"runtime.micro_batch_rows={shape[1]}"
+        return launches.ours(curated, shape[0], *NO_DROPOUT, *MORE_ROWS, "--set", micro)
+
+    process = launches.begin(curated, command(before))
+    launches.wait_until(lambda: 4 in launches.complete(curated), process)
+    process.kill()
+    process.communicate(timeout=60)
+    text = launches.finish(curated, command(after))
+    assert "goes on from checkpoint-" in text and "the batch stays 4 rows" in text
+    for word, was, now in zip(("processes", "micro_batch_rows"), before, after, strict=True):
+        assert f"{word} was {was}, is {now}" in text
+    assert_same_training([by_one, curated], [1, after[0]], atol=1e-4)

@@ -1,0 +1,80 @@
+"""Starting a workspace's recipe in several processes, in each of the ways a person can."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.conftest import ROOT
+
+TRAIN = ("--until", "train")
+NO_DROPOUT = ("--set", "lora.dropout=0", *TRAIN)  # each process draws its own dropout
+CONFIG = ROOT / "recipes" / "accelerate" / "multi_cpu.yaml"
+
+
+def ours(work, processes, *arguments):
+    return work.command("run", "small.yaml", "--processes", processes, *arguments)
+
+
+def accelerate(work, processes, *arguments, options=()):
+    launcher = Path(sys.executable).parent / "accelerate"
+    command = [launcher, "launch", "--config_file", CONFIG, "--num_processes", processes, *options]
+    return list(map(str, [*command, *work.command("run", "small.yaml", *arguments)[1:]]))
+
+
+def begin(work, command, **more):
+    return subprocess.Popen(
+        command, env=work.environment(**more), cwd=work.folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def finish(work, command, status=0, **more):
+    """The output of a launch that must end with `status`."""
+    process = begin(work, command, **more)
+    text = process.communicate()[0]
+    assert process.returncode == status, f"{process.returncode}\n{text}"
+    return text
+
+
+def steps_taken(work):
+    return sum(len(p.read_text().splitlines()) for p in work.folder.glob("artifacts/train/*/metrics.jsonl"))
+
+
+def wait_until(condition, process, seconds=120):
+    """Until `condition()`; fails with the output when the launch ended first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0] or "it ended"
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def rank_of(process, rank):
+    """The process id of one rank of a launch."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise AssertionError(f"no rank {rank}")
+
+
+def alive(pids):
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def kill(pid, number=signal.SIGKILL):
+    os.kill(pid, number)
+
+
+def adapter(work):
+    return Path(work.show()["stages"]["train"]["path"]) / "adapter" / "adapter_model.safetensors"
+
+
+def complete(work):
+    """The numbers of the checkpoints that carry the marker."""
+    found = work.folder.glob("artifacts/train/*/checkpoints/checkpoint-*/COMPLETE")
+    return sorted(int(p.parent.name.rpartition("-")[2]) for p in found)
