@@ -36,7 +36,7 @@ from finetune.stages import (
     split,
     train,
 )
-from finetune.store import BUILDING, Lease, Manifest, Store, is_being_built, is_full, make_key, output_digest
+from finetune.store import BUILDING, Hashed, Lease, Manifest, Store, is_being_built, is_full, make_key, output_digest
 
 KEPT = "(what was finished is kept; the same command goes on from there)"
 Spec = Any  # each stage's own model; the pipeline only hands it through
@@ -73,7 +73,7 @@ STAGES: tuple[Stage, ...] = (
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
     ),
-    Stage("evaluate", 1, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
+    Stage("evaluate", 2, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
     Stage("certify", 1, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
     Stage("merge", 1, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
     Stage("export", 2, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
@@ -269,6 +269,8 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     (folder / BUILDING).write_text(json.dumps(about, sort_keys=True, indent=1), encoding="utf-8")
     ctx.say(f"{stage.name} …")
     start = time.monotonic()
+    hashed = Hashed()
+    ctx = dataclasses.replace(ctx, hashed=hashed.note)
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
     ctx.stop.check()  # a library may have taken the interruption for an error of its own and gone on
     seconds = time.monotonic() - start
@@ -276,7 +278,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         raise FinetuneError(
             f"{stage.name}: a file or Hub revision that it reads changed meanwhile; run again to read the new one"
         )
-    files = store.read_files(folder, _row_counts(folder), skip=stage.working)
+    files = store.read_files(folder, _row_counts(folder), skip=stage.working, hashed=hashed)
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,

@@ -93,6 +93,27 @@ class Lease:
             path.unlink(missing_ok=True)
 
 
+class Hashed:
+    """Digests that a stage took while it wrote: a merged 7B need not be read a second time for its manifest."""
+
+    def __init__(self) -> None:
+        self._noted: dict[Path, tuple[tuple[int, int, int], str]] = {}
+
+    def note(self, path: Path, digest: str) -> None:
+        """Remember the xxh3-128 of a file that is closed and synced."""
+        self._noted[path] = (self._state(path), digest)
+
+    def digest(self, path: Path) -> str | None:
+        """What was noted of a file, if it is still that one."""
+        state, digest = self._noted.get(path, (None, ""))
+        return digest if state is not None and state == self._state(path) else None
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 class Store:
     """Two roots: `artifacts` (durable, small) and `scratch` (local, large, can be made again)."""
 
@@ -156,8 +177,13 @@ class Store:
             missing_ok=True
         )  # after the manifest: with neither, hours of training would be cleared
 
-    def read_files(self, folder: Path, rows: Mapping[str, int], skip: str = "") -> dict[str, FileEntry]:
-        """Hash and sync every file of a folder that is about to be committed, less those under the folder `skip`."""
+    def read_files(
+        self, folder: Path, rows: Mapping[str, int], skip: str = "", hashed: Hashed | None = None
+    ) -> dict[str, FileEntry]:
+        """Hash and sync every file of a folder that is about to be committed, less those under the folder `skip`.
+
+        A file that was hashed while it was written, and has not been touched since, is not read again.
+        """
         entries = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             name = path.relative_to(folder).as_posix()
@@ -165,7 +191,8 @@ class Store:
                 continue
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            entries[name] = FileEntry(bytes=path.stat().st_size, digest=hash_file(path), rows=rows.get(name))
+            digest = (hashed.digest(path) if hashed else None) or hash_file(path)
+            entries[name] = FileEntry(bytes=path.stat().st_size, digest=digest, rows=rows.get(name))
         return entries
 
 

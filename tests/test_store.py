@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import FinetuneError
-from finetune.store import Manifest, Store, make_key, output_digest
+from finetune.store import Hashed, Manifest, Store, make_key, output_digest
 
 
 def commit(store, folder, files, logs=()):
@@ -186,3 +186,18 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         store.lease(tmp_path / "file" / "x", print, lambda: None),
     ):
         pass
+
+
+def test_a_digest_noted_while_writing_is_taken_until_the_file_changes(store):
+    folder = store.folder("x", "0" * 32)
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("1")
+    (folder / "b").write_text("2")
+    hashed = Hashed()
+    for name in "ab":
+        hashed.note(folder / name, f"noted {name}")
+    time.sleep(0.01)
+    (folder / "b").write_text("3")
+    files = store.read_files(folder, {}, hashed=hashed)
+    assert files["a"].digest == "noted a"
+    assert files["b"].digest == store.read_files(folder, {})["b"].digest != "noted b"

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 POSITIONS = 256
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
-Bodies = Callable[[Sequence["torch.Tensor"]], Iterable["torch.Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,12 @@ def lay_out(rows: Sequence[TokenRow], batch_tokens: int = 4096) -> HeldOut:
     return HeldOut(tuple(batches), tuple(positions), torch.cat(labels), np.concatenate(owners), len(rows))
 
 
-def supervised_hidden(body: Bodies, held_out: HeldOut) -> torch.Tensor:
-    """Final hidden states (P, d) of the supervised positions; `body` maps batches (B, T) to states (B, T, d)."""
+def supervised_hidden(states: Iterable[torch.Tensor], held_out: HeldOut) -> torch.Tensor:
+    """Final hidden states (P, d) of the supervised positions, from those of all, (B, T, d) a batch."""
     import torch
 
-    states = zip(body(held_out.batches), held_out.positions, strict=True)
-    return torch.cat([state[wanted.to(state.device)] for state, wanted in states])
+    pairs = zip(states, held_out.positions, strict=True)
+    return torch.cat([state[wanted.to(state.device)] for state, wanted in pairs])
 
 
 def compare(

@@ -11,11 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.backends.synced_file import SyncedFile, forget_pages
 from finetune.errors import FinetuneError, InputError
 from finetune.records import canonical_json, read_json, write_json
 
@@ -56,11 +57,22 @@ class TensorRef:
         import torch
 
         raw = torch.empty(self.size_bytes, dtype=torch.uint8)
-        if self.size_bytes:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                _read_fully(file.fileno(), memoryview(raw.numpy()), self.file)  # type: ignore[arg-type]
+        self.read_into(raw)
         return raw.view(torch_dtype(self.dtype)).reshape(self.shape)
+
+    def read_into(self, raw: torch.Tensor, start: int = 0, *, once: bool = False) -> None:
+        """Fill `raw` (bytes, uint8) from the tensor's byte `start` on.
+
+        `once` says that nobody reads this again soon: the page cache gives the pages back. Without that a large model
+        pushes everything else out of memory, and each new page costs a virtual machine many times the copy itself.
+        """
+        if not len(raw):
+            return
+        with self.file.open("rb", buffering=0) as file:
+            begin = self.offset + start
+            _read_fully(file.fileno(), memoryview(raw.numpy()), begin, self.file)  # type: ignore[arg-type]
+            if once:
+                forget_pages(file.fileno(), begin, len(raw))
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -212,24 +224,20 @@ def plan_shards(tensors: Iterable[TensorShape], max_shard_bytes: int) -> ShardPl
     )
 
 
-def write_shards(folder: Path, plan: ShardPlan, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write `tensors`, which must come in the order of `plan.tensors`, holding one of them at a time; synced to disk.
+def write_shards(folder: Path, plan: ShardPlan, pieces: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Write tensors, whole or a few rows at a time, in the order of `plan.tensors`; synced to disk.
 
-    Raises FinetuneError when a tensor is not the one planned (name, dtype or shape) or when there are too few or many.
+    A piece is free again once the next one is asked for. Returns each safetensors file's xxh3-128. Raises FinetuneError
+    when a piece is not of the tensor planned (name, dtype or shape) or when there are too few or too many.
     """
-    stream = iter(tensors)
+    stream = iter(pieces)
+    digests = {}
     for shard in plan.shards:
-        with (folder / shard.file).open("wb") as file:
-            file.write(shard.header())
+        with SyncedFile(folder / shard.file) as file:
+            file.write(memoryview(shard.header()))
             for planned in shard.tensors:
-                name, tensor = next(stream, ("", None))
-                if tensor is None:
-                    raise FinetuneError(f"the merge ended before {planned.name} was written")
-                _check(planned, name, tensor)
-                file.write(memoryview(_bytes_of(tensor)))
-                del tensor
-            file.flush()
-            os.fsync(file.fileno())
+                _write_tensor(file, planned, stream)
+        digests[shard.file] = file.digest()
     for name, _ in stream:
         raise FinetuneError(f"the merge wrote everything planned and still has {name}")
     if len(plan.shards) > 1:
@@ -238,17 +246,29 @@ def write_shards(folder: Path, plan: ShardPlan, tensors: Iterable[tuple[str, tor
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": plan.total_size}, "weight_map": weight_map},
         )
+    return digests
+
+
+def _write_tensor(file: SyncedFile, planned: TensorShape, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+    rows = 0
+    while True:
+        name, tensor = next(stream, ("", None))
+        if tensor is None:
+            raise FinetuneError(f"the merge ended before {planned.name} was written")
+        shape = tuple(tensor.shape)
+        rows += shape[0] if shape else 0
+        found = TensorShape(name, dtype_code(str(tensor.dtype)), (rows, *shape[1:]) if shape else ())
+        fits = replace(found, shape=planned.shape) == planned and len(shape) == len(planned.shape)
+        if not fits or found.shape[1:] != planned.shape[1:] or (shape and rows > planned.shape[0]):
+            raise FinetuneError(f"the merge made {found}, planned was {planned}; this is a mistake in this program")
+        file.write(memoryview(_bytes_of(tensor)))
+        if found.shape == planned.shape:
+            return
 
 
 def shapes_of(refs: Mapping[str, TensorRef]) -> list[TensorShape]:
     """The shapes of what was read, to be written again."""
     return [TensorShape(r.name, r.dtype, r.shape) for r in refs.values()]
-
-
-def _check(planned: TensorShape, name: str, tensor: torch.Tensor) -> None:
-    found = TensorShape(name, dtype_code(str(tensor.dtype)), tuple(tensor.shape))
-    if found != planned:
-        raise FinetuneError(f"the merge made {found}, planned was {planned}; this is a mistake in this program")
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:  # noqa: ANN401 - a numpy array of uint8 over the tensor's own memory
@@ -262,10 +282,10 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
 
 
-def _read_fully(descriptor: int, buffer: memoryview, path: Path) -> None:
+def _read_fully(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(buffer):
-        count = os.readv(descriptor, [buffer[done : done + (1 << 30)]])
+        count = os.preadv(descriptor, [buffer[done : done + (1 << 30)]], offset + done)
         if not count:
             raise InputError(f"{path}: ended early; it was cut short while we read it")
         done += count

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from finetune.backends.checkpoints import TensorRef
 from finetune.errors import InputError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from finetune.backends.skeleton import Skeleton
 
-SLICE_ELEMENTS = 1 << 20
 PREFIX = "base_model.model."
 SUFFIXES = {
     ".lora_A.weight": "a",
@@ -42,11 +41,16 @@ Parts = dict[str, dict[str, TensorRef]]
 
 
 Layout = Literal["linear", "conv1d", "embedding"]
+Edit = Callable[["torch.Tensor", slice], None]
+"""Changes, in place, an fp32 tensor that holds the given rows (a slice with start and stop) of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """W + scale·BA; with a magnitude m (DoRA, arXiv:2402.09353) m / ‖W + scale·BA‖ · (W + scale·BA)."""
+    """W + scale·BA; with a magnitude m (DoRA, arXiv:2402.09353) m / ‖W + scale·BA‖ · (W + scale·BA).
+
+    W is (out, in), Conv1D (in, out), embedding (vocabulary, d).
+    """
 
     a: TensorRef  # (r, in); embedding: (r, vocabulary)
     b: TensorRef  # (out, r); embedding: (d, r)
@@ -54,38 +58,28 @@ class LowRank:
     layout: Layout
     magnitude: TensorRef | None = None
 
-    def rounded(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The merged weight (out, in) of a linear layer in `dtype`, made a few rows at a time.
+    @property
+    def by_rows(self) -> bool:
+        """Whether the rows of W are independent: a stored transpose has its norms along the columns."""
+        return self.layout == "linear" or self.magnitude is None
 
-        Rows are independent, DoRA's norm included; slices that fit the cache take a third of the memory and less time.
-        """
+    def loaded(self, device: str) -> Edit:
+        """Both factors in fp32 on `device`, as a function that changes rows of W."""
         import torch
 
-        a, b = self.a.load().float(), self.b.load().float()
-        magnitude = None if self.magnitude is None else self.magnitude.load().float().reshape(-1, 1)
-        merged = torch.empty(weight.shape, dtype=dtype)
-        step = max(1, SLICE_ELEMENTS // max(1, weight.shape[1]))
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            part = (b[rows] @ a).mul_(self.scale).add_(weight[rows].float())
-            if magnitude is not None:
-                part.mul_(magnitude[rows] / torch.linalg.vector_norm(part, dim=1, keepdim=True))
-            merged[rows] = part
-        return merged
+        a, b = (ref.load().to(device, torch.float32) for ref in (self.a, self.b))
+        straight = self.layout == "linear"
+        left, right = (b, a) if straight else (a.T, b.T)
+        magnitude = None if self.magnitude is None else self.magnitude.load().to(device, torch.float32).reshape(-1)
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The merged weight, fp32; `weight` is (out, in), Conv1D (in, out), embedding (vocabulary, d)."""
-        import torch
+        def edit(part: torch.Tensor, rows: slice) -> None:
+            part.addmm_(left[rows], right, alpha=self.scale)
+            if magnitude is not None and straight:
+                part.mul_((magnitude[rows] / torch.linalg.vector_norm(part, dim=1)).unsqueeze(1))
+            elif magnitude is not None:
+                part.mul_(magnitude / torch.linalg.vector_norm(part, dim=0))
 
-        delta = self.b.load().float() @ self.a.load().float()
-        delta.mul_(self.scale)
-        stored_transposed = self.layout != "linear"
-        merged = weight.add_(delta.T if stored_transposed else delta)
-        if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(merged, dim=0 if stored_transposed else 1)
-            factor = self.magnitude.load().float().reshape(-1) / norm
-            merged.mul_(factor if stored_transposed else factor.unsqueeze(1))
-        return merged
+        return edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +88,16 @@ class AddBias:
 
     bias: TensorRef
     scale: float
+    by_rows: ClassVar[bool] = True
 
-    def apply(self, value: torch.Tensor) -> torch.Tensor:
-        """The merged bias, fp32 (out,)."""
-        return value.add_(self.bias.load().float(), alpha=self.scale)
+    def loaded(self, device: str) -> Edit:
+        """The bias in fp32 on `device`, as a function that changes elements of b (out,)."""
+        bias = self.bias.load().to(device).float()
+
+        def edit(part: torch.Tensor, rows: slice) -> None:
+            part.add_(bias[rows], alpha=self.scale)
+
+        return edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,16 @@ class Replace:
     """The trained tensor takes the base's place."""
 
     value: TensorRef
+    by_rows: ClassVar[bool] = True
 
-    def apply(self, _value: torch.Tensor) -> torch.Tensor:
-        """The trained tensor, fp32."""
-        return self.value.load().float()
+    def loaded(self, device: str) -> Edit:
+        """The trained tensor on `device`, as a function that puts its rows in place."""
+        value = self.value.load().to(device)
+
+        def edit(part: torch.Tensor, rows: slice) -> None:
+            part.copy_(value[rows])
+
+        return edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +123,20 @@ class ReplaceRows:
 
     value: TensorRef
     rows: tuple[int, ...]
+    by_rows: ClassVar[bool] = True
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (vocabulary, d), fp32, with its `rows` replaced."""
+    def loaded(self, device: str) -> Edit:
+        """The trained rows on `device`, as a function that puts those in place that a part of W (vocabulary, d) has."""
         import torch
 
-        return weight.index_copy_(0, torch.tensor(self.rows), self.value.load().float())
+        value = self.value.load().to(device).float()
+        places = torch.tensor(self.rows, device=device)
+
+        def edit(part: torch.Tensor, rows: slice) -> None:
+            here = (places >= rows.start) & (places < rows.stop)
+            part[places[here] - rows.start] = value[here]
+
+        return edit
 
 
 Change = LowRank | AddBias | Replace | ReplaceRows

@@ -1,15 +1,15 @@
-"""Merge an adapter into its base one tensor at a time: plan everything from shapes first, execute second.
+"""Plan from shapes alone what each tensor of the merged model is made of; `merge_blocks` then makes it.
 
-The delta is computed in fp32, added in fp32 and rounded once. The rules for each kind of adapter tensor are those of
-peft's forward, not of its `merge`, which adds the bias of LoRA's B unscaled on 4-bit layers (peft 0.21.2).
+The rules for each kind of adapter tensor are those of peft's forward, not of its `merge`, which adds the bias of LoRA's
+B unscaled on 4-bit layers (peft 0.21.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from finetune.backends.checkpoints import (
     FLOATS,
@@ -18,68 +18,14 @@ from finetune.backends.checkpoints import (
     dtype_code,
     read_file,
     read_folder,
-    torch_dtype,
 )
-from finetune.backends.lora_changes import SLICE_ELEMENTS, Change, LowRank, ReplaceRows, read_changes
+from finetune.backends.lora_changes import Change, ReplaceRows, read_changes
 from finetune.backends.skeleton import read_skeleton
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import InputError
 from finetune.records import read_json
 
 if TYPE_CHECKING:
-    import torch
-
-
-BLOCK = 64  # weights that share a scale: what transformers asks of bitsandbytes
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTrip:
-    """How training stored the weights of linear modules: rounded to `dtype`, then to 4 bits in blocks of 64."""
-
-    type: Literal["nf4", "fp4"]
-    double: bool
-    dtype: str  # "bfloat16": what the base was loaded in before it was quantised
-    device: str = "cpu"  # where training quantised it
-
-    def apply(self, weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """Quantise and dequantise (out, in), or (in, out) when `transposed`: the values the adapter saw, in `dtype`."""
-        import torch
-
-        value = weight.to(device=self.device, dtype=torch_dtype(self.dtype))
-        value = (value.T if transposed else value).clone(memory_format=torch.contiguous_format)
-        # Slices of whole blocks give the same bits as the whole in a fraction of the memory. Where a row does not end
-        # with a block, bitsandbytes' CPU kernel (0.50.2) pairs blocks and scales by the shape: keep the shape then.
-        step = len(value) if value.shape[1] % BLOCK else max(1, SLICE_ELEMENTS // value.shape[1])
-        slices = [slice(start, start + step) for start in range(0, len(value), step)]
-        packed, scales = zip(*(self._quantize(value[rows]) for rows in slices), strict=True)
-        for rows, codes, scale in zip(slices, packed, self._stored_scales(scales), strict=True):
-            value[rows] = self._dequantize(codes, scale, value[rows])
-        return (value.T if transposed else value).to("cpu")
-
-    def _quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes, and the largest magnitude of each block (fp32)."""
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type=self.type)
-        return packed, state.absmax
-
-    def _stored_scales(self, scales: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What is left of the scales once double quantisation has rounded them to 8 bits about their mean."""
-        import torch
-        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
-        if not self.double:
-            return scales
-        every = torch.cat(list(scales))
-        offset = every.mean()
-        rounded, state = quantize_blockwise(every - offset, blocksize=256)
-        return torch.split(dequantize_blockwise(rounded, state) + offset, [len(s) for s in scales])
-
-    def _dequantize(self, packed: torch.Tensor, scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        state = QuantState(scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, quant_type=self.type)
-        return dequantize_4bit(packed, state).reshape(like.shape)
+    from finetune.backends.round_trip import RoundTrip
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,46 +98,6 @@ def plan_merge(
 def output_dtype(setting: str, base: Path) -> str:
     """The dtype of the merged model, a plain name: what the recipe says, and for "auto" what the base is stored in."""
     return str(read_json(base / "base.json")["dtype"]) if setting == "auto" else setting
-
-
-def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
-    """One tensor of the merged model, on the CPU, in its output dtype; a tied head is asked for by either name.
-
-    Raises FinetuneError when a value is not finite (a broken adapter, or fp16 too narrow for the base).
-    """
-    target = plan.targets[name]
-    value = target.base.load()
-    if target.round_trip:
-        value = target.round_trip.apply(value, target.transposed)
-    dtype = torch_dtype(target.dtype)
-    if len(target.changes) == 1 and isinstance(low_rank := target.changes[0], LowRank) and low_rank.layout == "linear":
-        value = low_rank.rounded(value, dtype)
-    elif target.changes:
-        value = value.float()
-        for change in target.changes:
-            value = change.apply(value)
-    value = value.to(dtype).contiguous()
-    if value.is_floating_point() and not _finite(value):
-        raise FinetuneError(
-            f"{name} is not finite in the merged model ({target.dtype}); with merge.dtype float16 take bfloat16, "
-            "otherwise the adapter or the base is broken"
-        )
-    return value
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """Whether every element is finite; slices, as torch makes a wide copy of whatever it tests."""
-    import torch
-
-    parts = torch.split(value.reshape(-1), SLICE_ELEMENTS)
-    # A sum that is finite settles it, several times as fast as looking at each element.
-    return all(bool(torch.isfinite(p.sum(dtype=torch.float32)) or torch.isfinite(p).all()) for p in parts)
-
-
-def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the merged model, one in memory at a time."""
-    for name in plan.targets:
-        yield name, merged_tensor(plan, name)
 
 
 def _resolve_ties(

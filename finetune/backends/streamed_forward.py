@@ -1,6 +1,6 @@
 """A causal model that holds one decoder layer at a time: the rows go through layer by layer, weights come and go.
 
-A certificate of a 7B merge so needs the activations of the held-out rows and one layer, not 14.5 GB. The model is the
+A certificate of a 7B merge so needs the activations of the held-out rows and two layers, not 14.5 GB. The model is the
 architecture's own class on the meta device; only where its weights come from is ours.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.backends.in_order import in_order
 from finetune.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class StreamedModel:
     """Final hidden states and logits of a model whose weights `weights(name)` gives, one decoder layer at a time.
 
     `weights` is called with the names of the model's parameters ("model.layers.0.self_attn.q_proj.weight"), once for
-    each `hidden`; a tensor comes in any dtype and is cast to the model's own.
+    each `hidden`; a tensor comes in any dtype and is cast to that of its place.
     """
 
     def __init__(self, model: PreTrainedModel, weights: Weights, device: str = "cpu") -> None:
@@ -77,32 +78,55 @@ class StreamedModel:
         self._device = device
         for name, buffer in list(model.named_buffers()):
             owner, leaf = _owner(model, name)
-            owner._buffers[leaf] = buffer.to(device)
+            if not buffer.is_meta:  # what peft keeps of a base it may have to give back; no forward reads it
+                owner._buffers[leaf] = buffer.to(device)
 
-    def hidden(
-        self, batches: Sequence[torch.Tensor], track: Callable[[Sequence[nn.Module]], Iterable[nn.Module]] = iter
-    ) -> list[torch.Tensor]:
-        """Final hidden states (B, T, d) of each batch of right-padded rows (B, T) int64; every weight is loaded once.
+    def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Final hidden states (B, T, d) of each batch of right-padded rows (B, T) int64; each weight is loaded once."""
+        return hidden_states([self], batches)[0]
 
-        The body's forward runs twice around the layers: once to see what it hands to each of them (embeddings,
-        rotary tables, masks), once to do what follows them (the last norm). `track` wraps the loop over layers.
-        """
+    def begin(self, batches: Sequence[torch.Tensor]) -> None:
+        """Run what comes before the layers, and note what the body hands to each of them (rotary tables, masks)."""
         import torch
 
-        names = dict(self.model.named_parameters())
+        embedding = {id(p) for p in self.model.get_input_embeddings().parameters()}
         of_layers = {id(p) for layer in self.layers for p in layer.parameters()}
-        of_head = {id(p) for p in self._head.parameters()}
-        of_head -= {id(p) for p in self.model.get_input_embeddings().parameters()}  # tied: needed before the layers
-        outer = [n for n, p in names.items() if id(p) not in of_layers | of_head]
-        by_id = {id(p): n for n, p in names.items()}
-        ids = [b.to(self._device) for b in batches]
-        with torch.no_grad(), self._loaded(outer):
-            calls = [self._record(b) for b in ids]
-            states = [call[0][0] for call in calls]
-            for index, layer in enumerate(track(self.layers)):
-                with self._loaded([by_id[id(p)] for p in layer.parameters()]):
-                    states = [_first(layer(s, **c[index][1])) for s, c in zip(states, calls, strict=True)]
-            return [self._finish(b, s) for b, s in zip(ids, states, strict=True)]
+        of_head = {id(p) for p in self._head.parameters()} - embedding  # tied: needed before the layers
+        outer = [(n, p) for n, p in self.model.named_parameters() if id(p) not in of_layers | of_head]
+        first = [n for n, p in outer if id(p) in embedding]
+        self._rest = [n for n, p in outer if id(p) not in embedding]
+        with torch.no_grad():
+            self._put(self._rest, self.load(self._rest))
+            with self._loaded(first):
+                self._calls = [self._record(b.to(self._device)) for b in batches]
+        self._states = [call[0][0] for call in self._calls]
+
+    def layer_names(self, index: int) -> list[str]:
+        """The parameters of one layer."""
+        inside = {id(p) for p in self.layers[index].parameters()}
+        return [n for n, p in self.model.named_parameters() if id(p) in inside]
+
+    def load(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Weights to be put in place later; may run in another thread than the rest."""
+        return {name: self._weights(name) for name in names}
+
+    def advance(self, index: int, loaded: dict[str, torch.Tensor]) -> None:
+        """Take every batch through layer `index`, whose weights were `loaded` (emptied here)."""
+        import torch
+
+        names = list(loaded)
+        self._put(names, loaded)
+        with torch.no_grad():
+            for place, call in enumerate(self._calls):
+                self._states[place] = _first(self.layers[index](self._states[place], **call[index][1]))
+        self._drop(names)
+
+    def end(self) -> list[torch.Tensor]:
+        """Run what follows the layers; the final hidden states (B, T, d) of each batch."""
+        found = [self._finish(state) for state in self._states]
+        self._drop(self._rest)
+        del self._calls, self._states
+        return found
 
     def _record(self, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """What the body hands to each layer; no layer runs."""
@@ -116,9 +140,9 @@ class StreamedModel:
             final_hidden(self.model, input_ids)
         return calls
 
-    def _finish(self, input_ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def _finish(self, state: torch.Tensor) -> torch.Tensor:
         with _standing_in(self.layers, lambda *_, **__: state):
-            return final_hidden(self.model, input_ids)
+            return final_hidden(self.model, inputs_embeds=state)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -129,40 +153,72 @@ class StreamedModel:
 
     @contextmanager
     def _loaded(self, names: Sequence[str]) -> Iterator[None]:
-        tied = _tied(self.model, names)
-        for name in names:
-            self._put(name, tied[name])
+        self._put(names, self.load(names))
         try:
             yield
         finally:
-            for name in names:
-                self._drop(name, tied[name])
+            self._drop(names)
 
-    def _put(self, name: str, places: Sequence[str]) -> None:
+    def _put(self, names: Sequence[str], values: dict[str, torch.Tensor]) -> None:
+        """Put `values` in place, each in the dtype of the place; `values` is emptied, as two copies may be too much."""
         from torch import nn
 
-        value = self._weights(name).to(device=self._device, dtype=self.model.dtype)
-        parameter = nn.Parameter(value, requires_grad=False)
+        tied = _tied(self.model, names)
+        for name in names:
+            owner, leaf = _owner(self.model, name)
+            dtype = owner._parameters[leaf].dtype  # type: ignore[union-attr]
+            parameter = nn.Parameter(values.pop(name).to(device=self._device, dtype=dtype), requires_grad=False)
+            self._share(tied[name], parameter)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        from torch import nn
+
+        tied = _tied(self.model, names)
+        for name in names:
+            owner, leaf = _owner(self.model, name)
+            empty = nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)  # type: ignore[union-attr]
+            self._share(tied[name], empty)
+
+    def _share(self, places: Sequence[str], parameter: nn.Parameter) -> None:
         for place in places:
             owner, leaf = _owner(self.model, place)
             owner._parameters[leaf] = parameter
 
-    def _drop(self, name: str, places: Sequence[str]) -> None:
-        from torch import nn
 
-        owner, leaf = _owner(self.model, name)
-        empty = nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)  # type: ignore[union-attr]
-        for place in places:
-            owner, leaf = _owner(self.model, place)
-            owner._parameters[leaf] = empty
+def hidden_states(
+    models: Sequence[StreamedModel],
+    batches: Sequence[torch.Tensor],
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[list[torch.Tensor]]:
+    """For each of `models`, of the same depth, what `StreamedModel.hidden` returns.
+
+    They go through layer by layer, side by side, so that what they read of one base is still in the page cache; a
+    thread loads the weights of the next layer while one computes. `track` wraps the loop over layers.
+    """
+    for model in models:
+        model.begin(batches)
+    jobs = [(model, model.layer_names(i)) for i in range(len(models[0].layers)) for model in models]
+    ready = in_order(lambda job: job[0].load(job[1]), jobs, threads=1, ahead=2)
+    with closing(ready):
+        for index in track(range(len(models[0].layers))):
+            for model in models:
+                model.advance(index, next(ready))
+    return [model.end() for model in models]
 
 
-def final_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """What the head is given, (B, T, d), for right-padded rows (B, T): without a mask, as no position looks ahead."""
+def final_hidden(
+    model: PreTrainedModel, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the head is given, (B, T, d), for right-padded rows (B, T), or for what the embedding makes of them.
+
+    Without a mask, as no position looks ahead.
+    """
     import torch
 
     with torch.no_grad():
-        hidden: torch.Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden: torch.Tensor = model.base_model(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False
+        ).last_hidden_state
     return hidden
 
 

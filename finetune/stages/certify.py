@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
@@ -13,12 +13,9 @@ from finetune.recipe import Certify, Model, Quantization, Recipe, Section
 from finetune.records import write_json
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedModel
-
     from finetune.backends.certification import Comparison, HeldOut
-    from finetune.backends.lora_merge import MergePlan, RoundTrip
+    from finetune.backends.lora_merge import MergePlan
+    from finetune.backends.round_trip import RoundTrip
     from finetune.backends.streamed_forward import StreamedModel
 
 
@@ -56,33 +53,29 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """Compare what was trained with each candidate merge on the same rows; refuse one that is too far away."""
     from finetune.backends import certification, models
     from finetune.backends.lora_merge import output_dtype, plan_merge
-    from finetune.backends.streamed_forward import final_hidden, head_logits
+    from finetune.backends.streamed_forward import hidden_states
 
     base, adapter = inputs["base"], inputs["train"] / "adapter"
     device = models.pick_device(ctx.device)
     precision, _ = models.pick_precision(spec.precision, device)
-    trips = _candidates(spec, models.DTYPES[precision], device)
+    compute = models.DTYPES[precision]
+    seen, trips = _candidates(spec, compute, device)
     dtype = output_dtype(spec.merge_dtype, base)
     folder = models.ensure_base(spec.model, base, ctx)
     # Everything that cannot be merged is refused here, before the slow part.
     plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
     held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
-    loaded = models.load_base(spec.model, base, ctx, spec.quantization, precision, device)
-    trained = cast("PreTrainedModel", models.attach_adapter(loaded, adapter).get_base_model())
-
-    def trained_body(batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        return (final_hidden(trained, b.to(device)) for b in ctx.track(batches, "certify: trained", len(batches)))
-
-    states = certification.supervised_hidden(trained_body, held_out)
+    unmerged = plan_merge(folder, adapter, compute, seen, spec.model.trust_remote_code)
+    streamed = [_trained(spec.model, folder, adapter, unmerged, compute, device)]
+    streamed += [_merged(spec.model, folder, plan, compute, device) for plan in plans.values()]
+    every = hidden_states(streamed, held_out.batches, lambda layers: ctx.track(layers, "certify", len(layers)))
+    trained, *merged = [certification.supervised_hidden(states, held_out) for states in every]
     found = {}
-    for name, plan in plans.items():
-        merged = _merged(spec.model, folder, plan, models.DTYPES[precision], device)
-        track = _tracker(ctx, f"certify: merged into the {name} base")
-        own = certification.supervised_hidden(partial(merged.hidden, track=track), held_out)
-        with merged.head() as head:
-            found[name] = certification.compare(states, partial(head_logits, trained), own, head, held_out.labels)
+    for name, model, states in zip(plans, streamed[1:], merged, strict=True):
+        with streamed[0].head() as first, model.head() as second:
+            found[name] = certification.compare(trained, first, states, second, held_out.labels)
     certificate = _certificate(spec, dtype, found, held_out)
-    certificate["round_trip_dtype"] = models.DTYPES[precision]  # merge may run on another machine
+    certificate["round_trip_dtype"] = compute  # merge may run on another machine
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
     _gate(spec.certify, certificate)
     ctx.say(f"certify: {certificate['words']}")
@@ -90,17 +83,17 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return {key: certificate[key] for key in keys}
 
 
-def _candidates(spec: Spec, dtype: str, device: str) -> dict[str, RoundTrip | None]:
-    """The bases to try: how each makes the values of a quantised module (None: as they are in the file)."""
-    from finetune.backends.lora_merge import RoundTrip
+def _candidates(spec: Spec, dtype: str, device: str) -> tuple[RoundTrip | None, dict[str, RoundTrip | None]]:
+    """How training stored a quantised module's weight (None: as it is in the file), and so for each base to try."""
+    from finetune.backends.round_trip import RoundTrip
 
     if spec.quantization is None:
         if spec.certify.base == "dequantized":
             raise InputError("certify.base is dequantized, but quantization is null: set certify.base to original")
-        return {"original": None}
+        return None, {"original": None}
     trip = RoundTrip(spec.quantization.type, spec.quantization.double, dtype, device)
     every: dict[str, RoundTrip | None] = {"original": None, "dequantized": trip}
-    return every if spec.certify.base == "auto" else {spec.certify.base: every[spec.certify.base]}
+    return trip, every if spec.certify.base == "auto" else {spec.certify.base: every[spec.certify.base]}
 
 
 def _held_out(tokens: int, path: Path) -> HeldOut:
@@ -116,17 +109,22 @@ def _held_out(tokens: int, path: Path) -> HeldOut:
     return lay_out(choose_rows(rows, tokens))
 
 
+def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
+    """The model as it was trained: the base that the adapter saw, and the adapter beside it."""
+    from finetune.backends.streamed_adapter import attach_empty
+    from finetune.backends.streamed_forward import StreamedModel, empty_model
+
+    empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code)
+    return StreamedModel(empty, attach_empty(empty, adapter, plan), device)
+
+
 def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
     """The merged model, its weights made when a layer needs them."""
-    from finetune.backends.lora_merge import merged_tensor
+    from finetune.backends.merge_blocks import merged_tensor
     from finetune.backends.streamed_forward import StreamedModel, empty_model
 
     empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code, untie=plan.untie)
     return StreamedModel(empty, partial(merged_tensor, plan), device)
-
-
-def _tracker(ctx: Context, label: str) -> Callable[[Sequence[nn.Module]], Iterable[nn.Module]]:
-    return lambda layers: ctx.track(layers, label, len(layers))
 
 
 def _certificate(spec: Spec, dtype: str, found: Mapping[str, Comparison], held_out: HeldOut) -> dict[str, Any]:

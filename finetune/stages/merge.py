@@ -16,7 +16,7 @@ from finetune.recipe import Merge, Model, Quantization, Recipe, Section
 from finetune.records import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
-    from finetune.backends.lora_merge import RoundTrip
+    from finetune.backends.round_trip import RoundTrip
 
 SMALL_FILES_BYTES = 64_000_000  # tokenizer, template and configurations beside the weights
 
@@ -45,7 +45,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
     from finetune.backends import models
     from finetune.backends.checkpoints import plan_shards, write_shards
-    from finetune.backends.lora_merge import merged_tensor, output_dtype, plan_merge
+    from finetune.backends.lora_merge import output_dtype, plan_merge
+    from finetune.backends.merge_blocks import merged_pieces
 
     started = time.monotonic()
     base, adapter = inputs["base"], inputs["train"] / "adapter"
@@ -59,8 +60,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     _require_space(out, shards.file_bytes + SMALL_FILES_BYTES)
     with _peak_anonymous() as peak:
         names = [t.name for t in shards.tensors]
-        merged = ((name, merged_tensor(plan, name)) for name in ctx.track(names, "merge", len(names)))
-        write_shards(out, shards, merged)
+        tracked = ctx.track(names, "merge", len(names))
+        digests = write_shards(out, shards, merged_pieces(plan, tracked, models.pick_device(ctx.device)))
+    for name, digest in digests.items():
+        ctx.hashed(out / name, digest)
     _write_config(base, out, dtype, plan.untie)
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
@@ -81,7 +84,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 def _round_trip(spec: Spec, certificate: Mapping[str, Any], ctx: Context) -> RoundTrip:
     """Through 4 bits and back in the precision that was certified, whatever this machine would choose."""
     from finetune.backends import models
-    from finetune.backends.lora_merge import RoundTrip
+    from finetune.backends.round_trip import RoundTrip
 
     if spec.quantization is None:
         raise InputError("the certificate names the dequantized base, but quantization is null; run certify again")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from finetune.backends import synced_file
 from finetune.backends.checkpoints import (
     TensorShape,
     dtype_code,
@@ -20,6 +21,7 @@ from finetune.backends.checkpoints import (
     read_folder,
     write_shards,
 )
+from finetune.digests import hash_file
 from finetune.errors import FinetuneError, InputError
 
 
@@ -117,6 +119,10 @@ def test_a_tensor_other_than_planned_is_refused(tmp_path: Path) -> None:
         ([("v", torch.zeros(2, 3))], "planned was"),
         ([], "ended before w"),
         ([("w", torch.zeros(2, 3)), ("x", torch.zeros(1))], "still has x"),
+        ([("w", torch.zeros(1, 3))], "ended before w"),
+        ([("w", torch.zeros(1, 3)), ("v", torch.zeros(1, 3))], "planned was"),
+        ([("w", torch.zeros(1, 3)), ("w", torch.zeros(2, 3))], "planned was"),
+        ([("w", torch.zeros(6))], "planned was"),
     ):
         with pytest.raises(FinetuneError, match=words):
             write_shards(tmp_path, plan, iter(stream))
@@ -148,3 +154,31 @@ def test_folders_that_do_not_hold_together(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": "a.safetensors"}}))
     with pytest.raises(InputError, match="disagree on v"):
         read_folder(tmp_path)
+
+
+def test_pieces_of_rows_are_the_same_file_and_the_digests_are_those_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synced_file, "SYNC_BYTES", 100)
+    tensors = some_tensors()
+    plan = plan_shards([shape(n, t) for n, t in tensors.items()], 80)
+    assert len(plan.shards) > 1
+    for folder, step in (("whole", 100), ("rows", 2)):
+        (tmp_path / folder).mkdir()
+        pieces = (
+            (t.name, part)
+            for t in plan.tensors
+            for part in (tensors[t.name].split(step) if tensors[t.name].dim() else [tensors[t.name]])
+        )
+        digests = write_shards(tmp_path / folder, plan, pieces)
+        assert digests == {s.file: hash_file(tmp_path / folder / s.file) for s in plan.shards}
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "rows" / path.name).read_bytes()
+
+
+def test_part_of_a_tensor_is_read(tmp_path: Path) -> None:
+    write(tmp_path, some_tensors())
+    ref = read_folder(tmp_path)["model.layers.2.w"]
+    raw = torch.empty(2 * 7 * 4, dtype=torch.uint8)
+    ref.read_into(raw, start=3 * 7 * 4, once=True)
+    assert torch.equal(raw.view(torch.float32).view(2, 7), ref.load()[3:])

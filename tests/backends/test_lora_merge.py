@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.backends import lora_changes, lora_merge, models
+from finetune.backends import merge_blocks
 from finetune.backends.checkpoints import plan_shards, write_shards
-from finetune.backends.lora_merge import RoundTrip, merged_tensor, merged_tensors, plan_merge
-from finetune.context import Context
+from finetune.backends.lora_merge import plan_merge
+from finetune.backends.merge_blocks import merged_pieces, merged_tensors
+from finetune.backends.round_trip import RoundTrip
 from finetune.errors import FinetuneError, InputError
-from finetune.recipe import Model, Quantization, Runtime, Tracking
-from finetune.records import write_json
 from tests.tiny_models import VOCABULARY, load, save_adapter, save_tiny
 
 State = dict[str, torch.Tensor]
 PREFIX = "base_model.model."
-KINDS: dict[str, dict[str, Any]] = {"mistral": {}, "llama": {}, "qwen2": {"tie_word_embeddings": True}}
+KINDS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -53,7 +58,7 @@ def write(base: Path, adapter: Path, out: Path) -> Path:
     plan = plan_merge(base, adapter, "float32")
     out.mkdir()
     shards = plan_shards(plan.shapes, 10**9)
-    write_shards(out, shards, ((t.name, merged_tensor(plan, t.name)) for t in shards.tensors))
+    write_shards(out, shards, merged_pieces(plan, [t.name for t in shards.tensors]))
     config = json.loads((base / "config.json").read_text())
     if plan.untie:
         config["tie_word_embeddings"] = False
@@ -129,7 +134,7 @@ def test_every_variant_equals_plain_arithmetic_and_pefts_own_forward(tmp_path: P
     with torch.no_grad():
         ours, theirs = load(merged)(ids).logits, model(ids).logits
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    if kind == "qwen2" and variant.startswith("embedding"):
+    if KINDS[kind].get("tie_word_embeddings") and variant.startswith("embedding"):
         return  # peft merges into the tensor that the tied head shares, so its merge is not what it trained (0.21.2)
     with torch.no_grad():
         unloaded = model.merge_and_unload()
@@ -314,37 +319,57 @@ def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
         assert float((apart > 0).float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_dequantised_base_is_what_training_loads(
-    tmp_path: Path, kind: Any, double: bool, precision: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variant", ["lora", "dora", "embedding", "embedding_dora", "tokens", "saved_embedding"])
+def test_blocks_of_rows_in_threads_give_what_the_whole_gives(
+    tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save_tiny(tmp_path / "base", "qwen2", dtype="bfloat16", tie_word_embeddings=True)
-    write_json(base / "base.json", {"id": "builtin:tiny-mistral", "revision": None, "dtype": "bfloat16"})
-    save_adapter(base, tmp_path / "adapter", size=0.0)  # B stays zero: the base comes through
-    ctx = Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking())
-    settings = Quantization(type=kind, double=double)
-    model = models.load_base(Model(id="builtin:tiny-mistral"), base, ctx, settings, precision, "cpu")
-    layers = {n: m for n, m in model.named_modules() if n in models.quantized_modules(model)}
-    monkeypatch.setattr(lora_merge, "SLICE_ELEMENTS", 640)  # several slices even here, the last one short
-    plan = plan_merge(base, tmp_path / "adapter", "float32", RoundTrip(kind, double, models.DTYPES[precision]))
-    assert {n for n, t in plan.targets.items() if t.round_trip} == {f"{n}.weight" for n in layers}
-    original = read(base)
-    for name, value in merged_tensors(plan):
-        layer = layers.get(name.removesuffix(".weight"))
-        if layer is not None and name.endswith(".weight"):
-            assert torch.equal(value, models.dequantized_weight(layer)), name
-            assert not torch.equal(value, original[name].float())
-        else:
-            assert torch.equal(value, original[name].float()), name
+    base = save_tiny(tmp_path / "base", "qwen2", dtype="bfloat16")
+    save_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
+    for trip in (None, RoundTrip("nf4", True, "bfloat16"), RoundTrip("nf4", False, "float32")):
+        for dtype in ("bfloat16", "float32"):
+            plan = plan_merge(base, tmp_path / "adapter", dtype, trip)
+            monkeypatch.setattr(merge_blocks, "BLOCK_ELEMENTS", 10**9)
+            whole = dict(merged_tensors(plan))
+            monkeypatch.setattr(merge_blocks, "BLOCK_ELEMENTS", 300)
+            pieces: dict[str, list[torch.Tensor]] = {}
+            for name, piece in merged_pieces(plan, plan.targets):
+                pieces.setdefault(name, []).append(piece.clone())  # its memory is used again
+            assert list(pieces) == list(plan.targets)
+            assert sum(len(p) > 1 for p in pieces.values()) > 4
+            assert all(sum(map(len, p)) == len(whole[n]) for n, p in pieces.items())
+            for name, parts in pieces.items():
+                # the library that multiplies may take another kernel for another number of rows
+                torch.testing.assert_close(torch.cat(parts), whole[name], rtol=8e-3, atol=1e-6)
 
 
-def test_slices_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = save_tiny(tmp_path / "base")
-    save_adapter(base, tmp_path / "adapter", use_dora=True)
-    plan = plan_merge(base, tmp_path / "adapter", "float32")
-    whole = dict(merged_tensors(plan))
-    monkeypatch.setattr(lora_changes, "SLICE_ELEMENTS", 300)
-    for name, value in merged_tensors(plan):
-        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-6)
+def test_threads_and_their_number_change_no_bit(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_merge(*pair, "bfloat16")
+    monkeypatch.setattr(merge_blocks, "BLOCK_ELEMENTS", 300)
+    count = torch.get_num_threads()
+    runs = []
+    for most in (1, 5):
+        monkeypatch.setattr(merge_blocks, "MOST_THREADS", most)
+        runs.append([(name, piece.clone()) for name, piece in merged_pieces(plan, plan.targets)])
+    assert [n for n, _ in runs[0]] == [n for n, _ in runs[1]]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*runs, strict=True))
+    assert torch.get_num_threads() == count
+
+
+def test_a_module_left_out_is_seen(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    right = write(base, adapter, tmp_path / "right")
+    edit(adapter, lambda t: {k: v * 0 if "layers.1.self_attn.q_proj.lora_B" in k else v for k, v in t.items()})
+    assert difference(right, write(base, adapter, tmp_path / "wrong")) > 1e-2
+
+
+def test_a_broken_block_is_named_and_the_threads_end(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = pair
+    edit(adapter, lambda t: {k: v / 0 if "layers.1.mlp.down_proj.lora_B" in k else v for k, v in t.items()})
+    monkeypatch.setattr(merge_blocks, "BLOCK_ELEMENTS", 300)
+    plan, before = plan_merge(base, adapter, "bfloat16"), threading.active_count()
+    with pytest.raises(FinetuneError, match=r"layers\.1\.mlp\.down_proj\.weight is not finite"):
+        list(merged_pieces(plan, plan.targets))
+    stopped = merged_pieces(plan, plan.targets)
+    next(stopped)
+    stopped.close()
+    assert threading.active_count() == before

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from finetune.backends import models
+from finetune.backends.lora_merge import plan_merge
+from finetune.backends.round_trip import RoundTrip
+from finetune.backends.streamed_adapter import attach_empty
 from finetune.backends.streamed_forward import StreamedModel, decoder_layers, empty_model, final_hidden, head_logits
-from tests.tiny_models import VOCABULARY, load, save_tiny
+from finetune.context import Context
+from finetune.errors import InputError
+from finetune.recipe import Model, Quantization, Runtime, Tracking
+from finetune.records import write_json
+from tests.tiny_models import VOCABULARY, load, save_adapter, save_tiny
 
 KINDS: dict[str, dict[str, Any]] = {
     "mistral": {},
@@ -37,7 +45,7 @@ def test_it_equals_the_ordinary_forward(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(head_logits(model, final_hidden(model, ids)[0]), expected[0], rtol=0, atol=1e-5)
 
 
-def test_one_layer_is_held_at_a_time_and_each_weight_is_asked_for_once(tmp_path: Path) -> None:
+def test_one_layer_is_in_place_at_a_time_and_each_weight_is_asked_for_once(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     state = load_file(base / "model.safetensors")
     model = empty_model(base)
@@ -45,8 +53,8 @@ def test_one_layer_is_held_at_a_time_and_each_weight_is_asked_for_once(tmp_path:
 
     def weights(name: str) -> torch.Tensor:
         asked.append(name)
-        held = {n.split(".")[2] for n, p in model.named_parameters() if ".layers." in n and not p.is_meta}
-        assert held <= {name.split(".")[2]} if ".layers." in name else not held
+        held = {int(n.split(".")[2]) for n, p in model.named_parameters() if ".layers." in n and not p.is_meta}
+        assert held <= {int(name.split(".")[2]) - 1} if ".layers." in name else not held  # the next one is fetched
         return state[name]
 
     streamed = StreamedModel(model, weights)
@@ -69,3 +77,50 @@ def test_right_padding_changes_nothing_on_the_left(tmp_path: Path) -> None:
 def test_layers_come_in_order(tmp_path: Path) -> None:
     model = empty_model(save_tiny(tmp_path / "base"))
     assert decoder_layers(model) == [model.model.layers[0], model.model.layers[1]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("mistral", {}),
+        ("mistral", {"modules_to_save": ["norm", "lm_head"]}),
+        ("qwen2", {"use_dora": True}),
+        ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
+        ("qwen2", {"trainable_token_indices": [3, 70, 5]}),
+        ("qwen2", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
+        ("qwen2", {"bias": "all"}),
+        ("gemma2", {"modules_to_save": ["embed_tokens"]}),
+    ],
+    ids=str,
+)
+def test_the_trained_model_is_what_training_loads(tmp_path: Path, kind: str, variant: dict[str, Any]) -> None:
+    base = save_tiny(tmp_path / "base", kind, dtype="bfloat16", **KINDS[kind])
+    write_json(base / "base.json", {"id": "builtin:tiny-mistral", "revision": None, "dtype": "bfloat16"})
+    save_adapter(base, tmp_path / "adapter", **variant)
+    from peft import PeftModel
+
+    ids = (torch.arange(40).reshape(2, 20) * 7) % VOCABULARY
+    ctx = Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking())
+    source = Model(id="builtin:tiny-mistral")
+    attention = "eager" if kind == "gemma2" else "sdpa"  # transformers has no other for it
+    loaded = models.load_base(source, base, ctx, Quantization(), "fp32", "cpu", attention)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(loaded, tmp_path / "adapter").eval()(ids).logits
+
+    plan = plan_merge(base, tmp_path / "adapter", "float32", RoundTrip("nf4", Quantization().double, "float32"))
+    empty = empty_model(base)
+    streamed = StreamedModel(empty, attach_empty(empty, tmp_path / "adapter", plan))
+    whole = streamed.hidden([ids])[0]
+    with streamed.head() as head:
+        torch.testing.assert_close(head(whole.reshape(-1, 64)).reshape(expected.shape), expected, rtol=0, atol=1e-4)
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def test_an_adapter_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter")
+    plan = plan_merge(base, tmp_path / "adapter", "float32")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.other": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"nothing in the base takes the adapter tensor base_model\.model\.other"):
+        attach_empty(empty_model(base), tmp_path / "adapter", plan)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from finetune.backends import models
-from finetune.backends.lora_merge import RoundTrip, merged_tensors, plan_merge
+from finetune.backends.lora_merge import plan_merge
+from finetune.backends.merge_blocks import merged_tensors
+from finetune.backends.round_trip import RoundTrip
 from finetune.data.training_rows import read_token_rows
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.recipe import Recipe
@@ -160,8 +162,10 @@ def test_16_bit_training_has_one_candidate(tmp_path: Path) -> None:
     assert list(certificate["candidates"]) == ["original"]
     assert certificate["agreement"] == 1
     assert certificate["dequantized_minus_original"] is None
+    spec = certify.spec(recipe(quantization=None))
+    assert spec is not None
     with pytest.raises(InputError, match="quantization is null"):
-        run(tmp_path, inputs, "again", quantization=None, certify={"base": "dequantized"})
+        certify._candidates(spec.model_copy(update={"certify": certify.Certify(base="dequantized")}), "float32", "cpu")
 
 
 def test_tokens_bound_the_rows(tmp_path: Path) -> None:

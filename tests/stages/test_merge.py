@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import namedtuple
@@ -12,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.backends.lora_merge import RoundTrip, merged_tensors, plan_merge
+from finetune.backends.lora_merge import plan_merge
+from finetune.backends.merge_blocks import merged_tensors
+from finetune.backends.round_trip import RoundTrip
+from finetune.digests import hash_file
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Recipe
 from finetune.stages import merge
@@ -135,3 +139,24 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing(tmp_path: Path) -> None
 def test_it_is_off_when_the_recipe_says_so() -> None:
     recipe = {"name": "tiny", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
     assert merge.spec(Recipe.model_validate({**recipe, "merge": None})) is None
+
+
+def test_the_digests_of_the_weights_are_handed_over(tmp_path: Path) -> None:
+    inputs = finish(tmp_path, config={"vocab_size": 6000})
+    spec = merge.spec(
+        Recipe.model_validate(
+            {
+                "name": "tiny",
+                "model": "builtin:tiny-mistral",
+                "data": [{"source": "pydoc"}],
+                "merge": {"max_shard_bytes": 1_000_000},
+            }
+        )
+    )
+    assert spec is not None
+    said: dict[Path, str] = {}
+    out = tmp_path / "out"
+    out.mkdir()
+    merge.run(spec, inputs, out, dataclasses.replace(context(tmp_path), hashed=said.__setitem__))
+    assert said == {p: hash_file(p) for p in out.glob("*.safetensors")}
+    assert len(said) == 2
