@@ -12,114 +12,23 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import yaml
 
-TOKEN = "hf_" + "Loopback" * 4  # looks like a token, opens nothing
-LFS = (".safetensors", ".bin", ".gguf", ".model", ".parquet", ".npy", "tokenizer.json")
+from tests.hub_state import TOKEN, Fault, LoopbackHub, Repo, git_oid, is_lfs, sha256
+
+__all__ = ["TOKEN", "LoopbackHub", "git_oid", "is_lfs", "point_client", "serve", "sha256"]
+
 Answer = tuple[int, Any, dict[str, str]]  # status, JSON or bytes, headers
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
-
-
-def git_oid(content: bytes) -> str:
-    """The git blob id of `content`: sha1 over `blob SIZE NUL CONTENT`."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def sha256(content: bytes) -> str:
-    """The id that LFS gives `content`."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def is_lfs(path: str) -> bool:
-    """Whether this Hub keeps `path` in LFS."""
-    return path.endswith(LFS)
-
-
-@dataclass
-class Fault:
-    """What one endpoint does wrong for the next `times` matching requests."""
-
-    method: str
-    pattern: str  # searched in the path
-    status: int | None = None  # answer with this status
-    drop: str | None = None  # "before" or "after" the request has taken effect: close without an answer
-    times: int = 1
-    code: str = ""  # X-Error-Code
-    message: str = "injected"
-    page: bool = False  # answer with HTML, as a proxy in between would
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Repo:
-    """One repository: `commits` maps a commit's id to its files; the last is main."""
-
-    private: bool = False
-    gated: bool = False
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-
-    @property
-    def head(self) -> str:
-        """The newest commit's id."""
-        return list(self.commits)[-1]
-
-    def commit(self, files: dict[str, bytes]) -> str:
-        """Add a commit that holds exactly `files`."""
-        listing = json.dumps([len(self.commits), sorted((p, git_oid(c)) for p, c in files.items())])
-        sha = hashlib.sha1(listing.encode()).hexdigest()
-        self.commits[sha] = files
-        return sha
-
-
-@dataclass
-class LoopbackHub:
-    """The Hub's state; one per test. Nobody's token is ever stored, only whether a request had one."""
-
-    url: str = ""
-    repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
-    lfs: dict[str, bytes] = field(default_factory=dict)
-    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
-    corrupt: set[str] = field(default_factory=set)  # paths whose content this Hub damages when it is committed
-    multipart_bytes: int | None = None  # larger LFS objects go up in parts of this size
-    token_role: str = "write"
-    fine_grained: dict[str, Any] | None = None
-    orgs: dict[str, str] = field(default_factory=lambda: {"lab": "write", "reader": "read"})
-    requests: list[tuple[str, str, bool]] = field(default_factory=list)  # method, path, had a token
-    lock: Lock = field(default_factory=Lock)
-
-    def plant(self, repo_id: str, files: Mapping[str, str | bytes], repo_type: str = "model", **how: Any) -> str:
-        """Put a repository (or its next commit) on the Hub; `how` is private, gated. Returns the commit."""
-        repo = self.repos.setdefault((repo_type, repo_id), Repo(**how))
-        return repo.commit({p: c.encode() if isinstance(c, str) else c for p, c in files.items()})
-
-    def fail(self, method: str, pattern: str, **how: Any) -> None:
-        """Let the next matching requests fail."""
-        self.faults.append(Fault(method, pattern, **how))
-
-    def asked(self, method: str, pattern: str) -> int:
-        """How many requests of `method` had `pattern` in their path."""
-        return sum(m == method and bool(re.search(pattern, p)) for m, p, _ in self.requests)
-
-    def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """The files of the newest commit."""
-        repo = self.repos[repo_type, repo_id]
-        return repo.commits[repo.head]
-
-    def env(self, home: Path, token: bool = True) -> dict[str, str]:
-        """What a subprocess needs in its environment to talk to this Hub and keep to `home`."""
-        names = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK")
-        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **dict.fromkeys(names, "1")}
-        return own | ({"HF_TOKEN": TOKEN} if token else {})
 
 
 @contextmanager
@@ -169,11 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         split = urlsplit(self.path)
         self.where, self.query = unquote(split.path), parse_qs(split.query)
-        self.body = self._read_body()
         self.has_token = bool(self.headers.get("Authorization"))
         with self.hub.lock:
             self.hub.requests.append((self.command, self.where, self.has_token))
             fault = self._fault()
+        if fault and fault.drop == "during":
+            self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0) // 2))
+            return self._drop()
+        self.body = self._read_body()
+        with self.hub.lock:
             if fault and fault.drop == "before":
                 return self._drop()
             try:
@@ -270,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo_id, kind = f"{asked.get('organization') or 'me'}/{asked['name']}", asked.get("type", "model")
         self._may_write(repo_id.split("/")[0])
-        url = {"url": f"{self.hub.url}/{repo_id}"}
+        url = {"url": f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"}
         if (kind, repo_id) in self.hub.repos:
             return 409, {**url, "error": "You already created this model repo"}, {}
         repo = self.hub.repos[kind, repo_id] = Repo(private=asked.get("visibility") == "private")
@@ -353,7 +266,10 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(content=False)
         sha = self._at(repo, self.match["rev"])
         facts = {"id": self.match["id"], "sha": sha, "private": repo.private, "gated": "auto" if repo.gated else False}
-        return 200, {**facts, "siblings": [{"rfilename": path} for path in sorted(repo.commits[sha])]}, {}
+        files = repo.commits[sha]
+        front = re.match(rb"---\n(.*?)\n---\n", files.get("README.md", b""), re.DOTALL)
+        card = {"cardData": yaml.safe_load(front[1])} if front else {}
+        return 200, {**facts, **card, "siblings": [{"rfilename": path} for path in sorted(files)]}, {}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         repo = self._repo()
@@ -390,6 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = repo.commits[sha].get(self.match["path"])
         if content is None:
             raise _HubError(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
+        content = self.hub.served.get(self.match["path"], content)
         etag = sha256(content) if is_lfs(self.match["path"]) else git_oid(content)
         headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

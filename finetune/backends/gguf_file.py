@@ -112,6 +112,32 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
     return sorted(planned, key=lambda p: _order(p.name))
 
 
+def exact_kind(folder: Path) -> str:
+    """The kind that holds the weights of a folder as they are: bf16 or f16 where all are that, else f32."""
+    found = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
+    return {"BF16": "bf16", "F16": "f16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+def exact_kind_of(planned: Sequence[Planned]) -> str:
+    """The kind that a plan without blocks was made for."""
+    return next((p.kind for p in planned if len(p.source.shape) > 1), "f32")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a finished file says of itself: `tensors` (name → shape), `template`, `terminators` (token ids)."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ends = [reader.get_field(f"tokenizer.ggml.{name}") for name in names]
+    template = reader.get_field("tokenizer.chat_template")
+    return {
+        "tensors": {t.name: [int(n) for n in t.shape] for t in reader.tensors},
+        "template": template.contents() if template else None,
+        "terminators": [int(end.contents()) for end in ends if end],
+    }
+
+
 def file_bytes(planned: Iterable[Planned]) -> int:
     """Bytes the file will take at most, with room for the metadata."""
     return METADATA_BYTES + sum(p.size_bytes + ALIGNMENT for p in planned)

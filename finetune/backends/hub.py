@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RepoType = Literal["model", "dataset"]
+Kind = Literal["adapter", "merged", "gguf", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ASK_SECONDS = 10.0  # huggingface_hub's client waits for ever unless told
-# Weights that a loader would pick up at the root of a repository, by the kind of push they belong to.
-WEIGHTS = {
+# What a loader would pick up in a repository, by the kind of push it belongs to.
+OWN = {
     "adapter": re.compile(r"adapter_model\.(safetensors|bin)"),
     "merged": re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"),
+    "gguf": re.compile(r"model-\w+\.gguf"),
+    "dataset": re.compile(r"data/(train|eval)\.parquet"),
 }
+OTHER_ROWS = re.compile(r".+\.(parquet|arrow|jsonl|csv)(\.gz|\.zst)?")  # in a data set's repository
 
 
 def resolve_revision(
@@ -106,16 +110,17 @@ def check_write(repo_id: str) -> str | None:
 def push_folder(
     folder: Path,
     repo_id: str,
-    kind: Literal["adapter", "merged"],
+    kind: Kind,
     private: bool = True,
     message: str = "Upload model",
     say: Callable[[str], None] = lambda line: None,
     wait: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Push every file of `folder` to a model repository, then compare what the Hub lists with what lies here.
+    """Push every file of `folder` to a repository, then compare what the Hub lists with what lies here.
 
-    The repository is created if need be; no commit is made when nothing differs. Weights of an earlier push that this
-    one does not replace are deleted: a loader prefers a stale `model.safetensors` to new shards.
+    Rows (`kind` dataset) go to a data set's repository, the rest to a model's. It is created if need be; no commit is
+    made when nothing differs. Weights or rows of an earlier push that this one does not replace are deleted: a loader
+    prefers a stale `model.safetensors` to new shards.
 
     Returns:
         {"repo", "kind", "url", "commit", "new_commit", "private", "removed": [path], "bytes", "files": [{"path",
@@ -130,21 +135,21 @@ def push_folder(
     def again(call: Callable[[], T]) -> T:
         return retried(call, say, wait)
 
-    api = HfApi()
+    api, repo_type = HfApi(), repo_type_of(kind)
 
-    with sentences("push to", repo_id, "model"):
-        again(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        info = again(lambda: api.repo_info(repo_id))
+    with sentences("push to", repo_id, repo_type):
+        again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+        info = again(lambda: api.repo_info(repo_id, repo_type=repo_type))
         _require_private(private, info.private, repo_id)
-        stale = _stale_weights(folder, kind, repo_id, again(lambda: _tree(api, repo_id, "main")))
+        stale = _stale_files(folder, kind, repo_id, again(lambda: _tree(api, repo_id, repo_type, "main")))
         what: dict[str, Any] = {"folder_path": folder, "commit_message": message, "delete_patterns": stale or None}
-        commit = again(lambda: api.upload_folder(repo_id=repo_id, **what))
-        listed = again(lambda: _tree(api, repo_id, commit.oid))
+        commit = again(lambda: api.upload_folder(repo_id=repo_id, repo_type=repo_type, **what))
+        listed = again(lambda: _tree(api, repo_id, repo_type, commit.oid))
     files = _compared(folder, repo_id, commit.oid, listed, stale)
     return {
         "repo": repo_id,
         "kind": kind,
-        "url": f"{api.endpoint}/{repo_id}",
+        "url": f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}",
         "commit": commit.oid,
         "new_commit": commit.oid != info.sha,
         "private": bool(info.private),
@@ -152,6 +157,11 @@ def push_folder(
         "bytes": sum(f["bytes"] for f in files),
         "files": files,
     }
+
+
+def repo_type_of(kind: Kind) -> RepoType:
+    """Where a kind of push goes."""
+    return "dataset" if kind == "dataset" else "model"
 
 
 def _ref(cache: Path, repo_id: str, repo_type: RepoType, revision: str) -> Path:
@@ -229,21 +239,23 @@ def _fine_grained_writes(grants: dict[str, Any], namespace: str, repo_id: str) -
     return any(e.get("name") in (namespace, repo_id) and "repo.write" in may for e, may in scopes)
 
 
-def _tree(api: HfApi, repo_id: str, revision: str) -> list[RepoFile]:
+def _tree(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
     from huggingface_hub.hf_api import RepoFile
 
-    return [e for e in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(e, RepoFile)]
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+    return [e for e in entries if isinstance(e, RepoFile)]
 
 
-def _stale_weights(folder: Path, kind: str, repo_id: str, listed: Iterable[RepoFile]) -> list[str]:
-    own, other = WEIGHTS[kind], WEIGHTS["merged" if kind == "adapter" else "adapter"]
+def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFile]) -> list[str]:
     paths = sorted(f.path for f in listed)
-    if foreign := [p for p in paths if other.fullmatch(p)]:
+    others = [pattern for name, pattern in OWN.items() if name != kind] + [OTHER_ROWS] * (kind == "dataset")
+    foreign = [p for p in paths if not OWN[kind].fullmatch(p) and any(o.fullmatch(p) for o in others)]
+    if foreign:
         raise InputError(
-            f"{repo_id} holds {foreign[0]}, weights of another kind than the {kind} to be pushed, and a loader would "
-            "find both: name another repository, or delete them there first"
+            f"{repo_id} holds {foreign[0]}, which does not belong to the {kind} to be pushed, and a loader would find "
+            "both: name another repository, or delete it there first"
         )
-    return [p for p in paths if own.fullmatch(p) and not (folder / p).exists()]
+    return [p for p in paths if OWN[kind].fullmatch(p) and not (folder / p).exists()]
 
 
 def _require_private(wanted: bool, found: bool | None, repo_id: str) -> None:

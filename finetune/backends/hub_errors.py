@@ -53,13 +53,13 @@ def retried(call: Callable[[], T], say: Callable[[str], None], wait: Callable[[f
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Raise what made an upload fail in place of the RuntimeError that the client wraps around it."""
+    """Raise what made a transfer fail in place of what the client wraps around an upload's or download's error."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, LocalEntryNotFoundError) as error:
         if isinstance(error.__cause__, (HfHubHTTPError, httpx2.TransportError)):
             raise error.__cause__ from None
         raise

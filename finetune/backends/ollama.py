@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from posixpath import commonprefix
 
 Chat = list[dict[str, str]]
 Render = Callable[[Chat, bool], str]  # (messages, add_generation_prompt) -> text; raises ValueError where it refuses
@@ -25,15 +26,19 @@ class Pieces:
     prompt: str  # after a user message
     lead: str  # before an answer, which the model writes itself
     end: str  # after an answer
+    system_last: bool = False  # the system message stands in the last user message, not before the first
 
     def text(self, chat: Chat) -> str:
         """What Ollama will make of `chat` when the last message is a user's."""
         system = next((m["content"] for m in chat if m["role"] == "system"), None)
-        text = self.opening if system is None or self.system is None else self.system[0] + system + self.system[1]
+        given = None if system is None or self.system is None else self.system
+        text = self.opening if given is None or self.system_last else given[0] + str(system) + given[1]
         first = True
-        for message in chat:
+        for number, message in enumerate(chat):
             if message["role"] == "user":
-                text += ("" if first else self.between) + message["content"] + self.prompt
+                inside = given is not None and self.system_last and number == len(chat) - 1
+                text += ("" if first else self.between) + (f"{system}{given[1]}" if inside and given else "")
+                text += message["content"] + self.prompt
                 first = False
             elif message["role"] == "assistant":
                 text += self.lead + message["content"] + self.end
@@ -48,8 +53,9 @@ def read_pieces(render: Render) -> Pieces | None:
         opening, prompt = render([user], True).split(USER)
         _, reply, after = render([user, answer, user], True).split(USER)
         lead, rest = reply.removeprefix(prompt).split(ANSWER)
-        end = render([user, answer], False).split(ANSWER)[1]
-        if not reply.startswith(prompt) or not rest.startswith(end) or after != prompt:
+        # some templates close the whole conversation too; what they write after every answer is what both share
+        end = commonprefix([rest, render([user, answer], False).split(ANSWER)[1]])
+        if not reply.startswith(prompt) or after != prompt:
             return None
     except ValueError:
         return None
@@ -58,10 +64,11 @@ def read_pieces(render: Render) -> Pieces | None:
         around = (head, behind.split(USER)[0])
     except ValueError:
         around = None
-    pieces = Pieces(opening, around, rest.removeprefix(end), prompt, lead, end)
+    first = Pieces(opening, around, rest.removeprefix(end), prompt, lead, end)
     said = [{"role": r, "content": f"{r} {n}\nline"} for n in range(3) for r in ("user", "assistant")][:-1]
     chats: list[Chat] = [said[:1], said] if around is None else [said[:1], said, [system, *said]]
-    return pieces if all(pieces.text(chat) == render(chat, True) for chat in chats) else None
+    tried = [first] + ([replace(first, system_last=True)] if around and around[0] == opening else [])
+    return next((p for p in tried if all(p.text(chat) == render(chat, True) for chat in chats)), None)
 
 
 def modelfile(weights: str, pieces: Pieces | None, stops: Sequence[str], bos: str | None) -> str:
@@ -80,17 +87,22 @@ def modelfile(weights: str, pieces: Pieces | None, stops: Sequence[str], bos: st
 
 
 def _go(pieces: Pieces, bos: str) -> str:
-    opening = _literal(pieces.opening.removeprefix(bos))
-    if pieces.system is not None:
+    opening, inside = _literal(pieces.opening.removeprefix(bos)), ""
+    if pieces.system is not None and pieces.system_last:
+        after = _literal(pieces.system[1])
+        inside = (
+            f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{{{{ $.System }}}}{after}{{{{ end }}}}"
+        )
+    elif pieces.system is not None:
         before, after = pieces.system
         opening = (
             f"{{{{ if .System }}}}{_literal(before.removeprefix(bos))}{{{{ .System }}}}{_literal(after)}"
             f"{{{{ else }}}}{opening}{{{{ end }}}}"
         )
     return (
-        f"{opening}{{{{ $first := true }}}}{{{{ range .Messages }}}}"
+        f"{opening}{{{{ $first := true }}}}{{{{ range $index, $_ := .Messages }}}}"
         f'{{{{ if eq .Role "user" }}}}{{{{ if not $first }}}}{_literal(pieces.between)}{{{{ end }}}}'
-        f"{{{{ .Content }}}}{_literal(pieces.prompt)}{{{{ $first = false }}}}"
+        f"{inside}{{{{ .Content }}}}{_literal(pieces.prompt)}{{{{ $first = false }}}}"
         f'{{{{ else if eq .Role "assistant" }}}}{_literal(pieces.lead)}{{{{ .Content }}}}{_literal(pieces.end)}'
         "{{ end }}{{ end }}"
     )

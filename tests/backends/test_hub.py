@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,8 @@ import pytest
 
 from finetune.backends import hub as under_test
 from finetune.errors import FinetuneError, InputError
-from tests.hub_server import TOKEN, LoopbackHub
+from tests.hub_checks import code_of, no_token_in_output  # noqa: F401 - an autouse fixture
+from tests.hub_server import TOKEN, LoopbackHub, sha256
 
 Said = list[str]
 
@@ -30,26 +27,9 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture(autouse=True)
-def _no_token_in_output(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> Iterator[None]:
-    yield
-    out, err = capfd.readouterr()
-    assert TOKEN not in out + err + caplog.text
-    for file in tmp_path.rglob("*"):
-        assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
-
-
 def push(folder: Path, repo: str = "me/x", **options: Any) -> dict[str, Any]:
     waits = options.pop("waits", [])
     return under_test.push_folder(folder, repo, "merged", wait=waits.append, **options)
-
-
-def code_of(error: pytest.ExceptionInfo[FinetuneError]) -> tuple[int, str]:
-    text = str(error.value)
-    assert "\n" not in text and TOKEN not in text
-    return error.value.exit_status, text
 
 
 # --- push
@@ -153,9 +133,15 @@ def test_a_file_that_did_not_arrive_is_found(hub: LoopbackHub, folder: Path) -> 
             "does not accept the token",
         ),
         ("POST", "/api/repos/create", {"status": 403}, 2, "no right"),
+        ("POST", "/preupload/", {"status": 401}, 2, "does not accept the token"),
+        ("POST", "/objects/batch", {"status": 401}, 2, "does not accept the token"),
+        ("POST", "/commit/", {"status": 401}, 2, "does not accept the token"),
         ("POST", "/preupload/", {"status": 403}, 2, "no right"),
+        ("PUT", "/lfs/", {"status": 403}, 2, "no right"),
         ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, 2, "no such repository"),
         ("POST", "/commit/", {"status": 403}, 2, "no right"),
+        ("POST", "/commit/", {"status": 404, "code": "RepoNotFound"}, 2, "no such repository"),
+        ("GET", "/tree/", {"status": 404, "code": "RevisionNotFound"}, 2, "no such revision"),
         ("POST", "/commit/", {"status": 409}, 1, "somebody else"),
         ("POST", "/commit/", {"status": 413, "message": "too large"}, 2, "too large"),
         ("POST", "/api/repos/create", {"status": 429}, 1, "rate limit"),
@@ -240,6 +226,51 @@ def test_an_interrupted_upload_goes_on(hub: LoopbackHub, folder: Path) -> None:
     assert hub.asked("PUT", "/lfs/") == 0
 
 
+def shards(folder: Path) -> list[str]:
+    """Three files of two megabytes in place of one; returns the ids that LFS gives them."""
+    (folder / "model.safetensors").unlink()
+    contents = [bytes([n]) * 2_000_000 for n in range(3)]
+    for n, content in enumerate(contents, start=1):
+        (folder / f"model-0000{n}-of-00003.safetensors").write_bytes(content)
+    return [sha256(content) for content in contents]
+
+
+@pytest.mark.parametrize("drop", ["during", "before"])
+def test_a_connection_that_breaks_within_an_upload_costs_only_that_file(
+    hub: LoopbackHub, folder: Path, drop: str
+) -> None:
+    first, second, third = shards(folder)
+    hub.fail("PUT", f"/lfs/{second}", drop=drop, times=1000)
+    waits: list[float] = []
+    with pytest.raises(FinetuneError, match="no connection") as error:
+        push(folder, waits=waits)
+    assert code_of(error)[0] == 1 and len(waits) == 3 and "config.json" not in hub.files("me/x")
+    hub.faults.clear()
+    receipt = push(folder)
+    assert receipt["new_commit"] and len(receipt["files"]) == 6
+    assert hub.asked("PUT", first) == hub.asked("PUT", third) == 1  # in both pushes and all their attempts
+
+
+def test_a_broken_upload_goes_on_by_itself(hub: LoopbackHub, folder: Path) -> None:
+    ids = shards(folder)
+    hub.fail("PUT", f"/lfs/{ids[1]}", drop="during", times=8)  # more than the client's own attempts
+    said: Said = []
+    assert push(folder, say=said.append)["new_commit"]
+    assert any("dropped connection; trying again" in line for line in said)
+    assert [hub.asked("PUT", i) for i in (ids[0], ids[2])] == [1, 1]
+
+
+def test_rows_go_to_a_data_sets_repository(hub: LoopbackHub, tmp_path: Path) -> None:
+    made = tmp_path / "rows"
+    (made / "data").mkdir(parents=True)
+    (made / "data/train.parquet").write_bytes(b"PAR1")
+    (made / "README.md").write_text("# rows")
+    hub.plant("me/x", {"config.json": "{}"})  # a model of that name is another repository
+    receipt = under_test.push_folder(made, "me/x", "dataset")
+    assert receipt["url"] == f"{hub.url}/datasets/me/x" and receipt["new_commit"]
+    assert set(hub.files("me/x", "dataset")) == {"data/train.parquet", "README.md", ".gitattributes"}
+
+
 def test_a_server_that_repeats_a_token_is_not_quoted(hub: LoopbackHub, folder: Path) -> None:
     hub.fail("POST", "/commit/", status=418, message=f"bad token {TOKEN}")
     with pytest.raises(FinetuneError) as error:
@@ -253,146 +284,3 @@ def test_offline_is_said_before_anything(hub: LoopbackHub, folder: Path, monkeyp
     with pytest.raises(FinetuneError, match="HF_HUB_OFFLINE"):
         push(folder)
     assert hub.requests == []
-
-
-# --- revisions
-
-
-def test_a_commit_is_returned_without_network(hub: LoopbackHub) -> None:
-    sha = "0123456789abcdef0123456789abcdef01234567"
-    assert under_test.resolve_revision("me/nowhere", sha) == sha
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize("repo_type", ["model", "dataset"])
-def test_a_name_is_resolved_and_remembered(
-    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_type: under_test.RepoType
-) -> None:
-    sha = hub.plant("me/tiny", {"a.jsonl": "{}"}, repo_type)
-    found = under_test.resolve_revision("me/tiny", None, repo_type, tmp_path / "scratch")
-    assert found == sha and type(found) is str
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said: Said = []
-    assert under_test.resolve_revision("me/tiny", "main", repo_type, tmp_path / "scratch", said.append) == sha
-    assert "HF_HUB_OFFLINE" in said[0]
-    with pytest.raises(FinetuneError, match=r"'v2' of .* me/tiny"):
-        under_test.resolve_revision("me/tiny", "v2", repo_type, tmp_path / "scratch")
-
-
-def test_the_default_cache_answers_for_an_empty_scratch(hub: LoopbackHub, tmp_path: Path) -> None:
-    sha = hub.plant("me/tiny", {"config.json": "{}"})
-    from huggingface_hub import snapshot_download
-
-    snapshot_download("me/tiny")
-    hub.fail("GET", "/api/models/me/tiny", times=9, drop="before")
-    assert under_test.resolve_revision("me/tiny", None, "model", tmp_path / "scratch") == sha
-
-
-@pytest.mark.parametrize("answer", [{"drop": "before"}, {"status": 503}, {"status": 429}])
-def test_no_network_and_no_cache_is_an_error_that_names_repo_and_revision(
-    hub: LoopbackHub, tmp_path: Path, answer: dict[str, Any]
-) -> None:
-    hub.plant("me/tiny", {"config.json": "{}"})
-    hub.fail("GET", "/api/models/me/tiny", times=9, **answer)
-    with pytest.raises(FinetuneError) as error:
-        under_test.resolve_revision("me/tiny", None, "model", tmp_path / "scratch")
-    status, text = code_of(error)
-    assert status == 1 and "'main' of model me/tiny" in text
-
-
-def test_what_does_not_exist_is_the_inputs_fault(hub: LoopbackHub, tmp_path: Path) -> None:
-    hub.plant("me/tiny", {"config.json": "{}"})
-    with pytest.raises(InputError, match="no such revision"):
-        under_test.resolve_revision("me/tiny", "v9", "model", tmp_path)
-    with pytest.raises(InputError, match="no such repository"):
-        under_test.resolve_revision("me/tinny", None, "model", tmp_path)
-
-
-def test_resolving_loads_no_torch(hub: LoopbackHub, tmp_path: Path) -> None:
-    sha = hub.plant("me/tiny", {"config.json": "{}"})
-    code = (
-        "import sys\nfrom finetune.backends.hub import resolve_revision\n"
-        "print(resolve_revision('me/tiny', None), 'torch' in sys.modules, 'pyarrow' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environ, **hub.env(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == [sha, "False", "False"]
-
-
-# --- access
-
-
-def test_reading_what_is_open_is_allowed(hub: LoopbackHub) -> None:
-    hub.plant("me/tiny", {})
-    assert under_test.check_read("me/tiny") is None
-
-
-def test_a_gated_base_says_where_to_accept(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.plant("big/llama", {}, gated=True)
-    hub.plant("big/rows", {}, "dataset", gated=True)
-    with pytest.raises(InputError) as error:
-        under_test.check_read("big/llama")
-    assert f"accept its terms at {hub.url}/big/llama" in code_of(error)[1]
-    with pytest.raises(InputError, match="/datasets/big/rows"):
-        under_test.check_read("big/rows", "dataset")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="hf auth login"):
-        under_test.check_read("big/llama")
-
-
-def test_access_that_cannot_be_checked_is_a_note(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.fail("GET", "auth-check", drop="before")
-    assert "could not be checked" in (under_test.check_read("me/tiny") or "")
-    hub.fail("GET", "whoami", status=503)
-    assert "could not be checked" in (under_test.check_write("me/tiny") or "")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in (under_test.check_read("me/tiny") or "")
-    assert "HF_HUB_OFFLINE" in (under_test.check_write("me/tiny") or "")
-
-
-def test_writing_is_allowed_to_own_and_member_namespaces(hub: LoopbackHub) -> None:
-    hub.plant("me/there", {})
-    for repo in ("me/new", "me/there", "lab/new"):
-        assert under_test.check_write(repo) is None
-    assert hub.asked("POST", "") == 0
-
-
-def test_a_mirror_that_cannot_be_asked_about_writing_does_not_stand_in_the_way(hub: LoopbackHub) -> None:
-    hub.plant("me/there", {})
-    hub.fail("GET", "auth-check/write", status=404)
-    assert under_test.check_write("me/there") is None
-    hub.fail("GET", "auth-check/write", status=403)
-    with pytest.raises(InputError, match="no right"):
-        under_test.check_write("me/there")
-
-
-@pytest.mark.parametrize(("repo", "words"), [("reader/x", "only read"), ("stranger/x", "not a member")])
-def test_writing_elsewhere_is_refused(hub: LoopbackHub, repo: str, words: str) -> None:
-    with pytest.raises(InputError) as error:
-        under_test.check_write(repo)
-    assert words in code_of(error)[1]
-
-
-def test_a_token_for_reading_is_refused(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.token_role = "read"
-    with pytest.raises(InputError, match="may not write"):
-        under_test.check_write("me/x")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="no Hub token"):
-        under_test.check_write("me/x")
-    hub.fail("GET", "whoami", status=401)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(InputError, match="does not accept the token"):
-        under_test.check_write("me/x")
-
-
-def test_a_fine_grained_token_counts_where_it_was_granted(hub: LoopbackHub) -> None:
-    hub.fine_grained = {"scoped": [{"entity": {"type": "user", "name": "me"}, "permissions": ["repo.write"]}]}
-    assert under_test.check_write("me/x") is None
-    with pytest.raises(InputError, match="may not write"):
-        under_test.check_write("lab/x")

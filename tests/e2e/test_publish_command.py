@@ -1,10 +1,12 @@
 """`finetune publish` as a person types it, against a Hub on this machine that the real client talks to."""
 
 import json
+import shutil
 
 import pytest
 
 from tests import hub_server
+from tests.e2e.conftest import Workspace
 
 TOKEN = "hf_" + "NotARealToken" * 3
 
@@ -22,6 +24,7 @@ def test_push_verify_push_again_and_pull(finished, hub, tmp_path):
     assert "model.safetensors" in dry.stdout and "pipeline_tag: text-generation" in dry.stdout
     done = finished.run("publish", "small", "--repo", "me/small", *sets, **env)
     assert "files verified" in done.stdout
+    assert "loaded from there and as trained: tokenizer, chat template, config, generation config" in done.stderr
     names = set(server.files("me/small"))
     assert {"model.safetensors", "config.json", "chat_template.jinja", "certificate.json", "README.md"} <= names
     again = finished.run("publish", "small", "--repo", "me/small", *sets, **env)
@@ -43,3 +46,24 @@ def test_a_token_is_in_no_file_and_no_output(finished, hub):
     for path in finished.folder.rglob("*"):
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_gguf_and_rows_of_a_run(finished, hub, tmp_path):
+    server, env = hub
+    here = Workspace(shutil.copytree(finished.folder, tmp_path / "work"))
+    refused = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf]", status=2, **env)
+    assert "publish.what: it names gguf, and export is null" in refused.stderr
+    asked = ("--set", "export.gguf=[q8_0, f16]")
+    here.run("run", "small.yaml", *asked)
+    perplexity = here.show()["stages"]["export"]["metrics"]["perplexity"]
+    assert set(perplexity) == {"merged", "q8_0", "f16"}
+    assert perplexity["f16"] == pytest.approx(perplexity["merged"], rel=1e-3)
+    done = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf, dataset, merged]", **env)
+    assert done.stdout.count("files verified") == 3
+    card = server.files("me/y")["README.md"].decode()
+    assert "base_model: me/y-merged" in card and "| `perplexity_gguf_f16` |" in card and "xxh3" in card
+    assert str(tmp_path) not in card and "## Sample answers" in card
+    rows = server.files("me/y-dataset", "dataset")
+    assert {"data/train.parquet", "data/eval.parquet"} <= set(rows)
+    assert str(tmp_path).encode() not in b"".join(rows.values())

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.backends.card_facts import Facts
+from finetune.backends.hub import Kind
 from finetune.errors import InputError
 from finetune.recipe import Recipe
-from finetune.report.model_card import model_card
+from finetune.report.model_card import CURVE, write_card
 
+PLATYPUS_ROWS = "held-out rows of garage-bAInd/Open-Platypus"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BASE = {"id": "mistralai/Mistral-7B", "kind": "hub", "revision": SHA, "parameters": 7_241_732_096, "dtype": "bfloat16"}
 CERTIFICATE = {
@@ -51,10 +55,8 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(raw)
 
 
-def card(**changes: Any) -> str:
-    facts: dict[str, Any] = {
-        "kind": "adapter",
-        "repo": "me/x",
+def facts(**changes: Any) -> Facts:
+    made: dict[str, Any] = {
         "recipe": recipe(),
         "recipe_text": "name: mistral-platypus\n",
         "metrics": METRICS,
@@ -62,7 +64,11 @@ def card(**changes: Any) -> str:
         "certificate": CERTIFICATE,
         "template": TEMPLATE,
     }
-    return model_card(**{**facts, **changes})
+    return Facts(**{**made, **changes})
+
+
+def card(kind: Kind = "adapter", **changes: Any) -> str:
+    return write_card(kind, "me/x", facts(**changes)).text
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -88,19 +94,41 @@ def test_metadata_of_an_adapter() -> None:
         "license": "apache-2.0",
         "datasets": ["garage-bAInd/Open-Platypus"],
         "tags": ["lora", "sft", "text-generation", "qlora"],
+        "model-index": [
+            {
+                "name": "x",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": PLATYPUS_ROWS, "type": "garage-bAInd/Open-Platypus"},
+                        "metrics": [
+                            {"type": "perplexity", "value": 4.0, "name": "Perplexity"},
+                            {"type": "stop_rate", "value": 0.96875, "name": "Share of greedy answers that end"},
+                        ],
+                    }
+                ],
+            }
+        ],
     }
 
 
 def test_metadata_of_a_merged_model() -> None:
-    found = metadata(card(kind="merged"))
+    found = metadata(card("merged"))
     assert (found["base_model_relation"], found["library_name"]) == ("finetune", "transformers")
     assert "license" not in found
 
 
 def test_metadata_reads_back_through_the_client() -> None:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
-    assert ModelCard(card()).data["base_model"] == "mistralai/Mistral-7B"
+    data = ModelCard(card()).data
+    assert isinstance(data, ModelCardData) and data["base_model"] == "mistralai/Mistral-7B"
+    measured = {r.metric_type: r.metric_value for r in data.eval_results or ()}
+    assert measured == {"perplexity": 4.0, "stop_rate": 0.96875}
+    merged = ModelCard(card("merged")).data
+    assert isinstance(merged, ModelCardData)
+    found = [(r.metric_type, r.metric_value, r.dataset_name) for r in merged.eval_results or ()]
+    assert found == [("perplexity", 4.02, PLATYPUS_ROWS)]  # how often the merged model ends was not measured
 
 
 def test_only_what_is_on_the_hub_is_named_as_such() -> None:
@@ -144,12 +172,131 @@ def test_nested_counts_and_intervals_have_a_short_form() -> None:
     assert "curve" not in text and "`none`" not in text
 
 
+def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
+    asked = recipe(export={"gguf": ["q8_0", "q2_k"]})
+    found = {"perplexity": {"merged": 4.02, "q8_0": 4.03, "q2_k": 5.5}, "perplexity_rows": 24, "tokenizer_exact": False}
+    text = card("gguf", recipe=asked, metrics={**METRICS, "export": found}, siblings={"gguf": "me/x", "merged": "me/y"})
+    loaded = metadata(text)
+    assert (loaded["base_model"], loaded["base_model_relation"], loaded["library_name"]) == (
+        "me/y",
+        "quantized",
+        "gguf",
+    )
+    results = loaded["model-index"][0]["results"][0]["metrics"]
+    assert [(r["name"], r["value"]) for r in results] == [("Perplexity (q8_0)", 4.03), ("Perplexity (q2_k)", 5.5)]
+    for words in (
+        "| `perplexity_gguf_q2_k` | 5.5 |",
+        "beside them, on 24 rows",
+        "hf download me/x model-q8_0.gguf Modelfile",
+        "llama-cli -m model-q8_0.gguf",
+        "ollama create mistral-platypus",
+        "splits some text differently",
+        "Also published, merged: me/y",
+    ):
+        assert words in text, words
+    alone = card("gguf", recipe=asked, metrics={"export": {"perplexity_unknown": "too large"}})
+    assert metadata(alone)["base_model"] == "mistralai/Mistral-7B" and "was not measured: too large" in alone
+    assert "model-index" not in metadata(alone)
+
+
+def test_machine_revisions_and_licences() -> None:
+    platypus = "dataset garage-bAInd/Open-Platypus"
+    text = card(
+        metrics={"train": {"device": "Tesla T4", "peak_memory_bytes": 13_100_000_000, "tokens_per_second": 2413.0}},
+        seconds={"train": 5765.0, "dedup": 61.5, "filter": 30.0},
+        versions={"torch": "2.13.0", "numpy": "2.4"},
+        sources=[{"commit": SHA[::-1]}],
+        licences={"model mistralai/Mistral-7B": "apache-2.0", platypus: "cc-by-nc-4.0"},
+    )
+    for words in (
+        "- Hardware: Tesla T4\n",
+        "- Time: 96 min for the training stage, 2413 tokens a second\n",
+        "- Time of the other stages together: 92 s\n",
+        "- Peak memory while training: 13.10 GB\n",
+        "- Libraries: torch 2.13.0\n",
+        f"revision `{SHA[::-1]}`, licence: cc-by-nc-4.0",
+        f"revision `{SHA}`, 7,241,732,096 parameters, licence: apache-2.0",
+    ):
+        assert words in text, words
+    assert "licence: unknown" in card() and "Hardware" not in card(metrics={})
+
+
+def test_the_training_curve_is_a_picture_that_stands_alone() -> None:
+    steps = [{"step": n, "loss": 3.0 - n / 10, "tokens": n} for n in range(1, 21)] + [
+        {"step": 21, "loss": float("nan")}
+    ]
+    made = write_card("merged", "me/x", facts(steps=steps))
+    assert (
+        f"![Loss while training]({CURVE})" in made.text and "Loss over 20 logged steps: first 2.9, last 1" in made.text
+    )
+    root = ElementTree.fromstring(made.files[CURVE])
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "800"
+    kinds = [e.tag.split("}")[1] for e in root.iter()]
+    assert kinds.count("polyline") == 2 and "style" in kinds and not {"script", "image"} & set(kinds)
+    assert write_card("merged", "me/x", facts(steps=steps)).files == made.files
+    assert write_card("merged", "me/x", facts(steps=steps[:1])).files == {} and CURVE not in card(steps=steps[:1])
+
+
+def sample(prompt: str, text: str, base: str = "") -> dict[str, Any]:
+    answers = {"adapter": {"text": text, "finish": "stop"}, "base": {"text": base, "finish": "length"}}
+    return {"id": "rows.jsonl:7", "prompt": prompt, **answers}
+
+
+def test_sample_answers_stand_beside_each_other_and_are_cut() -> None:
+    text = card(samples=[sample("Why?", "Because.", "b" * 5000)])
+    assert (
+        text.index("### rows.jsonl:7") < text.index("Base (did not end):") < text.index("Adapter:\n\n```text\nBecause.")
+    )
+    assert "b" * 600 + " …" in text and "b" * 601 not in text
+    assert "## Sample answers" not in card()
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_no_answer_breaks_out_of_its_block(prompt: str, answer: str) -> None:
+    whole = card(samples=[sample(prompt, f"```\n# owned\n{answer}", answer)])
+    block = whole[whole.index("## Sample answers") : whole.index("## Certificate")]
+    outside, fence = [], ""
+    for line in block.split("\n"):
+        if fence:
+            fence = "" if re.fullmatch(f"{fence}`*", line.strip()) else fence
+        elif opened := re.match(r"(`{3,})text$", line):
+            fence = opened[1]
+        else:
+            outside.append(line)
+    assert not fence and "# owned" not in outside
+    assert [line for line in outside if line] == [
+        "## Sample answers",
+        "Greedy answers to held-out prompts, the first of them, not chosen; long texts are cut.",
+        "### rows.jsonl:7", "Base (did not end):", "Adapter:",
+    ]  # fmt: skip
+
+
+def test_the_card_of_a_data_set() -> None:
+    rows = {"train": {"rows": 900, "columns": ["id", "source", "messages"]}, "eval": {"rows": 100, "columns": ["id"]}}
+    steps = [{"step": n, "loss": 1.0} for n in range(9)]
+    licences = {"dataset garage-bAInd/Open-Platypus": "cc-by-4.0"}
+    given_ = facts(rows=rows, steps=steps, sources=[{"commit": SHA}], licences=licences)
+    made = write_card("dataset", "me/rows", given_)
+    files = [{"split": "train", "path": "data/train.parquet"}, {"split": "eval", "path": "data/eval.parquet"}]
+    assert metadata(made.text) == {
+        "task_categories": ["text-generation"],
+        "size_categories": ["1K<n<10K"],
+        "source_datasets": ["garage-bAInd/Open-Platypus"],
+        "tags": ["sft", "curated"],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    for words in (f"revision `{SHA}`, licence: cc-by-4.0", "18,159", "| `eval` | `data/eval.parquet` | 100 |"):
+        assert words in made.text, words
+    assert made.files == {} and "perplexity" not in made.text
+    compile(code(made.text), "card", "exec")
+
+
 def test_the_certificate_speaks_for_itself() -> None:
     assert "The adapter, merged into the base." in card(certificate={**CERTIFICATE, "words": "merged into the base"})
 
 
 def test_what_was_not_measured_is_said_to_be_missing() -> None:
-    text = card(metrics={"evaluate": {}, "filter": {}}, certificate=None, kind="merged")
+    text = card("merged", metrics={"evaluate": {}, "filter": {}}, certificate=None)
     for words in ("Not evaluated", "No figures were recorded", "The merge is not certified", "No licence was stated"):
         assert words in text, words
     assert "perplexity_" not in text
@@ -158,9 +305,12 @@ def test_what_was_not_measured_is_said_to_be_missing() -> None:
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize("quantization", [None, {"type": "fp4", "double": False}])
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_the_code_compiles_and_pins_the_base(kind: str, quantization: object, template: object) -> None:
-    source = code(card(kind=kind, recipe=recipe(quantization=quantization), template=template))
-    compile(source, "card", "exec")
+def test_the_code_compiles_and_pins_the_base(kind: Kind, quantization: object, template: object) -> None:
+    text = card(kind, recipe=recipe(quantization=quantization), template=template)
+    source = code(text)
+    for block in re.findall(r"```python\n(.*?)\n```", text, re.DOTALL):
+        compile(block, "card", "exec")
+    assert "load_in_4bit" in text or quantization is None
     assert (SHA in source) == (kind == "adapter")
     assert ("load_in_4bit" in source) == (kind == "adapter" and quantization is not None)
     assert ("eos_token_id=[2, 32000]" in source) == (template is not None)
@@ -193,7 +343,7 @@ def test_nothing_measured_or_written_breaks_out_of_its_place(name: str, value: s
     rows = [line for line in table.split("\n") if line.startswith("|")]
     assert len(rows) == 3
     assert len(re.findall(r"(?<!\\)\|", re.sub(r"\\\\", "", rows[2]))) == 3
-    assert not re.search(r"(?<!\\)<", re.sub(r"`.*?`", "", rows[2].split("|", 2)[2]))
+    assert not re.search(r"(?<!\\)<", re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", rows[2]))  # outside code spans
     quoted = text[text.index("## Recipe") :]
     fence = re.search(r"(`{3,})yaml\n", quoted)
     assert fence and quoted.count(fence[1]) == 2 and quoted.rstrip().endswith(fence[1])

@@ -5,26 +5,45 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
+from finetune.backends.gguf_file import TYPES
 from finetune.backends.ollama import Pieces, modelfile, read_pieces
 from finetune.context import Metrics
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Export, Recipe
+from finetune.recipe_training import GgufKind
 from finetune.stages import export
 from tests.base_templates import ALL, kind_of
 from tests.stages.exported import merged
-from tests.stages.finished import context
+from tests.stages.finished import context, write_rows
 from tests.tiny_tokenizers import build
 
 pytest.importorskip("gguf")
 
 
-def run(folder: Path, out: Path, *kinds: str) -> Metrics:
+def run(folder: Path, out: Path, *kinds: str, rows: int = 0) -> Metrics:
+    """Export a merged folder; with `rows`, random held-out rows of its vocabulary are scored."""
     out.mkdir()
-    return export.run(Export.model_validate({"gguf": kinds}), {"merge": folder}, out, context(out))
+    render = out.with_name(f"{out.name}-render")
+    render.mkdir()
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(0)
+    write_rows(render / "eval.parquet", [rng.integers(3, size, 20 + i).tolist() for i in range(rows)])
+    asked = Export.model_validate({"gguf": kinds, "perplexity_rows": rows})
+    return export.run(asked, {"merge": folder, "render": render}, out, context(out))
+
+
+def quantizer(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a stand-in for llama.cpp's program on the PATH: it shows the plumbing, not what a K-quant is."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "llama-quantize"
+    path.write_text(f"#!{sys.executable}\nimport shutil, sys\nsource, target, kind = sys.argv[1:]\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
@@ -90,6 +109,31 @@ def test_pieces_write_what_the_template_writes(name: str) -> None:
     assert '"""' not in modelfile("x.gguf", pieces, [], None).split('TEMPLATE """', 1)[1].rsplit('"""', 1)[0]
 
 
+def test_a_system_message_in_the_last_question_stands_there_for_ollama_too() -> None:
+    def render(chat: list[dict[str, str]], prompt: bool) -> str:
+        system = next((m["content"] + "\n\n" for m in chat if m["role"] == "system"), "")
+        turns = [m for m in chat if m["role"] != "system"]
+        last = len(turns) - 1
+        text = {"user": "[INST] {}[/INST]", "assistant": " {}</s>"}
+        return "<s>" + "".join(
+            text[m["role"]].format((system if n == last else "") + m["content"]) for n, m in enumerate(turns)
+        )
+
+    pieces = read_pieces(render)
+    assert pieces is not None and pieces.system_last
+    found = modelfile("x.gguf", pieces, [], "<s>")
+    inside = "{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}{{ $.System }}"
+    assert inside in found and "{{ if .System }}" not in found
+
+
+def test_a_template_that_closes_the_whole_conversation_is_read() -> None:
+    def render(chat: list[dict[str, str]], prompt: bool) -> str:
+        return "".join(f"<{m['role']}>{m['content']}<end>" for m in chat) + ("<assistant>" if prompt else "<eos>")
+
+    pieces = read_pieces(render)
+    assert pieces is not None and pieces.end + pieces.between == "<end><user>" and "<eos>" not in pieces.end
+
+
 def test_a_template_that_is_no_row_of_turns_is_left_to_ollama(tmp_path: Path) -> None:
     assert read_pieces(lambda chat, prompt: f"{len(chat)} messages, " + " | ".join(m["content"] for m in chat)) is None
     assert "TEMPLATE" not in modelfile("x.gguf", None, ["</s>"], "<s>")
@@ -111,6 +155,85 @@ def test_without_the_package_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match="pip install gguf"):
         run(folder, tmp_path / "out", "f16")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_perplexity_of_every_file_beside_the_merged_model(tmp_path: Path) -> None:
+    folder = merged(tmp_path / "merge", "qwen2", intermediate_size=128)
+    metrics: dict[str, Any] = run(folder, tmp_path / "out", "q8_0", "f16", "q4_0", "f32", rows=24)
+    found = metrics["perplexity"]
+    assert list(found) == ["merged", "q8_0", "f16", "q4_0", "f32"] and metrics["perplexity_rows"] == 24
+    assert found["f32"] == pytest.approx(found["merged"], rel=1e-5)
+    assert found["f16"] == pytest.approx(found["merged"], rel=1e-3)
+    away = {kind: abs(found[kind] / found["merged"] - 1) for kind in found}
+    assert away["f16"] < away["q8_0"] < away["q4_0"]  # a random model need not be worse, only further away
+    assert "perplexity_unknown" not in metrics
+
+
+def test_what_is_not_scored_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = merged(tmp_path / "merge")
+    metrics = run(folder, tmp_path / "none", "f16")
+    assert "perplexity" not in metrics and "perplexity_rows is 0" in str(metrics["perplexity_unknown"])
+    monkeypatch.setattr(export, "MAX_RELOADED_PARAMETERS", 1000)
+    metrics = run(folder, tmp_path / "large", "f16", rows=4)
+    assert "not read back" in str(metrics["perplexity_unknown"]) and "reload_difference" not in metrics
+
+
+def test_k_quants_go_through_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer(tmp_path / "bin", "assert kind == 'Q4_K_M', kind; shutil.copy(source, target)", monkeypatch)
+    folder = merged(tmp_path / "merge", dtype="bfloat16")
+    metrics: dict[str, Any] = run(folder, tmp_path / "out", "q4_k_m", rows=4)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model-q4_k_m.gguf", "Modelfile"}  # its source is gone
+    assert (tmp_path / "out/Modelfile").read_text().startswith("FROM ./model-q4_k_m.gguf\n")
+    assert set(metrics["perplexity"]) == {"merged", "q4_k_m"}
+    run(folder, tmp_path / "both", "q4_k_m", "bf16")
+    same = [(tmp_path / "both" / f"model-{kind}.gguf").read_bytes() for kind in ("q4_k_m", "bf16")]
+    assert same[0] == same[1]  # the stand-in copies: the exact file that was asked for was its source, and stays
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("print('main: failed to quantize'); sys.exit(1)", r"failed on q2_k \(status 1\): main: failed to quantize"),
+        ("sys.exit(0)", r"failed on q2_k \(status 0\): it said nothing"),
+        (
+            "data = open(source, 'rb').read(); open(target, 'wb').write(data.replace(b'output_norm', b'output_morn'))",
+            "other tensors, another template",
+        ),
+    ],
+    ids=["fails", "writes nothing", "writes another model"],
+)
+def test_a_quantizer_that_fails_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str
+) -> None:
+    quantizer(tmp_path / "bin", body, monkeypatch)
+    with pytest.raises(FinetuneError, match=words):
+        run(merged(tmp_path / "merge"), tmp_path / "out", "q2_k")
+
+
+def test_without_llama_quantize_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.backends.llama_cpp import K_QUANTS, require_quantizer
+
+    assert set(get_args(GgufKind)) == {*TYPES, *K_QUANTS}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert require_quantizer(["q8_0", "f16"]) == ""
+    with pytest.raises(InputError, match=r"q4_k_m is made by llama\.cpp's llama-quantize, .*releases") as error:
+        run(merged(tmp_path / "merge"), tmp_path / "out", "q8_0", "q4_k_m")
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune import pipeline, preflight
+    from finetune.store import Store
+
+    raw = {"name": "tiny", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
+    recipe = Recipe.model_validate({**raw, "export": {"gguf": ["q4_k_m"]}})
+    steps = pipeline.plan(recipe, Store(tmp_path / "artifacts", tmp_path / "scratch"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="llama-quantize"):
+        preflight.check(recipe, steps)
+    preflight.check(recipe, steps[:-1])  # asked for an earlier stage only
+    quantizer(tmp_path, "", monkeypatch)
+    preflight.check(recipe, steps)
 
 
 def test_it_is_off_unless_asked_for() -> None:

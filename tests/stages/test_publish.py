@@ -4,93 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
-from finetune.recipe import Recipe
-from finetune.report.model_card import model_card
-from finetune.stages.publish import publish, repositories
-from tests.hub_server import TOKEN, LoopbackHub, point_client, serve
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A loopback Hub to which the real client in this process talks."""
-    with serve() as running:
-        point_client(monkeypatch, running, tmp_path / "hf_home")
-        yield running
-
-
-def recipe(**publishing: Any) -> Recipe:
-    raw = {"name": "tiny", "model": "mistralai/Mistral-7B", "data": [{"source": "pydoc"}]}
-    return Recipe.model_validate({**raw, "publish": {"repo": "me/tiny", **publishing}})
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, Path]:
-    """Finished stages with the files that a publisher reads."""
-    texts = {
-        "base/base.json": json.dumps({"id": "mistralai/Mistral-7B", "kind": "hub", "revision": SHA, "parameters": 7}),
-        "render/template/template.json": json.dumps({"name": "t", "sha256": "00", "terminators": [2]}),
-        "train/adapter/adapter_config.json": json.dumps(
-            {"base_model_name_or_path": "mistralai/Mistral-7B", "revision": SHA, "r": 8}
-        ),
-        "train/adapter/adapter_model.safetensors": "adapter weights",
-        "train/adapter/tokenizer_config.json": json.dumps({"eos_token": "</s>", "added": {"content": "/s"}}),
-        "train/adapter/template/template.json": "{}",
-        "train/metrics.jsonl": "{}",
-        "train/manifest.json": "{}",
-        "merge/config.json": json.dumps({"architectures": ["MistralForCausalLM"]}),
-        "merge/model.safetensors": "merged weights",
-        "merge/manifest.json": "{}",
-        "merge/lease.1.json": "{}",
-        "merge/README.md": "an older card",
-        "certify/certificate.json": json.dumps({"base": "original", "agreement": 0.99}),
-    }
-    for name, text in texts.items():
-        path = tmp_path / "artifacts" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return {name: tmp_path / "artifacts" / name for name in ("base", "render", "train", "merge", "certify")}
-
-
-class Act:
-    """A publish with everything but what a test changes."""
-
-    def __init__(self, tmp_path: Path, folders: dict[str, Path]) -> None:
-        self.run_folder, self.folders, self.said = tmp_path / "run", folders, list[str]()
-        self.run_folder.mkdir()
-        start = recipe()
-        self.scratch = tmp_path / "scratch"
-        self.ctx = Context(self.scratch, start.runtime, start.tracking, say=self.said.append)
-
-    def __call__(self, recipe: Recipe, repo: str | None = None, dry_run: bool = False) -> dict[str, Any]:
-        metrics: dict[str, dict[str, object]] = {"train": {"loss": 1.5}, "evaluate": {}}
-        given = (recipe, self.run_folder, self.folders, metrics, repo, dry_run, self.ctx)
-        return publish(*given, card=model_card, recipe_text="name: tiny\n")
-
-
-@pytest.fixture
-def act(tmp_path: Path, folders: dict[str, Path]) -> Act:
-    """A publish to call."""
-    return Act(tmp_path, folders)
+from finetune.stages.publish import repositories
+from tests.hub_server import TOKEN, LoopbackHub
+from tests.stages.publishing import BASE, Act, recipe
 
 
 def test_adapter_and_model_go_to_a_repository_each(hub: LoopbackHub, act: Act) -> None:
     receipt = act(recipe(what=["adapter", "merged"]))
     assert [(p["kind"], p["repo"]) for p in receipt["pushes"]] == [("adapter", "me/tiny"), ("merged", "me/tiny-merged")]
     adapter, merged = hub.files("me/tiny"), hub.files("me/tiny-merged")
-    names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", "template/template.json"}
-    assert set(adapter) == names | {"README.md", ".gitattributes"}
-    assert set(merged) == {"config.json", "model.safetensors", "README.md", ".gitattributes"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    always = {"README.md", ".gitattributes", "assets/training.svg", *tokenizer}
+    weights = {"adapter_config.json", "adapter_model.safetensors", "template/template.json"}
+    assert set(adapter) == weights | always
+    assert set(merged) == {"config.json", "generation_config.json", "model.safetensors"} | always
     assert b"library_name: peft" in adapter["README.md"] and b"original 16-bit" in merged["README.md"]
     assert json.loads((act.run_folder / "publish.json").read_text()) == receipt
     assert receipt["pushes"][0]["commit"] == hub.repos["model", "me/tiny"].head
@@ -99,7 +33,7 @@ def test_adapter_and_model_go_to_a_repository_each(hub: LoopbackHub, act: Act) -
 
 
 def test_the_card_shows_the_recipe_that_ran(hub: LoopbackHub, act: Act) -> None:
-    (act.run_folder / "run.json").write_text(json.dumps({"sets": ["train.epochs=2"]}))
+    act.sets.append("train.epochs=2")
     act(recipe())
     assert b"name: tiny\n# --set train.epochs=2\n" in hub.files("me/tiny")["README.md"]
 
@@ -119,7 +53,7 @@ def test_a_dry_run_shows_everything_and_touches_no_network(hub: LoopbackHub, act
     assert [p["repo"] for p in shown["pushes"]] == ["me/tiny", "me/tiny-adapter"]
     assert {"path": "model.safetensors", "bytes": 14} in shown["pushes"][0]["files"]
     assert shown["pushes"][0]["card"].startswith("---\n")
-    assert "base_model: mistralai/Mistral-7B" in shown["pushes"][1]["card"]
+    assert f"base_model: {BASE}" in shown["pushes"][1]["card"]
     assert hub.requests == [] and not (act.run_folder / "publish.json").exists()
 
 
@@ -156,7 +90,7 @@ def test_a_copy_that_does_not_fit_is_refused(hub: LoopbackHub, act: Act, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3))
     with pytest.raises(FinetuneError, match="--scratch"):
         act(recipe())
-    assert hub.requests == []
+    assert hub.asked("POST", "") == 0
 
 
 # --- refusals: nothing has been sent when they fire
