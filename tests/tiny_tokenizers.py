@@ -18,7 +18,7 @@ CORPUS = (
 ) * 4
 BYTE_SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>",
+    "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>", "<|end|>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
 # as Llama-3 and Qwen split: line ends belong together, whatever follows (GPT-2's own pattern looks ahead)
 LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,4 +124,6 @@ def _renamed(description: str, controls: ControlStrings) -> str:
 
 
 def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 - tokenizers.Encoding has no types
-    return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    ids = encoding.ids
+    flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids))  # twice as fast as np.array
+    return ids, flat.reshape(-1, 2)

@@ -61,6 +61,29 @@ def pack(input_ids: pa.ListArray, mask: pa.ListArray, length: int) -> Packed:
     return _proved(packed, flat, labels, sizes, length)
 
 
+def lower_bound(sizes: NDArray[np.int64], length: int) -> int:
+    """How many bins of `length` tokens documents of `sizes` (int, (n,), each in 1..length) need at the very least.
+
+    The bound L2 of Martello and Toth (Discrete Applied Mathematics 28, 1990): for a k from 0 to length / 2, documents
+    over length - k stand alone, those over length / 2 need a bin each, and of the others those of at least k go first
+    into what is left beside these; the largest such count over all k. Raises ValueError for a size out of range.
+    """
+    if not len(sizes):
+        return 0
+    if int(sizes.min()) < 1 or int(sizes.max()) > length:
+        raise ValueError(f"sizes from {int(sizes.min())} to {int(sizes.max())}; allowed are 1 to {length}")
+    counts = np.bincount(sizes, minlength=length + 1)
+    number = np.concatenate([[0], np.cumsum(counts)])  # documents under s tokens at [s]
+    tokens = np.concatenate([[0], np.cumsum(counts * np.arange(length + 1))])
+    half = length // 2
+    k = np.arange(half + 1)
+    large = number[length + 1] - number[half + 1]  # over half: a bin each
+    beside = number[length - k + 1] - number[half + 1]  # of these, at most length - k
+    room = beside * length - (tokens[length - k + 1] - tokens[half + 1])
+    small = tokens[half + 1] - tokens[k]
+    return int((large + np.maximum(0, -(-(small - room) // length))).max())
+
+
 def _proved(
     packed: pa.Table, ids: NDArray[np.int32], labels: NDArray[np.int32], sizes: NDArray[np.int64], length: int
 ) -> Packed:

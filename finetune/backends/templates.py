@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.backends.marking import has_markers, strip_markers, with_markers
 from finetune.backends.template_limits import RenderingTooLong, check_template, count_once, limited
-from finetune.data.audit import marking_problem, shared_length
+from finetune.data.audit import check_system, marking_problem, shared_length
 from finetune.data.chat import Chat, Renderer, Span, TemplateRefused, chat_of, merge_system, prompt_of, takes_system
 from finetune.errors import GateRefused, InputError
 
@@ -85,7 +85,7 @@ class JinjaRenderer:
 
 def named_templates() -> dict[str, Path]:
     """The templates a recipe may name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.jinja"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.jinja"), key=lambda path: path.stem)}
 
 
 def template_text(name: str, file: Path | None) -> str:
@@ -132,6 +132,9 @@ def choose_template(
     reference = JinjaRenderer(own, special)
     system = takes_system(reference)
     chats = _chats(rows, merge and not system)
+    if not (system or merge):
+        for row_id, chat in chats:
+            check_system(row_id, chat, label)
     if has_markers(own):
         plain = strip_markers(own)
         same = label != "base" and _disagreement(JinjaRenderer(plain, special), reference, chats) is None

@@ -89,8 +89,8 @@ def prompt_of(chat: Chat) -> Chat | None:
 def verification_sample(rows: Iterable[Example], limit: int) -> list[Example]:
     """At most `limit` rows to prove a template on, the same ones each time.
 
-    Up to half are rows that a template may treat in its own way (a system message, several turns, white space at an
-    edge); the rest is spread over all chats.
+    Up to half are rows that a template may treat in its own way (a system message, several turns, a call, white
+    space at an edge); the rest is spread over all chats.
     """
     every, odd = _Spread(limit), _Spread(limit // 2)
     for row in rows:
@@ -122,7 +122,7 @@ class _Spread:
 
 
 def _unusual(row: Example) -> bool:
-    several = len(row.messages) > 2 or any(m.role not in ("user", "assistant") for m in row.messages)
+    several = len(row.messages) > 2 or any(m.role not in ("user", "assistant") or m.extra for m in row.messages)
     return several or any(m.content != m.content.strip() for m in row.messages)
 
 

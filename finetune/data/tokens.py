@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.audit import Tally, check_prompt, check_start, check_terminator, marking_problem
+from finetune.data.audit import (
+    Tally,
+    check_prompt,
+    check_same,
+    check_start,
+    check_system,
+    check_terminator,
+    lost_turn,
+    marking_problem,
+)
 from finetune.data.chat import (
     Chat,
     ControlStrings,
@@ -30,7 +39,7 @@ from finetune.data.masks import (
     supervised_spans,
     token_mask,
 )
-from finetune.errors import GateRefused, InputError
+from finetune.errors import InputError
 from finetune.records import Example
 
 if TYPE_CHECKING:
@@ -70,6 +79,7 @@ class TokenizedRow:
     ids: NDArray[np.int32]
     mask: Mask
     truncated: bool
+    unterminated: bool = False  # part of a supervised turn is there, its end is not
 
 
 @dataclass
@@ -79,6 +89,8 @@ class RowTokenizer:
     render: Renderer
     encoder: Encoder
     rules: Rules
+    own: Renderer | None = None  # what inference uses, where every row is to be proved to be written as it does
+    proved: int = 0  # rows that were
     gap: int = 0  # characters between the generation prompt's end and the generation block, 0 for our templates
     terminators: set[int] = field(default_factory=set)
     labels: set[int] = field(default_factory=set)
@@ -99,12 +111,18 @@ class RowTokenizer:
                 tally.drop(row.id, reason)
                 continue
             length = min(len(ids), self.rules.max_length)
-            kept = TokenizedRow(row.id, np.array(ids[:length], np.int32), mask[:length], length < len(ids))
-            tally.keep(row.id, length, int(kept.mask.sum()), kept.truncated)
+            kept = TokenizedRow(
+                row.id,
+                np.array(ids[:length], np.int32),
+                mask[:length],
+                length < len(ids),
+                self._unterminated(row, text, offsets),
+            )
+            tally.keep(row.id, length, int(kept.mask.sum()), kept.truncated, kept.unterminated)
             done.append(kept)
-        for kept in done:
-            self.labels.update(np.unique(kept.ids[kept.mask == 1]).tolist())
-            self.starts_with_bos |= int(kept.ids[0]) == self.rules.bos_id
+        if done:
+            self.labels.update(np.unique(np.concatenate([kept.ids[kept.mask == 1] for kept in done])).tolist())
+        self.starts_with_bos |= any(int(kept.ids[0]) == self.rules.bos_id for kept in done)
         return done
 
     def check_prompts(self, rows: Sequence[Example]) -> int:
@@ -148,10 +166,7 @@ class RowTokenizer:
         chat = chat_of(row.messages)
         if chat and chat[0]["role"] == "system" and self.rules.system != "template":
             if self.rules.system == "refuse":
-                raise GateRefused(
-                    f"row {row.id} has a system message, for which template {self.rules.template} has no place; "
-                    "set render.system: merge to put it before the first user turn"
-                )
+                check_system(row.id, chat, self.rules.template)
             return merge_system(chat)
         return chat
 
@@ -167,10 +182,13 @@ class RowTokenizer:
         if not rendered.spans:
             tally.drop(row.id, "no assistant turn")
             return None
-        problem = marking_problem(rendered.text, rendered.spans, chat)
+        problem = marking_problem(rendered.text, rendered.spans, chat) or lost_turn(rendered.text, rendered.spans, chat)
         if problem:
             tally.drop(row.id, problem)
             return None
+        if self.own is not None:
+            check_same(row.id, rendered.text, self.own(chat)[0], self.rules.template)
+            self.proved += 1
         return rendered
 
     def _raw(self, text: str) -> Rendered:
@@ -205,6 +223,19 @@ class RowTokenizer:
                 check_terminator(row.id, ids[index], bool(mask[index]), self.encoder.special_ids, shown)
                 self.terminators.add(int(ids[index]))
         return "", mask
+
+    def _unterminated(self, row: Example, text: Rendered, offsets: Offsets) -> bool:
+        """Whether a supervised turn begins within the kept tokens and ends behind them, or has no end at all."""
+        if row.text is not None and not self.rules.eos:
+            return True
+        if len(offsets) <= self.rules.max_length:
+            return False
+        kept = int(offsets[self.rules.max_length - 1, 1])  # characters
+        spans = text.spans[-1:] if self.rules.supervise == "last" else text.spans
+        ends = last_tokens(offsets, spans)
+        return any(
+            a < kept and (i is None or i >= self.rules.max_length) for (a, _), i in zip(spans, ends, strict=True)
+        )
 
 
 def table(rows: Sequence[TokenizedRow]) -> pa.Table:

@@ -31,10 +31,11 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from finetune.backends.packing import pack
+    from finetune.backends.packing import lower_bound, pack
     from finetune.records import write_table
 
     rows = pq.read_table(inputs["render"] / "train.parquet", columns=["id", "input_ids", "mask"]).combine_chunks()
@@ -51,9 +52,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     write_table(out / "row_ids.parquet", {"row_ids": names}, {"row_ids": pa.list_(pa.string())})
     lengths = [sum(lengths) for lengths in packed.table["seq_lengths"].to_pylist()]
     tokens, bins = sum(lengths), len(lengths)
+    sizes = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
     return {
         "efficiency": tokens / (bins * spec.length_tokens) if bins else 0.0,
         "bins": bins,
+        "bins_at_least": lower_bound(sizes, spec.length_tokens),
         "tokens": tokens,
         "longest": max(lengths, default=0),
         "documents": len(ids),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.data.tokens import RowTokenizer, Rules
     from finetune.records import Example
 
+SAMPLE = 200  # rows that a template is chosen on, and whose prompts are tokenised by themselves
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
 
 
@@ -45,20 +46,25 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
     tokenizer = load_tokenizer(inputs["base"])
-    sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), spec.verify_rows)
+    asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
+    sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), asked)
     template = choose_template(spec.template, spec.template_file, tokenizer, sample, spec.system == "merge")
-    ctx.say(f"render: template {template.name}, proved on {len(sample)} rows")
     encoder = Encoder(tokenizer, template.training)
     worker = RowTokenizer(
         JinjaRenderer(template.training, tokenizer.special_tokens_map), encoder, _rules(spec, template, tokenizer)
     )
+    if spec.prove_rows == "all" and template.inference != template.training:
+        worker.own = JinjaRenderer(template.inference, tokenizer.special_tokens_map)
     worker.gap = worker.measure_gap(sample)
     proved = worker.check_prompts(sample)
     tallies = {
         "train": _write(worker, train, out / "train.parquet", ctx),
         "eval": _write(worker, folder / "eval.parquet", out / "eval.parquet", ctx),
     }
-    check_shares(list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction)
+    check_shares(
+        list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction, spec.max_unterminated_fraction
+    )
+    ctx.say(f"render: template {template.name}, proved on {worker.proved or len(sample)} rows")
     pad = choose_pad(tokenizer, template.training, worker.labels)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
@@ -72,6 +78,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     return {
         "supervised_fraction": done.supervised / done.tokens,
         "truncated": sum(t.truncated for t in tallies.values()),
+        "unterminated": sum(t.unterminated for t in tallies.values()),
         "dropped": sum(dropped.values()),
         "dropped_because": dropped,
         "rows": done.rows,
@@ -157,6 +164,7 @@ def _write_audit(
         "system": worker.rules.system,
         "supervise": worker.rules.supervise,
         "prompts_proved": proved,
+        "rows_proved": worker.proved,
         "terminators": sorted(worker.terminators),
         "label_ids": len(worker.labels),
     }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.backends.packing import pack
+from finetune.backends.packing import lower_bound, pack
 from finetune.errors import GateRefused
 
 
@@ -55,3 +55,43 @@ def test_a_bin_without_labels_is_refused() -> None:
     assert pack(*columns([8, 8], frozenset([1])), 16).documents  # its neighbour in the bin has some
     with pytest.raises(GateRefused, match=r"\[1\]"):
         pack(*columns([16, 16], frozenset([1])), 16)
+
+
+def fewest(sizes: list[int], length: int) -> int:
+    """The true optimum, by trying every place for every document."""
+
+    def place(rest: list[int], bins: tuple[int, ...], best: int) -> int:
+        if len(bins) >= best:
+            return best
+        if not rest:
+            return len(bins)
+        for i in {free: i for i, free in enumerate(bins) if free >= rest[0]}.values():
+            best = place(rest[1:], (*bins[:i], bins[i] - rest[0], *bins[i + 1 :]), best)
+        return place(rest[1:], (*bins, length - rest[0]), best)
+
+    return place(sorted(sizes, reverse=True), (), len(sizes) + 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7))
+def test_the_bound_is_never_over_the_optimum_nor_under_the_tokens(sizes) -> None:
+    bound = lower_bound(np.array(sizes), 12)
+    assert -(-sum(sizes) // 12) <= bound <= fewest(sizes, 12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bound"),
+    [([], 0), ([12], 1), ([7, 7, 7], 3), ([6, 6, 6], 2), ([7, 5, 7, 5], 2), ([8, 8, 5, 5, 5], 4), ([1] * 25, 3)],
+)
+def test_bounds_by_hand(sizes, bound) -> None:
+    assert lower_bound(np.array(sizes, np.int64), 12) == bound
+
+
+def test_a_bound_needs_sizes_in_range() -> None:
+    with pytest.raises(ValueError, match="from 0 to 13; allowed are 1 to 12"):
+        lower_bound(np.array([0, 13]), 12)
+
+
+def test_many_documents_are_packed_close_to_the_bound() -> None:
+    sizes = np.random.default_rng(0).lognormal(4.6, 0.8, 3000).astype(np.int64).clip(2, 1024)
+    assert len(pack(*columns(sizes.tolist()), 1024).documents) <= 1.005 * lower_bound(sizes, 1024) + 1

@@ -17,14 +17,32 @@ from finetune.backends.templates import (
     sha256,
     template_text,
 )
-from finetune.data.audit import marking_problem
+from finetune.data.audit import lost_turn, marking_problem
 from finetune.data.chat import TemplateRefused, turn
 from finetune.errors import GateRefused, InputError
 from finetune.records import Example, Message
 from tests.base_templates import ALL, kind_of
 from tests.tiny_tokenizers import build
 
-EQUAL = {"mistral": "mistral_card", "llama2": "llama2", "llama3": "llama3", "chatml": "chatml", "zephyr": "zephyr"}
+EQUAL = {  # ours -> what the family's bases ship
+    "mistral": "mistral_card",
+    "mistral-v3": "mistral_v3",
+    "mistral-tekken": "mistral_tekken",
+    "llama2": "llama2",
+    "llama3": "llama3",
+    "llama3.1": "llama3.1",
+    "chatml": "chatml",
+    "qwen2.5": "qwen_tools",
+    "gemma2": "gemma2",
+    "phi3": "phi3",
+    "zephyr": "zephyr",
+}
+WITHOUT_SYSTEM = ("mistral", "mistral-v3", "mistral-tekken", "gemma2")
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "look", "arguments": {"at": 'the "sea" é'}}}],
+}
 texts = st.text(st.sampled_from("ab \n<>[]/"), max_size=12)
 turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
 
@@ -37,8 +55,8 @@ def example(number: int, *contents: str, system: str | None = None) -> Example:
 ROWS = [example(1, "Hi", "Hello."), example(2, " a ", "b\n", "c", " d"), example(3, "x", "y", system="Be brief.")]
 
 
-def test_there_are_six() -> None:
-    assert list(named_templates()) == ["alpaca", "chatml", "llama2", "llama3", "mistral", "zephyr"]
+def test_each_but_alpaca_has_a_base_to_be_compared_with() -> None:
+    assert set(named_templates()) == {*EQUAL, "alpaca"}
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -48,12 +66,44 @@ def test_ours_write_byte_for_byte_what_the_base_writes(name, said, system) -> No
     special = build(kind_of(name)).special_tokens_map
     ours, theirs = JinjaRenderer(template_text(name, None), special), JinjaRenderer(ALL[EQUAL[name]], special)
     chat = [m for q, a in said for m in (turn("user", q), turn("assistant", a))]
-    if system is not None and name != "mistral":
+    if system is not None and name not in WITHOUT_SYSTEM:
         chat.insert(0, turn("system", system))
     assert ours(chat)[0] == theirs(chat)[0]
     assert ours(chat[:-1], True)[0] == theirs(chat[:-1], True)[0]
     assert marking_problem(*ours(chat), chat) is None
     assert ours(chat)[1][-1][0] == len(ours(chat[:-1], True)[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.1"])
+@pytest.mark.parametrize("system", [None, " Be brief. "])
+def test_calls_and_their_results_are_written_as_the_base_writes_them(name, system) -> None:
+    special = build("byte_level").special_tokens_map
+    ours, theirs = JinjaRenderer(template_text(name, None), special), JinjaRenderer(ALL[EQUAL[name]], special)
+    chat = [turn("user", "Look."), CALL, turn("tool", '22 "C"'), turn("tool", "é"), turn("assistant", " Blue. ")]
+    chat = [turn("system", system)] * (system is not None) + chat
+    text, spans = ours(chat)
+    assert text == theirs(chat)[0] and ours(chat[:-1], True)[0] == theirs(chat[:-1], True)[0]
+    assert marking_problem(text, spans, chat) is None and lost_turn(text, spans, chat) is None
+    assert "look" in text[slice(*spans[0])] and "22" not in text[slice(*spans[0])]
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral", "mistral-v3", "mistral-tekken", "llama2", "zephyr", "phi3", "gemma2", "alpaca"]
+)
+def test_a_template_without_a_place_for_calls_does_not_lose_them_unseen(name) -> None:
+    render = JinjaRenderer(template_text(name, None), {"bos_token": "<s>", "eos_token": "</s>"})
+    with pytest.raises(TemplateRefused):
+        render([turn("user", "Look."), CALL, turn("tool", "22"), turn("assistant", "Blue.")])
+    chat = [turn("user", "Look."), CALL]
+    assert "call of look" in str(lost_turn(*render(chat), chat))
+
+
+def test_auto_marks_calls_by_our_template_where_the_base_writes_them() -> None:
+    message = Message("assistant", "", '{"tool_calls":[{"function":{"arguments":{"at":"sea"},"name":"look"}}]}')
+    said = (Message("user", "Look."), message, Message("tool", "22"), Message("assistant", "Blue."))
+    tokenizer = build("byte_level", ALL["qwen_tools"])
+    chosen = choose_template("auto", None, tokenizer, [*ROWS, Example("r:9", "r", said)], merge=True)
+    assert chosen.name == "base, marked as qwen2.5" and chosen.inference == ALL["qwen_tools"]
 
 
 def test_alpaca_writes_the_published_prompt() -> None:
@@ -71,7 +121,7 @@ def test_auto_finds_the_assistants_text_in_every_base(name) -> None:
     tokenizer = build(kind_of(name), ALL[name])
     chosen = choose_template("auto", None, tokenizer, ROWS, merge=True)
     assert chosen.inference == ALL[name] and has_markers(chosen.training)
-    assert chosen.system == (name not in ("mistral_first", "mistral_card"))
+    assert chosen.system == (name not in ("mistral_first", "mistral_card", "mistral_v3", "mistral_tekken", "gemma2"))
     assert chosen.name == ("base, marked as llama3" if name == "llama3" else "base")
     render = JinjaRenderer(chosen.training, tokenizer.special_tokens_map)
     text, spans = render([turn("user", "Hi"), turn("assistant", "Hello.")])
@@ -79,6 +129,8 @@ def test_auto_finds_the_assistants_text_in_every_base(name) -> None:
         "</s>",
         "<|eot_id|>",
         "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
     )
 
 
@@ -97,7 +149,7 @@ def test_a_base_with_markers_keeps_its_template() -> None:
 
 
 def test_a_base_without_template_is_refused_with_the_names() -> None:
-    with pytest.raises(GateRefused, match="alpaca, chatml, llama2, llama3, mistral, zephyr"):
+    with pytest.raises(GateRefused, match=r"alpaca, chatml, gemma2, llama2, llama3, llama3\.1, mistral, mistral-t"):
         choose_template("auto", None, build("metaspace"), ROWS, merge=True)
 
 

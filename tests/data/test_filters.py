@@ -22,19 +22,24 @@ GOOD = chat(("user", "question"), ("assistant", "answer"))
 TEXT = Example("s:1", "s", text="Once upon a time")
 
 
+def why(verdict: filters.Verdict) -> tuple[str, str] | None:
+    """The name and the sentence."""
+    return verdict and (verdict.reason, verdict.detail)
+
+
 def test_empty_turns() -> None:
     assert filters.empty_turn(GOOD) is None
     assert filters.empty_turn(TEXT) is None
     assert filters.empty_turn(chat(("user", "q"), ("assistant", ""), extra='{"tool_calls":[]}')) is None
-    assert filters.empty_turn(chat(("user", " \n"), ("assistant", "a"))) == ("empty", "turn 1 (user) is blank")
-    assert filters.empty_turn(Example("s:1", "s", text=" ")) == ("empty", "the text is blank")
-    assert filters.empty_turn(Example("s:1", "s")) == ("empty", "there is no turn")
+    assert why(filters.empty_turn(chat(("user", " \n"), ("assistant", "a")))) == ("empty", "turn 1 (user) is blank")
+    assert why(filters.empty_turn(Example("s:1", "s", text=" "))) == ("empty", "the text is blank")
+    assert why(filters.empty_turn(Example("s:1", "s"))) == ("empty", "there is no turn")
 
 
 def test_no_assistant() -> None:
     assert filters.no_assistant(GOOD) is None
     assert filters.no_assistant(TEXT) is None
-    assert filters.no_assistant(chat(("user", "q"))) == ("no_assistant", "the roles are user")
+    assert why(filters.no_assistant(chat(("user", "q")))) == ("no_assistant", "the roles are user")
 
 
 @pytest.mark.parametrize(
@@ -63,26 +68,31 @@ def test_alternating_roles_are_kept(roles: str) -> None:
 def test_other_orders_are_left_out(roles: str, says: str) -> None:
     verdict = filters.not_alternating(chat(*((role, "x") for role in roles.split())))
     assert verdict is not None
-    assert verdict[0] == "alternate"
-    assert says in verdict[1]
+    assert verdict.reason == "alternate"
+    assert says in verdict.detail
 
 
 def test_lengths_in_characters() -> None:
     assert filters.length_outside(GOOD, "user", 8, 8) is None
-    assert filters.length_outside(GOOD, "user", 9, None) == ("user_short", "8 characters, at least 9")
-    assert filters.length_outside(GOOD, "assistant", 0, 5) == ("assistant_long", "6 characters, at most 5")
+    assert why(filters.length_outside(GOOD, "user", 9, None)) == ("user_short", "8 characters, at least 9")
+    assert why(filters.length_outside(GOOD, "assistant", 0, 5)) == ("assistant_long", "6 characters, at most 5")
     assert filters.length_outside(TEXT, "user", 100, None) is None
-    assert filters.length_outside(TEXT, "assistant", 100, None) == ("assistant_short", "16 characters, at least 100")
+    assert why(filters.length_outside(TEXT, "assistant", 100, None)) == (
+        "assistant_short",
+        "16 characters, at least 100",
+    )
 
 
 def test_patterns() -> None:
     compiled = re.compile
     assert filters.matching(GOOD, [compile_ := compiled("absent")], [compiled("quest")]) is None
-    assert filters.matching(GOOD, [compile_, compiled("a.s")], []) == ("drop_matching", "'a.s' matches 'ans'")
-    assert filters.matching(GOOD, [], [compile_]) == ("keep_matching", "matches none of 'absent'")
+    assert why(filters.matching(GOOD, [compile_, compiled("a.s")], [])) == ("drop_matching", "'a.s' matches 'ans'")
+    assert why(filters.matching(GOOD, [], [compile_])) == ("keep_matching", "matches none of 'absent'")
     assert filters.matching(TEXT, [compiled("^Once")], []) is not None
 
 
 def test_tokens() -> None:
-    assert filters.too_many_tokens(10, 10) is None
-    assert filters.too_many_tokens(11, 10) == ("tokens", "11 tokens, at most 10")
+    assert filters.tokens_outside(10, 10, 10) is None
+    assert filters.tokens_outside(3, None, None) is None
+    assert filters.tokens_outside(11, None, 10) == filters.Drop("tokens", "11 tokens, at most 10", 11, 10)
+    assert filters.tokens_outside(9, 10, None) == filters.Drop("tokens", "9 tokens, at least 10", 9, 10)

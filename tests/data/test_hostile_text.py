@@ -37,9 +37,9 @@ HOSTILE = {
     "huge_constant": ("{{ 'a' * 10**10 }}", "outgrows the memory"),
     "huge_text": ("{{ 'a' * (messages|length * 10**10) }}", "outgrows the memory"),
     "wide_format": ("{{ '{:>10000000000}'.format('a') }}", "outgrows the memory"),
-    "doubling": (
+    "doubling": (  # whichever a busy machine meets first
         "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "outgrows the memory",
+        "(outgrows the memory|does not end within 1 s)",
     ),
     "huge_number": ("{{ 10 ** (10 ** 9) }}", "does not end within 1 s"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.measures import cosines
 from finetune.data.near_duplicates import (
     copy_id,
-    cosines,
     exact_duplicates,
     field_text,
     groups,

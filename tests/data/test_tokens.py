@@ -98,6 +98,44 @@ def test_a_cut_row_loses_its_terminator_and_is_counted() -> None:
     cut, tally = one(worker(max_length=len(full.ids) - 1), row("Q", "one two three four"))
     assert cut.truncated and cut.ids.tolist() == full.ids.tolist()[:-1] and tally.truncated == 1
     assert not full.truncated
+    assert cut.unterminated and tally.unterminated == 1 and not full.unterminated
+
+
+def test_a_row_cut_in_a_question_has_all_its_ends() -> None:
+    said = row("Q", "one", "R " * 20, "two")
+    full, _ = one(worker(), row("Q", "one"))
+    cut, tally = one(worker(max_length=len(full.ids) + 6), said)
+    assert cut.truncated and not cut.unterminated and tally.as_json()["unterminated"] == 0
+    deeper, _ = one(worker(), said)
+    cut, _ = one(worker(max_length=len(deeper.ids) - 1), said)
+    assert cut.unterminated  # the second answer is there but for its end
+    cut, _ = one(worker(max_length=len(deeper.ids) - 1, supervise="all"), said)
+    assert cut.unterminated
+
+
+def test_raw_text_without_eos_has_no_end() -> None:
+    made, _ = one(worker(eos=None), Example("t:1", "t", text="the sea"))
+    assert made.unterminated
+
+
+def test_a_row_that_the_training_form_writes_otherwise_is_refused() -> None:
+    w = worker()
+    w.own = JinjaRenderer(
+        template_text("mistral", None).replace("[INST] ", "[INST]"), {"bos_token": "<s>", "eos_token": "</s>"}
+    )
+    with pytest.raises(GateRefused, match="row r:1: the training form of template mistral"):
+        one(w, row("Q", "A"))
+    w.own = w.render
+    assert one(w, row("Q", "A"))[0] is not None and w.proved == 1
+
+
+def test_a_turn_that_the_template_passes_over_drops_the_row() -> None:
+    deaf = template_text("zephyr", None).replace(
+        "{%- for message in messages -%}", "{%- for message in messages if message.role != 'tool' -%}"
+    )
+    said = (*row("Q", "A").messages, Message("tool", "22"), Message("assistant", "B"))
+    made, tally = one(worker(source=deaf, system="template"), Example("r:1", "r", said))
+    assert made is None and "does not write turn 3, a tool's" in next(iter(tally.dropped))
 
 
 @pytest.mark.parametrize(
