@@ -6,12 +6,13 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune import shown
+from finetune.chat_input import clean, read_question, remembering
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Recipe
@@ -25,6 +26,7 @@ HELP = (
     "/reset        forget the conversation\n"
     "/seed N       the seed of the next answers\n"
     "/save FILE    add the conversation to a .jsonl that a recipe can read (default chat.jsonl)\n"
+    "\\             at a line's end: the question goes on in the next line\n"
     "/quit         leave"
 )
 ROOM_FOR_CACHE = 0.85  # of the free GPU memory may go to weights; the rest holds keys, values and activations
@@ -89,7 +91,7 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
         if conversation.system and not voice.takes_system:
             screen.say("this template has no place for a system message: it goes before the first question")
         if prompt is not None:
-            _exchange(voice, conversation, _clean(prompt), options)
+            _exchange(voice, conversation, clean(prompt), options)
             return
         _talk(voice, conversation, options, screen)
 
@@ -251,14 +253,17 @@ def _voice(
 
 def _talk(voice: Voice, conversation: Conversation, options: Options, screen: Screen) -> None:
     """One line of stdin after the other, until /quit or its end."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines and remembers them once this is loaded
     terminal = sys.stdin.isatty()
     if terminal:
         screen.say("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the conversation")
+    with remembering(terminal):
+        _talk_on(voice, conversation, options, screen, terminal)
+
+
+def _talk_on(voice: Voice, conversation: Conversation, options: Options, screen: Screen, terminal: bool) -> None:
     while True:
         try:
-            line = _clean(input("\nyou> " if terminal else "")).strip()
+            line = read_question(terminal).strip()
         except EOFError:
             return
         except KeyboardInterrupt:  # meant for an answer that has just ended
@@ -387,11 +392,6 @@ def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Ca
 def printable(text: str) -> str:
     """`text` without the control characters by which what a model writes could steer a terminal."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "�" for c in text)
-
-
-def _clean(text: str) -> str:
-    """`text` without the halves of characters that a terminal in another encoding sends."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _write(text: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.backends import quantized_copy
 from finetune.pipeline import STAGES, stage_folder
 from finetune.runs import latest_run, read_record
 from finetune.store import Store, is_being_built
@@ -37,6 +38,8 @@ def unused(store: Store, keep: int) -> list[Unused]:
         for folder in sorted(p for p in (root / stage.name).glob("*") if p.is_dir()):
             if folder not in used and not is_being_built(folder):
                 folders.append(folder)
+    bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())
+    folders += quantized_copy.unneeded(store.scratch, bases)
     return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
 
 

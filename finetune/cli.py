@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.errors import FinetuneError
+from finetune.recipe_names import complete_recipe
 
 app = typer.Typer(
     help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
@@ -20,8 +21,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.")]
-RunName = Annotated[str, typer.Argument(metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.", autocompletion=complete_recipe
+    ),
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the recipe.")]
 Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
 Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
@@ -32,16 +41,22 @@ SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 
 @app.command()
 def validate(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Paths or names.")], sets: Sets = None
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE…", help="Paths or names.", autocompletion=complete_recipe)
+    ],
+    sets: Sets = None,
 ) -> None:
     """Check recipes: every error, with file, line and field."""
     from finetune.errors import InputError
+    from finetune.recipe_checks import absent
     from finetune.recipe_file import load_recipe
 
     problems = []
     for name in recipes:
         try:
             loaded = load_recipe(name, sets or [])
+            if missing := absent(loaded):
+                raise InputError("\n".join(missing))
             typer.echo(f"{loaded.path}: fine ({loaded.recipe.name})")
         except InputError as error:
             problems.append(str(error))
@@ -77,11 +92,25 @@ def run(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
     fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and begin anew.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Train in this many processes, one a GPU.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
 ) -> None:
     """Run a recipe: every stage that is not there yet, or whose inputs changed."""
-    from finetune.session import run_recipe
+    from finetune.session import launch_recipe, run_recipe
 
-    run_recipe(recipe, until=until, sets=sets or [], artifacts=artifacts, scratch=scratch, fresh=fresh)
+    if processes > 1:
+        launch_recipe(
+            recipe,
+            processes,
+            until=until,
+            sets=sets or [],
+            artifacts=artifacts,
+            scratch=scratch,
+            fresh=fresh,
+            force=force,
+        )
+        return
+    run_recipe(recipe, until=until, sets=sets or [], artifacts=artifacts, scratch=scratch, fresh=fresh, force=force)
 
 
 @app.command()
@@ -114,7 +143,8 @@ def show(
 @app.command()
 def inspect(
     recipe: RecipeName,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows: 5, or 50 on a page.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
@@ -124,7 +154,21 @@ def inspect(
     from finetune.recipe_file import load_recipe
     from finetune.store import Store
 
-    shown.print_rows(load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch), rows)
+    loaded, store = load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch)
+    if html is None:
+        shown.print_rows(loaded, store, rows or 5)
+    else:
+        shown.write_rows_page(loaded, store, rows or 50, html)
+        typer.echo(html)
+
+
+@app.command()
+def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
+    """Write report.html into a run's folder, anew where it is there already, and print its path."""
+    from finetune.reporting import write_report
+    from finetune.store import Store
+
+    typer.echo(write_report(Store(artifacts, scratch), run))
 
 
 @app.command()
@@ -168,7 +212,14 @@ def clean(
 
 @app.command()
 def chat(
-    name: Annotated[str, typer.Argument(metavar="RECIPE[@RUN]|FOLDER", help="A run's adapter, or a merged model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE[@RUN]|FOLDER",
+            help="A run's adapter, or a merged model.",
+            autocompletion=complete_recipe,
+        ),
+    ],
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     compare: Annotated[str | None, typer.Option(metavar="base", help="Answer without the adapter, too.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
@@ -214,7 +265,9 @@ def main() -> None:
     try:
         app()
     except FinetuneError as error:
+        from finetune.launching import message
         from finetune.report.console import print_error
 
-        print_error(str(error))
+        if text := message(error, os.environ):
+            print_error(text)
         sys.exit(error.exit_status)

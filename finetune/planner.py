@@ -6,16 +6,19 @@ Rates are the datasheets' dense 16-bit figures; what is assumed of them is said 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.backends.embedding_time import describe as embedding_time_in_words
+from finetune.backends.embedding_time import embedding_time
+from finetune.backends.lora_settings import is_saved, is_target, rank_of
+from finetune.backends.quantized_copy import wanted
 from finetune.backends.sft import batch_shape, total_steps
 from finetune.errors import InputError
-from finetune.recipe import Recipe
-from finetune.recipe_file import resource
+from finetune.recipe import Lora, Recipe
+from finetune.recipe_names import resource
 
 if TYPE_CHECKING:
     from finetune.pipeline import Step
@@ -128,23 +131,23 @@ def _shapes(config: dict[str, Any]) -> Shapes | None:
 
 
 def adapter_parameters(shapes: Shapes, recipe: Recipe) -> int:
-    """Trainable elements: r·(in + out) for every adapted matrix, and a magnitude a row for DoRA."""
-    targets, total = recipe.lora.targets, 0
+    """Trainable elements: r·(in + out) for every adapted matrix, a magnitude a row for DoRA, what is trained whole."""
+    lora, total = recipe.lora, saved_parameters(shapes, recipe.lora)
     for layer in range(shapes.layers):
         for name, (inner, outer) in shapes.linears().items():
             block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             path = f"model.layers.{layer}.{block}.{name}"
-            if isinstance(targets, list):
-                hit = any(path == t or path.endswith(f".{t}") for t in targets)
-            else:
-                hit = targets == "all-linear" or re.fullmatch(targets, path) is not None
-            if hit:
-                rank = next(
-                    (r for k, r in recipe.lora.rank_pattern.items() if re.fullmatch(rf"(.*\.)?({k})", path)),
-                    recipe.lora.r,
-                )
-                total += rank * (inner + outer) + (outer if recipe.lora.dora else 0)
+            if is_target(lora, path, shapes.layers):
+                total += rank_of(lora, path) * (inner + outer) + (outer if lora.dora else 0)
     return total
+
+
+def saved_parameters(shapes: Shapes, lora: Lora) -> int:
+    """Elements of lora.modules_to_save, by the names they have in Llama-like bases."""
+    sizes = {"model.embed_tokens": shapes.vocabulary * shapes.hidden, "lm_head": shapes.vocabulary * shapes.hidden}
+    norms = [f"model.layers.{i}.{n}_layernorm" for i in range(shapes.layers) for n in ("input", "post_attention")]
+    sizes |= dict.fromkeys(["model.norm", *norms], shapes.hidden)
+    return sum(size for name, size in sizes.items() if is_saved(lora, name))
 
 
 def weight_bytes(shapes: Shapes, recipe: Recipe) -> int:
@@ -207,6 +210,7 @@ def predict(recipe: Recipe, steps: Sequence[Step], device: str | None = None) ->
         "access": _access(recipe, shapes),
         "parameters": shapes.parameters if shapes else None,
         **_data_figures(recipe, by_name),
+        "embedding": _embedding(by_name),
     }
     if shapes is None:
         return result | {"memory_bytes": None, "disk_bytes": None, "devices": None}
@@ -224,13 +228,19 @@ def disk(shapes: Shapes, recipe: Recipe) -> dict[str, int]:
     """Bytes by root: scratch holds the download and the merged model, artifacts the adapter and its checkpoints."""
     adapter = adapter_parameters(shapes, recipe)
     optimizer = adapter * (2 if "8bit" in recipe.train.optimizer else 8)
+    best = 4 * adapter if recipe.train.keep_best else 0
     download = 2 * shapes.parameters if recipe.model.kind == "hub" else 0
     return {
         "download": download,
+        "quantized_copy": weight_bytes(shapes, recipe) if _keeps_copy(shapes, recipe) else 0,
         "merged": 2 * shapes.parameters if recipe.merge else 0,
         "adapter": 4 * adapter,
-        "training_checkpoints": (recipe.runtime.keep_checkpoints + 1) * (4 * adapter + optimizer),
+        "training_checkpoints": (recipe.runtime.keep_checkpoints + 1) * (4 * adapter + optimizer + best),
     }
+
+
+def _keeps_copy(shapes: Shapes, recipe: Recipe) -> bool:
+    return recipe.quantization is not None and wanted(recipe.runtime.keep_quantized, shapes.parameters)
 
 
 def _access(recipe: Recipe, shapes: Shapes | None) -> str:
@@ -239,6 +249,14 @@ def _access(recipe: Recipe, shapes: Shapes | None) -> str:
     if shapes and shapes.gated:
         return f"gated: accept the terms at https://huggingface.co/{recipe.model.id} and log in (`hf auth login`)"
     return "open, as far as is known offline"
+
+
+def _embedding(by_name: dict[str, Step]) -> dict[str, Any] | None:
+    """What embedding will take, once filter has counted the rows; None where nothing is left to embed."""
+    filtered, step = by_name["filter"].manifest, by_name["embed"]
+    if filtered is None or step.folder is None or step.spec is None or step.manifest is not None:
+        return None
+    return embedding_time(step.spec.model_dump()["embedding"], int(filtered.metrics["rows_out"]), step.folder.parent)
 
 
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
@@ -281,6 +299,8 @@ def describe(result: dict[str, Any]) -> str:
         lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
     else:
         lines.append(f"  tokens      {result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps")
+    if result["embedding"]:
+        lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
     for name, on in (result["devices"] or {}).items():
         hours = f", {on['train_seconds'] / 60:.0f} min training" if on["train_seconds"] else ""
         fit = "fits" if on["fits"] else "does not fit"

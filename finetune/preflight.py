@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import planner
+from finetune.backends import distribution, harness, llama_cpp, models, quantized_copy, tracking
 from finetune.backends.sft import batch_shape
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.pipeline import Step
 from finetune.recipe import HubSource, Recipe
+from finetune.recipe_checks import rule_problem
+from finetune.records import read_json
 from finetune.store import Store
 
 NEEDS_WEIGHTS = ("train", "evaluate", "certify")
@@ -20,11 +24,11 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters; above that one step takes minutes 
 DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 
 
-def check(recipe: Recipe, steps: Sequence[Step], world: int = 1) -> list[str]:
-    """Refuse what cannot end well; returns notes on what could not be checked.
+def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False) -> list[str]:
+    """Refuse what cannot end well; returns notes on what could not be checked, or was overruled by `force`.
 
-    `steps` is the plan up to the stage asked for. Raises InputError (no access), GateRefused (no GPU for this size),
-    FinetuneError (a folder that cannot be written, a disk that is too small).
+    `steps` is the plan up to the stage asked for. Raises InputError (no access, no tracker), GateRefused (no GPU for
+    this size, or one that is too small).
     """
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
     notes = _check_access(recipe, to_build)
@@ -32,31 +36,72 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1) -> list[str]:
     shapes = planner.read_shapes(recipe, base.folder if base.manifest else None)
     if shapes is not None and to_build & set(NEEDS_WEIGHTS):
         _check_device(recipe, shapes)
+    if "filter" in to_build and recipe.filter:
+        for lack in filter(None, map(rule_problem, recipe.filter.rules)):
+            raise InputError(f"filter.rules: {lack}")
+    if "export" in to_build and recipe.export:
+        llama_cpp.require_quantizer(recipe.export.gguf)
+    if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
+        harness.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
     if "train" in to_build:
-        batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
-        if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
+        notes += _check_training(recipe, shapes, world, force=force)
+    return notes
+
+
+def _check_training(recipe: Recipe, shapes: planner.Shapes | None, world: int, *, force: bool) -> list[str]:
+    """The batch can be shared out, the GPU is large enough, the trackers are there."""
+    notes = []
+    if world > 1:
+        distribution.check_devices(recipe.runtime.device, world, os.environ)
+    batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    if shapes is not None and (small := _too_small(recipe, shapes, world)):
+        if not force:
+            raise GateRefused(f"{small}. --force goes on all the same")
+        notes.append(f"{small}; going on, as --force asks")
+    if recipe.tracking.wandb:
+        mode, why = tracking.wandb_mode(os.environ, tracking.has_wandb_key())
+        notes += [f"tracking: W&B is recorded {mode}: {why}"] if mode != "online" else []
+    if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
     return notes
 
 
 def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
-    """Both roots can be written and have room for what is still to be made."""
+    """Both roots can be written and have room for what is still to be made; on one disk, for both together."""
     base = next(s for s in steps if s.stage.name == "base")
-    shapes = planner.read_shapes(recipe, base.folder if base.manifest else None)
+    pinned = base.folder if base.manifest else None
+    shapes = planner.read_shapes(recipe, pinned)
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
-    needed = planner.disk(shapes, recipe) if shapes else dict.fromkeys(("download", "merged", "adapter"), 0)
-    durable = DURABLE_SLACK + (needed["adapter"] + needed.get("training_checkpoints", 0) if "train" in to_build else 0)
-    local = (needed["merged"] if "merge" in to_build else 0) + (
-        needed["download"] if to_build & set(NEEDS_WEIGHTS) else 0
-    )
+    needed = dict.fromkeys(("download", "quantized_copy", "merged", "adapter", "training_checkpoints"), 0)
+    needed |= planner.disk(shapes, recipe) if shapes else {}
+    loads = bool(to_build & set(NEEDS_WEIGHTS))
+    durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
+    local = needed["merged"] if "merge" in to_build else 0
+    local += needed["download"] if loads and not is_downloaded(recipe, pinned, store.scratch) else 0
+    local += needed["quantized_copy"] if loads and not (pinned and quantized_copy.exists(store.scratch, pinned)) else 0
+    disks: dict[int, list[tuple[Path, int]]] = {}
     for root, bytes_needed in ((store.artifacts, durable), (store.scratch, local)):
         _check_writable(root)
-        free = shutil.disk_usage(root).free
-        if free < bytes_needed:
+        disks.setdefault(root.stat().st_dev, []).append((root, bytes_needed))
+    for roots in disks.values():
+        free, together = shutil.disk_usage(roots[0][0]).free, sum(count for _, count in roots)
+        if free < together:
+            names = " and ".join(str(root) for root, _ in roots) + (", on one disk" if len(roots) > 1 else "")
             raise FinetuneError(
-                f"{root}: {free / 1e9:.1f} GB free, about {bytes_needed / 1e9:.1f} GB needed; free some, or choose "
+                f"{names}: {free / 1e9:.1f} GB free, about {together / 1e9:.1f} GB needed; free some, or choose "
                 "another folder with --artifacts or --scratch"
             )
+
+
+def is_downloaded(recipe: Recipe, pinned: Path | None, scratch: Path) -> bool:
+    """Whether the weights of a Hub base lie whole in the cache, at the commit pinned in the base stage's folder or
+    named by the recipe.
+    """
+    if recipe.model.kind != "hub":
+        return True
+    revision = read_json(pinned / "base.json")["revision"] if pinned else recipe.model.revision
+    folder = scratch / "hub" / f"models--{recipe.model.id.replace('/', '--')}" / "snapshots" / str(revision)
+    return bool(models.weight_files(folder))
 
 
 def _check_writable(root: Path) -> None:
@@ -85,11 +130,40 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
 def _check_device(recipe: Recipe, shapes: planner.Shapes) -> None:
     if shapes.parameters < LARGEST_ON_CPU:
         return
-    from finetune.backends.models import pick_device
-
-    if pick_device(recipe.runtime.device) == "cpu":
+    if models.pick_device(recipe.runtime.device) == "cpu":
         raise GateRefused(
             f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
             "training would take weeks. Run the data stages here with --until pack, the whole on a GPU (Colab's free "
             "T4 fits a 7B), or the default recipe: make sft"
         )
+
+
+def _too_small(recipe: Recipe, shapes: planner.Shapes, world: int) -> str | None:
+    """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
+    if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
+        return None
+    import torch
+
+    if models.pick_device(recipe.runtime.device) == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return memory_problem(recipe, shapes, world, free, total)
+
+
+def memory_problem(recipe: Recipe, shapes: planner.Shapes, world: int, free: int, total: int) -> str | None:
+    """Whether the predicted bytes are more than a GPU with `total` bytes has, of which `free` are not in use."""
+    micro, _ = batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    parts = planner.memory(shapes, recipe, micro)
+    needed, held = sum(parts.values()), total - free
+    # Whoever asks already holds the context that the prediction counts as the device's own.
+    room = min(total, free + parts["device"])
+    if recipe.runtime.memory_budget_gb is not None:
+        room = min(room, int(recipe.runtime.memory_budget_gb * 1e9))
+    if needed <= room:
+        return None
+    others = f" ({held / 1e9:.1f} GB are in use: end what holds them)" if held > 2 * parts["device"] else ""
+    return (
+        f"training {recipe.model.id} takes about {needed / 1e9:.1f} GB of GPU memory and there are {room / 1e9:.1f}"
+        f"{others}; lower runtime.micro_batch_rows ({micro}), render.max_length_tokens or lora.r "
+        "(`finetune plan` shows what each takes)"
+    )

@@ -3,7 +3,7 @@
 All models are frozen and refuse unknown fields. Validation touches no GPU, network or environment, and nothing is
 written back afterwards: what can be derived is a property. Local paths are kept out of dumps (`exclude=True`), because
 a stage's key is made of what a file holds, never of where it lies. Reading YAML is `recipe_file.py`; the sections are
-in `recipe_data.py` and `recipe_training.py`, and are imported from here.
+in `recipe_data.py`, `recipe_rules.py`, `recipe_lora.py` and `recipe_training.py`, and are imported from here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from finetune.recipe_data import (
     RECIPE_NAME,
     Decontaminate,
     Dedup,
-    Filter,
     HubSource,
     Ingest,
     LocalSource,
+    MinHash,
     PydocSource,
     Sample,
     Section,
@@ -29,12 +29,13 @@ from finetune.recipe_data import (
     refuse,
     resolve_path,
 )
+from finetune.recipe_lora import Lora
+from finetune.recipe_rules import Filter
 from finetune.recipe_training import (
     BUILTIN_MODELS,
     Certify,
     Evaluate,
     Export,
-    Lora,
     Merge,
     Model,
     Pack,
@@ -59,6 +60,7 @@ __all__ = [
     "LocalSource",
     "Lora",
     "Merge",
+    "MinHash",
     "Model",
     "Pack",
     "Publish",
@@ -162,5 +164,9 @@ class Recipe(Section):
             )
         if self.quantization is None and self.certify and self.certify.base == "dequantized":
             yield ("certify", "base"), "nothing is dequantized where quantization is null; set it to original"
+        if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
+            yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
+        if self.split is None and self.train.eval_steps is not None:
+            yield ("train", "eval_steps"), "it measures on held-out rows, and split is null; set split: {}"
         if self.runtime.device == "cpu" and self.train.precision == "fp16":
             yield ("train", "precision"), "fp16 needs a GPU, and runtime.device is cpu; take auto, fp32 or bf16"

@@ -9,11 +9,13 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.errors import InputError
 from finetune.recipe import LocalSource, Source
 from finetune.recipe_data import is_folder_name
 from finetune.recipe_errors import in_file_order
 from finetune.recipe_file import LoadedRecipe
 from finetune.recipe_names import resource
+from finetune.recipe_rules import LanguageRule, Own, Rule
 
 
 def absent(loaded: LoadedRecipe) -> list[str]:
@@ -31,15 +33,36 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
     for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
         yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
-    embedding = recipe.dedup.embedding if recipe.dedup else None
+    problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
+    yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
+    embedding = ((recipe.dedup.embedding if recipe.dedup else None) or "").removeprefix("model2vec:")
     if embedding and is_folder_name(embedding):
         if not Path(embedding).expanduser().is_dir():
             yield ("dedup", "embedding"), f"found {embedding!r}: no such folder; allowed: lsa, OWNER/NAME, a folder"
+    if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
+        yield ("evaluate", "task_folder"), f"no such folder: {recipe.evaluate.task_path}"
+    start = recipe.lora.start_folder
+    if start is not None and not (start / "adapter_config.json").is_file():
+        yield ("lora", "start_from"), f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is no folder'}"
     if recipe.render.template_file is not None:
         if not recipe.render.template_file.is_file():
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def rule_problem(rule: Rule) -> str | None:
+    """What a filter rule needs that is not here: a package, a module of the user's own; None where it has all."""
+    from finetune.backends import languages, own_rules
+
+    if isinstance(rule, LanguageRule):
+        return languages.missing()
+    if isinstance(rule, Own):
+        try:
+            own_rules.module_file(rule)
+        except InputError as error:
+            return str(error)
+    return None
 
 
 def _no_file(source: Source, recipe: Path) -> Iterator[str]:

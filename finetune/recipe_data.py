@@ -1,4 +1,4 @@
-"""What a recipe says of its rows: where they come from, which are kept, which are held out. Also the common types.
+"""What a recipe says of its rows: where they come from, which are used, which are held out. Also the common types.
 
 The sentence below a field is its documentation: `reference.py` makes recipes/schema.json and docs/recipe-reference.md
 of it (by reading this file, for pydantic's own way to it costs every start of the program 30 ms).
@@ -29,12 +29,18 @@ REPOSITORY = r"^[\w][\w.-]*/[\w][\w.-]*$"
 REVISION = r"^[\w][\w./-]*$"
 RECIPE_NAME = r"^[\w][\w.-]*$"
 KEEP = r"^(longest|first|column:.+)$"
+BY = r"^(tokens|column:.+)$"
+OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+LANGUAGE = r"^[a-z]{2,3}$"
 PATTERN_WORDS = {  # what an error says in place of the expression
     HUB_NAME: "a name as on the Hub: OWNER/NAME",
     REPOSITORY: "OWNER/NAME",
     REVISION: "a branch, a tag or a commit",
     RECIPE_NAME: "letters, digits and _ - . (it names a folder)",
     KEEP: "longest, first or column:NAME",
+    BY: "tokens or column:NAME",
+    OWN: "MODULE:FUNCTION, as in my_rules:too_short",
+    LANGUAGE: "a language's code, as in en",
 }
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -110,12 +116,22 @@ Pattern = Annotated[str, BeforeValidator(lambda v: _compiles(v) if isinstance(v,
 class _SourceFields(Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often the rows are used, applied after duplicates are gone: 2 takes each twice, 0.5 half of them."""
+    rows: Count | None = None
+    """Use this many of the rows, chosen by the seed after duplicates are gone; all where there are fewer."""
     columns: dict[str, str] = {}
     """Names the format gives to columns → names they have here, as in {instruction: question, output: answer}."""
     take: Count | None = None
     """Read this many rows at most; null reads all."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Leave out this many rows at the start."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if self.rows is not None and self.weight != 1:
+            refuse([(("rows",), "rows and weight both say how many rows are used: keep one")])
+        if self.rows is not None and self.take is not None and self.rows > self.take:
+            refuse([(("rows",), f"{self.rows} rows are to be used and only take {self.take} are read")])
+        return self
 
 
 class HubSource(_SourceFields):
@@ -184,51 +200,24 @@ class Ingest(Section):
     """Stop (exit 3) where a larger share of all rows cannot be read as their format."""
 
 
-class Filter(Section):
-    """Which rows are kept; every other row goes to rejects.parquet with its reason."""
+class MinHash(Section):
+    """Near-duplicates by wording: the share of their runs of words that two rows have in common (Jaccard)."""
 
-    max_length_tokens: Count | None = None
-    """Leave out rows with more tokens of the base's tokenizer; null keeps any length."""
-    count: Literal["raw", "rendered"] = "raw"
-    """Count the bare text of the turns, or the row as the chat template writes it."""
-    min_user_characters: Annotated[int, Field(ge=0)] = 1
-    """Leave out rows whose user turns have fewer characters together."""
-    max_user_characters: Count | None = None
-    """Leave out rows whose user turns have more characters together; null sets no limit."""
-    min_assistant_characters: Annotated[int, Field(ge=0)] = 1
-    """Leave out rows whose assistant turns have fewer characters together."""
-    max_assistant_characters: Count | None = None
-    """Leave out rows whose assistant turns have more characters together; null sets no limit."""
-    alternate: bool = True
-    """Leave out conversations in which user and assistant do not take turns, or the assistant is not last."""
-    drop_matching: list[Pattern] = []
-    """Leave out rows in which one of these regular expressions is found in any turn."""
-    keep_matching: list[Pattern] = []
-    """Keep only rows in which one of these regular expressions is found; an empty list keeps all."""
-
-    @model_validator(mode="after")
-    def _some_row_can_pass(self) -> Self:
-        sides = (
-            ("user", self.min_user_characters, self.max_user_characters),
-            ("assistant", self.min_assistant_characters, self.max_assistant_characters),
-        )
-        refuse(
-            [
-                ((f"max_{who}_characters",), f"{most} is under min_{who}_characters {least}: no row would be kept")
-                for who, least, most in sides
-                if most is not None and most < least
-            ]
-        )
-        return self
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of all the runs of two rows, from which they are near-duplicates; no two kept rows reach it."""
+    ngram: Annotated[int, Field(ge=1, le=50)] = 5
+    """Words or signs in a run."""
 
 
 class Dedup(Section):
-    """Exact duplicates, then near-duplicates by cosine."""
+    """Exact duplicates, near-duplicates by wording, near-duplicates by cosine."""
 
     exact: bool = True
     """Drop rows whose text is the same but for case and white space."""
+    minhash: MinHash | None = None
+    """Drop rows that share most runs of words with a kept one; {} takes the defaults, null: not by wording."""
     embedding: Annotated[str, Field(min_length=1)] | None = "lsa"
-    """What makes the vectors: lsa (made of the rows, here), a model on the Hub, a folder; null: no near-duplicates."""
+    """What makes the vectors: lsa, a Hub model or a folder (static ones after `model2vec:`); null: no cosine."""
     field: Literal["instruction", "output", "both"] = "output"
     """Which text is compared: the user's, the assistant's, or all."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -241,32 +230,51 @@ class Dedup(Section):
     @field_validator("embedding")
     @classmethod
     def _can_be_a_folder(cls, embedding: str | None) -> str | None:
-        if embedding and is_folder_name(embedding):
-            local_path(embedding)
+        name = (embedding or "").removeprefix("model2vec:")
+        if embedding and not name:
+            raise ValueError("model2vec: needs a model on the Hub or a folder behind it")
+        if name and is_folder_name(name):
+            local_path(name)
         return embedding
 
 
 class Decontaminate(Section):
-    """Drop training rows that share text with evaluation data."""
+    """Drop training rows that share text or meaning with evaluation data."""
 
     against: Annotated[list[Source], Field(min_length=1)]
     """The evaluation data: sources as under `data`."""
     ngram: Annotated[int, Field(ge=5, le=50)] = 13
     """Words in a row that must be shared for a training row to be dropped."""
+    embedding_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Drop rows whose question reaches this cosine with one there, by dedup.embedding or lsa; null: by words only."""
 
 
 class Sample(Section):
-    """Which of the curated rows are used: all of them, n at random, or the k with most tokens."""
+    """Which of the curated rows are used: all of them, or by one rule the k best, n at random, or n unlike ones."""
 
     top_k: Count | None = None
-    """Use this many rows, those with most tokens."""
+    """Use this many rows, those that are first by `by`."""
+    by: Annotated[str, Field(pattern=BY)] = "tokens"
+    """What top_k takes the most of: tokens, or column:NAME for the figure in a column of the source."""
     random: Count | None = None
     """Use this many rows, chosen by a hash of seed and row id."""
+    diverse: Count | None = None
+    """Use this many rows, taken by turns from clusters of the dedup stage's vectors, nearest the centre first."""
+    clusters: Annotated[int, Field(ge=2)] | None = None
+    """Clusters for diverse; null makes as many as the root of the number of rows, at most `diverse`."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
-        if self.top_k and self.random:
-            raise ValueError("top_k and random are two different rules: keep one")
+        rules = {"top_k": self.top_k, "random": self.random, "diverse": self.diverse}
+        asked = [name for name, rows in rules.items() if rows]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} are {len(asked)} different rules: keep one")
+        if self.by != "tokens" and not self.top_k:
+            refuse([(("by",), "only top_k ranks rows; add top_k, or leave by out")])
+        if self.clusters is not None and not self.diverse:
+            refuse([(("clusters",), "only diverse makes clusters; add diverse, or leave clusters out")])
+        if self.clusters and self.diverse and self.clusters > self.diverse:
+            refuse([(("clusters",), f"{self.clusters} clusters cannot all be seen by diverse {self.diverse} rows")])
         return self
 
 

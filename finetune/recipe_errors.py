@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from finetune.recipe import Recipe
 from finetune.recipe_data import PATTERN_WORDS
+from finetune.recipe_rules import RULES
 
 Location = tuple[str | int, ...]
 Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
@@ -74,6 +75,8 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
         return _unknown(str(at[-1]), model)
     if kind == "missing":
         return "this field is required"
+    if at[:2] == ("filter", "rules") and kind in ("union_tag_not_found", "union_tag_invalid", "model_attributes_type"):
+        return _no_rule(value)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _no_source(value)
     if kind == "contradiction":
@@ -139,6 +142,14 @@ def _no_source(value: object) -> str:
         return "it does not say which kind of source it is; write source: hub, local or pydoc"
     near = _near(str(found), ["hub", "local", "pydoc"], "; did you mean {}?")
     return f"found source {found!r}; allowed: source: hub, local or pydoc{near}"
+
+
+def _no_rule(value: object) -> str:
+    found = value.get("rule") if isinstance(value, dict) else value
+    if isinstance(value, dict) and found is None:
+        return "it does not say which rule it is; write it as in {rule: repetition}"
+    near = _near(str(found), list(RULES), "; did you mean {}?")
+    return f"found {shortened(found)}; allowed: {', '.join(RULES)}, or module:function{near}"
 
 
 def _near(name: str, known: list[str], sentence: str) -> str:
@@ -208,5 +219,5 @@ def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
 
 
 def _tags(model: type[BaseModel]) -> tuple[str, ...]:
-    found = model.model_fields.get("source")
+    found = model.model_fields.get("source") or model.model_fields.get("rule")
     return get_args(found.annotation) if found and get_origin(found.annotation) is Literal else ()

@@ -6,8 +6,9 @@ The sentence below a field is its documentation, as in recipe_data.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -18,7 +19,6 @@ from finetune.recipe_data import (
     Count,
     Fraction,
     NotNegative,
-    Pattern,
     Positive,
     Revision,
     Section,
@@ -89,8 +89,10 @@ class Render(Section):
     """Stop (exit 3) where a larger share of the rows would be cut."""
     max_dropped_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would be dropped."""
-    verify_rows: Count = 200
-    """Rows on which the template is proved to write what the base's own writes."""
+    max_unterminated_fraction: Fraction = 0.1
+    """Stop (exit 3) where a larger share of the rows would hold an answer that was cut before its end."""
+    prove_rows: Count | Literal["all"] = "all"
+    """Rows on which the template is proved to write, byte by byte, what the base's own writes: all, or a number."""
     template_file: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -117,44 +119,6 @@ class Pack(Section):
     """Tokens of a packed row; null takes render.max_length_tokens."""
 
 
-class Lora(Section):
-    """The adapter (arXiv:2106.09685)."""
-
-    r: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank: the adapter's size and what it can hold."""
-    alpha: Positive = 32
-    """The change is scaled by alpha / r (by alpha / √r with rslora)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training."""
-    targets: Literal["all-linear"] | list[str] | Pattern = "all-linear"
-    """Which linear modules: all-linear, a list of names, or one expression for the whole module name. Not lm_head."""
-    rslora: bool = False
-    """Scale by alpha / √r, so that large ranks learn too (arXiv:2312.03732)."""
-    dora: bool = False
-    """Learn magnitudes beside directions (arXiv:2402.09353); slower."""
-    rank_pattern: dict[str, Count] = {}
-    """Another rank for modules whose name matches, as in {down_proj: 32}."""
-    alpha_pattern: dict[str, Positive] = {}
-    """Another alpha for modules whose name matches."""
-
-    @field_validator("targets")
-    @classmethod
-    def _trainable(cls, targets: str | list[str]) -> str | list[str]:
-        names = targets if isinstance(targets, list) else [targets]
-        if not names:
-            raise ValueError("an empty list trains nothing")
-        expression = targets if isinstance(targets, str) and targets != "all-linear" else None
-        if expression and re.fullmatch(r"\w+", expression):
-            raise ValueError(f"one name is written as a list: [{expression}]")
-        for whole, short, why in (
-            ("lm_head", "lm_head", "TRL cannot train LoRA on lm_head with its chunked loss; leave it out"),
-            ("model.embed_tokens", "embed_tokens", "LoRA on embed_tokens is not supported yet; leave it out"),
-        ):
-            if any(short in n for n in names) or (expression and re.fullmatch(expression, whole)):
-                raise ValueError(why)
-        return targets
-
-
 class Quantization(Section):
     """How the frozen base is stored while training (QLoRA, arXiv:2305.14314)."""
 
@@ -177,8 +141,10 @@ class Train(Section):
     """Rows an optimiser step learns from, on however many GPUs (packed rows where pack is on)."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
     """AdamW; 8bit stores its state in bytes, paged moves it to RAM when the GPU is full."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes on after the warm-up: unchanged, or falling to zero."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """How the rate goes on after the warm-up: unchanged, falling to zero, or (wsd) unchanged and falling at the end."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the steps, at the end, in which wsd's rate falls (linearly); null takes 0.1."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: NotNegative = 0.0
@@ -187,8 +153,37 @@ class Train(Section):
     """Longer gradients are scaled down to this norm."""
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """AdamW's memory of squared gradients."""
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] | None = None
+    """LoRA+ (arXiv:2402.12354): B matrices learn at so many times the rate of the rest, say 16; null: at the same."""
+    neftune_alpha: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """NEFTune (arXiv:2310.05914): noise of alpha / √(tokens · width) on the embeddings in training; null adds none."""
+    eval_steps: Count | None = None
+    """Steps between measurements of the held-out loss, which metrics.jsonl takes down; null measures none."""
+    eval_rows: Count = 128
+    """Held-out rows that are measured each time, at most."""
+    keep_best: bool = False
+    """Take the adapter with the lowest held-out loss instead of the last one."""
+    patience: Count | None = None
+    """Stop after so many measurements in a row without a lower held-out loss; null never does."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What is computed in: auto takes bf16 where the GPU has it (Ampere and newer), else fp16; fp32 on a CPU."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        refuse([*self._contradictions()])
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[tuple[str], str]]:
+        if self.schedule == "wsd" and self.warmup_fraction + (self.decay_fraction or 0.1) > 1:
+            yield (
+                ("decay_fraction",),
+                f"with warmup_fraction {self.warmup_fraction} it is more than all the steps",
+            )
+        if self.schedule != "wsd" and self.decay_fraction is not None:
+            yield ("decay_fraction",), f"only the schedule wsd has one, and this is {self.schedule}"
+        for name, asked in (("keep_best", self.keep_best), ("patience", self.patience is not None)):
+            if asked and self.eval_steps is None:
+                yield (name,), "it needs train.eval_steps, the steps between measurements of the held-out loss"
 
 
 class Evaluate(Section):
@@ -200,6 +195,34 @@ class Evaluate(Section):
     """Held-out prompts that are answered, to see whether answers end; 0 answers none."""
     batch_tokens: Count = 4096
     """Tokens scored at once, padding included: memory against speed."""
+    tasks: list[Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]] = []
+    """Benchmarks for base and adapter: tasks, groups or tags of lm-evaluation-harness (pip install '.[harness]')."""
+    task_folder: str | None = None
+    """A folder with task files of your own, beside the recipe; the data they name may lie in it, and is in the key."""
+    tasks_limit: Count | None = None
+    """Documents of each task, at most, for a trial; null takes all."""
+    task_path: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_folder(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+        if isinstance(value, dict) and info.context and "task_path" in value:
+            refuse([(("task_path",), "unknown field; write the folder as task_folder: NAME")])
+        if isinstance(value, dict) and isinstance(value.get("task_folder"), str) and "task_path" not in value:
+            try:
+                path = resolve_path(value["task_folder"], info)
+            except ValueError as error:
+                refuse([(("task_folder",), f"found {value['task_folder'][:60]!r}; {error}")])
+                raise
+            return {**value, "task_folder": path.name, "task_path": path}
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: list[str]) -> list[str]:
+        if twice := [t for i, t in enumerate(tasks) if t in tasks[:i]]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return tasks
 
 
 class Certify(Section):
@@ -263,6 +286,10 @@ class Runtime(Section):
     """Reserved: nothing reads it yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    watchdog: bool = True
+    """Stop a training whose loss leaves its level for several steps, or whose gradient stays zero."""
+    keep_quantized: Literal["auto", "always", "never"] = "auto"
+    """Keep a 4-bit copy of the base in scratch, so that a restart reads that; auto does for bases of 2 GB or more."""
     memory_budget_gb: Positive | None = None
     """GPU memory that `finetune plan` counts with, in 10⁹ bytes; null takes all of the device."""
 
@@ -274,5 +301,9 @@ class Tracking(Section):
     """Send them to Weights & Biases."""
     wandb_project: str = "finetune"
     """The project's name there."""
+    wandb_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Training rows that are sent there as a table, from the first; 0 sends none."""
+    wandb_data: bool = False
+    """Send the training rows there as an artifact, as they are trained on (packed, if they are)."""
     tensorboard: bool = False
     """Write TensorBoard event files."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROLES = ("system", "user", "assistant", "tool")
+ROW_GROUP_CHARACTERS = 1 << 24  # what a Parquet file is read and written by; long rows make groups of fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that a step left out: which, by which rule, and the figure or text that decided."""
+    """A row that a step left out: which, by which rule, and why; where a figure decided, that figure and its limit."""
 
     id: str
     source: str
     reason: str
     detail: str
     text: str = field(default="")
+    value: float | None = None
+    limit: float | None = None
 
 
 def canonical_json(value: object) -> str:
@@ -101,28 +105,32 @@ def rows_schema() -> pa.Schema:
 
 
 def write_rows(path: Path, rows: Iterable[Example], chunk: int = 10_000) -> int:
-    """Write `rows` to Parquet, `chunk` rows at a time; returns their number."""
+    """Write `rows` to Parquet; returns their number.
+
+    No more than `chunk` rows are held at a time, and no more than ROW_GROUP_CHARACTERS of text and one row.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count = 0
+    count = characters = 0
     with pq.ParquetWriter(path, rows_schema(), compression="zstd") as writer:
         batch: list[dict[str, object]] = []
         for row in rows:
             batch.append(_as_dict(row))
             count += 1
-            if len(batch) == chunk:
+            characters += len(row.text or "") + len(row.extra or "") + sum(len(m.content) for m in row.messages)
+            if len(batch) == chunk or characters >= ROW_GROUP_CHARACTERS:
                 writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
-                batch = []
+                batch, characters = [], 0
         writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
     return count
 
 
-def read_rows(path: Path, chunk: int = 10_000) -> Iterator[Example]:
-    """The rows of a file that `write_rows` wrote, in order, `chunk` rows of memory at a time."""
+def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
+    """The rows of a file that `write_rows` wrote, in order, one row group and `chunk` rows of memory at a time."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # which would read all row groups ahead
         for batch in file.iter_batches(batch_size=chunk):
             for row in batch.to_pylist():
                 yield Example(
@@ -145,12 +153,25 @@ def write_table(
     pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
-def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """Write rejects with a string column per field."""
+@contextmanager
+def reject_writer(path: Path, chunk: int = 10_000) -> Iterator[Callable[[Reject], None]]:
+    """Within this block a function that writes one reject; no more than `chunk` of them are held in memory."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    names = ("id", "source", "reason", "detail", "text")
-    write_table(path, {n: [getattr(r, n) for r in rejects] for n in names}, dict.fromkeys(names, pa.string()))
+    texts = [(name, pa.string()) for name in ("id", "source", "reason", "detail", "text")]
+    schema = pa.schema([*texts, ("value", pa.float64()), ("limit", pa.float64())])
+    batch: list[dict[str, object]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def write(reject: Reject) -> None:
+            batch.append(asdict(reject))
+            if len(batch) == chunk:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch.clear()
+
+        yield write
+        writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
 def _as_dict(row: Example) -> dict[str, object]:

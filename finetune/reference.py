@@ -17,10 +17,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from finetune.recipe import BUILTIN_MODELS, Recipe
-from finetune.recipe_data import HUB_NAME, PATTERN_WORDS
+from finetune.recipe_data import HUB_NAME, OWN, PATTERN_WORDS
 from finetune.recipe_errors import written_fields
+from finetune.recipe_rules import RULES
 
-MODULES = ("recipe_data.py", "recipe_training.py", "recipe.py")
+MODULES = ("recipe_data.py", "recipe_rules.py", "recipe_lora.py", "recipe_training.py", "recipe.py")
 # A name for the Hub, a folder, or a builtin: what Model's own validator accepts as an id
 MODEL_ID = [
     {"enum": list(BUILTIN_MODELS)},
@@ -28,6 +29,8 @@ MODEL_ID = [
     {"pattern": r"^(/|\./|~)"},
     {"pattern": r"^(?!builtin:).*(\\|/.*/)"},
 ]
+OWN_TEXT = {"type": "string", "pattern": OWN}
+OWN_RULE = {"type": "object", "properties": {"rule": OWN_TEXT}, "required": ["rule"], "additionalProperties": False}
 HEAD = """\
 # Recipe reference
 
@@ -54,6 +57,9 @@ def schema() -> dict[str, Any]:
             default = "" if "default" not in value else f" Default: {_yaml(value['default'])}."
             value["description"] = sentences[field] + default
     made["$defs"]["Model"]["properties"]["id"]["anyOf"] = MODEL_ID
+    rules = made["$defs"]["Filter"]["properties"]["rules"]["items"]
+    bare = [r for r in RULES if r not in ("language", "own")]  # a name alone has its defaults, and these have none
+    rules["anyOf"] = [{"enum": bare}, OWN_TEXT, OWN_RULE, *rules.pop("oneOf")]
     short = {"type": "string", "minLength": 1, "maxLength": 400, "anyOf": MODEL_ID}
     made["properties"]["model"] = {
         "anyOf": [short, {"$ref": "#/$defs/Model"}],
@@ -75,7 +81,7 @@ def reference_text() -> str:
     for name, field in written_fields(Recipe).items():
         for model in _models(field.annotation):
             if model.__name__ in definitions and not (name == "decontaminate" and model.__name__.endswith("Source")):
-                kind = written_fields(model).get("source")
+                kind = written_fields(model).get("source") or written_fields(model).get("rule")
                 label = f"{name}: {get_args(kind.annotation)[0]}" if kind else name
                 parts += _table(f"`{label}`", model, str(model.__doc__), definitions[model.__name__])
     return "\n".join(parts)
@@ -171,6 +177,8 @@ def _words(value: Mapping[str, Any]) -> str:
     kind = value.get("type", "")
     if kind == "array":
         return f"a list of: {_words(value['items'])}" + (", not empty" if value.get("minItems") else "")
+    if kind == "object" and not value["additionalProperties"]:
+        return "a section"
     if kind == "object":
         return f"names with {_words(value['additionalProperties'])}"
     if kind == "string":

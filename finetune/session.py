@@ -26,7 +26,14 @@ LEAVE_SECONDS = 20.0  # after a signal that found nothing to save
 
 
 def run_recipe(
-    name: str, *, until: str | None, sets: Sequence[str], artifacts: Path, scratch: Path, fresh: bool
+    name: str,
+    *,
+    until: str | None,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    fresh: bool,
+    force: bool = False,
 ) -> None:
     """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
     if until is not None:
@@ -44,7 +51,7 @@ def run_recipe(
         ctx = _context(loaded.recipe, store, screen, stop, record.name, rank, world)
 
         def before_building(steps: list[pipeline.Step]) -> None:
-            _preflight(loaded.recipe, steps, until, store, ctx)
+            _preflight(loaded.recipe, steps, until, store, ctx, force=force)
             if rank == 0:  # while the lease lives, `clean` leaves alone what this run has found or made
                 record.begin()
                 owned.enter_context(store.lease(record.folder, screen.say, stop.check))
@@ -83,14 +90,23 @@ def _write_report(store: Store, record: Run, screen: Screen) -> None:
 
 
 def launch_recipe(
-    name: str, processes: int, *, until: str | None, sets: Sequence[str], artifacts: Path, scratch: Path, fresh: bool
+    name: str,
+    processes: int,
+    *,
+    until: str | None,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    fresh: bool,
+    force: bool = False,
 ) -> None:
     """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
     if launching.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
     load_recipe(name, sets)  # a mistake in it is said once, and here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
-    arguments += [*(["--until", until] if until else []), *(["--fresh"] if fresh else [])]
+    arguments += ["--until", until] if until else []
+    arguments += [name for name, asked in (("--fresh", fresh), ("--force", force)) if asked]
     launching.launch([*arguments, *(f"--set={s}" for s in sets)], processes)
 
 
@@ -217,14 +233,16 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-def _preflight(recipe: Recipe, steps: list[pipeline.Step], until: str | None, store: Store, ctx: Context) -> None:
+def _preflight(
+    recipe: Recipe, steps: list[pipeline.Step], until: str | None, store: Store, ctx: Context, *, force: bool
+) -> None:
     from finetune import preflight
 
     if ctx.rank == 0:
         last = pipeline.STAGE_NAMES.index(until) if until else len(steps)
         asked = steps[: last + 1]
         preflight.check_folders(recipe, asked, store)
-        for note in preflight.check(recipe, asked, ctx.world):
+        for note in preflight.check(recipe, asked, ctx.world, force=force):
             ctx.say(note)
 
 

@@ -39,7 +39,7 @@ def test_weights_and_adapter_are_counted_as_bitsandbytes_and_peft_store_them(tmp
     """Against a real NF4 model with a real adapter, byte for byte."""
     from peft import get_peft_model
 
-    from finetune.backends import models, sft
+    from finetune.backends import lora_settings, models
     from finetune.context import Context
     from finetune.recipe import Runtime, Tracking
     from finetune.recipe_file import parse_recipe
@@ -64,7 +64,7 @@ def test_weights_and_adapter_are_counted_as_bitsandbytes_and_peft_store_them(tmp
                 stored += state.absmax.numel() * state.absmax.element_size()
                 stored += state.state2.absmax.numel() * 4 if state.nested else 0
         assert planner.weight_bytes(shapes, recipe) == pytest.approx(stored, rel=0.002)  # the last, half-filled block
-        adapted = get_peft_model(model, sft.lora_config(recipe.lora))
+        adapted = get_peft_model(model, lora_settings.lora_config(recipe.lora))
         assert planner.adapter_parameters(shapes, recipe) == sum(
             p.numel() for p in adapted.parameters() if p.requires_grad
         )

@@ -41,15 +41,15 @@ def test_a_recipe_is_short_valid_and_says_what_was_found(folder):
 
 
 def test_editors_find_the_schema_and_the_card_does_not_show_where(folder):
-    from finetune.report.model_card import _without_folders
+    from finetune.report.card_sections import without_folders
 
     write()
     loaded = load_recipe("mine.yaml")
     line = loaded.text.splitlines()[0]
     where = line.removeprefix("# yaml-language-server: $schema=")
     assert where.startswith("file:///") and json.loads(Path(where.removeprefix("file://")).read_text())["$defs"]
-    assert "yaml-language-server" not in _without_folders(loaded.text, loaded.recipe)
-    assert "# Hardware: " in _without_folders(loaded.text, loaded.recipe)
+    assert "yaml-language-server" not in without_folders(loaded.text, loaded.recipe)
+    assert "# Hardware: " in without_folders(loaded.text, loaded.recipe)
 
 
 def test_in_a_checkout_the_schema_is_named_relative_to_the_recipe():

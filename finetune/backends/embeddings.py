@@ -1,22 +1,21 @@
-"""One unit vector a text: TF-IDF with latent semantics (`lsa`, no model needed), or a sentence-transformers model."""
+"""One unit vector a text: TF-IDF with latent semantics (`lsa`, no model needed), or a model's (`encoders.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.errors import InputError
+from finetune.backends.embedding_names import LSA, STATIC
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from finetune.context import Context
 
-LSA = "lsa"
 WORD_OR_SIGN = r"\w+|[^\w\s]"  # punctuation counts: `a < b` and `a <= b` are two different answers
 HASHED_FEATURES = 2**20
 SVD_FEATURES = 30_000  # the most frequent ones; the rare ones, which tell two texts apart, are all in the sketch
@@ -24,33 +23,66 @@ SVD_DIMENSION = 128
 SKETCH_DIMENSION = 256
 RESIDUAL_WEIGHT = 0.5
 SEED = 0  # of the algorithm, not of the recipe: another seed would only be another approximation of the same cosines
-TEXTS_PER_CALL = 2048  # between two looks at the stop flag
 
 
-def embed(texts: Sequence[str], name: str, ctx: Context, folder: Path | None = None) -> NDArray[np.float32]:
+def embed(
+    texts: Sequence[str],
+    name: str,
+    ctx: Context,
+    folder: Path | None = None,
+    made_by: Mapping[str, object] | None = None,
+) -> NDArray[np.float32]:
     """Vectors of `texts`: (N, d) float32, every row of length 1, or all zero for a text of whitespace only.
+
+    Args and Raises as `embed_counted`.
+    """
+    return embed_counted(texts, name, ctx, folder, made_by)[0]
+
+
+def embed_counted(
+    texts: Sequence[str],
+    name: str,
+    ctx: Context,
+    folder: Path | None = None,
+    made_by: Mapping[str, object] | None = None,
+) -> tuple[NDArray[np.float32], int]:
+    """Vectors of `texts`, as `embed`, and how many texts had to be embedded for them: not copies, nor kept ones.
 
     Args:
         texts: what to embed; equal texts get equal vectors.
-        name: `lsa`, or a sentence-transformers model on the Hub.
+        name: `lsa`, `model2vec:` and a static model on the Hub, or a sentence-transformers model on the Hub.
         ctx: where the Hub cache lies, which device to use, progress and stop flag.
         folder: the model's folder when it is a local one; `name` then only labels it.
+        made_by: the digests or the revision of the model, under which a sentence-transformers model's vectors are kept
+            for other runs; None keeps none.
 
     Raises:
         InputError: the model is neither here nor to be had.
     """
     if not texts:
-        return np.zeros((0, 1), np.float32)
-    vectors = np.zeros((len(texts), 1), np.float32)
+        return np.zeros((0, 1), np.float32), 0
+    vectors, made = np.zeros((len(texts), 1), np.float32), 0
     unique = {text: None for text in texts if text.strip()}
     if unique:
         # Each text once: copies then are copies bit by bit, whatever batch they would have been in.
         rows = {text: row for row, text in enumerate(unique)}
-        found = lsa(list(unique)) if name == LSA and folder is None else _encode(list(unique), name, ctx, folder)
+        found, made = _found(list(unique), name, ctx, folder, made_by)
         vectors = np.zeros((len(texts), found.shape[1]), np.float32)
         filled = [i for i, text in enumerate(texts) if text in rows]
         vectors[filled] = _unit(found)[[rows[texts[i]] for i in filled]]
-    return vectors
+    return vectors, made
+
+
+def _found(
+    texts: list[str], name: str, ctx: Context, folder: Path | None, made_by: Mapping[str, object] | None
+) -> tuple[NDArray[np.float32], int]:
+    from finetune.backends import encoders
+
+    if name == LSA and folder is None:
+        return lsa(texts), len(texts)
+    if name.startswith(STATIC):
+        return encoders.static(texts, name.removeprefix(STATIC), ctx, folder), len(texts)
+    return encoders.sentences(texts, name, ctx, folder, made_by)
 
 
 def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -112,48 +144,6 @@ def _tf_idf(texts: Sequence[str]) -> csr_matrix:
     counts = counter.transform(texts)
     used = np.unique(counts.indices)
     return TfidfTransformer(sublinear_tf=True).fit_transform(counts[:, used]).tocsr()
-
-
-def _encode(texts: list[str], name: str, ctx: Context, folder: Path | None) -> NDArray[np.float32]:
-    """Sentence vectors (N, d) of a sentence-transformers model, in 16 bits on a GPU."""
-    import torch
-    from huggingface_hub import constants
-    from sentence_transformers import SentenceTransformer
-
-    from finetune.backends.hub import resolve_revision
-    from finetune.backends.models import pick_device
-
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"dedup.embedding: there is no folder {folder}")
-    device = pick_device(ctx.device)
-    cuda = device.startswith("cuda")
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    revision = None if folder else resolve_revision(name, None, "model", ctx.scratch, ctx.say)
-    try:
-        model = SentenceTransformer(
-            str(folder or name),
-            device=device,
-            revision=revision,
-            cache_folder=str(ctx.scratch / "hub"),
-            local_files_only=folder is not None or constants.is_offline_mode(),
-            model_kwargs={"dtype": half if cuda else torch.float32},
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"dedup.embedding: {name!r} could not be loaded as a sentence-transformers model ({error}); "
-            "give a Hub name that this machine can reach, the folder of a downloaded model, or lsa"
-        ) from error
-    # Longest first: batches of like lengths waste no padding, and memory runs out at once or never.
-    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
-    batch = 256 if cuda else 32
-    parts = []
-    starts = range(0, len(texts), TEXTS_PER_CALL)
-    for start in ctx.track(starts, "embed", total=len(starts)):
-        chunk = [texts[i] for i in order[start : start + TEXTS_PER_CALL]]
-        parts.append(model.encode(chunk, batch_size=batch, convert_to_numpy=True, show_progress_bar=False))
-    vectors = np.empty((len(texts), parts[0].shape[1]), np.float32)
-    vectors[order] = np.concatenate(parts)
-    return vectors
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

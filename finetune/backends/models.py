@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.backends import quantized_copy
 from finetune.backends.hub_errors import retried, sentences
 from finetune.backends.trainer_output import quiet
 from finetune.context import Context
@@ -225,10 +226,12 @@ def load_base(
     # transformers' own annotations know neither the report nor these constructors
     auto: Any = transformers.AutoModelForCausalLM
     quantize: Any = transformers.BitsAndBytesConfig
-    folder = ensure_base(model, base, ctx)
     dtype = _torch_dtype(compute_dtype)
     options: dict[str, Any] = {}
-    if quantization is not None:
+    copy = _copy_of(model, base, ctx, quantization, compute_dtype)
+    ready = copy is not None and quantized_copy.find(*copy, ctx)
+    folder = copy[0] if copy and ready else ensure_base(model, base, ctx)
+    if quantization is not None and not ready:
         options["quantization_config"] = quantize(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization.type,
@@ -251,10 +254,27 @@ def load_base(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
     _require_all_weights(model.id, report)
+    if copy and not ready and ctx.rank == 0:
+        with quiet():
+            quantized_copy.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
     if quantization is not None:
         _keep_weights_unpacked(loaded)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen
+
+
+def _copy_of(
+    model: recipe.Model, base: Path, ctx: Context, quantization: recipe.Quantization | None, compute_dtype: Precision
+) -> tuple[Path, dict[str, Any]] | None:
+    """Where a 4-bit copy of this base is kept, and what it is one of; None where none is. Code from a repository would
+    not travel with it.
+    """
+    parameters = int(read_json(base / "base.json").get("parameters", 0))
+    if quantization is None or model.trust_remote_code:
+        return None
+    if not quantized_copy.wanted(ctx.runtime.keep_quantized, parameters):
+        return None
+    return quantized_copy.locate(ctx.scratch, base, quantization, compute_dtype)
 
 
 def _torch_dtype(precision: Precision) -> torch.dtype:

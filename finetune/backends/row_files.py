@@ -355,7 +355,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:  # else it is read as a whole
             for batch in file.iter_batches(batch_size=ARROW_ROWS):
                 for row in batch.to_pylist():
                     number += 1

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
+from finetune.data.training_rows import TokenRow
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.recipe import Lora, Train
 from finetune.records import write_json
@@ -18,9 +21,11 @@ from finetune.records import write_json
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
+
+    from finetune.backends.held_out import HeldOut
 
 COMPLETE = "COMPLETE"
 OPTIMIZERS = {
@@ -29,7 +34,13 @@ OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "wsd": "warmup_stable_decay",
+}
+DECAY_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,9 @@ class Job:
     checkpointing: bool
     checkpoints: Path
     metrics_file: Path
+    documents: Path | None = None  # Parquet with `row_ids` or `id`, a row for each of the data set's
+    held_out: Sequence[TokenRow] = ()  # measured every train.eval_steps
+    start: Path | None = None  # a folder with the adapter to go on from
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Result:
     """What came of it. `loss` is the mean over the last tenth of the steps, `first_loss` over the first."""
 
     model: PeftModel
+    sharded: dict[str, torch.Tensor] | None  # the adapter by parameter name, where FSDP had shared it out
     loss: float
     first_loss: float
     steps: int
@@ -62,6 +77,7 @@ class Result:
     device_name: str
     micro_batch_rows: int
     resumed_from: int
+    held_out: Mapping[str, object] = field(default_factory=dict)  # what was measured on the way
 
 
 def train(
@@ -69,50 +85,115 @@ def train(
 ) -> Result:
     """Train an adapter on `rows`: a packed file (input_ids, labels, seq_lengths) or a table (input_ids, labels).
 
-    Raises GateRefused when the first batch or the adapters are not what they must be, FinetuneError when the loss
-    stops being a number, Stopped after a signal (with a checkpoint written).
+    Raises GateRefused when the first batch or the adapters are not what they must be, FinetuneError when the training
+    is lost (backends/watchdog.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
     """
-    from trl import SFTTrainer
+    from finetune.backends import out_of_memory
 
-    from finetune.backends import trainer_callbacks, trainer_output
+    packed = isinstance(rows, Path)
+    micro, accumulate = batch_shape(job.train.batch_rows, ctx.runtime.micro_batch_rows, ctx.world, packed)
+
+    def attempt(micro: int) -> Result:
+        return _attempt(job, base, tokenizer, rows, ctx, micro)
+
+    return out_of_memory.halving(attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing)
+
+
+def _attempt(
+    job: Job,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Path | pa.Table,
+    ctx: Context,
+    micro: int,
+) -> Result:
+    """Train with `micro` rows a micro-batch, from the last complete checkpoint on."""
+    from finetune.backends import distribution, neftune, proofs, tracking, trainer_callbacks, trainer_output, watchdog
 
     packed = isinstance(rows, Path)
     dataset = _dataset(rows)
-    micro, accumulate = batch_shape(job.train.batch_rows, ctx.runtime.micro_batch_rows, ctx.world, packed)
+    accumulate = job.train.batch_rows // ctx.world // micro
     steps = total_steps(len(dataset), job.train)
     resume = last_checkpoint(job.checkpoints, remove_incomplete=ctx.rank == 0)
     arguments = _arguments(job, ctx, packed, micro, accumulate, steps)
     follower = trainer_callbacks.Follower(ctx, job.metrics_file, job.checkpoints, steps, fp16=job.precision == "fp16")
+    follower.documents = job.documents
+    follower.show_data = partial(
+        tracking.show_data, ctx=ctx, dataset=dataset, tokenizer=tokenizer, documents=job.documents
+    )
     with trainer_output.quiet():
-        trainer = SFTTrainer(
-            model=base,
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            peft_config=lora_config(job.lora),
-        )
-        model = cast("torch.nn.Module", trainer.model)
-        recast_adapters(model)
+        trainer = _trainer(job, base, tokenizer, dataset, arguments)
+        state = trainer.accelerator.state
+        distribution.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
         trainer_callbacks.replace_printers(trainer, follower)
-        prove_adapters(model)
-        first = dataset[0]
-        check_batch(trainer.data_collator([first]), first.get("seq_lengths"), packed)
+        proofs.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
+        trainer.data_collator = follower.recorder = watchdog.Recorder(trainer.data_collator)
+        shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
+        follower.made_by = {**shape, "device": _device_name(job.device)}
         if resume:
-            ctx.say(f"train: goes on from {resume.name} of {steps} steps")
+            changes = distribution.changes(resume / COMPLETE, follower.made_by)
+            ctx.say(f"train: goes on from {resume.name} of {steps} steps{changes}")
         follower.resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
+        held_out = follower.held_out = _held_out(job, trainer, ctx, steps, resume)
         ctx.say(
             f"train: {steps} steps of {job.train.batch_rows} rows "
             f"({micro} a micro-batch x {accumulate} x {ctx.world} process{'es' if ctx.world > 1 else ''})"
         )
         try:
-            if resume and follower.resumed_from >= steps:
+            if resume and (follower.resumed_from >= steps or (held_out and held_out.seen.stopped)):
                 _take_over(trainer, follower, resume)
             else:
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+                # a signal waits for the end of the step: the checkpoint is the thing to save
+                noise = neftune.noise(base, job.train.neftune_alpha)
+                with ctx.stop.at_checks_only(), distribution.explained(ctx.world), noise:
+                    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             follower.close()
     ctx.stop.check()
-    return _result(trainer, follower, micro, job.device)
+    result = _result(trainer, follower, micro, job.device)
+    distribution.part()
+    return result
+
+
+def _trainer(
+    job: Job,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    arguments: SFTConfig,
+) -> SFTTrainer:
+    """The trainer on `base` with the recipe's adapter in it, which begins as new or as an earlier one ended."""
+    from finetune.backends import lora_settings, start_adapter
+    from finetune.backends.recipe_trainer import RecipeTrainer
+
+    trainer = RecipeTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora_settings.lora_config(job.lora, base),
+    )
+    trainer.lora_plus_ratio = job.train.lora_plus_ratio
+    recast_adapters(cast("torch.nn.Module", trainer.model))
+    lora_settings.restore_saved(cast("torch.nn.Module", trainer.model))
+    if job.start is not None:
+        start_adapter.load(cast("PeftModel", trainer.model), job.start)
+    return trainer
+
+
+def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:
+    """What measures the held-out loss, as far as the checkpoint `resume` had come; None where nothing does."""
+    from finetune.backends.held_out import HeldOut
+
+    if job.train.eval_steps is None:
+        return None
+    if not job.held_out:
+        raise GateRefused("train.eval_steps: no held-out row is whole; raise render.max_length_tokens or leave it out")
+    autocast = trainer.accelerator.autocast
+    held_out = HeldOut(job.held_out, job.train, steps, autocast, ctx.rank, ctx.world)
+    if resume:
+        held_out.resume(resume)
+    return held_out
 
 
 def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
@@ -127,37 +208,6 @@ def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  #
     recast_adapters(cast("torch.nn.Module", trainer.model))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     follower.on_train_begin(trainer.args, trainer.state, TrainerControl())
-
-
-def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
-    """Refuse a target or pattern that names no linear module of the base: peft drops it without a word.
-
-    `base` is a folder with config.json; no weights are read. Raises InputError with the nearest name.
-    """
-    import difflib
-    import re
-
-    from torch import nn
-
-    from finetune.backends.streamed_forward import empty_model
-
-    model = empty_model(base, trust_remote_code=trust_remote_code)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    last = sorted({n.rpartition(".")[2] for n in names})
-    for target in lora.targets if isinstance(lora.targets, list) else []:
-        if not any(n == target or n.endswith(f".{target}") for n in names):
-            near = difflib.get_close_matches(target, last, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"lora.targets: no linear module named {target!r}{hint} (there is {', '.join(last)})")
-    if isinstance(lora.targets, str) and lora.targets != "all-linear":
-        if not any(re.fullmatch(lora.targets, n) for n in names):
-            raise InputError(
-                f"lora.targets: the expression {lora.targets!r} matches no linear module, such as {names[0]}"
-            )
-    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        for pattern in patterns:
-            if not any(re.fullmatch(rf"(.*\.)?({pattern})", n) for n in names):
-                raise InputError(f"lora.{field}: {pattern!r} matches no linear module (there is {', '.join(last)})")
 
 
 def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> tuple[int, int]:
@@ -201,23 +251,10 @@ def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
     return found[max(found)] if found else None
 
 
-def lora_config(lora: Lora) -> LoraConfig:
-    """The recipe's adapter in peft's words."""
-    from peft import LoraConfig
+def _device_name(device: str) -> str:
+    import torch
 
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=cast("int", int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha),
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        # peft takes the first pattern that matches and sorts them when it saves: sorted here, training agrees
-        rank_pattern=dict(sorted(lora.rank_pattern.items())),
-        alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def recast_adapters(model: torch.nn.Module) -> int:
@@ -237,9 +274,11 @@ def recast_adapters(model: torch.nn.Module) -> int:
     return count
 
 
-def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | None) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, base_id: str, revision: str | None, sharded: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the adapter: fp32 safetensors, and a config that names the pinned base and is the same bytes every time."""
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template of a card; ours is made from measurements
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -251,22 +290,28 @@ def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | N
     write_json(path, config)
 
 
-def mark_complete(folder: Path) -> None:
-    """Sync every file of a checkpoint, then write its marker."""
+def mark_complete(folder: Path, made_by: Mapping[str, object]) -> None:
+    """Sync every file of a checkpoint, then write its marker, which says how the batch was shared out."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     with (folder / COMPLETE).open("w") as file:
-        file.write("all ranks have written and synced this checkpoint\n")
+        file.write(json.dumps(made_by, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, imported late
     import datasets
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return datasets.Dataset(pq.read_table(rows) if isinstance(rows, Path) else rows)
+    from finetune.backends.watchdog import ROW
+
+    table = pq.read_table(rows) if isinstance(rows, Path) else rows
+    if not len(table):
+        raise GateRefused("no row is left to train on: look at what filter, dedup, sample and render dropped")
+    return datasets.Dataset(table.append_column(ROW, pa.array(range(len(table)))))
 
 
 def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int, steps: int) -> SFTConfig:
@@ -282,6 +327,7 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         gradient_accumulation_steps=accumulate,
         learning_rate=job.train.learning_rate,
         lr_scheduler_type=SCHEDULES[job.train.schedule],
+        lr_scheduler_kwargs=_decay(job.train, steps),
         warmup_steps=math.ceil(job.train.warmup_fraction * steps),
         optim=OPTIMIZERS[job.train.optimizer],
         weight_decay=job.train.weight_decay,
@@ -295,6 +341,7 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         packing=packed,
         packing_strategy="bfd",
         max_length=None,
+        remove_unused_columns=False,  # the collator takes the rows' numbers off
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows are rendered, packed and proved already
         save_strategy="steps",
         save_steps=max(1, min(ctx.runtime.save_steps, steps)),
@@ -315,53 +362,27 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
     return arguments
 
 
-def prove_adapters(model: torch.nn.Module) -> None:
-    """Refuse a model that would train anything but LoRA parameters in fp32, or nothing."""
-    import torch
-
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    wrong = [n for n, p in trainable.items() if p.dtype != torch.float32]
-    if wrong:
-        raise GateRefused(f"{len(wrong)} trainable parameters are not fp32 ({wrong[0]} is {trainable[wrong[0]].dtype})")
-    other = [n for n in trainable if "lora_" not in n]
-    if other or not trainable:
-        raise GateRefused(f"only LoRA parameters should train, found {other[0] if other else 'none'}")
-
-
-def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packed: bool) -> None:
-    """Refuse a batch whose documents could see each other, or that trains nothing.
-
-    `batch` holds input_ids, labels (1, T) int64, and position_ids when packed; `lengths` are the documents' lengths.
-    """
-    import torch
-
-    if not bool((batch["labels"] != -100).any()):
-        raise GateRefused("the first batch has no supervised token: its labels are all -100")
-    supervised = batch["labels"] != -100
-    if not torch.equal(batch["labels"][supervised], batch["input_ids"][supervised]):
-        raise GateRefused("the labels of the first batch are not its own tokens")
-    if not packed:
-        return
-    if "attention_mask" in batch:
-        raise GateRefused("the packed batch carries a dense attention mask: its documents would see each other")
-    expected = torch.cat([torch.arange(n) for n in lengths or []])
-    if "position_ids" not in batch or not torch.equal(batch["position_ids"][0], expected):
-        raise GateRefused(
-            "the positions of the packed batch do not restart at each document: they would see each other"
-        )
+def _decay(train: Train, steps: int) -> dict[str, Any] | None:
+    if train.schedule != "wsd":
+        return None
+    return {"num_decay_steps": math.ceil((train.decay_fraction or DECAY_FRACTION) * steps), "decay_type": "linear"}
 
 
 def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Result:  # noqa: ANN401 - Follower
-    import torch
+    from finetune.backends import distribution
 
     history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     tenth = max(1, len(history) // 10)
+    sharded = distribution.whole_adapter(cast("torch.nn.Module", trainer.model))
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    held_out: HeldOut | None = follower.held_out
+    best = held_out.put_back(model) if held_out else None
     trainable = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
     if not history:
         raise FinetuneError("training logged no loss: no step was taken")
     return Result(
         model=model,
+        sharded=best if best is not None and sharded is not None else sharded,
         loss=sum(history[-tenth:]) / tenth,
         first_loss=sum(history[:tenth]) / tenth,
         steps=int(trainer.state.global_step),
@@ -370,7 +391,8 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
         tokens_per_second=follower.tokens_per_second(),
         peak_memory_bytes=follower.peak_memory(device),
         trainable_parameters=trainable,
-        device_name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        device_name=_device_name(device),
         micro_batch_rows=micro,
         resumed_from=follower.resumed_from,
+        held_out=held_out.figures() if held_out else {},
     )

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from finetune.records import Example, Message
 
-Verdict = tuple[str, str] | None
-"""None keeps the row; else a short name to count by, and the figure or text that decided."""
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why a row is left out: a short name to count by, a sentence, and the figure and its limit where there are."""
+
+    reason: str
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+
+
+Verdict = Drop | None
+"""None keeps the row."""
 
 
 def empty_turn(row: Example) -> Verdict:
     """A turn without text, or no turn at all. An assistant turn that calls a tool may say nothing beside."""
     if row.text is not None:
-        return None if row.text.strip() else ("empty", "the text is blank")
+        return None if row.text.strip() else Drop("empty", "the text is blank")
     if not row.messages:
-        return "empty", "there is no turn"
+        return Drop("empty", "there is no turn")
     for number, message in enumerate(row.messages, start=1):
         calls = message.role == "assistant" and message.extra is not None and '"tool_calls":' in message.extra
         if not message.content.strip() and not calls:
-            return "empty", f"turn {number} ({message.role}) is blank"
+            return Drop("empty", f"turn {number} ({message.role}) is blank")
     return None
 
 
@@ -28,7 +40,7 @@ def no_assistant(row: Example) -> Verdict:
     """A conversation in which there is nothing to learn from."""
     if row.text is not None or any(m.role == "assistant" for m in row.messages):
         return None
-    return "no_assistant", f"the roles are {_roles(row.messages)}"
+    return Drop("no_assistant", f"the roles are {_roles(row.messages)}")
 
 
 def not_alternating(row: Example) -> Verdict:
@@ -44,16 +56,12 @@ def not_alternating(row: Example) -> Verdict:
     before = ""
     for number, role in enumerate(turns, start=1 + len(roles) - len(turns)):
         if role not in allowed[before]:
-            return (
-                "alternate",
-                f"turn {number} is {role}, expected is {' or '.join(allowed[before])}: {_roles(row.messages)}",
-            )
+            expected = " or ".join(allowed[before])
+            return Drop("alternate", f"turn {number} is {role}, expected is {expected}: {_roles(row.messages)}")
         before = role
-    return (
-        None
-        if before == "assistant"
-        else ("alternate", f"the last turn is not the assistant's: {_roles(row.messages)}")
-    )
+    if before == "assistant":
+        return None
+    return Drop("alternate", f"the last turn is not the assistant's: {_roles(row.messages)}")
 
 
 def length_outside(row: Example, role: str, least: int, most: int | None) -> Verdict:
@@ -65,9 +73,9 @@ def length_outside(row: Example, role: str, least: int, most: int | None) -> Ver
         return None
     found = len(row.joined(role))
     if found < least:
-        return f"{role}_short", f"{found} characters, at least {least}"
+        return Drop(f"{role}_short", f"{found} characters, at least {least}", found, least)
     if most is not None and found > most:
-        return f"{role}_long", f"{found} characters, at most {most}"
+        return Drop(f"{role}_long", f"{found} characters, at most {most}", found, most)
     return None
 
 
@@ -77,15 +85,19 @@ def matching(row: Example, drop: Sequence[re.Pattern[str]], keep: Sequence[re.Pa
     for pattern in drop:
         for text in texts:
             if found := pattern.search(text):
-                return "drop_matching", f"{pattern.pattern!r} matches {found[0][:60]!r}"
+                return Drop("drop_matching", f"{pattern.pattern!r} matches {found[0][:60]!r}")
     if keep and not any(pattern.search(text) for pattern in keep for text in texts):
-        return "keep_matching", f"matches none of {', '.join(repr(p.pattern) for p in keep)}"
+        return Drop("keep_matching", f"matches none of {', '.join(repr(p.pattern) for p in keep)}")
     return None
 
 
-def too_many_tokens(tokens: int, most: int) -> Verdict:
-    """More tokens than allowed."""
-    return ("tokens", f"{tokens} tokens, at most {most}") if tokens > most else None
+def tokens_outside(tokens: int, least: int | None, most: int | None) -> Verdict:
+    """Fewer or more tokens than allowed."""
+    if most is not None and tokens > most:
+        return Drop("tokens", f"{tokens} tokens, at most {most}", tokens, most)
+    if least is not None and tokens < least:
+        return Drop("tokens", f"{tokens} tokens, at least {least}", tokens, least)
+    return None
 
 
 def contents(row: Example) -> Iterator[str]:

@@ -1,55 +1,30 @@
-"""Exact and near-duplicates: which rows go, why, and which rows must stay together.
-
-Similarity is the cosine. A search works in float32 and may be off in the last digits by library, threads and tile size,
-so every pair it finds within BAND of a threshold is scored again in float64 and the threshold is applied to that
-figure, rounded to 12 decimals. What is kept does not depend on who searched or in which order sums were taken.
-"""
+"""Exact and near-duplicates: which rows go, why, and which rows must stay together."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from finetune.data.measures import Best, Cosine, Measure, NewSearch, Rows, Scores, Search, Vectors, nonzero, reaches
 from finetune.records import Example
 
-Vectors = NDArray[np.float32]
-Rows = NDArray[np.int64]
-BAND = 1e-4  # far above the error of a float32 inner product of unit vectors (about 1e-6 at 1,024 dimensions)
-NORM_TOLERANCE = 2e-5
-SCORE_DECIMALS = 12
-RESCORE_ROWS = 4096
 COPY = re.compile(r"~\d+$")
 FIELD_ROLES = {"instruction": ("user",), "output": ("assistant",), "both": ("user", "assistant")}
 
 
-class Search(Protocol):
-    """An exact search over vectors that are added bit by bit."""
-
-    def add(self, vectors: Vectors) -> None:
-        """Append `vectors` (N, d); they get the next row numbers, from 0."""
-
-    def pairs(self, queries: Vectors, score: float) -> Iterator[tuple[Rows, Rows, Vectors]]:
-        """All (query row i, added row j, inner product) above `score`, in chunks that never divide a query."""
-
-
-NewSearch = Callable[[int], Search]
-"""Makes an empty search for vectors of that dimension."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A dropped row, the kept row it repeats (both as row numbers), and their cosine."""
+    """A dropped row, the kept row it repeats (both as row numbers), their score, and by which method."""
 
     dropped: int
     kept: int
     score: float
+    method: str = "embedding"
 
 
 def normalised(text: str) -> str:
@@ -59,19 +34,6 @@ def normalised(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
-
-
-def cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
-    """Cosine of row i of `a` (n, d) with row i of `b` (n, d), in float64, rounded to 12 decimals; 0 for a zero row."""
-    out = np.zeros(len(a), np.float64)
-    for start in range(0, len(a), RESCORE_ROWS):
-        x = a[start : start + RESCORE_ROWS].astype(np.float64)
-        y = b[start : start + RESCORE_ROWS].astype(np.float64)
-        # One square root of the product: the cosine of a row with itself is then exactly 1.
-        norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
-        dots = np.einsum("ij,ij->i", x, y)
-        out[start : start + len(x)] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
-    return np.round(out, SCORE_DECIMALS)
 
 
 def field_text(row: Example, field: str) -> str:
@@ -105,7 +67,61 @@ def exact_duplicates(keys: Sequence[Hashable], order: Iterable[int]) -> list[Pai
     for row in order:
         kept = first.setdefault(keys[row], row)
         if kept != row and keys[row]:
-            pairs.append(Pair(row, kept, 1.0))
+            pairs.append(Pair(row, kept, 1.0, "exact"))
+    return pairs
+
+
+def select(
+    order: Sequence[int] | Rows,
+    keys: Sequence[Hashable] | None,
+    measures: Sequence[Measure],
+    block_rows: int = 1024,
+    check: Callable[[], None] = lambda: None,
+) -> list[Pair]:
+    """Greedy selection: rows are taken in `order`, one is dropped exactly when a row kept before it is like it.
+
+    Alike are two rows with the same key, or that reach the threshold of one of `measures`. So no two kept rows are
+    alike by any of them, and every dropped row is paired with a kept one: that with the same key ("exact"), else the
+    best-scoring by the first measure that has one, the earlier in `order` on a tie. The result does not depend on
+    `block_rows`.
+
+    Args:
+        order: the row numbers to look at, each once, those to be preferred first; other rows are left out.
+        keys: a key for every row number, or None; an empty key (`""`, None) is like no other.
+        measures: what else makes rows alike.
+        block_rows: rows looked at together. Memory is the features of the kept rows plus a block's pairs.
+        check: called between blocks; may raise to stop.
+
+    Returns:
+        One Pair per dropped row, in `order`.
+    """
+    rows = np.asarray(order, dtype=np.int64)
+    known: Sequence[Hashable] = keys if keys is not None else [None] * (int(rows.max(initial=-1)) + 1)
+    searches = [m.search() for m in measures]
+    kept = np.empty(len(rows), np.int64)  # row numbers in the order they were added to the searches
+    count = 0
+    by_key: dict[Hashable, int] = {}  # of the kept rows
+    pairs: list[Pair] = []
+    for start in range(0, len(rows), block_rows):
+        check()
+        block = rows[start : start + block_rows]
+        best = [Best(block, m) for m in measures]
+        fresh = np.array([p for p, r in enumerate(block.tolist()) if known[r] not in by_key], np.int64)
+        for found, measure, search in zip(best, measures, searches, strict=True):
+            for i, j, scores in search.pairs(measure.features(block[fresh]), measure.threshold - measure.band):
+                found.take(fresh[i], kept[j], scores)
+            fresh = fresh[found.row[fresh] < 0]
+        chosen = fresh[_greedy(block[fresh], known, measures)]
+        twins = _twins_by_key(block, chosen, known, by_key)
+        left = np.array([p for p in range(len(block)) if p not in twins], np.int64)
+        left = left[~np.isin(left, chosen)]
+        for found, measure, search in zip(best, measures, searches, strict=True):
+            _take_earlier(found, measure, block, chosen, left)
+            left = left[found.row[left] < 0]
+            search.add(measure.features(block[chosen]))
+        kept[count : count + len(chosen)] = block[chosen]
+        count += len(chosen)
+        pairs += _named(block, twins, measures, best)
     return pairs
 
 
@@ -117,50 +133,12 @@ def near_duplicates(
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
 ) -> list[Pair]:
-    """Greedy selection: rows are taken in `order`, one is dropped exactly when a kept row reaches `threshold` with it.
-
-    So no two kept rows reach the threshold, and every dropped row is paired with a kept one that does: the best-scoring
-    of those taken before it, the earlier in `order` on a tie. The result does not depend on `block_rows`.
-
-    Args:
-        vectors: (N, d) float32, every row of length 1, or all zero for a row that is like no other.
-        order: the row numbers to look at, each once, those to be preferred first; other rows are left out.
-        threshold: cosine in (0, 1] from which two rows count as duplicates.
-        new_search: makes an empty exact search.
-        block_rows: rows looked at together. Memory is N × d numbers for the kept rows plus a block's pairs.
-        check: called between blocks; may raise to stop.
-
-    Returns:
-        One Pair per dropped row, in `order`.
+    """`select` by cosine alone: `vectors` (N, d) float32, rows of length 1 or 0, and `threshold` in (0, 1].
 
     Raises:
         ValueError: rows are neither unit nor zero, or not finite.
     """
-    rows = np.asarray(order, dtype=np.int64)
-    rows = rows[_nonzero(vectors)[rows]]
-    kept_search = new_search(vectors.shape[1])
-    kept = np.empty(len(rows), np.int64)  # row numbers in the order they were added to the search
-    count = 0
-    pairs: list[Pair] = []
-    for start in range(0, len(rows), block_rows):
-        check()
-        block = rows[start : start + block_rows]
-        best = _Best(len(block))
-        for i, j, scores in kept_search.pairs(vectors[block], threshold - BAND):
-            best.take(i, kept[j], scores, vectors, block, threshold)
-        fresh = np.flatnonzero(best.score < threshold)
-        chosen = fresh[_greedy(vectors[block[fresh]], threshold, new_search)]
-        inside = new_search(vectors.shape[1])
-        inside.add(vectors[block[chosen]])
-        for i, j, scores in inside.pairs(vectors[block], threshold - BAND):
-            earlier = chosen[j] < i
-            best.take(i[earlier], block[chosen[j[earlier]]], scores[earlier], vectors, block, threshold)
-        hits = np.flatnonzero(best.score >= threshold)
-        pairs += [Pair(int(block[i]), int(best.row[i]), float(best.score[i])) for i in hits]
-        kept_search.add(vectors[block[chosen]])
-        kept[count : count + len(chosen)] = block[chosen]
-        count += len(chosen)
-    return pairs
+    return select(order, None, [Cosine(vectors, threshold, new_search)], block_rows, check)
 
 
 def groups(
@@ -199,25 +177,24 @@ def groups(
         forest.join(_numbers(p.dropped for p in twins), _numbers(p.kept for p in twins))
     if vectors is None or not len(vectors):
         return forest.roots()
-    alive = np.flatnonzero(_nonzero(vectors))
+    measure = Cosine(vectors, threshold, new_search)
+    alive = np.flatnonzero(nonzero(vectors))
     # Rows with the very same vector are one node: a group of 50,000 copies would else have 1.25 billion links.
     same = exact_duplicates([vectors[r].tobytes() for r in alive], range(len(alive)))
     copies = _numbers(p.dropped for p in same)
     forest.join(alive[copies], alive[_numbers(p.kept for p in same)])
     nodes = np.delete(alive, copies)
-    search = new_search(vectors.shape[1])
+    search = measure.search()
     for start in range(0, len(nodes), block_rows):
         check()
         block = nodes[start : start + block_rows]
         search.add(vectors[block])
-        for i, j, scores in search.pairs(vectors[block], threshold - BAND):
-            forest.join_similar(block[i], nodes[j], scores, vectors, threshold)
+        for i, j, scores in search.pairs(vectors[block], threshold - measure.band):
+            forest.join_similar(measure, block[i], nodes[j], scores)
     return forest.roots()
 
 
-def links_between(
-    left: Vectors, right: Vectors, threshold: float, new_search: NewSearch
-) -> tuple[Rows, Rows, NDArray[np.float64]]:
+def links_between(left: Vectors, right: Vectors, threshold: float, new_search: NewSearch) -> tuple[Rows, Rows, Scores]:
     """The rows of `left` (N, d) that reach `threshold` with some row of `right` (M, d), that row, and their cosine.
 
     For each such row of `left` the best row of `right` is named, the first on a tie. Zero rows reach nothing.
@@ -225,82 +202,80 @@ def links_between(
     Raises:
         ValueError: as `near_duplicates`.
     """
-    a, b = np.flatnonzero(_nonzero(left)), np.flatnonzero(_nonzero(right))
-    both = np.concatenate([left[a], right[b]])
-    search = new_search(left.shape[1])
+    a, b = np.flatnonzero(nonzero(left)), np.flatnonzero(nonzero(right))
+    measure = Cosine(np.concatenate([left[a], right[b]]), threshold, new_search)
+    search = measure.search()
     search.add(right[b])
-    best = _Best(len(a))
-    for i, j, scores in search.pairs(left[a], threshold - BAND):
-        best.take(i, len(a) + j, scores, both, np.arange(len(a)), threshold)
-    hits = np.flatnonzero(best.score >= threshold)
+    best = Best(np.arange(len(a)), measure)
+    for i, j, scores in search.pairs(left[a], threshold - measure.band):
+        best.take(i, len(a) + j, scores)
+    hits = np.flatnonzero(best.row >= 0)
     return a[hits], b[best.row[hits] - len(a)], best.score[hits]
+
+
+def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:
+    """Look, for the places `left` of a block, at the places `chosen` before each."""
+    if not len(chosen) or not len(left):
+        return
+    inside = measure.search()
+    inside.add(measure.features(block[chosen]))
+    for i, j, scores in inside.pairs(measure.features(block[left]), measure.threshold - measure.band):
+        earlier = chosen[j] < left[i]
+        found.take(left[i[earlier]], block[chosen[j[earlier]]], scores[earlier])
+
+
+def _twins_by_key(block: Rows, chosen: Rows, keys: Sequence[Hashable], by_key: dict[Hashable, int]) -> dict[int, int]:
+    """Place in the block -> the row with its key that was kept before it; `by_key` takes in the chosen ones."""
+    keeps = set(chosen.tolist())
+    twins = {}
+    for place, row in enumerate(block.tolist()):
+        if place in keeps:
+            if keys[row]:
+                by_key[keys[row]] = row
+        elif keys[row] in by_key:
+            twins[place] = by_key[keys[row]]
+    return twins
+
+
+def _named(block: Rows, twins: dict[int, int], measures: Sequence[Measure], best: Sequence[Best]) -> list[Pair]:
+    """The pair of every dropped row of a block."""
+    pairs = []
+    for place, row in enumerate(block.tolist()):
+        if place in twins:
+            pairs.append(Pair(row, twins[place], 1.0, "exact"))
+            continue
+        for measure, found in zip(measures, best, strict=True):
+            if found.row[place] >= 0:
+                pairs.append(Pair(row, int(found.row[place]), float(found.score[place]), measure.name))
+                break
+    return pairs
 
 
 def _numbers(rows: Iterable[int]) -> Rows:
     return np.fromiter(rows, np.int64)
 
 
-def _nonzero(vectors: Vectors) -> NDArray[np.bool_]:
-    """Which rows are not all zero; refuses rows of any other length than 0 or 1."""
-    squares = np.einsum("ij,ij->i", vectors, vectors)
-    bad = ~((squares == 0) | (np.abs(squares - 1) <= 2 * NORM_TOLERANCE))  # NaN fails both
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise ValueError(f"row {row} has length {float(np.sqrt(squares[row])):.6g}; vectors must have length 1 or 0")
-    nonzero: NDArray[np.bool_] = squares > 0
-    return nonzero
-
-
-class _Best:
-    """For each row of a block, the best-scoring partner seen so far (a row number), in float64."""
-
-    def __init__(self, rows: int) -> None:
-        self.score = np.full(rows, -np.inf)
-        self.row = np.full(rows, -1, np.int64)
-
-    def take(self, i: Rows, partner: Rows, scores: Vectors, vectors: Vectors, block: Rows, threshold: float) -> None:
-        """Look at float32 `scores` of block rows `i` (sorted) with rows `partner`, the preferred partner first."""
-        if not len(i):
-            return
-        # Only partners that could be the best in float64 are scored again.
-        starts = np.flatnonzero(np.r_[True, i[1:] != i[:-1]])
-        top = np.repeat(np.maximum.reduceat(scores, starts), np.diff(np.r_[starts, len(i)]))
-        near = scores >= top - 2 * BAND
-        i, partner = i[near], partner[near]
-        for start in range(0, len(i), RESCORE_ROWS):
-            part, other = i[start : start + RESCORE_ROWS], partner[start : start + RESCORE_ROWS]
-            exact = cosines(vectors[block[part]], vectors[other])
-            order = np.lexsort((np.arange(len(part)), -exact, part))  # per row: best first, then the earlier one
-            first = order[np.r_[True, part[order][1:] != part[order][:-1]]]
-            better = first[(exact[first] >= threshold) & (exact[first] > self.score[part[first]])]
-            self.score[part[better]] = exact[better]
-            self.row[part[better]] = other[better]
-
-
-def _greedy(vectors: Vectors, threshold: float, new_search: NewSearch) -> Rows:
-    """Which of a few rows (n, d) the greedy rule keeps among themselves, in their order."""
-    search = new_search(vectors.shape[1])
-    search.add(vectors)
-    dropped_by: list[list[int]] = [[] for _ in range(len(vectors))]
-    for i, j, scores in search.pairs(vectors, threshold - BAND):
-        later = i > j
-        reach = _reaches(vectors, i[later], j[later], scores[later], threshold)
-        for row, earlier in zip(i[later][reach].tolist(), j[later][reach].tolist(), strict=True):
-            dropped_by[row].append(earlier)
-    keep = np.zeros(len(vectors), bool)
-    for row, earlier_rows in enumerate(dropped_by):
-        keep[row] = not any(keep[e] for e in earlier_rows)
+def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -> Rows:
+    """Which of a few rows (n,) the greedy rule keeps among themselves: their places, in order."""
+    dropped_by: list[list[int]] = [[] for _ in range(len(rows))]
+    for measure in measures:
+        search: Search = measure.search()
+        features = measure.features(rows)
+        search.add(features)
+        for i, j, scores in search.pairs(features, measure.threshold - measure.band):
+            later = i > j
+            i, j, scores = i[later], j[later], scores[later]
+            reach = reaches(measure, rows[i], rows[j], scores)
+            for row, earlier in zip(i[reach].tolist(), j[reach].tolist(), strict=True):
+                dropped_by[row].append(earlier)
+    keep = np.zeros(len(rows), bool)
+    seen: set[Hashable] = set()
+    for place, earlier_places in enumerate(dropped_by):
+        key = keys[rows[place]]
+        keep[place] = key not in seen and not any(keep[e] for e in earlier_places)
+        if keep[place] and key:
+            seen.add(key)
     return np.flatnonzero(keep)
-
-
-def _reaches(vectors: Vectors, i: Rows, j: Rows, scores: Vectors, threshold: float) -> NDArray[np.bool_]:
-    """Which pairs reach the threshold; those within BAND of it are decided in float64."""
-    reach = scores >= threshold
-    close = np.flatnonzero(np.abs(scores - threshold) <= BAND)
-    for start in range(0, len(close), RESCORE_ROWS):
-        part = close[start : start + RESCORE_ROWS]
-        reach[part] = cosines(vectors[i[part]], vectors[j[part]]) >= threshold
-    return reach
 
 
 class _Forest:
@@ -329,11 +304,11 @@ class _Forest:
             a, b = a[a != b], b[a != b]
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
-    def join_similar(self, i: Rows, j: Rows, scores: Vectors, vectors: Vectors, threshold: float) -> None:
-        """Link the pairs that reach `threshold`; a pair that is in one group already is not scored again."""
-        sure = scores > threshold + BAND
+    def join_similar(self, measure: Measure, i: Rows, j: Rows, scores: Vectors) -> None:
+        """Link the pairs that reach the threshold; a pair that is in one group already is not scored again."""
+        sure = scores > measure.threshold + measure.band
         self.join(i[sure], j[sure])
         roots = self.roots()
         unsure = np.flatnonzero(~sure & (roots[i] != roots[j]))
-        reach = unsure[_reaches(vectors, i[unsure], j[unsure], scores[unsure], threshold)]
+        reach = unsure[reaches(measure, i[unsure], j[unsure], scores[unsure])]
         self.join(i[reach], j[reach])

@@ -197,8 +197,9 @@ def without_folders(text: str, recipe: Recipe) -> str:
     every = [*recipe.data, *(recipe.decontaminate.against if recipe.decontaminate else [])]
     paths = [s.path for s in every if isinstance(s, LocalSource)]
     paths += [p for p in (recipe.model.folder, recipe.render.template_file) if p is not None]
-    if recipe.dedup and (recipe.dedup.embedding or "").startswith(("/", "~")):
-        paths.append(Path(recipe.dedup.embedding or "").expanduser())
+    embedding = ((recipe.dedup.embedding if recipe.dedup else None) or "").removeprefix("model2vec:")
+    if embedding.startswith(("/", "~")):
+        paths.append(Path(embedding).expanduser())
     for path in sorted(paths, key=lambda p: -len(str(p))):
         written = [str(path)]
         if path.is_relative_to(Path.home()):

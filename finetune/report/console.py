@@ -48,18 +48,21 @@ class PlainBar:
     def __init__(self, console: Console, label: str, total: int | None) -> None:
         self._console, self._label, self._total = console, label, total
         self._done = 0
+        self._from: int | None = None  # where the first report found it: a resumed training was elsewhere before
         self._start = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count, and print if it has been quiet for long enough."""
         self._done += steps
         now = time.monotonic()
+        if self._from is None:
+            self._from = self._done if steps > 1 else 0
         if now - self._last < PLAIN_SECONDS:
             return
         self._last = now
         left = ""
-        if self._total and self._done:
-            left = f", {(now - self._start) * (self._total - self._done) / self._done:.0f} s left"
+        if self._total and self._done > self._from:
+            left = f", {(now - self._start) * (self._total - self._done) / (self._done - self._from):.0f} s left"
         of = f"/{self._total}" if self._total else ""
         self._console.print(f"  {self._label} {self._done}{of}{left} {note}".rstrip(), highlight=False, markup=False)
 
@@ -142,7 +145,8 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
         case "embed":
             return f"{m.get('model', '')}, {number('rows_per_second', ',.0f')} rows/s"
         case "dedup":
-            return f"{number('exact', ',')} exact, {number('embedding', ',')} near-duplicates dropped"
+            near = int(m.get("minhash") or 0) + int(m.get("embedding") or 0)
+            return f"{number('exact', ',')} exact, {near:,} near-duplicates dropped"
         case "split":
             return f"{number('groups', ',')} groups, {number('leaks', ',')} leaks"
         case "render":

@@ -27,6 +27,7 @@ BINS = 48
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split", "render")
 WORDS = {  # what a reason in the metrics means
     "exact": "the same text as a kept row",
+    "minhash": "nearly the words of a kept row",
     "embedding": "nearly a kept row",
     "tokens": "too many tokens",
 }
@@ -76,7 +77,7 @@ def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, st
         case "filter":
             return m.get("rows_out"), sum(m.get("rejected", {}).values()), _reasons(m.get("rejected", {}))
         case "dedup":
-            dropped = {k: m[k] for k in ("exact", "embedding") if m.get(k)}
+            dropped = {k: m[k] for k in ("exact", "minhash", "embedding") if m.get(k)}
             return m.get("rows_out"), sum(dropped.values()), _reasons(dropped)
         case "decontaminate":
             lost = int(m.get("dropped", 0))

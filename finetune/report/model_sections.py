@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,23 @@ def _evaluation_figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("perplexity of the base", _with_interval(m, "perplexity_base")),
         ("perplexity with the adapter", _with_interval(m, "perplexity_adapter")),
     ]
+    if "perplexity_ratio" in m:
+        lines.append(("adapter / base", _with_interval(m, "perplexity_ratio")))
     if m.get("generations"):
         base = f" (the base: {percent(m.get('stop_rate_base'))})" if m.get("stop_rate_base") is not None else ""
         lines.append(("answers that end by themselves", f"{percent(m.get('stop_rate'))} of {m['generations']}{base}"))
-    return lines
+    return lines + [line for name, task in m.get("tasks", {}).items() for line in _task_figures(name, task)]
+
+
+def _task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each metric of a benchmark, base → adapter, with the standard error of both."""
+    for metric, v in task["metrics"].items():
+        before, after = (
+            number(v[side]) + (f" ± {number(v[f'{side}_stderr'])}" if v[f"{side}_stderr"] is not None else "")
+            for side in ("base", "adapter")
+        )
+        apart = f"; the difference is {interval(v['difference_interval'])}" if v["difference_interval"] else ""
+        yield f"{name}, {metric}", f"{before} → {after} on {number(task['rows'])} documents{apart}"
 
 
 def _with_interval(m: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Drop training rows that share a long run of words with evaluation data."""
+"""Drop training rows that share a long run of words with evaluation data, or ask the same by their vectors."""
 
 from __future__ import annotations
 
@@ -7,80 +7,149 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from finetune.backends.embedding_names import LSA, model_fingerprint, named
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Decontaminate, Recipe, Source
+from finetune.recipe import Decontaminate, Recipe, Section, Source
 from finetune.records import Example, Reject, read_rows, write_rows, write_table
 
 WORD = re.compile(r"\w+")
 
 
-def spec(recipe: Recipe) -> Decontaminate | None:
+class Spec(Section):
+    """The decontaminate section, and the model whose vectors are compared where the recipe asks for that."""
+
+    section: Decontaminate
+    embedding: str | None = None
+    folder: Annotated[Path | None, Field(exclude=True)] = None
+
+
+def spec(recipe: Recipe) -> Spec | None:
     """Off unless the recipe names evaluation data."""
-    return recipe.decontaminate
+    section = recipe.decontaminate
+    if section is None or section.embedding_threshold is None:
+        return None if section is None else Spec(section=section)
+    name, folder = named((recipe.dedup.embedding if recipe.dedup else None) or LSA)
+    return Spec(section=section, embedding=name, folder=folder)
 
 
-def fingerprint(spec: Decontaminate) -> Mapping[str, object]:
-    """What the evaluation data hold: a file's digest, a Hub data set's commit, the Python that is documented."""
+def fingerprint(spec: Spec) -> Mapping[str, object]:
+    """What the evaluation data hold (a file's digest, a Hub data set's commit, the Python that is documented), and the
+    model whose vectors are compared.
+    """
     from finetune.backends.sources import source_fingerprint
 
-    return {"against": [source_fingerprint(source) for source in spec.against]}
+    found: dict[str, object] = {"against": [source_fingerprint(source) for source in spec.section.against]}
+    if spec.embedding is not None:
+        found["model"] = model_fingerprint(spec.embedding, spec.folder)
+    return found
 
 
-def run(spec: Decontaminate, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Write rows.parquet, in order, and pairs.parquet: dropped_id, evaluation_id, words (what both have), text.
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Write rows.parquet, in order, and pairs.parquet: dropped_id, evaluation_id, method, score, words, text.
 
-    Turns are compared as words (NFKC, case folded, punctuation left out), one turn at a time, whatever its role: a row
-    is dropped when one of its turns shares `ngram` consecutive words with an evaluation turn (arXiv:2005.14165,
-    appendix C). An evaluation question of fewer words matches a question that is the same as a whole; a short answer
-    matches nothing.
+    By words: turns are compared as words (NFKC, case folded, punctuation left out), one turn at a time, whatever its
+    role; a row is dropped when one of its turns shares `ngram` consecutive words with an evaluation turn
+    (arXiv:2005.14165, appendix C). An evaluation question of fewer words matches a question that is the same as a
+    whole; a short answer matches nothing. By embedding, where `embedding_threshold` is given: a row is dropped when the
+    cosine of its question (all user turns) with that of an evaluation row reaches the threshold; the best is named.
     """
     import pyarrow as pa
 
     from finetune.data.formats import unique_labels
 
-    index = NgramIndex(spec.ngram)
-    labels = unique_labels(source.label for source in spec.against)
-    evaluation_rows = 0
-    for label, source in zip(labels, spec.against, strict=True):
+    section = spec.section
+    index = NgramIndex(section.ngram)
+    labels = unique_labels(source.label for source in section.against)
+    questions: list[tuple[str, str]] = []
+    for label, source in zip(labels, section.against, strict=True):
         for row in _evaluation_rows(source, label, ctx):
             index.add(row)
-            evaluation_rows += 1
+            questions.append((row.id, row.joined("user")))
 
     source_rows = inputs["dedup"] / "rows.parquet"
     found: dict[str, Match] = {}
-    rows_in = 0
+    asked: dict[str, str] = {}  # the question of every row that shares no words
     for row in ctx.track(read_rows(source_rows), "compare"):
-        rows_in += 1
         match = index.match(row)
         if match is not None:
             found[row.id] = match
+        else:
+            asked[row.id] = row.joined("user") if spec.embedding is not None else ""
+    rows_in, by_words = len(found) + len(asked), len(found)
+    if spec.embedding is not None:
+        found |= _alike(spec, asked, questions, ctx)
     if rows_in and len(found) == rows_in:
-        some = next(iter(found.values()))
-        raise GateRefused(
-            f"decontaminate: every one of {rows_in} rows shares {spec.ngram} words with the evaluation data, the first "
-            f"one {some.words!r} with {some.evaluation_id}; is decontaminate.against the training data itself, or does "
-            "every row begin with the same instruction? Name other data or raise decontaminate.ngram"
-        )
+        raise GateRefused(_why_all(next(iter(found.values())), rows_in, section))
+    listed = [row.id for row in read_rows(source_rows) if row.id in found]
     rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
     columns: dict[str, Sequence[object]] = {
-        "dropped_id": list(found),
-        "evaluation_id": [m.evaluation_id for m in found.values()],
-        "words": [m.words for m in found.values()],
-        "text": [m.text for m in found.values()],
+        "dropped_id": listed,
+        "evaluation_id": [found[i].evaluation_id for i in listed],
+        "method": ["words" if found[i].score is None else "embedding" for i in listed],
+        "score": [found[i].score for i in listed],
+        "words": [found[i].words for i in listed],
+        "text": [found[i].text for i in listed],
     }
-    write_table(out / "pairs.parquet", columns, dict.fromkeys(columns, pa.string()))
-    return {"rows_in": rows_in, "rows_out": rows_out, "dropped": len(found), "evaluation_rows": evaluation_rows}
+    write_table(out / "pairs.parquet", columns, dict.fromkeys(columns, pa.string()) | {"score": pa.float64()})
+    return {
+        "rows_in": rows_in,
+        "rows_out": rows_out,
+        "dropped": len(found),
+        "words": by_words,
+        "embedding": len(found) - by_words,
+        "evaluation_rows": len(questions),
+    }
+
+
+def _alike(
+    spec: Spec, asked: Mapping[str, str], questions: Sequence[tuple[str, str]], ctx: Context
+) -> dict[str, Match]:
+    """Row id -> the evaluation question that its own comes nearest to, where they reach the threshold."""
+    from finetune.backends.embeddings import embed
+    from finetune.backends.search import exact_search
+    from finetune.data.near_duplicates import links_between
+
+    assert spec.embedding is not None and spec.section.embedding_threshold is not None  # noqa: S101 - the caller asked
+    # Together, since LSA makes its vectors of the texts it is given.
+    texts = [*asked.values(), *(text for _, text in questions)]
+    made_by = model_fingerprint(spec.embedding, spec.folder)
+    vectors = embed(texts, spec.embedding, ctx, spec.folder, made_by)
+    left, right = vectors[: len(asked)], vectors[len(asked) :]
+    new_search = exact_search(ctx.device, len(asked))
+    rows, partners, scores = links_between(left, right, spec.section.embedding_threshold, new_search)
+    ids = list(asked)
+    return {
+        ids[row]: Match(questions[partner][0], "", questions[partner][1], score)
+        for row, partner, score in zip(rows.tolist(), partners.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def _why_all(some: Match, rows: int, section: Decontaminate) -> str:
+    how, mend = f"shares {section.ngram} words", "decontaminate.ngram"
+    what = repr(some.words)
+    if some.score is not None:
+        how, mend = f"shares {section.ngram} words or its meaning", "decontaminate.embedding_threshold"
+        what = f"at cosine {some.score:.3f}"
+    return (
+        f"decontaminate: every one of {rows} rows {how} with the evaluation data, the first one {what} with "
+        f"{some.evaluation_id}; is decontaminate.against the training data itself, or does every row begin with the "
+        f"same instruction? Name other data or raise {mend}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The evaluation row a training row shares words with, those words, and the evaluation turn."""
+    """The evaluation row a training row is like, the words they share, the evaluation turn, and the cosine if by it."""
 
     evaluation_id: str
     words: str
     text: str
+    score: float | None = None
 
 
 @dataclass

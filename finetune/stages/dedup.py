@@ -1,25 +1,26 @@
-"""Drop rows that repeat another: by text, then by cosine; every dropped row names the kept row it repeats."""
+"""Drop rows that repeat another: by text, by wording, by cosine; every dropped row names the kept row it repeats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Dedup, Recipe, Section
+from finetune.recipe import Dedup, MinHash, Recipe, Section
 from finetune.records import Example, read_rows, write_rows, write_table
 
 if TYPE_CHECKING:
-    from finetune.data.near_duplicates import Pair
+    from finetune.data.measures import Measure
 
 
 class Spec(Section):
     """The dedup section without the embedding, whose vectors are an input."""
 
     exact: bool
+    minhash: MinHash | None = None
     field: str
     threshold: float
     keep: str
@@ -42,16 +43,14 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write rows.parquet in the original order and pairs.parquet, sorted as the rows are.
 
-    Both methods look at the chosen `field` only: the exact one compares its normalised text (NFKC, case folded,
-    whitespace collapsed), and an empty text repeats nothing. `kept_id` always names a row that stays: the best-scoring
-    one among those preferred to the dropped row. Where the twin of an exact duplicate was itself dropped by cosine,
-    the twin's own kept row and score are named, and the method is exact still.
+    All methods look at the chosen `field` only: the exact one compares its normalised text (NFKC, case folded,
+    whitespace collapsed), and an empty text repeats nothing; the others reach their thresholds. Rows are taken the
+    preferred first, and one is dropped exactly when a kept row repeats it by any method: no two rows that stay repeat
+    each other, and `kept_id` always names a row that stays and reaches the method's threshold with the score told.
     """
-    import numpy as np
     import pyarrow as pa
 
-    from finetune.backends.search import FlatIndex
-    from finetune.data.near_duplicates import exact_duplicates, field_text, near_duplicates, text_key
+    from finetune.data.near_duplicates import field_text, select, text_key
 
     source = inputs["filter"] / "rows.parquet"
     ids: list[str] = []
@@ -65,47 +64,49 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         name = spec.keep.removeprefix("column:")
         raise InputError(f"dedup.keep: no row has a column {name!r} that the format left over; use longest or first")
     order = sorted(range(len(ids)), key=lambda i: (-ranks[i], i))
-    exact = exact_duplicates(keys, order) if spec.exact else []
-    repeated = {pair.dropped for pair in exact}
-    near: list[Pair] = []
-    if (inputs["embed"] / "vectors.npy").exists():
-        vectors = np.load(inputs["embed"] / "vectors.npy", allow_pickle=False)
-        left = [i for i in order if i not in repeated]
-        near = near_duplicates(vectors, left, spec.threshold, FlatIndex, check=ctx.stop.check)
-
-    found = _resolved(exact, near)
+    measures = _measures(spec, source, inputs["embed"] / "vectors.npy", len(ids), ctx)
+    pairs = select(order, keys if spec.exact else None, measures, check=ctx.stop.check)
+    found = {pair.dropped: pair for pair in pairs}
     if len(found) > spec.max_dropped_fraction * len(ids):
         raise GateRefused(
             f"{len(found):,} of {len(ids):,} rows repeat the {spec.field} of another, more than "
             f"dedup.max_dropped_fraction {spec.max_dropped_fraction}; where answers are short and questions differ "
             "(labels, yes and no), compare both: dedup.field=both"
         )
-    rows = (row for i, row in enumerate(read_rows(source)) if i not in found)
-    rows_out = write_rows(out / "rows.parquet", rows)
-    listed = sorted(found)
+    rows_out = write_rows(out / "rows.parquet", (row for i, row in enumerate(read_rows(source)) if i not in found))
+    listed = [found[i] for i in sorted(found)]
     write_table(
         out / "pairs.parquet",
         {
-            "dropped_id": [ids[i] for i in listed],
-            "kept_id": [ids[found[i].kept] for i in listed],
-            "method": ["exact" if i in repeated else "embedding" for i in listed],
-            "score": [found[i].score for i in listed],
+            "dropped_id": [ids[pair.dropped] for pair in listed],
+            "kept_id": [ids[pair.kept] for pair in listed],
+            "method": [pair.method for pair in listed],
+            "score": [pair.score for pair in listed],
         },
         {"dropped_id": pa.string(), "kept_id": pa.string(), "method": pa.string(), "score": pa.float64()},
     )
-    return {"rows_in": len(ids), "rows_out": rows_out, "exact": len(exact), "embedding": len(near)}
+    counts = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
+    return {"rows_in": len(ids), "rows_out": rows_out, **counts}
 
 
-def _resolved(exact: Sequence[Pair], near: Sequence[Pair]) -> dict[int, Pair]:
-    """Dropped row -> its pair, led on from a twin that was dropped itself (by cosine) to the row that was kept."""
-    from finetune.data.near_duplicates import Pair
+def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) -> list[Measure]:
+    """What else than the same text makes rows alike, in the order in which a dropped row's method is named."""
+    measures: list[Measure] = []
+    if spec.minhash is not None:
+        from finetune.data.near_duplicates import field_text
+        from finetune.data.set_similarity import Jaccard, word_sets
 
-    found = {pair.dropped: pair for pair in near}
-    led_on = {}
-    for pair in exact:
-        further = found.get(pair.kept)
-        led_on[pair.dropped] = Pair(pair.dropped, further.kept, further.score) if further else pair
-    return found | led_on
+        texts = (field_text(row, spec.field) for row in ctx.track(read_rows(source), "read words"))
+        measures.append(Jaccard(word_sets(texts, spec.minhash.ngram), spec.minhash.threshold))
+    if vectors.exists():
+        import numpy as np
+
+        from finetune.backends.search import exact_search
+        from finetune.data.measures import Cosine
+
+        new_search = exact_search(ctx.device, rows)
+        measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, new_search))
+    return measures
 
 
 def _rank(row: Example, keep: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.backends.embedding_names import model_fingerprint, named
 from finetune.context import Context, Metrics
 from finetune.recipe import Recipe, Section
 from finetune.records import read_rows, write_json, write_table
-
-LSA = "lsa"
-HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 class Spec(Section):
@@ -28,33 +25,23 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off without near-duplicate removal. A name that cannot be a Hub name, or that begins like a path, is a folder."""
-    dedup = recipe.dedup
-    if dedup is None or dedup.embedding is None:
+    """Off without near-duplicate removal by vectors."""
+    if recipe.dedup is None or recipe.dedup.embedding is None:
         return None
-    name = dedup.embedding
-    if name.startswith(("/", "./", "../", "~")) or not HUB_NAME.fullmatch(name):
-        folder = Path(name).expanduser().absolute()
-        return Spec(embedding=f"folder:{folder.name}", field=dedup.field, folder=folder)
-    return Spec(embedding=name, field=dedup.field)
+    name, folder = named(recipe.dedup.embedding)
+    return Spec(embedding=name, field=recipe.dedup.field, folder=folder)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The digests of a folder's files, or the commit a Hub name stands for now; LSA is made of the rows alone."""
-    if spec.folder is not None:
-        return {"files": _digests(spec.folder)}
-    if spec.embedding == LSA:
-        return {}
-    from finetune.backends.hub import resolve_revision
-
-    return {"revision": resolve_revision(spec.embedding, None, repo_type="model", scratch=None)}
+    return model_fingerprint(spec.embedding, spec.folder)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json."""
     import numpy as np
 
-    from finetune.backends.embeddings import embed
+    from finetune.backends.embeddings import embed_counted
     from finetune.data.near_duplicates import field_text
 
     ids, texts = [], []
@@ -62,7 +49,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         ids.append(row.id)
         texts.append(field_text(row, spec.field))
     start = time.monotonic()
-    vectors = embed(texts, spec.embedding, ctx, spec.folder)
+    vectors, made = embed_counted(texts, spec.embedding, ctx, spec.folder, made_by=fingerprint(spec))
     seconds = time.monotonic() - start
     with (out / "vectors.npy").open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
@@ -75,25 +62,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     write_json(out / "embedding.json", {"embedding": spec.embedding, "field": spec.field, "dimension": dimension})
     return {
         "rows": len(ids),
-        "rows_per_second": round(len(ids) / max(seconds, 1e-9), 1),
+        "embedded": made,  # without copies, and what an earlier run kept
+        "rows_per_second": round(made / max(seconds, 1e-9), 1) if made else None,
         "model": spec.embedding,
         "dimension": dimension,
     }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file but hidden ones, by relative path."""
-    from finetune.digests import file_digest
-    from finetune.errors import InputError
-
-    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(
-            f"dedup.embedding: {folder} holds no sentence-transformers model (no modules.json or config.json); "
-            "give the folder of one, a Hub name such as thenlper/gte-large, or lsa"
-        )
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-            digests[name.as_posix()] = file_digest(path)
-    return digests

@@ -1,4 +1,4 @@
-"""What the training changed, on rows it never saw: perplexity, use of the prompt, and whether answers end."""
+"""What the training changed, on rows it never saw: perplexity, use of the prompt, whether answers end, benchmarks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,18 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """Nothing outside the recipe and the inputs."""
-    return {}
+    """The files of the recipe's own tasks. The harness's tasks are told apart by the versions in the result."""
+    from finetune.backends.harness import digests
+
+    return {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, and greedy samples of both."""
-    from finetune.backends import models, threads
+    """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, greedy samples of both, and benchmarks.
+
+    Base and adapter are one model in memory, the adapter switched on and off.
+    """
+    from finetune.backends import harness, models, threads
     from finetune.data.training_rows import read_token_rows
 
     device = models.pick_device(ctx.device)
@@ -62,12 +67,30 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         )
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = models.load_tokenizer(inputs["base"])
+    settings = spec.evaluate
+    # Read before the slow part: a task that cannot be loaded must not cost it.
+    tasks = harness.load(settings.tasks, settings.task_path, spec.seed) if settings.tasks else None
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
     model = models.attach_adapter(base, inputs["train"] / "adapter").eval()
     with threads.fitting(inputs["base"], device):
         result, samples = _measure(model, tokenizer, rows, template, spec, ctx)
+        if tasks is not None:
+            own = models.load_tokenizer(inputs["base"])  # the harness changes it
+            limit, width = settings.tasks_limit, settings.batch_tokens
+            result["tasks_harness"] = harness.version()
+            result["tasks"] = harness.score(model, own, tasks, limit, width, spec.seed, ctx)
     write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
     write_json(out / "eval.json", result)
+    _warn(result, ctx)
+    return result
+
+
+def _warn(result: Mapping[str, Any], ctx: Context) -> None:
+    """Say what the figures do not show."""
+    ratio = result["perplexity_ratio_interval"]
+    if ratio is not None and ratio[0] <= 1 <= ratio[1]:
+        ends = f"{ratio[0]:.4g} to {ratio[1]:.4g}"
+        ctx.say(f"evaluate: perplexity does not tell base and adapter apart (ratio {ends}, which holds 1)")
     interval = result["nll_difference_interval"]
     if interval is None:
         ctx.say("evaluate: one held-out row has no other prompt to be compared with")
@@ -76,7 +99,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             "evaluate: the answers are no likelier under their own prompt than under another's "
             f"(difference {interval}): the model may have learned their style only"
         )
-    return result
 
 
 def _measure(
@@ -90,7 +112,6 @@ def _measure(
     """The figures, and a line for each sample."""
     from finetune.backends import scoring
     from finetune.data.training_rows import under_other_prompts, with_prompt
-    from finetune.metrics.perplexity import perplexity
 
     settings = spec.evaluate
     nll, counts = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (adapter)")
@@ -110,14 +131,35 @@ def _measure(
     result: dict[str, Any] = {
         "rows": len(rows),
         "tokens": int(counts.sum()),
-        "perplexity_base": perplexity(base_nll, counts),
-        "perplexity_adapter": perplexity(nll, counts),
+        **_perplexities(base_nll, nll, counts, spec.seed),
         **prompt_use,
         "generations": len(answers),
         "stop_rate": stopped / len(answers) if answers else None,
         "stop_rate_base": sum(a.finish == "stop" for a in base_answers) / len(answers) if answers else None,
     }
     return result, lines
+
+
+def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
+    """Both, and adapter / base, each with its 95 % bootstrap interval over rows; null for a single row.
+
+    The ratio's draws are paired (each takes both figures of a row), so it tells the two apart where their own
+    intervals overlap.
+    """
+    from finetune.metrics.perplexity import perplexity, perplexity_interval, perplexity_ratio_interval
+
+    values = {"perplexity_base": perplexity(base, counts), "perplexity_adapter": perplexity(adapter, counts)}
+    values["perplexity_ratio"] = values["perplexity_adapter"] / values["perplexity_base"]
+    found: dict[str, Any] = {**values, **{f"{name}_interval": None for name in values}}
+    if len(base) > 1:
+        tokens = counts.astype(float)
+        for name, interval in (
+            ("perplexity_base", perplexity_interval(base, tokens, seed)),
+            ("perplexity_adapter", perplexity_interval(adapter, tokens, seed)),
+            ("perplexity_ratio", perplexity_ratio_interval(adapter, base, tokens, seed)),
+        ):
+            found[f"{name}_interval"] = [interval.low, interval.high]
+    return found
 
 
 def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from finetune.context import Context, Metrics
 from finetune.data import filters
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Filter, Recipe, Section
-from finetune.records import Example, Reject, read_rows, write_rejects, write_rows
+from finetune.recipe_rules import Own
+from finetune.records import Example, Reject, read_rows, reject_writer, write_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def spec(recipe: Recipe) -> Spec | None:
     rules, render = recipe.filter, recipe.render
     if rules is None:
         return None
-    if rules.count == "raw" or rules.max_length_tokens is None:
+    if rules.count == "raw" or (rules.max_length_tokens is None and rules.min_length_tokens is None):
         return Spec(rules=rules)
     merge = render.system == "merge"
     return Spec(
@@ -57,44 +58,49 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> dict[str, object]:
-    """The digest of a template that the recipe names; the base's own is part of the base."""
+    """The digests of a template and of own rules' files that the recipe names; the base's own is part of the base."""
+    from finetune.backends import own_rules
+
+    own = {rule.function: own_rules.digest(rule) for rule in spec.rules.rules if isinstance(rule, Own)}
+    found: dict[str, object] = {"own_rules": own} if own else {}
     if spec.rendering is None or spec.rendering.template == "auto":
-        return {}
+        return found
     from finetune.backends.templates import fingerprint_of
 
-    return fingerprint_of(spec.rendering.template, spec.rendering.template_file)
+    return found | fingerprint_of(spec.rendering.template, spec.rendering.template_file)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write rows.parquet and rejects.parquet. Raises GateRefused where no row is left."""
     rows = read_rows(inputs["ingest"] / "rows.parquet")
     judge = rules_of(spec.rules)
-    most = spec.rules.max_length_tokens
-    count = counter(spec, inputs["base"]) if most is not None else None
-    rejects: list[Reject] = []
+    least, most = spec.rules.min_length_tokens, spec.rules.max_length_tokens
+    count = None if least is None and most is None else counter(spec, inputs["base"])
+    rejected: Counter[str] = Counter()
+    first = ""
     seen = 0
 
-    def kept() -> Iterator[Example]:
-        nonlocal seen
+    def kept(reject: Callable[[Reject], None]) -> Iterator[Example]:
+        nonlocal seen, first
         for batch in _batches(ctx.track(rows, "filtering"), BATCH_ROWS):
             seen += len(batch)
             verdicts = [judge(row) for row in batch]
-            if count is not None and most is not None:
+            if count is not None:
                 open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
                 for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
-                    verdicts[i] = filters.too_many_tokens(found, most) if isinstance(found, int) else found
+                    verdicts[i] = filters.tokens_outside(found, least, most) if isinstance(found, int) else found
             for row, verdict in zip(batch, verdicts, strict=True):
                 if verdict is None:
                     yield row
-                else:
-                    rejects.append(_reject(row, *verdict))
+                    continue
+                reject(_reject(row, verdict))
+                rejected[verdict.reason] += 1
+                first = first or f"; the first is {row.id}: {verdict.detail}"
 
-    rows_out = write_rows(out / "rows.parquet", kept())
-    write_rejects(out / "rejects.parquet", rejects)
-    rejected = Counter(reject.reason for reject in rejects)
+    with reject_writer(out / "rejects.parquet") as reject:
+        rows_out = write_rows(out / "rows.parquet", kept(reject))
     if not rows_out:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in rejected.most_common())
-        first = f"; the first is {rejects[0].id}: {rejects[0].detail}" if rejects else ""
         raise GateRefused(
             f"the filter leaves none of {seen} rows ({reasons or 'there were none'}){first}; loosen filter"
         )
@@ -104,17 +110,21 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 def rules_of(rules: Filter) -> Callable[[Example], filters.Verdict]:
     """All rules but the token count as one function: the first that leaves a row out names the reason."""
+    from finetune.backends import languages, own_rules
+    from finetune.data.rules import check_of
+
     drop = [re.compile(p) for p in rules.drop_matching]
     keep = [re.compile(p) for p in rules.keep_matching]
+    users = (rules.min_user_characters, rules.max_user_characters)
+    answers = (rules.min_assistant_characters, rules.max_assistant_characters)
     checks: list[Callable[[Example], filters.Verdict]] = [
         filters.empty_turn,
         filters.no_assistant,
         *([filters.not_alternating] if rules.alternate else []),
-        lambda row: filters.length_outside(row, "user", rules.min_user_characters, rules.max_user_characters),
-        lambda row: filters.length_outside(
-            row, "assistant", rules.min_assistant_characters, rules.max_assistant_characters
-        ),
+        lambda row: filters.length_outside(row, "user", *users),
+        lambda row: filters.length_outside(row, "assistant", *answers),
         lambda row: filters.matching(row, drop, keep),
+        *(check_of(rule, own_rules.load, languages.detector) for rule in rules.rules),
     ]
 
     def judge(row: Example) -> filters.Verdict:
@@ -148,6 +158,7 @@ def chat_renderer(
     rendering: Rendering, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Example], str | filters.Verdict]:
     """From a row to its text under the template, or to the reason why the template refuses it."""
+    from finetune.backends.template_limits import check_template
     from finetune.backends.templates import JinjaRenderer, template_text
     from finetune.data.chat import chat_of, merge_system, takes_system
 
@@ -157,6 +168,7 @@ def chat_renderer(
         raise GateRefused("filter.count: rendered needs a chat template, and the base has none: set render.template")
     else:
         template = tokenizer.get_chat_template()
+    check_template(template, tokenizer.special_tokens_map, "the chat template that filter.count: rendered uses")
     write = JinjaRenderer(template, tokenizer.special_tokens_map)
     merge = rendering.merge_system and not takes_system(write)
 
@@ -167,7 +179,7 @@ def chat_renderer(
         try:
             return write(merge_system(chat) if merge else chat)[0]
         except InputError as error:
-            return "template", str(error)
+            return filters.Drop("template", str(error))
 
     return render
 
@@ -182,13 +194,13 @@ def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
 def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [len(ids) for ids in encoded["input_ids"]]
 
 
-def _reject(row: Example, reason: str, detail: str) -> Reject:
+def _reject(row: Example, why: filters.Drop) -> Reject:
     text = "\n".join(filters.contents(row))[:REJECTED_CHARACTERS]
-    return Reject(row.id, row.source, reason, detail, text)
+    return Reject(row.id, row.source, why.reason, why.detail, text, why.value, why.limit)
 
 
 def _batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:

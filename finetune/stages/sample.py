@@ -1,4 +1,4 @@
-"""Which of the curated rows are used: source weights first, then at most one rule."""
+"""Which of the curated rows are used: the sources' shares first, then at most one rule."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.context import Context, Metrics
-from finetune.errors import GateRefused
+from finetune.errors import GateRefused, InputError
 from finetune.recipe import Recipe, Section
 from finetune.records import Example, read_rows, write_rows
 
 TOKENIZE_ROWS = 1000
+COLUMN = "column:"
+
+Pick = tuple[int, int]  # a row's number, and which copy of it, from 1
 
 
 class Spec(Section):
-    """The weights by source name as in the row ids, the rule, and the seed of the choices."""
+    """Weights and row counts by source name as in the row ids, the rule, and the seed of the choices."""
 
     seed: int
     weights: dict[str, float]
+    rows: dict[str, int]
     top_k: int | None = None
+    by: str = "tokens"
     random: int | None = None
+    diverse: int | None = None
+    clusters: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """How many rows the rule keeps."""
+        return self.top_k or self.random or self.diverse
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -31,14 +43,16 @@ def spec(recipe: Recipe) -> Spec | None:
     from finetune.data.formats import unique_labels
 
     labels = unique_labels(source.label for source in recipe.data)
-    pairs = zip(labels, recipe.data, strict=True)
+    pairs = list(zip(labels, recipe.data, strict=True))
     weights = {label: source.weight for label, source in pairs if source.weight != 1}
-    top_k, random = (recipe.sample.top_k, recipe.sample.random) if recipe.sample else (None, None)
-    if not weights and top_k is None and random is None:
+    rows = {label: source.rows for label, source in pairs if source.rows is not None}
+    rule = recipe.sample.model_dump() if recipe.sample else {}
+    made = Spec(seed=0, weights=weights, rows=rows, **rule)
+    if not weights and not rows and made.limit is None:
         return None
     # Who sees no choice depends on no seed.
-    seed = recipe.seed if random is not None or any(w != int(w) for w in weights.values()) else 0
-    return Spec(seed=seed, weights=weights, top_k=top_k, random=random)
+    chooses = made.random or made.diverse or rows or any(w != int(w) for w in weights.values())
+    return made.model_copy(update={"seed": recipe.seed}) if chooses else made
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -50,55 +64,54 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """Write rows.parquet in the original order, copies of a row next to it with ids that end in ~2, ~3 and so on.
 
     A source of weight w gives round(w × rows) rows: whole copies of all, and one more of as many as are missing, chosen
-    by a hash of seed and row id. `random` then keeps that many by such a hash; `top_k` those with most tokens of the
-    base's own tokenizer (the contents of all turns, no special tokens), the earlier row on a tie.
+    by a hash of seed and row id. A source with `rows` gives that many, chosen so; all where there are fewer. Then
+    `random` keeps that many by such a hash; `top_k` those with the largest figure in a column, or with most tokens of
+    the base's own tokenizer (the contents of all turns, no special tokens), the earlier row on a tie; `diverse` takes
+    rows by turns from clusters of their vectors.
     """
     from finetune.data.near_duplicates import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"
     names = [(row.id, row.source) for row in ctx.track(read_rows(source), "read rows")]
-    copies = _copies(names, spec)
+    copies = _copies(names, spec, ctx)
     pool = [(i, n) for i, count in enumerate(copies) for n in range(1, count + 1)]
-    kept_by: dict[str, object] = {"weight": dict(sorted(_by_source(names, copies, spec.weights).items()))}
-    limit = spec.top_k or spec.random
-    chosen = pool
-    if limit is not None and limit < len(pool):
-        if spec.top_k:
-            lengths = _token_counts(source, inputs["base"], ctx)
-            ranked = sorted(pool, key=lambda p: (-lengths[p[0]], p))
-            kept_by["fewest_tokens"] = lengths[ranked[limit - 1][0]]
-        else:
-            ranked = sorted(pool, key=lambda p: _hash(spec.seed, "random", copy_id(names[p[0]][0], p[1])))
-        chosen = sorted(ranked[:limit])
-    elif limit is not None:
-        ctx.say(f"sample: {limit} rows were asked for, there are {len(pool)}; all are used")
-    if limit is not None:
-        kept_by["top_k" if spec.top_k else "random"] = len(chosen)
+    chosen, kept_by = pool, _by_source(names, copies, spec)
+    if spec.limit is not None:
+        if spec.limit < len(pool):
+            ranked, figures = _ranked(pool, names, spec, inputs, ctx)
+            chosen = sorted(ranked[: spec.limit])
+            kept_by |= figures
+        elif spec.limit > len(pool):
+            ctx.say(f"sample: {spec.limit} rows were asked for, there are {len(pool)}; all are used")
+        kept_by["top_k" if spec.top_k else "random" if spec.random else "diverse"] = len(chosen)
     if not chosen:
         raise GateRefused(
             f"sample: none of {len(names)} rows is left; raise the sources' weight, or loosen filter and dedup"
         )
-    numbers: dict[int, list[int]] = {}
-    for i, n in chosen:
-        numbers.setdefault(i, []).append(n)
+    numbers = Counter(i for i, _ in chosen)
     # Copies left over count from 1 again, so that the first is the row itself.
     rows_out = write_rows(
         out / "rows.parquet",
         (
-            _renamed(row, copy_id(row.id, k))
+            dataclasses.replace(row, id=copy_id(row.id, k))
             for i, row in enumerate(read_rows(source))
-            for k in range(1, len(numbers.get(i, ())) + 1)
+            for k in range(1, numbers[i] + 1)
         ),
     )
     return {"rows_in": len(names), "rows_out": rows_out, "kept_by": kept_by}
 
 
-def _copies(names: Sequence[tuple[str, str]], spec: Spec) -> list[int]:
+def _copies(names: Sequence[tuple[str, str]], spec: Spec, ctx: Context) -> list[int]:
     """How often each row (id, source) is used."""
     copies = [1] * len(names)
-    for label, weight in spec.weights.items():
+    for label in [*spec.weights, *spec.rows]:
         rows = [i for i, (_, source) in enumerate(names) if source == label]
-        total = math.floor(weight * len(rows) + 0.5)
+        if label in spec.rows:
+            total = min(spec.rows[label], len(rows))
+            if total < spec.rows[label]:
+                ctx.say(f"sample: {label} has {total} of the {spec.rows[label]} rows that were asked for")
+        else:
+            total = math.floor(spec.weights[label] * len(rows) + 0.5)
         whole, more = divmod(total, len(rows)) if rows else (0, 0)
         once_more = set(sorted(rows, key=lambda i: _hash(spec.seed, "weight", names[i][0]))[:more])
         for i in rows:
@@ -106,35 +119,92 @@ def _copies(names: Sequence[tuple[str, str]], spec: Spec) -> list[int]:
     return copies
 
 
-def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], weights: Mapping[str, float]) -> Counter[str]:
-    counts: Counter[str] = Counter(dict.fromkeys(weights, 0))
+def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], spec: Spec) -> dict[str, object]:
+    """Rows that each source with a weight, and each with a number of rows, gives."""
+    counts: Counter[str] = Counter()
     for (_, source), count in zip(names, copies, strict=True):
-        if source in weights:
-            counts[source] += count
-    return counts
+        counts[source] += count
+    found: dict[str, object] = {"weight": {label: counts[label] for label in sorted(spec.weights)}}
+    return found | ({"rows": {label: counts[label] for label in sorted(spec.rows)}} if spec.rows else {})
 
 
-def _token_counts(rows: Path, base: Path, ctx: Context) -> list[int]:
+def _ranked(
+    pool: Sequence[Pick], names: Sequence[tuple[str, str]], spec: Spec, inputs: Mapping[str, Path], ctx: Context
+) -> tuple[list[Pick], dict[str, object]]:
+    """The pool by the recipe's rule, best first, and what the metrics say of the last one that is kept."""
+    from finetune.data.near_duplicates import copy_id
+
+    source = inputs["decontaminate"] / "rows.parquet"
+    if spec.random:
+        return sorted(pool, key=lambda p: _hash(spec.seed, "random", copy_id(names[p[0]][0], p[1]))), {}
+    if spec.diverse:
+        return _spread(pool, [row_id for row_id, _ in names], spec, inputs["embed"], ctx)
+    by_tokens = spec.by == "tokens"
+    figures = _token_counts(source, inputs["base"], ctx) if by_tokens else _column(source, spec.by, ctx)
+    ranked = sorted(pool, key=lambda p: (-figures[p[0]], p))
+    last = figures[ranked[(spec.top_k or 1) - 1][0]]
+    return ranked, {"fewest_tokens" if by_tokens else "lowest": last if math.isfinite(last) else None}
+
+
+def _spread(
+    pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path, ctx: Context
+) -> tuple[list[Pick], dict[str, object]]:
+    """First copies by turns from the clusters, then second ones, and so on; the order of the rows does not matter."""
+    from finetune.backends.row_vectors import by_turns, cluster_count, clustered, vectors_of
+
+    hashes = [_hash(spec.seed, "diverse", row_id) for row_id in ids]
+    rows = sorted({i for i, _ in pool}, key=lambda i: hashes[i])
+    vectors = vectors_of(embedded, [ids[i] for i in rows])
+    if vectors is None:
+        raise InputError("sample.diverse needs the vectors that dedup.embedding makes, and there are none")
+    clusters = min(spec.clusters or cluster_count(len(rows), spec.diverse or 1), len(rows))
+    cluster, distance = clustered(vectors, clusters, spec.seed, ctx.stop.check)
+    order = by_turns(cluster.tolist(), distance.tolist(), [hashes[i] for i in rows])
+    place = {rows[k]: turn for turn, k in enumerate(order)}
+    ranked = sorted(pool, key=lambda p: (p[1], place[p[0]]))
+    of = dict(zip(rows, cluster.tolist(), strict=True))
+    seen = {of[i] for i, _ in ranked[: spec.limit]}
+    return ranked, {"clusters": len(set(of.values())), "clusters_kept": len(seen)}
+
+
+def _token_counts(rows: Path, base: Path, ctx: Context) -> list[float]:
     """Tokens of every row of a rows file, by the tokenizer of a base folder."""
     from finetune.backends.models import load_tokenizer
 
     tokenizer = load_tokenizer(base)
-    counts: list[int] = []
+    counts: list[float] = []
     batch: list[str] = []
     for row in ctx.track(read_rows(rows), "count tokens"):
         batch.append(row.joined("system", "user", "assistant", "tool"))
         if len(batch) == TOKENIZE_ROWS:
-            counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]]
+            counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
             batch = []
     if batch:
-        counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]]
+        counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
     return counts
+
+
+def _column(rows: Path, by: str, ctx: Context) -> list[float]:
+    """The figure that each row has in the column of its source; a row without one ranks last."""
+    name = by.removeprefix(COLUMN)
+    figures = [_figure(row, name) for row in ctx.track(read_rows(rows), f"read {name}")]
+    if figures and not any(math.isfinite(f) for f in figures):
+        raise InputError(f"sample.by: no row has a figure in a column {name!r} that the format left over")
+    return figures
+
+
+def _figure(row: Example, name: str) -> float:
+    """A number, or a text that is one, as every cell of a CSV file is."""
+    value = row.column(name)
+    try:
+        figure = -math.inf if value is None or value == "" else float(value)
+    except ValueError:
+        raise InputError(
+            f"sample.by: column {name!r} of row {row.id} is {value!r:.60}; only numbers can be ranked"
+        ) from None
+    return figure if math.isfinite(figure) else -math.inf
 
 
 def _hash(seed: int, purpose: str, row_id: str) -> bytes:
     """A rank that depends on nothing but its arguments: a row keeps it when others come or go."""
     return hashlib.blake2b(f"{seed}\n{purpose}\n{row_id}".encode(), digest_size=16).digest()
-
-
-def _renamed(row: Example, row_id: str) -> Example:
-    return dataclasses.replace(row, id=row_id)

@@ -45,6 +45,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
     vectors (where there are any) reach group_threshold, also in chains.
     """
+    from finetune.backends.row_vectors import vectors_of
     from finetune.backends.search import FlatIndex
     from finetune.data.near_duplicates import groups, original_id, text_key
 
@@ -54,7 +55,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     for row in ctx.track(read_rows(source), "read rows"):
         ids.append(original_id(row.id))
         keys.append(text_key(row.joined(*ALL_ROLES)))
-    vectors = _vectors_of(inputs["embed"], ids)
+    vectors = vectors_of(inputs["embed"], ids)
     threshold = spec.split.group_threshold
     group = groups(vectors, [ids, keys], threshold, FlatIndex, check=ctx.stop.check).tolist()
     names = [k or i.encode() for i, k in zip(ids, keys, strict=True)]
@@ -158,19 +159,6 @@ def count_leaks(
         found, _, _ = links_between(vectors[train], vectors[held], threshold, FlatIndex)
         leaking.update(train[i] for i in found.tolist())
     return len(leaking)
-
-
-def _vectors_of(embedded: Path, ids: Sequence[str]) -> NDArray[np.float32] | None:
-    """The vectors of the rows `ids`, which embed lists in its own order; None where nothing was embedded."""
-    if not (embedded / "vectors.npy").exists():
-        return None
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    listed = pq.read_table(embedded / "ids.parquet").column("id").to_pylist()
-    place = {row_id: i for i, row_id in enumerate(listed)}
-    rows = np.array([place[row_id] for row_id in ids], np.int64)
-    return np.asarray(np.load(embedded / "vectors.npy", mmap_mode="r", allow_pickle=False)[rows], np.float32)
 
 
 def _picked(source: Path, rows: set[int]) -> Iterator[Example]:

@@ -34,16 +34,21 @@ def spec(recipe: Recipe) -> Spec:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The base's files and the rows are inputs; nothing else outside the recipe decides the adapter."""
-    return {}
+    """The earlier adapter that is gone on from; the base's files and the rows are inputs."""
+    from finetune.backends import start_adapter
+
+    return start_adapter.fingerprint(spec.lora)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
-    from finetune.backends import models, sft, threads
-    from finetune.data.training_rows import read_rendered
+    from finetune.backends import lora_settings, models, sft, start_adapter, threads
+    from finetune.data.training_rows import read_rendered, read_token_rows
 
-    sft.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
+    lora_settings.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
+    start = start_adapter.folder_of(spec.lora, ctx)
+    if start is not None:
+        start_adapter.check_base(start, spec.model.id)
     device = models.pick_device(ctx.device)
     precision, why = models.pick_precision(spec.train.precision, device)
     ctx.say(f"train: {precision} on {device}: {why}")
@@ -53,6 +58,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     tokenizer = models.load_tokenizer(inputs["base"])
     tokenizer.pad_token = template["pad_token"]
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
+    settings = spec.train
+    held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
     job = sft.Job(
         seed=spec.seed,
         lora=spec.lora,
@@ -62,12 +69,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         checkpointing=_checkpointing(ctx.runtime.checkpointing, inputs["base"]),
         checkpoints=out / "checkpoints",
         metrics_file=out / "metrics.jsonl",
+        documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
+        held_out=held_out,
+        start=start,
     )
     with threads.fitting(inputs["base"], device):
         result = sft.train(job, base, tokenizer, rows, ctx)
     if ctx.rank == 0:
         pinned = json.loads((inputs["base"] / "base.json").read_text(encoding="utf-8"))
-        sft.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"])
+        sft.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
         _add_template(inputs["render"] / "template", inputs["base"], out / "adapter", template["pad_token"])
     return {
         "loss": result.loss,
@@ -84,6 +94,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "micro_batch_rows": result.micro_batch_rows,
         "processes": ctx.world,
         "resumed_from_steps": result.resumed_from,
+        **result.held_out,
     }
 
 

@@ -1,10 +1,13 @@
+import dataclasses
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+from finetune.backends import encoders
 from finetune.backends.embeddings import embed
 from finetune.context import Context, StopFlag
 from finetune.errors import InputError, Stopped
@@ -89,6 +92,88 @@ def test_a_sentence_transformers_folder(ctx, minilm):
     assert vectors[0] @ vectors[2] > 0.7 > vectors[0] @ vectors[3] + 0.3
     alone = embed(texts[3:4], "folder:model", ctx, minilm)  # sorting by length put every row back in its place
     assert vectors[3] @ alone[0] > 0.9999
+
+
+@pytest.fixture(scope="module")
+def static_folder(tmp_path_factory):
+    """A static model of a few words: what model2vec keeps is a table of vectors and a tokenizer."""
+    model2vec = pytest.importorskip("model2vec")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[UNK]", *dict.fromkeys(w for t in texts_about(40) for w in t.split()), "sort", "list"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    table = np.random.default_rng(0).standard_normal((len(words), 24)).astype(np.float32)
+    folder = tmp_path_factory.mktemp("static")
+    model2vec.StaticModel(table, tokenizer, {"normalize": True}).save_pretrained(folder)
+    return folder
+
+
+def test_a_static_model(ctx, static_folder):
+    texts = [*texts_about(30), "", "sort list", "list sort", "nothing known of this", "sort " + "list " * 1500]
+    vectors = embed(texts, "model2vec:folder:static", ctx, static_folder)
+    assert vectors.shape == (35, 24) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [*[1] * 30, 0, 1, 1, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(vectors[31], vectors[32], atol=1e-6)
+    assert (vectors[:30] @ vectors[31]).max() < 0.9
+    assert not (ctx.scratch / "embeddings").exists()  # to make them is as quick as to read them
+
+
+def test_a_static_model_that_is_none_is_named(ctx, tmp_path, monkeypatch):
+    pytest.importorskip("model2vec")
+    with pytest.raises(InputError, match="there is no folder"):
+        embed(["a"], "model2vec:folder:none", ctx, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="could not be loaded as a model2vec model"):
+        embed(["a"], "model2vec:folder:empty", ctx, tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "model2vec", None)
+    with pytest.raises(InputError, match="pip install model2vec"):
+        embed(["a"], "model2vec:minishlab/some", ctx)
+
+
+def counted(ctx, encode_calls):
+    """A context that notes what is embedded anew."""
+    return dataclasses.replace(ctx, say=encode_calls.append)
+
+
+def test_kept_vectors_are_not_made_again(ctx, minilm):
+    texts = ["How do I sort a list?", "The glacier melts.", "Hi", "A kernel panics at boot."]
+    said = []
+    first = embed(texts[:3], "folder:model", counted(ctx, said), minilm, {"files": "1"})
+    assert said == []
+    shards = sorted((ctx.scratch / "embeddings").rglob("*.parquet"))
+    assert len(shards) == 1
+    again = embed([texts[2], "", texts[0]], "folder:model", counted(ctx, said), minilm, {"files": "1"})
+    assert again[[0, 2]].tobytes() == first[[2, 0]].tobytes() and not again[1].any()
+    assert said == ["embed: 2 of 2 texts were embedded before"]
+    more = embed(texts, "folder:model", counted(ctx, said), minilm, {"files": "1"})
+    assert more[:3].tobytes() == first.tobytes() and said[1:] == ["embed: 3 of 4 texts were embedded before"]
+    assert more[3] @ embed(texts[3:], "folder:model", ctx, minilm)[0] > 0.99999
+    embed(texts, "folder:model", counted(ctx, said), minilm, {"files": "2"})  # another model
+    assert len(said) == 2
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_batches(ctx, minilm, monkeypatch):
+    monkeypatch.setattr(encoders, "KEEP_TEXTS", 4)
+    monkeypatch.setitem(encoders.BATCH_TOKENS, "cpu", 30)
+    texts = [*texts_about(16), *(f"w{i}" for i in range(12))]
+    whole = embed(texts, "folder:model", ctx, minilm)
+
+    class Stopping(Context):
+        def track(self, items, label, total=None):
+            for number, item in enumerate(items):
+                if number == 6:
+                    raise Stopped(15)
+                yield item
+
+    stopping = Stopping(ctx.scratch, ctx.runtime, ctx.tracking, device="cpu")
+    with pytest.raises(Stopped):
+        embed(texts, "folder:model", stopping, minilm, {"files": "1"})
+    said = []
+    again = embed(texts, "folder:model", counted(ctx, said), minilm, {"files": "1"})
+    assert len(said) == 1 and "of 28 texts were embedded before" in said[0]
+    assert again.tobytes() == whole.tobytes()
 
 
 def test_a_signal_stops_the_encoding(ctx, minilm, tmp_path):

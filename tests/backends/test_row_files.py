@@ -184,3 +184,18 @@ def test_a_data_set_that_datasets_reads(tmp_path: Path, streaming: bool) -> None
     assert [r.number for r in rest] == [6]
     with pytest.raises(InputError, match="split 'test'"):
         list(hub_rows(str(tmp_path / "set"), "test", streaming=streaming, cache=tmp_path / "hub"))
+
+
+def test_a_parquet_file_of_one_row_group_is_read_bit_by_bit(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts = [xxhash.xxh3_128_hexdigest(str(n).encode()) * 60 for n in range(20_000)]  # 38 MB
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10**9, use_dictionary=False, compression="none")
+    assert pq.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 30e6
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert sum(1 for _ in local_rows(path)) == len(texts)
+    finally:
+        pa.set_memory_pool(before)
+    held = pool.max_memory()
+    assert held is not None and held < path.stat().st_size / 4

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import torch
 
 from finetune.backends import search
 from finetune.backends.search import FlatIndex
 from finetune.data.near_duplicates import groups, near_duplicates
+from finetune.errors import InputError
 
 
 def clustered(rows, dimension, seed=0):
@@ -63,3 +65,48 @@ def test_selection_and_groups_against_brute_force_in_float64():
         i, j = np.nonzero(table >= threshold)
         real = (norms[i] > 0) & (norms[j] > 0)
         assert (found[i[real]] == found[j[real]]).all()
+
+
+def test_the_index_for_a_gpu_finds_the_same_pairs(monkeypatch):
+    """Run on the CPU here: the same code, another device."""
+    monkeypatch.setattr(search, "GPU_COLUMNS", 100)
+    vectors = clustered(900, 24)
+    indexes = [FlatIndex(24), search.TorchIndex(24, "cpu")]
+    found = []
+    for index in indexes:
+        for part in np.array_split(vectors, 7):
+            index.add(part)
+        assert len(index) == 900
+        found.append([np.concatenate(c) for c in zip(*index.pairs(vectors[:400], 0.8), strict=True)])
+    (i, j, scores), (same_i, same_j, same_scores) = found
+    assert np.array_equal(i, same_i) and np.array_equal(j, same_j)
+    np.testing.assert_allclose(scores, same_scores, atol=1e-6)
+    selected = [
+        near_duplicates(vectors, range(900), 0.9, new, block_rows=200)
+        for new in (FlatIndex, lambda dimension: search.TorchIndex(dimension, "cpu"))
+    ]
+    assert selected[0] == selected[1] and selected[0]
+    assert list(search.TorchIndex(3, "cpu").pairs(np.eye(3, dtype=np.float32), 0.5)) == []
+
+
+def test_a_gpu_is_taken_where_there_is_one_and_many_rows():
+    assert search.exact_search("cpu", 10**6) is FlatIndex
+    assert search.exact_search("cuda", 10) is FlatIndex
+    if torch.cuda.is_available():
+        assert isinstance(search.exact_search("auto", 10**6)(4), search.TorchIndex)
+    else:
+        assert search.exact_search("auto", 10**6) is FlatIndex
+        with pytest.raises(InputError, match="sees no GPU"):
+            search.exact_search("cuda", 10**6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_the_same_rows_are_kept():
+    vectors = clustered(6000, 128)
+    torch.set_float32_matmul_precision("high")  # TF32 elsewhere must not reach the search
+    try:
+        there = near_duplicates(vectors, range(6000), 0.9, lambda dimension: search.TorchIndex(dimension, "cuda"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert there == near_duplicates(vectors, range(6000), 0.9, FlatIndex)

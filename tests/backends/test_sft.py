@@ -2,95 +2,13 @@
 
 import json
 
-import pyarrow as pa
 import pytest
 import torch
 
-from finetune.backends import models, sft
-from finetune.context import Context
+from finetune.backends import lora_settings, models, proofs, sft
 from finetune.errors import FinetuneError, GateRefused, InputError
-from finetune.recipe import Lora, Model, Quantization, Runtime, Tracking, Train
-from tests.e2e.conftest import make_workspace
-
-LENGTH = 48
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_workspace(tmp_path_factory.mktemp("sft")).folder / "base"
-
-
-@pytest.fixture
-def ctx(tmp_path):
-    return Context(scratch=tmp_path / "scratch", runtime=Runtime(save_steps=100), tracking=Tracking(), device="cpu")
-
-
-@pytest.fixture
-def load(base, ctx, tmp_path):
-    from finetune.stages.base import Spec, run
-
-    folder = tmp_path / "pinned"
-    folder.mkdir()
-    model = Model.model_validate(str(base))
-    run(Spec(model=model), {}, folder, ctx)
-    return lambda quantization=Quantization(double=False): models.load_base(  # noqa: B008
-        model, folder, ctx, quantization, "fp32", "cpu"
-    )
-
-
-def documents(count=12):
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(count):
-        n = int(torch.randint(6, 20, (), generator=generator))
-        ids = torch.randint(5, 300, (n,), generator=generator).tolist()
-        found.append((ids, [-100] * (n // 2) + ids[n // 2 :]))
-    return found
-
-
-def unpacked(rows):
-    return pa.table({"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]})
-
-
-def packed(rows, tmp_path):
-    import pyarrow.parquet as pq
-
-    bins = [[]]
-    for row in rows:
-        if sum(len(r[0]) for r in bins[-1]) + len(row[0]) > LENGTH:
-            bins.append([])
-        bins[-1].append(row)
-    table = pa.table(
-        {
-            "input_ids": [[t for r in b for t in r[0]] for b in bins],
-            "labels": [[t for r in b for t in r[1]] for b in bins],
-            "seq_lengths": [[len(r[0]) for r in b] for b in bins],
-        }
-    )
-    pq.write_table(table, tmp_path / "packed.parquet")
-    return tmp_path / "packed.parquet"
-
-
-def job(tmp_path, name="run", **train):
-    settings = {"learning_rate": 1e-2, "batch_rows": 4, "max_steps": 3, "warmup_fraction": 0, "optimizer": "adamw"}
-    (tmp_path / name).mkdir()
-    return sft.Job(
-        seed=0, lora=Lora(r=4, dropout=0), train=Train(**{**settings, **train}), precision="fp32",
-        device="cpu", checkpointing=False, checkpoints=tmp_path / name / "checkpoints",
-        metrics_file=tmp_path / name / "metrics.jsonl",
-    )  # fmt: skip
-
-
-def trained(job, model, base, rows, ctx):
-    result = sft.train(job, model, models.load_tokenizer(base), rows, ctx)
-    weights = {n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad}
-    return result, weights
-
-
-def assert_close(first, second, tolerance=2e-4):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.allclose(first[name], second[name], atol=tolerance), name
+from finetune.recipe import Lora, Quantization, Runtime
+from tests.backends.trainings import assert_close, documents, job, packed, trained, unpacked
 
 
 def test_a_batch_of_four_is_four_of_one_on_unequal_lengths(load, base, ctx, tmp_path):
@@ -145,7 +63,7 @@ def test_trl_still_casts_the_adapters_of_a_quantised_model_to_bf16(load, base, t
         args=SFTConfig(str(tmp_path), dataset_kwargs=rendered, max_length=None, report_to="none", use_cpu=True),
         train_dataset=Dataset(unpacked(documents())),
         processing_class=models.load_tokenizer(base),
-        peft_config=sft.lora_config(Lora(r=4)),
+        peft_config=lora_settings.lora_config(Lora(r=4)),
     )  # fmt: skip
     assert sft.recast_adapters(trainer.model) > 0
     assert sft.recast_adapters(trainer.model) == 0
@@ -165,7 +83,7 @@ def test_a_checkpoint_without_its_marker_is_not_resumed_from(tmp_path):
         folder.mkdir()
         (folder / "trainer_state.json").write_text("{}")
         if complete:
-            sft.mark_complete(folder)
+            sft.mark_complete(folder, {})
     assert sft.last_checkpoint(tmp_path, remove_incomplete=False).name == "checkpoint-8"
     assert (tmp_path / "checkpoint-12").exists()
     assert sft.last_checkpoint(tmp_path, remove_incomplete=True).name == "checkpoint-8"
@@ -183,33 +101,33 @@ def batch(positions, labels=None, **more):
 
 
 def test_the_batch_gate_is_silent_on_isolated_documents_and_fires_otherwise():
-    sft.check_batch(batch([0, 1, 2, 0, 1]), [3, 2], packed=True)
+    proofs.check_batch(batch([0, 1, 2, 0, 1]), [3, 2], packed=True)
     with pytest.raises(GateRefused, match="do not restart"):
-        sft.check_batch(batch([0, 1, 2, 3, 4]), [3, 2], packed=True)
+        proofs.check_batch(batch([0, 1, 2, 3, 4]), [3, 2], packed=True)
     with pytest.raises(GateRefused, match="dense attention mask"):
-        sft.check_batch(batch([0, 1, 2, 0, 1], attention_mask=torch.ones(1, 5)), [3, 2], packed=True)
+        proofs.check_batch(batch([0, 1, 2, 0, 1], attention_mask=torch.ones(1, 5)), [3, 2], packed=True)
     with pytest.raises(GateRefused, match="no supervised token"):
-        sft.check_batch(batch([0, 1, 2, 0, 1], labels=torch.full((1, 5), -100)), [3, 2], packed=True)
+        proofs.check_batch(batch([0, 1, 2, 0, 1], labels=torch.full((1, 5), -100)), [3, 2], packed=True)
     with pytest.raises(GateRefused, match="not its own tokens"):
-        sft.check_batch(batch([0, 1, 2, 0, 1], labels=torch.ones(1, 5, dtype=torch.long)), [3, 2], packed=True)
+        proofs.check_batch(batch([0, 1, 2, 0, 1], labels=torch.ones(1, 5, dtype=torch.long)), [3, 2], packed=True)
 
 
 def test_the_adapter_gate_fires_on_bf16_and_on_a_trained_base(load, base):
     from peft import get_peft_model
 
-    model = get_peft_model(load(), sft.lora_config(Lora(r=4)))
+    model = get_peft_model(load(), lora_settings.lora_config(Lora(r=4)))
     sft.recast_adapters(model)
-    sft.prove_adapters(model)
+    proofs.prove_adapters(model)
     norm = model.get_base_model().model.norm.weight
     norm.requires_grad_(True)
     with pytest.raises(GateRefused, match="only LoRA parameters"):
-        sft.prove_adapters(model)
+        proofs.prove_adapters(model)
     norm.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     with pytest.raises(GateRefused, match="not fp32"):
-        sft.prove_adapters(model)
+        proofs.prove_adapters(model)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +153,7 @@ def test_a_saved_adapter_is_the_same_bytes_and_names_its_base(load, base, tmp_pa
 
     lora = Lora(r=4, rank_pattern={"q_proj": 8, "layers.0.*": 2}, targets=["v_proj", "q_proj"])
     torch.manual_seed(0)
-    model = get_peft_model(load(), sft.lora_config(lora))
+    model = get_peft_model(load(), lora_settings.lora_config(lora))
     for name in ("one", "two"):
         sft.save_adapter(model, tmp_path / name, "owner/base", "a" * 40)
     files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
@@ -249,7 +167,8 @@ def test_a_saved_adapter_is_the_same_bytes_and_names_its_base(load, base, tmp_pa
 def test_an_fp16_overflow_is_a_skipped_step_and_only_many_in_a_row_a_lost_run(ctx, tmp_path):
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from finetune.backends.trainer_callbacks import MOST_OVERFLOWS, Follower
+    from finetune.backends.trainer_callbacks import Follower
+    from finetune.backends.watchdog import MOST_OVERFLOWS
 
     def logged(fp16, times):
         follower = Follower(ctx, tmp_path / "metrics.jsonl", tmp_path, 100, fp16=fp16)
@@ -274,10 +193,39 @@ def test_an_fp16_overflow_is_a_skipped_step_and_only_many_in_a_row_a_lost_run(ct
 )
 def test_a_target_that_names_nothing_is_refused(base, lora, expected):
     with pytest.raises(InputError, match=expected):
-        sft.check_targets(Lora(**lora), base, False)
+        lora_settings.check_targets(Lora(**lora), base, False)
 
 
 def test_targets_that_name_something_pass(base):
-    sft.check_targets(Lora(), base, False)
-    sft.check_targets(Lora(targets=["q_proj", "mlp.up_proj"], rank_pattern={"q_proj": 4}), base, False)
-    sft.check_targets(Lora(targets=r".*\.(q|v)_proj"), base, False)
+    lora_settings.check_targets(Lora(), base, False)
+    lora_settings.check_targets(Lora(targets=["q_proj", "mlp.up_proj"], rank_pattern={"q_proj": 4}), base, False)
+    lora_settings.check_targets(Lora(targets=r".*\.(q|v)_proj"), base, False)
+
+
+def conversations(base):
+    """240 rows of the small recipe, the answers supervised."""
+    from tests.e2e import conftest
+
+    tokenizer, found = models.load_tokenizer(base), []
+    for row in conftest.rows()[:240]:
+        prompt, answer = f"[INST] {row['instruction']} [/INST]", f" {row['output']}"
+        first, last = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        last = [*last, tokenizer.eos_token_id]
+        found.append((first + last, [-100] * len(first) + last))
+    return unpacked(found)
+
+
+@pytest.mark.slow
+def test_the_loss_on_four_bits_is_that_on_sixteen(load, base, ctx, tmp_path):
+    """What QLoRA claims (arXiv:2305.14314): the adapter makes up for what the 4-bit base lost."""
+    from dataclasses import replace
+
+    rows, ends = conversations(base), {}
+    for name, quantization in (("bf16", None), ("nf4", Quantization(double=True))):
+        values = job(tmp_path, name, max_steps=160, batch_rows=8, learning_rate=5e-3, schedule="cosine")
+        values = replace(values, lora=Lora(r=16, alpha=32, dropout=0), precision="bf16")
+        trained(values, load(quantization, "bf16"), base, rows, ctx)
+        losses = [json.loads(line)["loss"] for line in values.metrics_file.read_text().splitlines()]
+        ends[name] = sum(losses[-20:]) / 20
+        assert ends[name] < 0.4 * losses[0]  # it learned: two models that did not would agree as well
+    assert ends["nf4"] == pytest.approx(ends["bf16"], rel=0.02)

@@ -306,7 +306,7 @@ def test_a_long_conversation_without_a_filter_is_cut_and_counted(lab: Laboratory
 @pytest.mark.slow
 def test_a_conversation_of_a_hundred_thousand_turns_ends(lab: Laboratory) -> None:
     turns = [(("user", "assistant")[i % 2], f"word {i}") for i in range(100_000)]
-    done = lab.run(lab.put("x.jsonl", [chat(*turns)]), sets=["filter=null", "render.verify_rows=1"])
+    done = lab.run(lab.put("x.jsonl", [chat(*turns)]), sets=["filter=null", "render.prove_rows=1"])
     assert done.metrics["render"]["truncated"] == 1
 
 

@@ -1,11 +1,17 @@
 """`finetune chat` as a person types it: a run's adapter and the merged model of the same run."""
 
+import io
 import json
+import os
+import pty
+import select
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from finetune.chat_input import history_file, read_question, remembering
 from finetune.chatting import Conversation, _prompt_ids, printable
 from finetune.records import read_json
 
@@ -26,6 +32,35 @@ def talk(workspace, name, lines, *options, folder):
 
 def test_an_answer_cannot_steer_the_terminal():
     assert printable("a\n\tb\x1b[31m\x9b\r\x07é🙂") == "a\n\tb�[31m���é🙂"
+
+
+class Terminal:
+    """The command at a real terminal, as a person has it."""
+
+    def __init__(self, workspace, folder, *arguments):
+        self.main, side = pty.openpty()
+        environment = workspace.environment(XDG_STATE_HOME=str(folder / "state"), TERM="dumb", COLUMNS="100")
+        self.process = subprocess.Popen(
+            workspace.command("chat", *arguments), stdin=side, stdout=side, stderr=side, close_fds=True, cwd=folder,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        os.close(side)
+        self.seen = ""
+
+    def until(self, words):
+        """Read up to `words`, which are then behind us; the test's own limit ends a wait for what never comes."""
+        while words not in self.seen:
+            if not select.select([self.main], [], [], 60)[0]:
+                raise AssertionError(f"{words!r} did not come: {self.seen!r}")
+            try:
+                self.seen += os.read(self.main, 4096).decode(errors="replace")
+            except OSError:  # the other side is closed
+                raise AssertionError(f"ended before {words!r}: {self.seen!r}") from None
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def type(self, text):
+        os.write(self.main, text.encode())
 
 
 @pytest.fixture
@@ -64,6 +99,42 @@ def test_commands_on_stdin(finished, merged, tmp_path):
     assert [m["role"] for m in second] == ["system", "user", "assistant", "user", "assistant"]
     assert second[1]["content"] == "Say </s> now."
     assert "never asked" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"), [("a\\\nb\nc\n", "a\nb"), ("a\\\n", "a\n"), ("a\n", "a")], ids=["two lines", "end", "one"]
+)
+def test_a_backslash_carries_a_question_over_to_the_next_line(typed, read, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert read_question(terminal=False) == read
+
+
+def test_at_a_terminal_earlier_lines_come_back(finished, merged, tmp_path):
+    history = tmp_path / "state" / "finetune" / "chat_history"
+    history.parent.mkdir(parents=True)
+    history.write_text("the tree do?\n")
+    terminal = Terminal(finished, tmp_path, merged, *SHORT)
+    terminal.until("you> ")
+    terminal.type("What does\\\n")
+    terminal.until("...> ")
+    terminal.type("\x1b[A\x1b[A\n")  # the line before this one, and the one before that
+    terminal.until("you> ")
+    terminal.type("/save\n")
+    terminal.until("added to chat.jsonl")
+    terminal.type("/quit\n")
+    assert terminal.process.wait() == 0
+    os.close(terminal.main)
+    assert json.loads((tmp_path / "chat.jsonl").read_text())["messages"][0]["content"] == "What does\nthe tree do?"
+    assert history.read_text().splitlines()[-2:] == ["/save", "/quit"]
+
+
+def test_the_history_is_for_its_writer_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with remembering(terminal=False):
+        assert not history_file().exists()
+    with remembering(terminal=True):
+        pass
+    assert stat.S_IMODE(history_file().stat().st_mode) == 0o600
 
 
 def test_a_conversation_ends_with_stdin_and_one_too_long_says_so(finished, merged, tmp_path):

@@ -35,7 +35,7 @@ def test_copies_and_near_copies_go_and_say_whom_they_repeat(tmp_path):
     rows += [chat(31, "q", LONG), chat(32, "q", texts[4].upper() + " \n"), chat(33, "q", LONG.replace("w", "v", 1))]
     rows += [chat(34, "q", ""), chat(35, "q", "")]
     out, metrics, pairs = built(tmp_path, rows)
-    assert metrics == {"rows_in": 35, "rows_out": 33, "exact": 1, "embedding": 1}
+    assert metrics == {"rows_in": 35, "rows_out": 33, "exact": 1, "minhash": 0, "embedding": 1}
     assert ids(out / "rows.parquet") == [r.id for r in rows if r.id not in ("a:5", "a:33")]  # a:32 is longer than a:5
     assert [(p["dropped_id"], p["kept_id"], p["method"]) for p in pairs] == [
         ("a:5", "a:32", "exact"),
@@ -47,21 +47,47 @@ def test_copies_and_near_copies_go_and_say_whom_they_repeat(tmp_path):
 def test_without_vectors_only_exact_copies_go(tmp_path):
     rows = [chat(1, "q", "A  b"), chat(2, "q", "a b"), chat(3, "q", "a b c")]
     out, metrics, pairs = built(tmp_path, rows, None, keep="first")
-    assert metrics == {"rows_in": 3, "rows_out": 2, "exact": 1, "embedding": 0}
+    assert metrics == {"rows_in": 3, "rows_out": 2, "exact": 1, "minhash": 0, "embedding": 0}
     assert ids(out / "rows.parquet") == ["a:1", "a:3"]
     _, metrics, pairs = built(tmp_path, rows, None, exact=False)
     assert metrics["rows_out"] == 3 and pairs == []
 
 
-def test_a_dropped_row_is_always_led_to_a_row_that_stays(tmp_path):
-    rows = [chat(1, "q", "same"), chat(2, "q", "same"), chat(3, "q", "longer text")]
-    _, metrics, pairs = built(tmp_path, rows, [[1, 0], [1, 0], [0.96, 0.28]])
-    assert metrics["rows_out"] == 1
+def test_the_copy_of_a_dropped_row_needs_a_kept_twin_of_its_own(tmp_path):
+    rows = [chat(1, "q", "same"), chat(2, "q", "Same"), chat(3, "q", "SAME"), chat(4, "q", "longer text")]
+    _, metrics, pairs = built(tmp_path, rows, [[1, 0], [1, 0], [0, 1], [0.96, 0.28]])
     assert [(p["dropped_id"], p["kept_id"], p["method"]) for p in pairs] == [
-        ("a:1", "a:3", "embedding"),
-        ("a:2", "a:3", "exact"),
+        ("a:1", "a:4", "embedding"),
+        ("a:2", "a:4", "embedding"),
     ]
+    assert metrics["rows_out"] == 2  # a:3 has the text of a dropped row, and no kept row is like it
     assert [p["score"] for p in pairs] == pytest.approx([0.96, 0.96], abs=1e-6)
+
+
+def test_rows_of_like_wording_go_by_the_share_of_their_runs(tmp_path):
+    base = " ".join(f"w{k}" for k in range(40))
+    near = base.replace("w39", "other")  # 35 runs of 5 in common, 37 in all
+    far = base.replace("w20", "other")  # 31 in common, 41 in all
+    rows = [chat(1, "q", base), chat(2, "q", near), chat(3, "q", far), chat(4, "q", base.upper())]
+    _, metrics, pairs = built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.9})
+    assert metrics == {"rows_in": 4, "rows_out": 2, "exact": 1, "minhash": 1, "embedding": 0}
+    assert [(p["dropped_id"], p["kept_id"], p["method"], p["score"]) for p in pairs] == [
+        ("a:2", "a:1", "minhash", 35 / 37),
+        ("a:4", "a:1", "exact", 1.0),
+    ]
+    assert built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.75})[1]["rows_out"] == 1
+    assert built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.95})[1]["minhash"] == 0
+    assert built(tmp_path, rows, None, keep="first")[1]["minhash"] == 0
+
+
+def test_all_three_steps_at_once(tmp_path):
+    texts = sentences(30)
+    long = " ".join(texts[:3])
+    rows = [chat(i, "q", t) for i, t in enumerate(texts, 1)]
+    rows += [chat(31, "q", texts[4] + " "), chat(32, "q", long + " end"), chat(33, "q", long)]
+    _, metrics, pairs = built(tmp_path, rows, threshold=0.95, minhash={})
+    assert [(p["dropped_id"], p["method"]) for p in pairs] == [("a:5", "exact"), ("a:33", "minhash")]
+    assert metrics["rows_out"] == 31
 
 
 @pytest.mark.parametrize(
@@ -88,7 +114,7 @@ def test_a_column_that_cannot_rank_is_refused(tmp_path):
 def test_off_and_no_rows(tmp_path):
     assert dedup.spec(recipe(dedup=None)) is None
     _, metrics, pairs = built(tmp_path, [])
-    assert metrics == {"rows_in": 0, "rows_out": 0, "exact": 0, "embedding": 0} and pairs == []
+    assert metrics == {"rows_in": 0, "rows_out": 0, "exact": 0, "minhash": 0, "embedding": 0} and pairs == []
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

@@ -81,7 +81,7 @@ def test_a_sentence_transformers_folder_is_used_and_its_path_kept_out(tmp_path):
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no sentence-transformers model"):
+    with pytest.raises(InputError, match="holds no embedding model"):
         embed.fingerprint(embed.spec(recipe(dedup={"embedding": str(tmp_path)})))
 
 

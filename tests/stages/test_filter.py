@@ -82,6 +82,8 @@ def test_every_reject_is_written_with_its_reason(base: Path, tmp_path: Path) -> 
     assert rejects["s:1"] == ("tokens", "5 tokens, at most 4", "one two\none two one")
     assert rejects["s:5"][:2] == ("tokens", "5 tokens, at most 4")
     assert len(rejects["s:4"][2]) == 200
+    table = {r["id"]: (r["value"], r["limit"]) for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
+    assert table["s:1"] == (5, 4) and table["s:2"] == (None, None)
 
 
 def test_defaults_keep_good_rows_and_need_no_tokenizer(tmp_path: Path) -> None:
@@ -142,3 +144,62 @@ def test_the_key_knows_the_template_only_where_it_counts(tmp_path: Path) -> None
     rendered = {"max_length_tokens": 8, "count": "rendered"}
     assert key(filter=rendered)[1] == {}
     assert set(key(filter=rendered, render={"template": "alpaca"})[1]) == {"template"}
+
+
+def test_tokens_at_least(base: Path, tmp_path: Path) -> None:
+    _, kept, rejects = run(ROWS, base, tmp_path, min_length_tokens=5)
+    assert kept == ["s:1", "s:4", "s:5"]
+    assert rejects["s:6"][:2] == ("tokens", "4 tokens, at least 5")
+
+
+def test_rules_by_name_in_their_order(tmp_path: Path) -> None:
+    rows = [
+        chat(1, "one", "two"),
+        chat(2, "one", "One"),
+        chat(3, "one", "As an AI language model, I pass."),
+        chat(4, "one", "two", "three", "four", roles="user assistant user assistant"),
+        chat(5, "one", "Here:\n```\nx = 1"),
+    ]
+    rules = ["echo", "refusals", {"rule": "turns", "max_turns": 2}, "truncated"]
+    metrics, kept, rejects = run(rows, tmp_path / "absent", tmp_path, rules=rules)
+    assert kept == ["s:1"]
+    assert {i: r[0] for i, r in rejects.items()} == {
+        "s:2": "echo",
+        "s:3": "refusals",
+        "s:4": "turns",
+        "s:5": "truncated",
+    }
+    assert metrics["rejected"] == {"echo": 1, "refusals": 1, "truncated": 1, "turns": 1}
+    table = {r["id"]: (r["value"], r["limit"]) for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
+    assert table["s:4"] == (4, 2)
+
+
+def recipe_with(folder: Path, *rules: object) -> Recipe:
+    """As read from a file in `folder`."""
+    raw = {"name": "t", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}], "filter": {"rules": rules}}
+    return Recipe.model_validate(raw, context={"folder": str(folder), "working_folder": "."})
+
+
+def test_a_rule_of_ones_own_and_its_digest(tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text("def short(row):\n    return 'one word' if row.messages[-1].content == 'two' else None\n")
+    spec = stage.spec(recipe_with(tmp_path, "mine:short"))
+    assert spec is not None and str(tmp_path) not in spec.model_dump_json()
+    first = stage.fingerprint(spec)
+    out, before = tmp_path / "out", tmp_path / "ingest"
+    out.mkdir()
+    before.mkdir()
+    write_rows(before / "rows.parquet", [chat(1, "one", "two"), chat(2, "one", "three")])
+    stage.run(spec, {"ingest": before}, out, Context(tmp_path, Runtime(), Tracking()))
+    (reject,) = pq.read_table(out / "rejects.parquet").to_pylist()
+    assert (reject["id"], reject["reason"], reject["detail"]) == ("s:1", "mine:short", "one word")
+    source.write_text(source.read_text() + "# changed\n")
+    assert stage.fingerprint(spec) != first
+    assert stage.fingerprint(stage.spec(recipe_with(tmp_path, "echo"))) == {}
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    run(ROWS, tmp_path / "absent", tmp_path, rules=["echo"])
+    first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    run(ROWS, tmp_path / "absent", tmp_path, rules=["echo"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == first

@@ -79,6 +79,22 @@ def test_too_many_refused_rows_stop_the_run_and_few_do_not(tmp_path: Path) -> No
         run(spec_of(local(path), allowed=0.019), tmp_path)
 
 
+def test_many_refused_rows_are_all_written_and_none_is_held(tmp_path: Path) -> None:
+    path = file(tmp_path, [GOOD] + [BAD] * 10_500)
+    metrics, out = run(spec_of(local(path), allowed=1), tmp_path)
+    refused = pq.read_table(out / "refused.parquet")
+    assert metrics["refused"] == {"null": 10_500} and refused.num_rows == 10_500
+    assert pq.ParquetFile(out / "refused.parquet").num_row_groups == 2
+    assert refused.column("id").to_pylist()[-1] == "x.jsonl:10501"
+
+
+def test_long_rows_make_row_groups_of_fewer_rows(tmp_path: Path) -> None:
+    path = file(tmp_path, [{"instruction": "Tell", "output": "long " * 400_000}] * 9)  # 2 MB each
+    _, out = run(spec_of(local(path)), tmp_path)
+    assert pq.ParquetFile(out / "rows.parquet").num_row_groups == 2
+    assert len(list(read_rows(out / "rows.parquet"))) == 9
+
+
 def test_no_row_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no row could be read from x.jsonl. \[x.jsonl:1\]"):
         run(spec_of(local(file(tmp_path, [BAD]), format="alpaca"), allowed=1), tmp_path)
@@ -108,6 +124,7 @@ def test_the_key_changes_with_the_content_and_not_with_place_or_weight(tmp_path:
     path = file(tmp_path, [GOOD])
     first = key(path)
     assert key(path, weight=3) == first
+    assert key(path, rows=3) == first
     assert key(file(tmp_path / "b", [GOOD])) == first
     assert str(tmp_path) not in json.dumps(first)
     assert key(path, take=1) != first

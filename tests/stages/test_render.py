@@ -60,6 +60,13 @@ def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
     assert "{% generation %}" in (tmp_path / "out" / "template" / "chat_template.jinja").read_text()
     audit = read_json(tmp_path / "out" / "audit.json")
     assert audit["splits"]["train"]["rows"] == 600 and audit["prompts_proved"] == 200
+    assert audit["rows_proved"] == 620 and metrics["unterminated"] == 0
+
+
+def test_a_number_of_rows_is_proved_where_the_recipe_names_one(inputs, tmp_path) -> None:
+    run(Render(prove_rows=40), inputs, tmp_path / "out")
+    audit = read_json(tmp_path / "out" / "audit.json")
+    assert audit["prompts_proved"] == 40 and audit["rows_proved"] == 0
 
 
 def test_the_same_rows_give_the_same_bytes(inputs, tmp_path) -> None:
