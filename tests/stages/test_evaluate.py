@@ -1,0 +1,229 @@
+"""Intervals of the perplexities, and real benchmarks of lm-evaluation-harness on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from finetune.backends import harness, models, tiny_mistral
+from finetune.context import StopFlag
+from finetune.errors import FinetuneError, InputError, Stopped
+from finetune.recipe import Recipe
+from finetune.records import write_json
+from finetune.report.model_sections import _evaluation_figures
+from finetune.stages import evaluate
+from tests.stages.finished import TERMINATORS, context, write_rows
+from tests.tiny_models import save_adapter, save_tiny
+
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files: {train: examples.jsonl, test: questions.jsonl}
+training_split: train
+fewshot_split: train
+test_split: test
+output_type: multiple_choice
+num_fewshot: SHOTS
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+metadata: {version: 3}
+"""
+NOUNS = "tree river stone cloud bird house lamp road boat wheel clock garden".split()
+COLOURS = "red blue green white".split()
+
+
+def questions() -> list[dict[str, Any]]:
+    return [
+        {"question": f"What colour is the {noun}? It is", "choices": COLOURS, "label": i % len(COLOURS)}
+        for i, noun in enumerate(NOUNS)
+    ]
+
+
+def write_task(folder: Path, shots: int = 0) -> Path:
+    folder.mkdir()
+    (folder / "colours.yaml").write_text(TASK.replace("SHOTS", str(shots)))
+    lines = [json.dumps(q) + "\n" for q in questions()]
+    (folder / "questions.jsonl").write_text("".join(lines))
+    (folder / "examples.jsonl").write_text("".join(lines[::-1]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What evaluate reads: a random base with a real tokenizer, an adapter of random weights, 12 rendered rows."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tokenizer = tiny_mistral.train_tokenizer([f"{q['question']} {c}" for q in questions() for c in COLOURS], 320)
+    base = save_tiny(root / "base", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(base)
+    about = {"id": "builtin:tiny-mistral", "kind": "builtin", "revision": None, "dtype": "float32", "parameters": 9}
+    write_json(base / "base.json", about)
+    save_adapter(base, root / "train" / "adapter", size=0.2)
+    rng = np.random.default_rng(0)
+    (root / "render" / "template").mkdir(parents=True)
+    rows = [rng.integers(3, len(tokenizer), rng.integers(8, 30)).tolist() for _ in range(12)]
+    write_rows(root / "render" / "eval.parquet", rows)
+    write_json(root / "render" / "template" / "template.json", {"terminators": TERMINATORS, "pad_token": "<unk>"})
+    return {"base": base, "render": root / "render", "train": root / "train"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def spec_of(**settings: Any) -> evaluate.Spec:
+    recipe = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": "builtin:tiny-mistral",
+            "data": [{"source": "pydoc"}],
+            "train": {"precision": "fp32"},
+            "evaluate": {"generations": 1, **settings},
+        }
+    )
+    spec = evaluate.spec(recipe)
+    assert spec is not None
+    return spec
+
+
+def run(inputs: dict[str, Path], out: Path, said: list[str] | None = None, **settings: Any) -> dict[str, Any]:
+    out.mkdir()
+    ctx = context(out.parent)
+    if said is not None:
+        ctx = dataclasses.replace(ctx, say=said.append)
+    metrics = evaluate.run(spec_of(**settings), inputs, out, ctx)
+    assert json.loads((out / "eval.json").read_text()) == metrics
+    return metrics
+
+
+def test_perplexities_and_their_ratio_have_intervals(inputs: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    found = run(inputs, tmp_path / "one", said)
+    for name in ("perplexity_base", "perplexity_adapter", "perplexity_ratio"):
+        low, high = found[f"{name}_interval"]
+        assert low < found[name] < high
+    assert found["perplexity_ratio"] == pytest.approx(found["perplexity_adapter"] / found["perplexity_base"])
+    assert "tasks" not in found and "tasks_harness" not in found
+    low, high = found["perplexity_ratio_interval"]
+    assert any("does not tell base and adapter apart" in line for line in said) == (low <= 1 <= high)
+    run(inputs, tmp_path / "two")
+    for name in ("eval.json", "samples.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_adapter_that_changes_nothing_is_not_told_from_its_base(inputs: dict[str, Path], tmp_path: Path) -> None:
+    save_adapter(inputs["base"], tmp_path / "train" / "adapter", size=0.0)
+    said: list[str] = []
+    found = run({**inputs, "train": tmp_path / "train"}, tmp_path / "out", said)
+    assert found["perplexity_ratio_interval"] == [1, 1]
+    assert any("does not tell base and adapter apart (ratio 1 to 1" in line for line in said)
+
+
+def test_one_row_has_no_interval(inputs: dict[str, Path], tmp_path: Path) -> None:
+    found = run(inputs, tmp_path / "out", max_rows=1)
+    assert found["perplexity_base_interval"] is found["perplexity_ratio_interval"] is None
+    assert found["perplexity_base"] > 1
+
+
+def likeliest(model: Any, tokenizer: Any, question: str, choices: list[str]) -> int:
+    """The choice with the largest summed log-likelihood, from one plain forward each."""
+    sums = []
+    for choice in choices:
+        before = tokenizer(question)["input_ids"]
+        ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+        own = scores.gather(1, ids[0, 1:, None])[len(before) - 1 :]
+        sums.append(float(own.sum()))
+    return int(np.argmax(sums))
+
+
+def test_a_task_of_ones_own_scores_base_and_adapter(inputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks")
+    settings = {"tasks": ["colours"], "task_folder": str(folder), "batch_tokens": 2048}
+    found = run(inputs, tmp_path / "one", **settings)
+    assert found["tasks_harness"] == harness.version()
+    task = found["tasks"]["colours"]
+    assert (task["version"], task["rows"], task["shots"]) == ("3", len(NOUNS), 0)
+    spec, tokenizer = spec_of(), models.load_tokenizer(inputs["base"])
+    base = models.load_base(spec.model, inputs["base"], context(tmp_path), spec.quantization, "fp32", "cpu")
+    model = models.attach_adapter(base, inputs["train"] / "adapter")
+
+    def share() -> float:
+        hits = [likeliest(model, tokenizer, q["question"], q["choices"]) == q["label"] for q in questions()]
+        return sum(hits) / len(hits)
+
+    figures = task["metrics"]["acc"]
+    assert figures["adapter"] == pytest.approx(share(), abs=1e-5)
+    with model.disable_adapter():
+        assert figures["base"] == pytest.approx(share(), abs=1e-5)
+    stopped = dataclasses.replace(context(tmp_path), stop=StopFlag(signal_number=15))
+    with pytest.raises(Stopped):  # between two batches
+        harness.score(model, tokenizer, harness.load(["colours"], folder, 0), None, 2048, 0, stopped)
+    assert figures["higher_is_better"] is True and figures["adapter_stderr"] > 0
+    low, high = figures["difference_interval"]
+    assert low <= figures["adapter"] - figures["base"] <= high
+    told = dict(_evaluation_figures(found))  # in the report
+    assert " → " in told["colours, acc"] and "on 12 documents" in told["colours, acc"]
+    run(inputs, tmp_path / "two", **settings)
+    assert (tmp_path / "one" / "eval.json").read_bytes() == (tmp_path / "two" / "eval.json").read_bytes()
+
+
+def test_shots_and_a_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Under the same seed both models see the same examples: an adapter that changes nothing scores like its base."""
+    folder = write_task(tmp_path / "tasks", shots=2)
+    save_adapter(inputs["base"], tmp_path / "train" / "adapter", size=0.0)
+    same = {**inputs, "train": tmp_path / "train"}
+    task = run(same, tmp_path / "out", tasks=["colours"], task_folder=str(folder), tasks_limit=8)["tasks"]["colours"]
+    assert (task["rows"], task["shots"]) == (8, 2)
+    figures = task["metrics"]["acc"]
+    assert figures["adapter"] == figures["base"] and figures["difference_interval"] == [0, 0]
+
+
+def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_task(tmp_path / "tasks")
+    harness.check(["colours"], folder)  # silent
+    (folder / "questions.jsonl").unlink()
+    with pytest.raises(FinetuneError, match=r"evaluate\.tasks: colours cannot be loaded"):
+        harness.load(["colours"], folder, 0)
+    monkeypatch.setattr(harness, "PACKAGE", "no_such_package")
+    for ask in (lambda: harness.check(["colours"], folder), lambda: harness.load(["colours"], folder, 0)):
+        with pytest.raises(InputError, match=r"lm-evaluation-harness is not installed \(pip install lm-eval"):
+            ask()
+
+
+@pytest.mark.slow
+def test_an_unknown_task_names_its_neighbours(tmp_path: Path) -> None:
+    """Slow: the harness reads its own 14,000 task files."""
+    with pytest.raises(InputError, match=r"has no task 'colour'; near it: .*colours.*task_folder has colours"):
+        harness.check(["colour"], write_task(tmp_path / "tasks"))
+
+
+def test_the_key_follows_the_task_files(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks")
+    spec = spec_of(tasks=["colours"], task_folder=str(folder))
+    assert str(folder) not in spec.model_dump_json()
+    first = evaluate.fingerprint(spec)
+    assert sorted(first["task_files"]) == ["colours.yaml", "examples.jsonl", "questions.jsonl"]
+    (folder / "questions.jsonl").write_text("")
+    assert evaluate.fingerprint(spec) != first
+    assert evaluate.fingerprint(spec_of()) == {}
+    with pytest.raises(InputError, match="is no folder"):
+        evaluate.fingerprint(spec_of(tasks=["colours"], task_folder=str(tmp_path / "gone")))
+
+
+@pytest.mark.parametrize("tasks", [["a b"], ["a,b"], [""], ["arc_easy", "arc_easy"]], ids=repr)
+def test_names_that_cannot_be_tasks_are_refused(tasks: list[str]) -> None:
+    with pytest.raises(ValueError, match="tasks"):
+        spec_of(tasks=tasks)
