@@ -268,7 +268,7 @@ class Sample(Section):
         rules = {"top_k": self.top_k, "random": self.random, "diverse": self.diverse}
         asked = [name for name, rows in rules.items() if rows]
         if len(asked) > 1:
-            raise ValueError(f"{' and '.join(asked)} are {len(asked)} different rules: keep one")
+            raise ValueError(f"{' and '.join(asked)} are {('two', 'three')[len(asked) - 2]} different rules: keep one")
         if self.by != "tokens" and not self.top_k:
             refuse([(("by",), "only top_k ranks rows; add top_k, or leave by out")])
         if self.clusters is not None and not self.diverse:

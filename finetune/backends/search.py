@@ -1,4 +1,4 @@
-"""Exact inner-product search over vectors, by blocked matrix products: NumPy's on a CPU, torch's on a GPU."""
+"""Exact inner-product search: FAISS on a CPU, blocked torch products on a GPU (faiss-cpu has none there)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import faiss
     import torch
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
-MAX_PAIRS = 8_000_000  # pairs one chunk may hold in the worst case (20 bytes each)
+MAX_PAIRS = 8_000_000  # pairs one chunk may hold in the worst case (12 bytes each inside FAISS)
 MIN_QUERIES = 128  # below this BLAS loses its speed; above 62,500 indexed rows the worst case grows with the rows
-QUERIES = 1024  # a tile of products is 1024 × 2048 float32: 8 MB, which stays in the cache until it was looked at
-COLUMNS = 2048
 GPU_COLUMNS = 65_536
 GPU_FROM_ROWS = 20_000  # fewer are compared in seconds; starting torch and a GPU takes as long
 
@@ -36,29 +35,23 @@ def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchInd
 class FlatIndex:
     """All pairs above a score, with no limit on neighbours; holds the vectors it was given once.
 
-    The score matrix is made tile by tile and never whole, so a search costs rows × dimension of memory plus the pairs
-    it found. A `Search` of `finetune.data.measures`.
+    FAISS's `range_search` compares tiles and never builds the whole score matrix, so a search costs rows × dimension
+    of memory plus the pairs it found. A `Search` of `finetune.data.measures`.
     """
 
     def __init__(self, dimension: int) -> None:
         """An empty index for vectors of `dimension` numbers."""
-        self._vectors = np.empty((0, dimension), np.float32)
-        self._count = 0
+        import faiss
+
+        self._index: faiss.IndexFlatIP = faiss.IndexFlatIP(dimension)
 
     def __len__(self) -> int:
         """How many vectors it holds."""
-        return self._count
+        return int(self._index.ntotal)
 
     def add(self, vectors: NDArray[np.float32]) -> None:
         """Append `vectors` (N, d) float32; they get the next row numbers."""
-        needed = self._count + len(vectors)
-        if needed > len(self._vectors):
-            room = len(vectors) if not self._count else max(needed, self._count * 3 // 2)
-            grown = np.empty((room, self._vectors.shape[1]), np.float32)
-            grown[: self._count] = self._vectors[: self._count]
-            self._vectors = grown
-        self._vectors[self._count : needed] = vectors
-        self._count = needed
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
 
     def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
         """Every (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j.
@@ -67,18 +60,13 @@ class FlatIndex:
         """
         if not len(self) or not len(queries):
             return
-        tile = np.empty((QUERIES, COLUMNS), np.float32)
         step = _queries_a_chunk(len(self))
         for start in range(0, len(queries), step):
             block = np.ascontiguousarray(queries[start : start + step], dtype=np.float32)
-            found: list[Pairs] = []
-            for first in range(0, self._count, COLUMNS):
-                part = self._vectors[first : min(first + COLUMNS, self._count)]
-                products = np.matmul(block, part.T, out=tile[: len(block), : len(part)])
-                if products.max() > score:  # the usual tile has nothing, and one pass over it says so
-                    i, j = np.nonzero(products > score)
-                    found.append((i + start, j + first, products[i, j]))
-            yield _in_order(found)
+            limits, scores, found = self._index.range_search(block, score)
+            counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
+            i = np.repeat(np.arange(start, start + len(block)), counts)
+            yield _in_order([(i, found, scores)])
 
 
 class TorchIndex:
@@ -146,7 +134,7 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _queries_a_chunk(indexed: int) -> int:
-    return min(QUERIES, max(MIN_QUERIES, MAX_PAIRS // indexed))
+    return max(MIN_QUERIES, MAX_PAIRS // indexed)
 
 
 def _in_order(found: list[Pairs]) -> Pairs:

@@ -1,0 +1,56 @@
+"""What a recipe's `dedup.embedding` names: `lsa`, a model on the Hub or a folder; and what stands for it in a key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.errors import InputError
+
+LSA = "lsa"
+STATIC = "model2vec:"
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def named(embedding: str) -> tuple[str, Path | None]:
+    """A name without a local path, and the folder where it is one: what cannot be a Hub name, or begins like a path."""
+    kind = STATIC if embedding.startswith(STATIC) else ""
+    name = embedding.removeprefix(kind)
+    if name.startswith(("/", "./", "../", "~")) or not HUB_NAME.fullmatch(name):
+        folder = Path(name).expanduser().absolute()
+        return f"{kind}folder:{folder.name}", folder
+    return embedding, None
+
+
+def model_fingerprint(name: str, folder: Path | None) -> Mapping[str, object]:
+    """The digests of a folder's files, or the commit a Hub name stands for now; LSA is made of the rows alone.
+
+    Raises:
+        InputError: the folder holds no model, or the Hub knows no such name.
+        FinetuneError: the Hub cannot be reached and the cache does not know the name.
+    """
+    if folder is not None:
+        return {"files": _digests(folder)}
+    if name == LSA:
+        return {}
+    from finetune.backends.hub import resolve_revision
+
+    return {"revision": resolve_revision(name.removeprefix(STATIC), None, repo_type="model", scratch=None)}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """xxh3-128 of every file but hidden ones, by relative path."""
+    from finetune.digests import file_digest
+
+    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"dedup.embedding: {folder} holds no embedding model (no modules.json or config.json); "
+            "give the folder of one, a Hub name such as thenlper/gte-large, or lsa"
+        )
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            digests[name.as_posix()] = file_digest(path)
+    return digests
