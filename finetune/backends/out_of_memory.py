@@ -1,0 +1,84 @@
+"""When the GPU is full, the micro-batch is halved and the effective batch kept."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from finetune.context import Context
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+
+def halving(
+    attempt: Callable[[int], T],
+    base: PreTrainedModel,
+    micro: int,
+    per_process: int,
+    ctx: Context,
+    *,
+    checkpointing: bool,
+) -> T:
+    """`attempt(micro)`, and again with half of it each time the device runs out of memory.
+
+    `attempt` goes on from its last complete checkpoint; the generators are as they were at its first call, and the
+    adapter it put into `base` is taken out again. Raises FinetuneError with what to try at a micro-batch of 1, or
+    among several processes: the others wait within a step that this one has left.
+    """
+    import torch
+
+    from finetune.backends.random_state import RandomState
+
+    start = RandomState.now()
+    while True:
+        try:
+            return attempt(micro)
+        except torch.OutOfMemoryError as error:
+            if micro == 1 or ctx.world > 1:
+                raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
+        # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
+        smaller = max(n for n in range(1, micro // 2 + 1) if per_process % n == 0)
+        ctx.say(
+            f"train: the device ran out of memory with {micro} rows a micro-batch; going on with {smaller} from the "
+            f"last complete checkpoint (runtime.micro_batch_rows={smaller} begins with it)"
+        )
+        micro = smaller
+        undress(base)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        start.restore()
+
+
+def what_to_try(micro: int, *, checkpointing: bool) -> str:
+    """The sentence for a device that is too small."""
+    tries = [f"runtime.micro_batch_rows={max(1, micro // 2)}"] if micro > 1 else []
+    tries += [] if checkpointing else ["runtime.checkpointing=full"]
+    tries += [
+        "a smaller render.max_length_tokens (and pack.length_tokens)", "a smaller lora.r",
+        "train.optimizer=paged_adamw_8bit",
+    ]  # fmt: skip
+    return (
+        f"the device ran out of memory with {micro} row{'s' if micro > 1 else ''} a micro-batch; the checkpoints are "
+        f"kept. Try, in this order: {', '.join(tries)}"
+    )
+
+
+def undress(base: PreTrainedModel) -> None:
+    """Take every adapter out of `base`, which peft put there in place: its own layers are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.original_module)
+    vars(base).pop("peft_config", None)
+    base.requires_grad_(False)
+    base.zero_grad(set_to_none=True)

@@ -1,0 +1,164 @@
+"""Notices, while it trains, that a run is lost: no number, a loss far above its level, no gradient. Names the rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROW = "row_number"  # a column of the data set that reaches the collator and goes no further
+WINDOW = 50  # losses from which the noise is estimated
+RECENT = 20  # a loss that was seen among so many is none to worry about; below so many the noise is not known yet
+LEVEL = 10  # losses whose median is the running level: few, for a loss that falls fast leaves a long median behind
+FIRST = 5  # the same, while the noise is not known
+IN_A_ROW = 5  # steps; a spike that mends itself is shorter
+DEVIATIONS = 8.0  # of the noise, above the level
+MOST_OVERFLOWS = 20  # in a row, under fp16
+ROWS_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Why to stop, since which step, and what to try. `diverged`: checkpoints since then are no good either."""
+
+    reason: str
+    advice: str
+    since: int
+    diverged: bool = False
+    optional: bool = True  # runtime.watchdog=false goes on
+
+
+@dataclass
+class Watchdog:
+    """Looks at each step's figures once, in order."""
+
+    fp16: bool
+    _level: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _high: list[float] = field(default_factory=list)
+    _still: int = 0
+    _overflows: int = 0
+
+    def look(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
+        """What is wrong at this step, if anything."""
+        found = self._no_number(step, loss, grad_norm), self._too_high(step, loss), self._no_gradient(step, grad_norm)
+        return next((alarm for alarm in found if alarm), None)
+
+    def _no_number(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
+        """Under fp16 a gradient that overflows is how the GradScaler finds its scale: that step is skipped and the
+        scale halved, so only many of them in a row mean that the run is lost.
+        """
+        overflow = grad_norm is not None and not math.isfinite(grad_norm)
+        self._overflows = self._overflows + 1 if overflow else 0
+        if loss is not None and not math.isfinite(loss):
+            name, value = "loss", loss
+        elif self._overflows > (MOST_OVERFLOWS if self.fp16 else 0):
+            name, value = "grad_norm", float(grad_norm or 0)
+        else:
+            return None
+        advice = "Lower train.learning_rate, or look at the rows of that step"
+        return Alarm(f"{name} became {value} at step {step}", advice, step, optional=False)
+
+    def _too_high(self, step: int, loss: float | None) -> Alarm | None:
+        """A loss above its running level, step after step. High ones do not raise the level until they have ended."""
+        if loss is None or not math.isfinite(loss):
+            return None
+        limit = self.limit()
+        if loss <= limit:
+            self._level.extend([*self._high, loss])
+            self._high.clear()
+            return None
+        self._high.append(loss)
+        if len(self._high) < IN_A_ROW:
+            return None
+        reason = (
+            f"the loss is {loss:.3f} at step {step} and was above {limit:.3f} for {IN_A_ROW} steps, where the steps "
+            f"before had a median of {statistics.median(list(self._level)[-LEVEL:]):.3f}"
+        )
+        advice = (
+            "Lower train.learning_rate, raise train.warmup_fraction or lower train.max_grad_norm; if this curve is "
+            "as it should be, --set runtime.watchdog=false"
+        )
+        return Alarm(reason, advice, step - IN_A_ROW + 1, diverged=True)
+
+    def limit(self) -> float:
+        """The loss above which a step is no longer at the running level; infinite before the first."""
+        if not self._level:
+            return math.inf
+        losses = list(self._level)
+        if len(losses) < RECENT:
+            level = statistics.median(losses[-FIRST:])
+            return max(level + max(level, 2.0), *losses[-FIRST:])
+        level = statistics.median(losses[-LEVEL:])
+        # The median absolute deviation, of the differences between neighbours: the curve's own fall is not noise.
+        # 1.4826 makes it a normal distribution's standard deviation, and a difference has √2 times that of a loss.
+        noise = 1.4826 / math.sqrt(2) * statistics.median(abs(b - a) for a, b in pairwise(losses))
+        return max(level + max(DEVIATIONS * noise, 0.25 * level, 0.5), *losses[-RECENT:])
+
+    def _no_gradient(self, step: int, grad_norm: float | None) -> Alarm | None:
+        self._still = self._still + 1 if grad_norm == 0.0 else 0
+        if self._still < IN_A_ROW:
+            return None
+        return Alarm(
+            f"the gradient has been exactly zero for {IN_A_ROW} steps, at step {step}: nothing is learned",
+            "Look at these rows, and at render.supervise; if that is as it should be, --set runtime.watchdog=false",
+            step - IN_A_ROW + 1,
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one collated batch was made of: row numbers, tokens, and cells with the padding."""
+
+    rows: tuple[int, ...]
+    tokens: int
+    cells: int
+
+
+class Recorder:
+    """A collator that remembers what it collated. Batches are trained on in the order in which they are made, though
+    one is made ahead: whoever takes one note a micro-batch has that micro-batch's.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+        self._made: deque[MicroBatch] = deque()
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate without the ROW column."""
+        batch = self.collate([{k: v for k, v in e.items() if k != ROW} for e in examples])
+        rows = tuple(int(e[ROW]) for e in examples)
+        tokens = sum(len(e["input_ids"]) for e in examples)
+        self._made.append(MicroBatch(rows, tokens, int(batch["input_ids"].numel())))
+        return batch
+
+    def take(self) -> MicroBatch:
+        """The next micro-batch that was trained on."""
+        return self._made.popleft()
+
+
+def row_names(numbers: Sequence[int], file: Path | None) -> list[str]:
+    """The ids of rows `numbers` of the data set, read from `row_ids` (lists, of packed rows) or `id` in a Parquet file;
+    the numbers themselves without one.
+    """
+    if file is None:
+        return [str(n) for n in numbers]
+    import pyarrow.parquet as pq
+
+    column = "row_ids" if "row_ids" in pq.read_schema(file).names else "id"
+    values = pq.read_table(file, columns=[column])[column]
+    found = [values[n].as_py() for n in numbers]
+    return [name for value in found for name in (value if isinstance(value, list) else [value])]
+
+
+def name_rows(numbers: Sequence[int], file: Path | None) -> str:
+    """A sentence with the first of those ids; empty without numbers."""
+    if not numbers:
+        return ""
+    names = row_names(numbers, file)
+    more = f" and {len(names) - ROWS_NAMED} more" if len(names) > ROWS_NAMED else ""
+    return f"Rows of this step: {', '.join(names[:ROWS_NAMED])}{more}"

@@ -1,0 +1,91 @@
+"""What can be known before hours are spent: a GPU that is too small, one disk for both roots, a base that is there."""
+
+import collections
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from finetune import pipeline, planner, preflight
+from finetune.errors import FinetuneError, GateRefused
+from finetune.recipe_file import load_recipe
+from finetune.store import Store
+
+GB = 10**9
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def planned(name, tmp_path, *sets):
+    recipe = load_recipe(name, list(sets)).recipe
+    store = Store(tmp_path / "artifacts", tmp_path / "scratch")
+    return recipe, pipeline.plan(recipe, store), store
+
+
+def test_a_gpu_that_the_plan_fits_is_let_be_and_a_smaller_one_named(tmp_path):
+    recipe, _, _ = planned("mistral-guanaco", tmp_path)
+    shapes = planner.read_shapes(recipe)
+    needed = sum(
+        planner.memory(shapes, recipe, preflight.batch_shape(4, "auto", 1, recipe.pack is not None)[0]).values()
+    )
+    context = planner.memory(shapes, recipe, 1)["device"]
+    assert preflight.memory_problem(recipe, shapes, 1, needed - context, needed) is None
+    problem = preflight.memory_problem(recipe, shapes, 1, needed - context - GB, needed - GB)
+    assert "GB of GPU memory" in problem and "render.max_length_tokens" in problem and "in use" not in problem
+    assert "are in use: end what holds them" in preflight.memory_problem(recipe, shapes, 1, 2 * GB, 3 * needed)
+    small = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"memory_budget_gb": 5})})
+    assert "there are 5.0" in preflight.memory_problem(small, shapes, 1, 80 * GB, 80 * GB)
+
+
+def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
+    recipe, steps, _ = planned("mistral-guanaco", tmp_path)
+    steps = steps[: pipeline.STAGE_NAMES.index("train") + 1]
+    monkeypatch.setattr(preflight.models, "pick_device", lambda device: "cuda")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GB, 4 * GB))
+    with pytest.raises(GateRefused, match="--force goes on"):
+        preflight.check(recipe, steps)
+    assert any("as --force asks" in note for note in preflight.check(recipe, steps, force=True))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80 * GB, 80 * GB))
+    assert not any("GPU memory" in note for note in preflight.check(recipe, steps))
+
+
+def test_roots_on_one_disk_are_added_up(tmp_path, monkeypatch):
+    recipe, steps, store = planned("mistral-guanaco", tmp_path)
+    disk = planner.disk(planner.read_shapes(recipe), recipe)
+    scratch = disk["download"] + disk["quantized_copy"] + disk["merged"]
+    durable = preflight.DURABLE_SLACK + disk["adapter"] + disk["training_checkpoints"]
+    free = {"bytes": scratch + durable}
+    monkeypatch.setattr("finetune.preflight.shutil.disk_usage", lambda path: Usage(0, 0, free["bytes"]))
+    preflight.check_folders(recipe, steps, store)
+    free["bytes"] -= 1  # enough for either alone
+    with pytest.raises(FinetuneError, match="on one disk"):
+        preflight.check_folders(recipe, steps, store)
+
+
+def test_a_base_that_is_in_the_cache_is_no_download(tmp_path):
+    commit = "a" * 40
+    recipe, _, store = planned("mistral-guanaco", tmp_path, f"model.revision={commit}")
+    assert not preflight.is_downloaded(recipe, None, store.scratch)
+    snapshot = store.scratch / "hub" / "models--mistralai--Mistral-7B-Instruct-v0.2" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert not preflight.is_downloaded(recipe, None, store.scratch)
+    (snapshot / "model-1.safetensors").write_bytes(b"")
+    assert preflight.is_downloaded(recipe, None, store.scratch)
+    (tmp_path / "base.json").write_text(json.dumps({"revision": "b" * 40}))
+    assert not preflight.is_downloaded(recipe, tmp_path, store.scratch)
+    assert preflight.is_downloaded(SimpleNamespace(model=SimpleNamespace(kind="builtin")), None, store.scratch)
+
+
+def test_a_tracker_without_a_key_is_said_to_record_offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, "tracking.wandb=true")
+    steps = steps[: pipeline.STAGE_NAMES.index("train") + 1]
+    assert any("W&B is recorded offline" in note for note in preflight.check(recipe, steps))
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path)
+    assert not any("W&B" in note for note in preflight.check(recipe, steps))
