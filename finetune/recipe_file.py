@@ -232,12 +232,13 @@ def _is_text(value: str) -> bool:
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
     """Write `a.b.0=value` into the raw recipe; returns a sentence if it cannot be."""
     path, equals, text = option.partition("=")
+    shown = option if option.isprintable() else shortened(option)
     steps = path.strip().split(".")
     if not equals or not all(steps):
-        return f"--set {option}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
+        return f"--set {shown}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
     problems: list[str] = []
     scratch: Where = {}
-    value = _parse_yaml(text, f"--set {path}", scratch, problems)
+    value = _parse_yaml(text, f"--set {path if path.isprintable() else shortened(path)}", scratch, problems)
     if problems:
         return problems[0]
     at: Any = raw
@@ -247,7 +248,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
         if isinstance(at, list):
             if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
                 here = ".".join(map(str, trail))
-                return f"--set {option}: {here} has {len(at)} items; {step!r} is none of 0…{len(at) - 1}"
+                return f"--set {shown}: {here} has {len(at)} items; {step!r} is none of 0…{len(at) - 1}"
             key: str | int = int(step)
         elif isinstance(at, dict):
             key = step
@@ -258,7 +259,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
                 elif at.get(key) is None:
                     at[key] = {}
                 else:
-                    return f"--set {option}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
+                    return f"--set {shown}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
         trail = (*trail, key)
         if last:
             at[key] = value
