@@ -196,7 +196,8 @@ def without_folders(text: str, recipe: Recipe) -> str:
     text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
     every = [*recipe.data, *(recipe.decontaminate.against if recipe.decontaminate else [])]
     paths = [s.path for s in every if isinstance(s, LocalSource)]
-    paths += [p for p in (recipe.model.folder, recipe.render.template_file) if p is not None]
+    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder)
+    paths += [p for p in named if p is not None]
     embedding = ((recipe.dedup.embedding if recipe.dedup else None) or "").removeprefix("model2vec:")
     if embedding.startswith(("/", "~")):
         paths.append(Path(embedding).expanduser())

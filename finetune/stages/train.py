@@ -48,7 +48,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     lora_settings.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
     start = start_adapter.folder_of(spec.lora, ctx)
     if start is not None:
-        start_adapter.check_base(start, spec.model.id)
+        start_adapter.check(spec.lora, start, inputs["base"], spec.model.id, spec.model.trust_remote_code)
     device = models.pick_device(ctx.device)
     precision, why = models.pick_precision(spec.train.precision, device)
     ctx.say(f"train: {precision} on {device}: {why}")

@@ -129,7 +129,7 @@ def test_what_an_earlier_version_of_a_stage_made_is_never_read(finished, monkeyp
 
     recipe = load_recipe(str(finished.recipe)).recipe
     store = Store(finished.folder / "artifacts", finished.folder / "scratch")
-    newer = tuple(dataclasses.replace(s, version=2) if s.name == "dedup" else s for s in pipeline.STAGES)
+    newer = tuple(dataclasses.replace(s, version=99) if s.name == "dedup" else s for s in pipeline.STAGES)
     assert {s.status for s in pipeline.plan(recipe, store)} == {"done", "off"}
     monkeypatch.setattr(pipeline, "STAGES", newer)
     statuses = {s.stage.name: s.status for s in pipeline.plan(recipe, store)}
