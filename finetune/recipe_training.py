@@ -282,8 +282,6 @@ class Runtime(Section):
     """Optimiser steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the older one goes before the newer one is marked complete
     """Checkpoints that stay on disk while training."""
-    workers: Count | Literal["auto"] = "auto"
-    """Reserved: nothing reads it yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     watchdog: bool = True

@@ -11,6 +11,7 @@ from finetune.backends.card_facts import Facts, Json
 from finetune.backends.hub import Kind
 from finetune.recipe import HubSource, LocalSource, Recipe
 from finetune.report.markdown import Markdown, code, escaped, number
+from finetune.report.text import task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
@@ -93,7 +94,8 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     files = {f"perplexity_gguf_{k}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
     if files:
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
-    rest = {k: v for k, v in evaluate.items() if k not in first}
+    rest = {k: v for k, v in evaluate.items() if k not in first and k != "tasks"}
+    tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
     on = []
     if "perplexity_base" in evaluate:
         on.append(f"`perplexity_base` and `perplexity_adapter` on {number(evaluate.get('rows', 'the same'))} rows")
@@ -103,7 +105,7 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         on.append(
             f"the GGUF files, and the merged model once more beside them, on {number(export['perplexity_rows'])} rows"
         )
-    return figures({**first, **files, **rest}), "; ".join(on)
+    return figures({**first, **files, **rest}) + tasks, "; ".join(on)
 
 
 def figures(values: Json) -> list[tuple[str, str]]:

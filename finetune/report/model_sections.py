@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.report import plots
 from finetune.report.stage_view import Stages, StageView
-from finetune.report.text import clipped, duration, interval, number, percent, size
+from finetune.report.text import NONE, clipped, duration, interval, number, percent, size, task_figures
 
 SAMPLES, OPEN_SAMPLES = 24, 4
 LONGEST_TEXT = 700
@@ -151,18 +151,7 @@ def _evaluation_figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
     if m.get("generations"):
         base = f" (the base: {percent(m.get('stop_rate_base'))})" if m.get("stop_rate_base") is not None else ""
         lines.append(("answers that end by themselves", f"{percent(m.get('stop_rate'))} of {m['generations']}{base}"))
-    return lines + [line for name, task in m.get("tasks", {}).items() for line in _task_figures(name, task)]
-
-
-def _task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each metric of a benchmark, base → adapter, with the standard error of both."""
-    for metric, v in task["metrics"].items():
-        before, after = (
-            number(v[side]) + (f" ± {number(v[f'{side}_stderr'])}" if v[f"{side}_stderr"] is not None else "")
-            for side in ("base", "adapter")
-        )
-        apart = f"; the difference is {interval(v['difference_interval'])}" if v["difference_interval"] else ""
-        yield f"{name}, {metric}", f"{before} → {after} on {number(task['rows'])} documents{apart}"
+    return lines + [line for name, task in m.get("tasks", {}).items() for line in task_figures(name, task)]
 
 
 def _with_interval(m: Mapping[str, Any], name: str) -> str:
@@ -294,10 +283,20 @@ def merge_section(view: StageView) -> dict[str, Any]:
 
 
 def export_section(view: StageView) -> dict[str, Any]:
-    """The GGUF files, and how far they are from the merged weights when read again."""
+    """The GGUF files: how far each is from the merged weights when read again, and its perplexity beside theirs."""
     m = view.metrics
-    apart = m.get("reload_difference", {})
-    rows = [(name, size(count), number(apart[name]) if name in apart else "not read again")
-            for name, count in m.get("bytes", {}).items()]  # fmt: skip
-    note = "" if m.get("tokenizer_exact", True) else "Its tokenizer does not split every text as the base's own does."
-    return {"absent": "" if m else view.absence, "rows": rows, "note": note}
+    apart, scores = m.get("reload_difference", {}), m.get("perplexity", {})
+    rows = []
+    for name, count in m.get("bytes", {}).items():
+        kind = name.removeprefix("model-").removesuffix(".gguf")
+        difference = number(apart[name]) if name in apart else "not read again"
+        rows.append((name, size(count), difference, number(scores[kind]) if kind in scores else NONE))
+    notes = (
+        [] if m.get("tokenizer_exact", True) else ["Its tokenizer does not split every text as the base's own does."]
+    )
+    if "merged" in scores:
+        notes.append(f"The merged model's perplexity on the same {m.get('perplexity_rows')} held-out rows: "
+                     f"{number(scores['merged'])}.")  # fmt: skip
+    if m.get("perplexity_unknown"):
+        notes.append(f"Perplexity not measured: {m['perplexity_unknown']}.")
+    return {"absent": "" if m else view.absence, "rows": rows, "note": " ".join(notes)}

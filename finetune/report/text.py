@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would turn the text around them round
 SHOWN: dict[int, int | str] = {
@@ -77,3 +79,14 @@ def interval(pair: object) -> str:
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
         return f"{number(pair[0])} to {number(pair[1])}"
     return NONE
+
+
+def task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each metric of a benchmark, base → adapter, with the standard error of both."""
+    for metric, v in task["metrics"].items():
+        before, after = (
+            number(v[side]) + (f" ± {number(v[f'{side}_stderr'])}" if v[f"{side}_stderr"] is not None else "")
+            for side in ("base", "adapter")
+        )
+        apart = f"; the difference is {interval(v['difference_interval'])}" if v["difference_interval"] else ""
+        yield f"{name}, {metric}", f"{before} → {after} on {number(task['rows'])} documents{apart}"

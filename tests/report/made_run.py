@@ -134,5 +134,8 @@ def made_run(root: Path, text: str = "A plain text.", label: str = "rows", recip
         "certify", base=text, perplexity_trained=26.3, perplexity_merged=26.4, mean_kl=1e-5, agreement=0.998, rows=2
     )
     run.done("merge", base=text, dtype=text, tensors=3, changed_tensors=2, bytes=10**6, files=1, peak_anon_bytes=10**5)
-    run.done("export", bytes={text: 10**6}, reload_difference={text: 0.0}, tokenizer_exact=False)
+    run.done(
+        "export", bytes={text: 10**6}, reload_difference={text: 0.0}, tokenizer_exact=False,
+        perplexity={"merged": 3.0, text: 3.5}, perplexity_rows=7,
+    )  # fmt: skip
     return run

@@ -347,3 +347,16 @@ def test_nothing_measured_or_written_breaks_out_of_its_place(name: str, value: s
     quoted = text[text.index("## Recipe") :]
     fence = re.search(r"(`{3,})yaml\n", quoted)
     assert fence and quoted.count(fence[1]) == 2 and quoted.rstrip().endswith(fence[1])
+
+
+def test_a_benchmark_is_a_line_a_metric() -> None:
+    scores = {
+        "base": 0.31,
+        "base_stderr": 0.01,
+        "adapter": 0.4,
+        "adapter_stderr": 0.012,
+        "difference_interval": [0.05, 0.13],
+    }
+    tasks = {"hellaswag": {"version": 1, "rows": 100, "shots": 0, "metrics": {"acc": scores}}}
+    text = card(metrics={**METRICS, "evaluate": {**METRICS["evaluate"], "tasks": tasks}})
+    assert "| `hellaswag, acc` | 0.31 ± 0.01 → 0.4 ± 0.012 on 100 documents; the difference is 0.05 to 0.13 |" in text
