@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.backends import quantized_copy
 from finetune.pipeline import STAGES, stage_folder
 from finetune.runs import latest_run, read_record
-from finetune.store import Store, is_being_built
+from finetune.store import Store, is_being_built, is_running
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ def unused(store: Store, keep: int) -> list[Unused]:
                 folders.append(folder)
     bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())
     folders += quantized_copy.unneeded(store.scratch, bases)
+    # What a push that was killed had staged: links to a whole model, which keep its bytes on the disk.
+    staged = [p for p in sorted(store.scratch.glob("publish-*")) if p.is_dir()]
+    folders += [p for p in staged if (pid := p.name.split("-")[1]).isdigit() and not is_running(int(pid))]
     return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
 
 
@@ -47,6 +50,8 @@ def remove(items: list[Unused]) -> int:
     """Delete the folders; returns the bytes freed."""
     freed = 0
     for item in items:
+        if is_being_built(item.folder):
+            continue
         # The manifest goes first: a folder half deleted by a kill must not look complete.
         (item.folder / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(item.folder)

@@ -205,7 +205,8 @@ def clean(
     for item in unused:
         typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
     if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
-        typer.echo(f"{cleaning.remove(unused):,} bytes freed")
+        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
+        typer.echo(f"{cleaning.remove([item for item in unused if item.folder in still]):,} bytes freed")
     else:
         typer.echo("nothing deleted; add --yes")
 

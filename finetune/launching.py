@@ -113,12 +113,12 @@ def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 @contextmanager
 def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to every process; a second one ends them at once. Yields the signals received."""
+    """SIGINT and SIGTERM go to every process; the same again ends them at once. Yields the signals received."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        _send(started, signal.SIGKILL if number in received else number)
         received.append(number)
-        _send(started, number if len(received) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

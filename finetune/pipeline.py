@@ -187,36 +187,35 @@ def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, reco
     record.save()  # a killed process must leave word of where it was
     try:
         done = build(step, recipe, store, ctx, fresh=fresh)
-    except GateRefused as error:
-        record.note(StageRecord(name, "refused", step.folder, step.key, message=str(error)))
-        raise
     except (Stopped, KeyboardInterrupt):
         record.note(StageRecord(name, "partial", step.folder, step.key))
         raise
-    except (FinetuneError, OSError) as error:
-        record.note(StageRecord(name, "failed", step.folder, step.key, message=str(error)))
-        if isinstance(error, FinetuneError):
+    except Exception as error:
+        status, told = _told(error, step, ctx)
+        words = str(told) if isinstance(told, FinetuneError) else f"{type(told).__name__}: {told}"
+        record.note(StageRecord(name, status, step.folder, step.key, message=words if status != "partial" else ""))
+        if told is error:
             raise
-        raise FinetuneError(f"{name}: {_os_sentence(error, step.folder)}") from error
-    except Exception as error:  # a defect of ours or of a library: shown whole, but the record must say failed
-        if step.folder and is_full(step.folder):  # torch and safetensors have words of their own for a full disk
-            record.note(StageRecord(name, "failed", step.folder, step.key, message="no space left"))
-            raise FinetuneError(f"{name}: {_full_sentence(step.folder)}") from error
-        record.note(StageRecord(name, "failed", step.folder, step.key, message=f"{type(error).__name__}: {error}"))
-        raise
+        raise told from error
     record.note(StageRecord.of(name, "done", done.folder, done.manifest))
     return done
 
 
-def _os_sentence(error: OSError, folder: Path | None) -> str:
-    if folder and (error.errno == errno.ENOSPC or is_full(folder)):
-        return _full_sentence(folder)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error} {KEPT}"
-
-
-def _full_sentence(folder: Path) -> str:
-    return f"{folder}: no space left on this disk; free some {KEPT}"
+def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
+    """What the record calls a failure, and what a person is told; a defect of ours or a library's is shown whole."""
+    if isinstance(error, GateRefused):
+        return "refused", error
+    if ctx.stop.signal_number:  # a library made an error of its own of the interruption
+        return "partial", Stopped(ctx.stop.signal_number)
+    if isinstance(error, FinetuneError):
+        return "failed", error
+    name, no_space = step.stage.name, isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if no_space or (step.folder and is_full(step.folder)):  # torch and safetensors have words of their own for it
+        return "failed", FinetuneError(f"{name}: {step.folder}: no space left on this disk; free some {KEPT}")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return "failed", FinetuneError(f"{name}: {where}{error.strerror or error} {KEPT}")
+    return "failed", error
 
 
 def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:
@@ -232,7 +231,7 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
         manifest = store.find(folder)  # whoever was waited for may have finished it
         if manifest is None:
-            manifest = _build_leased(step, recipe, store, _noting(ctx, lease), fresh)
+            manifest = _build_leased(step, recipe, store, _noting(ctx, lease), fresh, lease)
     return _finished(step, manifest)
 
 
@@ -248,7 +247,7 @@ def _noting(ctx: Context, lease: Lease) -> Context:
     return dataclasses.replace(ctx, say=say)
 
 
-def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> Manifest:
+def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool, lease: Lease) -> Manifest:
     stage, folder = step.stage, step.folder
     assert folder is not None and step.spec is not None  # noqa: S101
     _verify_inputs(step, store)
@@ -294,6 +293,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         environment=describe_environment(),
     )
     with ctx.stop.at_checks_only():
+        lease.require()
         store.commit(folder, manifest)
         if stage.working:
             shutil.rmtree(folder / stage.working, ignore_errors=True)
@@ -362,7 +362,8 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
-            building.unlink(missing_ok=True)  # said once: from now on only `clean` speaks of it
+            if ctx.rank == 0:  # said once; the marker stays, so that undoing the change goes on with it
+                building.write_text(json.dumps(was | {"recipe": ""}), encoding="utf-8")
             continue
         raise GateRefused(
             f"an unfinished training of {recipe.name} lies in {folder}, made with another recipe: "

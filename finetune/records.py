@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -81,6 +82,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file whose readers see the old bytes or the new ones, never half of them."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    write_bytes(part, content)
+    part.replace(path)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON

@@ -11,7 +11,7 @@ from finetune import shown
 from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.recipe_file import parse_recipe
-from finetune.records import write_bytes
+from finetune.records import replace_bytes
 from finetune.report.html import render_page
 from finetune.report.stage_view import Stages, StageView
 from finetune.report.text import NONE, duration, number, percent, size
@@ -27,7 +27,7 @@ def write_report(store: Store, name: str) -> Path:
     """
     value = shown.read(store, name)
     path: Path = value["folder"] / REPORT
-    write_bytes(path, render_page("report.jinja", read_facts(store, value)))
+    replace_bytes(path, render_page("report.jinja", read_facts(store, value)))
     return path
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from finetune.errors import FinetuneError, InputError
+from finetune.records import replace_bytes
 from finetune.store import Manifest
 
 
@@ -73,9 +73,10 @@ class Run:
         if self.write:
             self.begin()
             value["run"] = self.name
-            _replace(self.folder / "recipe.yaml", self.text)
-            _replace(self.folder / "run.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-            _replace(self.parent / "latest", self.name + "\n")
+            replace_bytes(self.folder / "recipe.yaml", self.text.encode())
+            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            replace_bytes(self.folder / "run.json", text.encode())
+            replace_bytes(self.parent / "latest", f"{self.name}\n".encode())
         return self.folder
 
     def begin(self) -> None:
@@ -142,13 +143,3 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
             "nothing that is there already"
         ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whose readers see the old text or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

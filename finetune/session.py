@@ -212,7 +212,7 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
         if stop.signal_number:
             return
         stop.signal_number = number
-        with suppress(RuntimeError):  # the signal came while stderr was being written to
+        with suppress(RuntimeError, OSError):  # stderr was being written to, or its terminal is gone
             screen.say(f"{signal.Signals(number).name}: saving and stopping{again}")
         if not stop.deferred:
             leave.args = (128 + number,)
@@ -222,7 +222,10 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
     # A library that waits for threads of its own (a download) does not hold up the end: there is nothing to save.
     leave = threading.Timer(LEAVE_SECONDS, os._exit)
     leave.daemon = True
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; under nohup it is ignored, and stays so
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe, parse_recipe
 from finetune.report.console import print_table, stage_figure, stage_rows
-from finetune.report.text import NONE
+from finetune.report.text import NONE, visible
 from finetune.runs import read_run
 from finetune.store import Store
 
@@ -230,7 +230,7 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
         text = Text()
         for segment in row.segments:
             style = ("green" if segment.supervised else "") + (" reverse" if segment.special else "")
-            text.append(segment.text, style=style.strip())
+            text.append(visible(segment.text), style=style.strip())
         console.print(text, soft_wrap=True)
         if row.repeats:
             near = ", ".join(f"{one.dropped.id} ({one.dropped.method} {one.dropped.score:.3f})" for one in row.repeats)

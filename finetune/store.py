@@ -33,6 +33,7 @@ BUILDING = "building.json"
 LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
 BEAT_SECONDS = 5.0
 FULL_BYTES = 65536
+LEASE_BYTES = 2048
 
 
 class FileEntry(BaseModel):
@@ -79,18 +80,31 @@ class Lease:
         beat = 0
         while not self._stop.wait(BEAT_SECONDS):
             beat += 1
-            with contextlib.suppress(OSError):  # a full disk must not kill the build: the pid still tells on this host
-                _write_synced(
-                    self.path, json.dumps({**_identity(), "token": self.token, "beat": beat, "note": self.note})
-                )
+            with contextlib.suppress(OSError):  # a full disk must not kill the build
+                # In place and of one length: no room is needed, and what is there is never cut off.
+                with self.path.open("r+b") as file:
+                    file.write(_lease_bytes(self.token, beat, self.note))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def require(self) -> None:
+        """Raise FinetuneError where another run took the folder over, because this process stood still for too long."""
+        others = [p for p in _leases(self.path.parent) if p.name > self.path.name]
+        if others or not self.path.exists():
+            owner = _owner(_read(max(others))) if others else "another run"
+            raise FinetuneError(
+                f"{self.path.parent}: {owner} took this folder over while this process stood still; run again: what it "
+                "finishes is used"
+            )
 
     def release(self) -> None:
-        """Give the folder back; older, dead leases go first."""
+        """Give the folder back; older, dead leases go first, and a later one is not ours."""
         self._stop.set()
         if self._thread:
             self._thread.join()
         for path in sorted(_leases(self.path.parent)):
-            path.unlink(missing_ok=True)
+            if path.name <= self.path.name:
+                path.unlink(missing_ok=True)
 
 
 class Hashed:
@@ -284,9 +298,18 @@ def _create(path: Path, token: str) -> bool:
         return False
     except OSError as error:
         raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps({**_identity(), "token": token, "beat": 0, "note": ""}))
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_lease_bytes(token, 0, ""))
+    except OSError as error:
+        path.unlink(missing_ok=True)  # cut off, it would be taken for a lease of another machine
+        raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
     return True
+
+
+def _lease_bytes(token: str, beat: int, note: str) -> bytes:
+    text = json.dumps({**_identity(), "token": token, "beat": beat, "note": note[:200]})
+    return text.encode().ljust(LEASE_BYTES)
 
 
 def _leases(folder: Path) -> list[Path]:
@@ -307,6 +330,11 @@ def _owner(content: bytes) -> str:
         return f"process {lease['pid']} on {lease['host']}{note}"
     except (ValueError, KeyError, TypeError):
         return "another run"
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    return _process_start(pid) != ""
 
 
 def _identity() -> dict[str, object]:

@@ -201,3 +201,26 @@ def test_a_digest_noted_while_writing_is_taken_until_the_file_changes(store):
     files = store.read_files(folder, {}, hashed=hashed)
     assert files["a"].digest == "noted a"
     assert files["b"].digest == store.read_files(folder, {})["b"].digest != "noted b"
+
+
+def test_a_builder_that_stood_still_too_long_does_not_commit_over_its_successor(store):
+    folder = store.folder("x", "0" * 32)
+    with store.lease(folder, lambda line: None, lambda: None) as lease:
+        lease.require()
+        later = folder / "lease.000002.json"
+        later.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+        with pytest.raises(FinetuneError, match="process 7 on elsewhere took this folder over"):
+            lease.require()
+    assert later.exists() and not (folder / "lease.000001.json").exists()
+    later.unlink()
+
+
+def test_a_beat_keeps_the_length_of_the_lease(store, monkeypatch):
+    """A full disk cannot cut it off: nothing is truncated, and no new block is needed."""
+    monkeypatch.setattr("finetune.store.BEAT_SECONDS", 0.01)
+    folder = store.folder("x", "0" * 32)
+    with store.lease(folder, lambda line: None, lambda: None) as lease:
+        lease.note = "n" * 5000
+        time.sleep(0.2)
+        content = (folder / "lease.000001.json").read_bytes()
+        assert len(content) == 2048 and json.loads(content)["beat"] > 0 and json.loads(content)["pid"] == os.getpid()

@@ -30,7 +30,8 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
 
     with_extra, with_text = False, False
     for row in read_rows(source):
-        if found := find_secrets(row.joined("system", "user", "assistant", "tool")):
+        said = [row.joined("system", "user", "assistant", "tool"), *(m.extra or "" for m in row.messages)]
+        if found := find_secrets("\n".join(said)):
             raise InputError(
                 f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; take it out and run again"
             )

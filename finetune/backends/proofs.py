@@ -35,7 +35,7 @@ class Tolerance:
     gradient: float
 
 
-TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3, 1e-3), "bf16": Tolerance(1e-2, 0.05, 0.02)}
+TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3, 1e-3), "bf16": Tolerance(1e-2, 0.01, 0.02)}
 TOLERANCES["fp16"] = TOLERANCES["bf16"]
 
 
@@ -63,6 +63,20 @@ def prove(
         if len(documents) == 2:
             prove_isolation(model, collate, documents, tolerance.logits, packed=packed)
         prove_gradients(model, batch, tolerance.gradient, scale=1024.0 if precision == "fp16" else 1.0)
+
+
+@contextmanager
+def as_in_training(trainer: SFTTrainer) -> Iterator[None]:
+    """Recompute activations as the training will (`Trainer` begins to in `train`), and count its memory alone."""
+    import torch
+
+    model: Any = trainer.model
+    if trainer.args.activation_checkpointing:
+        model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager
@@ -234,27 +248,31 @@ def prove_isolation(
     *,
     packed: bool,
 ) -> None:
-    """Refuse where a document's logits depend on the other one it shares a row or a batch with."""
+    """Refuse where a document's logits depend on the other one it shares a row or a batch with.
+
+    The other one's tokens are turned round and its length kept: both passes then have the same shapes and take the same
+    kernels, so that what differs is what was seen, and not how 4-bit products of another size are rounded.
+    """
     import torch
 
-    def logits(chosen: Sequence[dict[str, list[int]]]) -> torch.Tensor:
+    def logits(chosen: Sequence[dict[str, list[int]]]) -> list[torch.Tensor]:
         batch = on_device(collate(together(chosen, packed=packed)), model.device)
         batch.pop("labels")
         found: torch.Tensor = model(**batch, use_cache=False).logits
-        return found.float()
+        first, second = (len(d["input_ids"]) for d in chosen)
+        return [found[0, :first], found[0, first:] if packed else found[1, :second]]
 
-    first, second = (len(d["input_ids"]) for d in documents)
+    turned = [{**d, "input_ids": d["input_ids"][::-1]} for d in documents]
     with torch.no_grad():
-        both = logits(documents)
-        shared = [both[0, :first], both[0, first:] if packed else both[1, :second]]
-        alone = [logits([d])[0] for d in documents]
-    for one, other in zip(shared, alone, strict=True):
-        off = float((one - other).pow(2).mean().sqrt() / other.std())
-        if off > tolerance:
-            raise GateRefused(
-                f"two {'packed documents' if packed else 'rows of a batch'} see each other: the logits of one differ "
-                f"by {off:.1%} (RMS) from those it has alone, where rounding explains {tolerance:.1%}"
-            )
+        beside = logits(documents)
+        for one in (1,) if packed else (0, 1):  # of a packed row the second alone can see the other
+            other = logits([documents[i] if i == one else turned[i] for i in (0, 1)])[one].float()
+            off = float((beside[one].float() - other).pow(2).mean().sqrt() / other.std())
+            if off > tolerance:
+                raise GateRefused(
+                    f"two {'packed documents' if packed else 'rows of a batch'} see each other: the logits of one "
+                    f"differ by {off:.1%} (RMS) when the other is changed, where rounding explains {tolerance:.1%}"
+                )
 
 
 def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scale: float = 1.0) -> None:  # noqa: ANN401
@@ -269,7 +287,8 @@ def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scal
         model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
     after = _gradients(model, batch, scale)
     wrong = [n for n, g in before.items() if float((after[n] - g).norm()) > tolerance * float(g.norm())]
-    if wrong:
+    # One of hundreds may be off: on a GPU the sums of a backward pass come in no fixed order. The defect hits most.
+    if len(wrong) > len(before) // 10:
         raise GateRefused(
             f"after one evaluation the gradients of {len(wrong)} of {len(before)} adapter matrices are others "
             f"({wrong[0]}): the base's weights were changed by it"
@@ -278,14 +297,21 @@ def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scal
 
 def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, torch.Tensor]:  # noqa: ANN401
     """Gradients in training mode, thinned out; dropout takes the same elements every time."""
+    import torch
+
     from finetune.backends.random_state import RandomState
 
     before = RandomState.now()
     model.train()
     model.zero_grad(set_to_none=True)
+    # Casts that autocast made without a graph would be taken again here (pytorch#165068), and nothing have a gradient.
+    torch.clear_autocast_cache()
     (manual_loss(model, batch) * scale).backward()
     before.restore()
-    return {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    if not found:
+        raise GateRefused("no adapter matrix has a gradient: nothing would be trained")
+    return found
 
 
 def thinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -318,8 +344,11 @@ class Movement:
     def _compare(self, now: Mapping[str, torch.Tensor]) -> None:
         moved = {n: float((now[n] != before).float().mean()) for n, before in self._before.items()}
         still = min(moved, key=lambda n: moved[n])
-        if moved[still] < MOVED:
-            count = sum(share < MOVED for share in moved.values())
+        elements = sum(before.numel() for before in self._before.values())
+        share = sum(moved[n] * before.numel() for n, before in self._before.items()) / elements
+        # A few dead channels (padded widths, units that never fire) have no gradient; no whole matrix is like that.
+        if share < MOVED or moved[still] == 0:
+            count = sum(part < MOVED for part in moved.values())
             raise GateRefused(
                 f"after {UPDATES} updates only {moved[still]:.0%} of {still} has moved ({count} of {len(moved)} "
                 "adapter matrices): no gradient reaches the rest, or its updates are rounded away. Raise "

@@ -86,6 +86,8 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any], needed: i
     """Leave a copy of the quantised `model` (about `needed` bytes) in `folder`. A disk without room for it is no error:
     the copy only saves time.
     """
+    from safetensors import SafetensorError
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder.parent)
     free = shutil.disk_usage(folder.parent).free
@@ -103,8 +105,8 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any], needed: i
                 os.fsync(file.fileno())
         write_json(unfinished / MANIFEST, {"about": about, "files": files})
         unfinished.rename(folder)
-    except OSError as error:  # a full disk, or another run was first
-        ctx.say(f"base: no 4-bit copy is kept: {error.strerror or error}")
+    except (OSError, SafetensorError) as error:  # a full disk, or another run was first
+        ctx.say(f"base: no 4-bit copy is kept: {error}")
         shutil.rmtree(unfinished, ignore_errors=True)
         return
     ctx.say(f"base: a 4-bit copy is kept in {folder}, for the next start")

@@ -126,7 +126,8 @@ def _attempt(
         state = trainer.accelerator.state
         distribution.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
         trainer_callbacks.replace_printers(trainer, follower)
-        proofs.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
+        with proofs.as_in_training(trainer):
+            proofs.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
         trainer.data_collator = follower.recorder = watchdog.Recorder(trainer.data_collator)
         shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
         follower.made_by = {**shape, "device": _device_name(job.device)}

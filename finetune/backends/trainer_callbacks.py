@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,8 @@ class Follower(TrainerCallback):
         now = time.monotonic()
         new_tokens = int(logs.get("num_tokens", 0)) + self._tokens_before - self.tokens
         self.tokens += new_tokens
-        line = {short: float(logs[name]) for name, short in KEPT.items() if name in logs}
+        # JSON has no infinity, and under fp16 the first gradients commonly are
+        line = {s: float(logs[n]) for n, s in KEPT.items() if n in logs and math.isfinite(float(logs[n]))}
         line |= {"step": state.global_step, "epoch": state.epoch, "tokens": self.tokens}
         line["tokens_per_second"] = round(new_tokens / max(now - self._last, 1e-9), 1)
         line["seconds"] = round(self._seconds_before + now - self._started, 3)
@@ -138,7 +140,7 @@ class Follower(TrainerCallback):
         if self._tracker:
             self._tracker.log(line, state.global_step)
         if self._bar:
-            self._bar.advance(1, f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+            self._bar.advance(1, f"loss {line.get('loss', math.nan):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
         """The rows of the step before are forgotten."""
@@ -216,6 +218,8 @@ class Follower(TrainerCallback):
             if self.held_out:
                 self.held_out.save(self.checkpoints / f"checkpoint-{state.global_step}")
             mark_complete(self.checkpoints / f"checkpoint-{state.global_step}", self.made_by)
+        if self.ctx.world > 1:  # who leaves first starts the launcher's clock: the marker is there before anyone does
+            torch.distributed.barrier()
 
     def tokens_per_second(self) -> float:
         """Tokens of this process's own steps (none of an earlier, interrupted one) over the time they took."""

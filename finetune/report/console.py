@@ -16,6 +16,17 @@ from finetune.context import Bar, SilentBar
 PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
 
 
+class Quiet(Console):
+    """A console whose reader may go away (`| tee` dies of the same Ctrl-C): it falls silent, and the work goes on.
+
+    rich's own answer to a closed pipe is to leave with status 1, from whatever line was printing.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+
+
 class RichBar:
     """A live bar on a terminal."""
 
@@ -74,7 +85,7 @@ class Screen:
     """Where progress goes: rich on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = Quiet(stderr=True, soft_wrap=True)
         self._silent = silent
 
     def say(self, line: str) -> None:
@@ -92,7 +103,7 @@ class Screen:
 
 def print_error(message: str) -> None:
     """An error for a person, on stderr."""
-    Console(stderr=True, soft_wrap=True).print(message, style="bold red", highlight=False, markup=False)
+    Quiet(stderr=True, soft_wrap=True).print(message, style="bold red", highlight=False, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -189,7 +189,7 @@ def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _folder(ctx: Context, prefix: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=ctx.scratch))
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=ctx.scratch))
     try:
         yield folder
     finally:

@@ -205,6 +205,8 @@ def test_a_changed_recipe_does_not_silently_abandon_a_half_finished_training(cle
     process.send_signal(signal.SIGKILL)
     process.wait()
     clean_work.run("run", "small.yaml", *change)  # --fresh is said once: what it began can be gone on with
+    undone = clean_work.run("run", "small.yaml", "--until", "train")
+    assert "goes on from checkpoint-4" in undone.stderr  # and what it left behind is still there
 
 
 @pytest.mark.slow
