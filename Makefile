@@ -36,7 +36,7 @@ test: $(VENV)/.ready-test ## the test suite
 	@$(BIN)/python -m pytest -n 2 -m "not slow" --durations=10
 
 test-slow: $(VENV)/.ready-test ## the long harnesses
-	@$(BIN)/python -m pytest -m slow --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=10
 
 check: $(VENV)/.ready-check ## lint, format, types and recipes
 	@$(BIN)/ruff check .
