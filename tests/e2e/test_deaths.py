@@ -140,7 +140,7 @@ def test_the_same_signal_again_leaves_at_once(number, forked, pristine, tmp_path
     while alive(pid) and not any(p.read_text() for p in work.folder.glob("artifacts/train/*/metrics.jsonl")):
         time.sleep(0.002)
     os.kill(pid, number)
-    while alive(pid) and "saving and stopping" not in (work.folder / "log").read_text():
+    while alive(pid) and "saving and stopping" not in (work.folder / "log").read_text():  # the log is there: it trained
         time.sleep(0.002)
     os.kill(pid, number)
     assert forked.wait(pid) in (-number, 128 + number)  # a shell says 130 and 143 of both

@@ -52,7 +52,7 @@ def test_a_builder_that_stands_still_is_waited_for_by_name_and_a_dead_one_is_rep
         time.sleep(0.002)
     os.kill(first, signal.SIGSTOP)
     second = start(forked, work, "log2")
-    while alive(second) and "waiting for" not in (work.folder / "log2").read_text():
+    while alive(second) and not ((log := work.folder / "log2").exists() and "waiting for" in log.read_text()):
         time.sleep(0.01)
     said = (work.folder / "log2").read_text()
     assert f"train: waiting for process {first} on " in said
