@@ -133,6 +133,12 @@ def publish_run(
         raise InputError(
             f"{', '.join(unfinished)} of {short} is gone or incomplete: run `finetune run {recipe_name}` first"
         )
+    for name in [] if dry_run else sorted(needed):  # a flipped bit would be pushed, and then found equal to itself
+        manifest = manifests[name]
+        if manifest and (wrong := store.verify(folders[name], manifest)):
+            raise FinetuneError(
+                f"cannot publish: {'; '.join(wrong[:3])}; remove {folders[name]} and run the recipe again"
+            )
     trained, read = manifests.get("train"), manifests.get("ingest")
     run = publish.Run(
         folder=value["folder"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -264,11 +264,6 @@ def _write_tensor(file: SyncedFile, planned: TensorShape, stream: Iterator[tuple
         file.write(memoryview(_bytes_of(tensor)))
         if found.shape == planned.shape:
             return
-
-
-def shapes_of(refs: Mapping[str, TensorRef]) -> list[TensorShape]:
-    """The shapes of what was read, to be written again."""
-    return [TensorShape(r.name, r.dtype, r.shape) for r in refs.values()]
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:  # noqa: ANN401 - a numpy array of uint8 over the tensor's own memory

@@ -38,7 +38,9 @@ def halving(
     while True:
         try:
             return attempt(micro)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if micro == 1 or ctx.world > 1:
                 raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
         # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
@@ -53,6 +55,18 @@ def halving(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         start.restore()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device was full: also where cuBLAS or the driver, and not torch's own allocator, asked for more."""
+    import torch
+
+    words = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in words
+        or "CUDA error: out of memory" in words
+    )
 
 
 def what_to_try(micro: int, *, checkpointing: bool) -> str:

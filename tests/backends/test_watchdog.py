@@ -225,3 +225,11 @@ def test_several_processes_are_told_and_do_not_wait_for_each_other(ctx):
 
     with pytest.raises(FinetuneError, match=r"4 rows a micro-batch.*runtime\.micro_batch_rows=2"):
         out_of_memory.halving(attempt, None, 4, 4, replace(ctx, world=2), checkpointing=True)
+
+
+def test_what_counts_as_a_full_device():
+    from finetune.backends.out_of_memory import is_out_of_memory
+
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

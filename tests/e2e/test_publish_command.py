@@ -67,3 +67,16 @@ def test_gguf_and_rows_of_a_run(finished, hub, tmp_path):
     rows = server.files("me/y-dataset", "dataset")
     assert {"data/train.parquet", "data/eval.parquet"} <= set(rows)
     assert str(tmp_path).encode() not in b"".join(rows.values())
+
+
+def test_a_flipped_byte_is_not_pushed(finished, hub, tmp_path):
+    server, env = hub
+    shutil.copytree(finished.folder, tmp_path / "work")
+    work = type(finished)(tmp_path / "work")
+    path = next(work.folder.glob("scratch/merge/*/model.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused = work.run("publish", "small", "--repo", "me/flipped", "--set", "publish.what=[merged]", status=1, **env)
+    assert f"cannot publish: {path}" in refused.stderr and "Traceback" not in refused.stderr
+    assert not any("me/flipped" in key for key in server.repos)
