@@ -77,6 +77,7 @@ def test_one_question_to_a_run_with_and_without_its_adapter(finished):
     assert f"adapter> {named.stdout}" in done.stdout  # the same prompt and no chance: the same answer
 
 
+@pytest.mark.slow
 def test_the_merged_folder_answers_the_same_under_the_same_seed(finished, merged, tmp_path):
     once = finished.run("chat", merged, "--prompt", QUESTION, "--seed", "3", *SHORT).stdout
     lines = [QUESTION, "/save", "/reset", QUESTION, "/save", "/reset", "/seed 4", QUESTION, "/save"]

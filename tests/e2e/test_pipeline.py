@@ -102,6 +102,7 @@ def test_a_changed_threshold_reruns_dedup_and_stops_where_the_output_is_the_same
     assert {"dedup", "split", "render", "pack"} <= set(rebuilt(before, work.keys()))
 
 
+@pytest.mark.slow
 def test_an_edited_data_file_template_or_base_reruns_what_reads_it(work):
     before = work.keys()
     with (work.folder / "rows.jsonl").open("a") as file:
