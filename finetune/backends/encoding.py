@@ -56,11 +56,6 @@ class Encoder:
                 tokens[i] = _tokens(self._sealed.encode(row.sealed, add_special_tokens=False))
         return tokens
 
-    def ends_in_special(self, text: str) -> int | None:
-        """The id of the control token that `text` is, or None where it is any other text."""
-        ids = self.encode([text])[0][0]
-        return ids[0] if len(ids) == 1 and ids[0] in self.special_ids else None
-
     def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
         """The copy, proved to agree with the tokenizer on `texts`, in which nobody typed a control string."""
         from tokenizers import Tokenizer

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
 from finetune.backends.checkpoints import ITEM_BYTES, torch_dtype
 from finetune.backends.in_order import in_order
+from finetune.backends.threads import single_thread
 from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def merged_pieces(
                 yield _Block(owner, rows, slots[count % len(slots)])
                 count += 1
 
-    with _one_torch_thread():
+    with single_thread():
         for made in in_order(_Block.make, blocks(), threads, len(slots)):
             if made is not None:
                 yield made
@@ -218,15 +218,3 @@ def _with_next(sources: Iterable[_Source]) -> Iterator[tuple[_Source, _Source | 
         before = source
     if before is not None:
         yield before, None
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    import torch
-
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.backends.muon import Muon, gradient_of
+from finetune.backends.threads import single_thread
 from finetune.backends.tiny_text import Shingles, corpus
 from finetune.backends.trainer_output import quiet
 from finetune.context import Context, Metrics
@@ -97,7 +97,8 @@ def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size =
     documents = corpus(Shingles(known), size.text)
     tokenizer = train_tokenizer([d for i, d in enumerate(documents) if i % HELD_OUT], size.vocabulary)
     tokens = encode(tokenizer, documents, size.sequence, seed)
-    with _single_threaded():
+    # Its operations are so small that torch's threads mostly wait for each other: they gain nothing over WORKERS.
+    with single_thread():
         model = new_model(size, seed)
         loss = pretrain(model, tokens.train, size, seed, ctx)
         held_out = mean_loss(model, tokens.held_out)
@@ -113,23 +114,6 @@ def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size =
         "held_out_bits_per_byte": held_out * tokens.tokens_per_byte / math.log(2),
         "pretraining_seconds": time.monotonic() - started,
     }
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Let every operation run in the thread that calls it.
-
-    The operations are so small that torch's own threads mostly wait for each other: measured on 2 cores they gain
-    nothing over `WORKERS`, and with one other busy process on the machine a step takes 70 times as long.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
