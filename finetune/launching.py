@@ -6,8 +6,10 @@ every exit status into 1 and ends in a traceback. Started from here, a run of N 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -48,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     Exits with the status of the process that failed first, whose own message is on the screen already. Raises
     FinetuneError where a process was killed, Stopped after a signal that every process was told of.
     """
-    port = _free_port()
+    port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     started: list[subprocess.Popen[bytes]] = []
     with _handing_on(started) as received:
@@ -128,10 +130,15 @@ def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_port() -> int:
+    """A port nobody listens on, below those that Linux gives to outgoing connections (from 32768 on): torch takes it
+    only seconds later, and by then one of those may have come to lie on it.
+    """
+    while True:
+        port = random.randrange(20000, 30000)  # noqa: S311 - two launches at once must not try the same ones in turn
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def stop_with_launcher() -> None:

@@ -1,5 +1,6 @@
 """Starting a workspace's recipe in several processes, in each of the ways a person can."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ def accelerate(work, processes, *arguments, options=()):
 
 def begin(work, command, **more):
     return subprocess.Popen(
-        command, env=work.environment(**more), cwd=work.folder, text=True,
+        command, env=work.environment(PYTHONFAULTHANDLER="1", **more), cwd=work.folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -36,9 +37,30 @@ def begin(work, command, **more):
 def finish(work, command, status=0, **more):
     """The output of a launch that must end with `status`."""
     process = begin(work, command, **more)
-    text = process.communicate()[0]
+    (text,) = outputs([process])
     assert process.returncode == status, f"{process.returncode}\n{text}"
     return text
+
+
+def outputs(processes, seconds=240):
+    """What each of several launches printed by its end; one that stands still is made to say where, and fails."""
+    deadline = time.monotonic() + seconds
+    standing = []
+    for process in processes:
+        try:
+            process.communicate(timeout=max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            standing.append(process)
+    for process in standing:
+        family = [*psutil.Process(process.pid).children(recursive=True), process]
+        for number in (signal.SIGABRT, signal.SIGKILL):  # at the first, faulthandler prints every thread's stack
+            for member in family:
+                with contextlib.suppress(psutil.Error):
+                    member.send_signal(number)
+            time.sleep(2)
+    texts = [p.communicate()[0] for p in processes]
+    assert not standing, "\n".join(["stood still:", *texts])
+    return texts
 
 
 def steps_taken(work):

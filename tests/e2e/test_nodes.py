@@ -3,22 +3,16 @@
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 
 import pytest
 
+from finetune.launching import free_port
 from tests.e2e import launches
 from tests.e2e.conftest import ROOT, Workspace
 
 SCRIPT = ROOT / "scripts" / "launch_slurm.sh"
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -32,7 +26,7 @@ def test_two_nodes_share_one_run(pristine, tmp_path):
         command = launches.accelerate(work, 2, options=[*meet, "--machine_rank", rank])
         command[command.index("--scratch") + 1] = str(tmp_path / f"scratch{rank}")
         nodes.append(launches.begin(work, command))
-    texts = [n.communicate(timeout=300)[0] for n in nodes]
+    texts = launches.outputs(nodes)
     assert [n.returncode for n in nodes] == [0, 0], texts
     assert texts[0].count("train …") == 1 and texts[0].count("merge …") == 1
     assert "…" not in texts[1] and "small  " not in texts[1]
