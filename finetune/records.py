@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROLES = ("system", "user", "assistant", "tool")
+REJECTED_CHARACTERS = 200  # of a row that is left out, so that a person knows it again
 ROW_GROUP_CHARACTERS = 1 << 24  # what a Parquet file is read and written by; long rows make groups of fewer
 
 
@@ -64,6 +65,11 @@ class Reject:
     text: str = field(default="")
     value: float | None = None
     limit: float | None = None
+
+    @classmethod
+    def of(cls, row: Example, reason: str, detail: str, value: float | None = None, limit: float | None = None) -> Self:
+        """The reject for a row that was read, with the beginning of its text."""
+        return cls(row.id, row.source, reason, detail, row.joined(*ROLES)[:REJECTED_CHARACTERS], value, limit)
 
 
 def canonical_json(value: object) -> str:

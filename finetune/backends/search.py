@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
-MAX_PAIRS = 8_000_000  # pairs one chunk may hold in the worst case (12 bytes each inside FAISS)
-MIN_QUERIES = 128  # below this BLAS loses its speed; above 62,500 indexed rows the worst case grows with the rows
+MAX_PAIRS = 8_000_000  # pairs a chunk is meant to hold (12 bytes each inside FAISS)
+MIN_QUERIES = 128  # below this BLAS loses its speed
+MAX_QUERIES = 4096  # FAISS's own block; with 145 at a time it took ten times the processor time over 55 k rows
 GPU_COLUMNS = 65_536
 GPU_FROM_ROWS = 20_000  # fewer are compared in seconds; starting torch and a GPU takes as long
 
@@ -32,6 +33,29 @@ def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchInd
     return FlatIndex if found == "cpu" else lambda dimension: TorchIndex(dimension, found)
 
 
+class _Queries:
+    """How many queries make a chunk: few at first, more while they find little, fewer where they find much.
+
+    A chunk of 128 that finds all of 60,000 rows is as large as one of 4,096 that finds 2,000 each.
+    """
+
+    def __init__(self) -> None:
+        self._size = MIN_QUERIES
+
+    def parts(self, count: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of one chunk after another; `found` is to be told of each."""
+        start = 0
+        while start < count:
+            stop = min(start + self._size, count)
+            yield start, stop
+            start = stop
+
+    def found(self, queries: int, pairs: int) -> None:
+        """What the last chunk held."""
+        room = MAX_PAIRS * queries // (2 * max(1, pairs))  # the next may be twice as full
+        self._size = max(MIN_QUERIES, min(4 * self._size, room, MAX_QUERIES))
+
+
 class FlatIndex:
     """All pairs above a score, with no limit on neighbours; holds the vectors it was given once.
 
@@ -44,6 +68,7 @@ class FlatIndex:
         import faiss
 
         self._index: faiss.IndexFlatIP = faiss.IndexFlatIP(dimension)
+        self._queries = _Queries()
 
     def __len__(self) -> int:
         """How many vectors it holds."""
@@ -56,17 +81,16 @@ class FlatIndex:
     def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
         """Every (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j.
 
-        `queries` is (Q, d) float32. Chunks end between two queries and are of bounded size.
+        `queries` is (Q, d) float32. Chunks end between two queries.
         """
-        if not len(self) or not len(queries):
+        if not len(self):
             return
-        step = _queries_a_chunk(len(self))
-        for start in range(0, len(queries), step):
-            block = np.ascontiguousarray(queries[start : start + step], dtype=np.float32)
+        for start, stop in self._queries.parts(len(queries)):
+            block = np.ascontiguousarray(queries[start:stop], dtype=np.float32)
             limits, scores, found = self._index.range_search(block, score)
             counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
-            i = np.repeat(np.arange(start, start + len(block)), counts)
-            yield _in_order([(i, found, scores)])
+            self._queries.found(stop - start, len(found))
+            yield _in_order([(np.repeat(np.arange(start, stop), counts), found, scores)])
 
 
 class TorchIndex:
@@ -79,6 +103,7 @@ class TorchIndex:
         self._device = device
         self._parts = [torch.empty((0, dimension), device=device)]
         self._count = 0
+        self._queries = _Queries()
 
     def __len__(self) -> int:
         """How many vectors it holds."""
@@ -93,17 +118,17 @@ class TorchIndex:
 
     def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
         """Every (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j."""
-        if not len(self) or not len(queries):
+        if not len(self):
             return
-        step = _queries_a_chunk(len(self))
-        for start in range(0, len(queries), step):
-            block = self._there(queries[start : start + step])
+        for start, stop in self._queries.parts(len(queries)):
+            block = self._there(queries[start:stop])
             found: list[Pairs] = []
             first = 0
             for part in self._parts:
                 for low in range(0, len(part), GPU_COLUMNS):
                     found += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
                 first += len(part)
+            self._queries.found(stop - start, sum(len(i) for i, _, _ in found))
             yield _in_order(found)
 
     def _above(self, block: torch.Tensor, part: torch.Tensor, score: float, start: int, first: int) -> list[Pairs]:
@@ -131,10 +156,6 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     return torch.cat(parts)
-
-
-def _queries_a_chunk(indexed: int) -> int:
-    return max(MIN_QUERIES, MAX_PAIRS // indexed)
 
 
 def _in_order(found: list[Pairs]) -> Pairs:

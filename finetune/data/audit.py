@@ -26,6 +26,7 @@ class Tally:
     longest: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first row ids
+    left_out: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # until the caller has written them down
 
     def keep(self, row_id: str, length: int, supervised: int, truncated: bool, unterminated: bool = False) -> None:
         """Count a row that is written."""
@@ -41,10 +42,11 @@ class Tally:
             self.unterminated += 1
             self._remember("unterminated", row_id)
 
-    def drop(self, row_id: str, reason: str) -> None:
-        """Count a row that is left out."""
+    def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
+        """Count a row that is left out; `length` is its tokens, where they were counted."""
         self.rows_in += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.left_out[row_id] = (reason, length)
         self._remember(reason, row_id)
 
     def as_json(self) -> dict[str, object]:

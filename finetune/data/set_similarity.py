@@ -50,7 +50,7 @@ class Sets:
         """The sets of `rows`, in that order."""
         lengths = self.starts[rows + 1] - self.starts[rows]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        return Sets(self.tokens[_ranges(self.starts[rows], lengths)], starts, self.sizes[rows], self.kinds)
+        return Sets(self.tokens[ranges(self.starts[rows], lengths)], starts, self.sizes[rows], self.kinds)
 
 
 def word_sets(texts: Iterable[str], ngram: int) -> Sets:
@@ -86,7 +86,7 @@ def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
         step = max(1, MAX_CANDIDATES // max(1, int(lengths[start:stop].max())))
         for low in range(start, stop, step):
             part = slice(low, min(low + step, stop))
-            found = here[right.tokens[_ranges(right.starts[j[part]], lengths[part])]]
+            found = here[right.tokens[ranges(right.starts[j[part]], lengths[part])]]
             ends = np.concatenate([[0], np.cumsum(found)])
             edges = np.concatenate([[0], np.cumsum(lengths[part])])
             common[part] = ends[edges[1:]] - ends[edges[:-1]]
@@ -153,7 +153,7 @@ class SetSearch:
         """The pairs that share an n-gram of their prefixes and are near enough in size, each once."""
         found = [np.zeros(0, np.int64)]
         for low, high, sets in spans:
-            j = sets[_ranges(low, high - low)].astype(np.int64)
+            j = sets[ranges(low, high - low)].astype(np.int64)
             i = np.repeat(owner, high - low)
             a, b = queries.sizes[i], self._sizes()[j]
             fits = np.minimum(a, b) >= self._threshold * np.maximum(a, b) - SLACK
@@ -169,7 +169,7 @@ class SetSearch:
         stored = sets.starts[1:] - sets.starts[:-1]
         prefix = sets.sizes - np.ceil(self._threshold * sets.sizes - SLACK).astype(np.int64) + 1
         lengths = np.clip(prefix - (sets.sizes - stored), 0, stored)
-        return np.repeat(np.arange(len(sets)), lengths), sets.tokens[_ranges(sets.starts[:-1], lengths)]
+        return np.repeat(np.arange(len(sets)), lengths), sets.tokens[ranges(sets.starts[:-1], lengths)]
 
     def _push(self, tokens: Tokens, sets: NDArray[np.int32]) -> None:
         """Add postings; lists of like length are merged, so that there are few and each number is moved few times."""
@@ -224,7 +224,7 @@ def _add_runs(
     words = np.fromiter((w for row in batch for w in row), np.uint64, int(lengths.sum()))
     ends = np.cumsum(lengths)
     runs = np.where(lengths > 0, np.maximum(lengths - ngram + 1, 1), 0)
-    at = _ranges(ends - lengths, runs)
+    at = ranges(ends - lengths, runs)
     row = np.repeat(np.arange(len(batch)), runs)
     code = np.zeros(len(at), np.uint64)
     for k in range(ngram):
@@ -251,7 +251,7 @@ def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) 
     return Sets(tokens, starts, sizes, len(frequency) - alone)
 
 
-def _ranges(starts: Rows, lengths: Rows) -> Rows:
+def ranges(starts: Rows, lengths: Rows) -> Rows:
     """starts[0], starts[0] + 1, …, for lengths[0] numbers, then the same from starts[1], and so on."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

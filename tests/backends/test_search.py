@@ -27,7 +27,7 @@ def test_every_pair_is_found_whatever_the_number_of_neighbours(monkeypatch, max_
     index.add(vectors[300:])
     assert len(index) == 700
     chunks = list(index.pairs(vectors[:500], 0.8))
-    assert len(chunks) == (1 if max_pairs > 1 else 4)
+    assert len(chunks) == (2 if max_pairs > 1 else 4)
     i, j, scores = (np.concatenate(part) for part in zip(*chunks, strict=True))
     exact = vectors[:500].astype(np.float64) @ vectors.astype(np.float64).T
     sure, far = exact > 0.8 + 1e-5, exact < 0.8 - 1e-5

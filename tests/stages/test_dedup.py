@@ -90,6 +90,19 @@ def test_all_three_steps_at_once(tmp_path):
     assert metrics["rows_out"] == 31
 
 
+def test_of_many_rows_the_recall_of_each_step_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup, "MEASURED_FROM", 20)
+    rows = [chat(i, "q", t) for i, t in enumerate([*sentences(19), LONG], 1)]
+    assert "recall" not in built(tmp_path / "few", rows, minhash={})[1]
+    rows += [chat(21, "q", LONG.upper()), chat(22, "q", LONG + " x")]
+    recall = built(tmp_path / "many", rows, minhash={})[1]["recall"]
+    assert recall == {
+        "exact": {"sampled": 22, "repeats": 0, "recall": None},  # the longest of the three is kept, and has no copy
+        "minhash": {"sampled": 22, "repeats": 2, "recall": 1.0},
+        "embedding": {"sampled": 22, "repeats": 2, "recall": 1.0},
+    }
+
+
 @pytest.mark.parametrize(
     ("keep", "kept"), [("first", "a:1"), ("longest", "a:2"), ("column:score", "a:3"), ("column:flag", "a:3")]
 )

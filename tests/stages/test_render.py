@@ -74,7 +74,7 @@ def test_the_same_rows_give_the_same_bytes(inputs, tmp_path) -> None:
     run(Render(), inputs, first)
     run(Render(), inputs, second)
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
-    assert len(files) == 6
+    assert len(files) == 7
     assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
 
 
@@ -94,6 +94,21 @@ def test_too_many_cut_rows_stop_the_run(inputs, tmp_path) -> None:
 def test_too_many_dropped_rows_stop_the_run(inputs, tmp_path) -> None:
     with pytest.raises(GateRefused, match=r"longer than render.max_length_tokens \(r:"):
         run(Render(max_length_tokens=30, overlong="drop"), inputs, tmp_path / "out")
+
+
+def test_a_dropped_row_is_written_with_its_reason(inputs, tmp_path) -> None:
+    spec = Render(max_length_tokens=30, overlong="drop", max_dropped_fraction=0.99)
+    metrics = run(spec, inputs, tmp_path / "out")
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    kept = [r["id"] for s in ("train", "eval") for r in pq.read_table(tmp_path / "out" / f"{s}.parquet").to_pylist()]
+    assert sorted(kept + [r["id"] for r in rejects]) == sorted(f"r:{i}" for i in range(620))
+    assert metrics["dropped"] == len(rejects) > 100
+    for reject in rejects:
+        assert reject["reason"] == "longer than render.max_length_tokens" and reject["text"].startswith("What is")
+        assert (
+            reject["value"] > 30 == reject["limit"]
+            and f"{reject['value']:.0f} tokens of at most 30" in reject["detail"]
+        )
 
 
 def test_a_template_file_is_trained_and_travels(inputs, tmp_path) -> None:

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,3 +201,36 @@ def test_contradictions_are_refused(sections, says):
 def test_what_fits_together_is_taken():
     recipe(sample={"diverse": 5, "clusters": 5})
     recipe(data=[{"source": "pydoc", "rows": 5, "take": 5}], sample={"top_k": 2, "by": "column:x"})
+
+
+def rejects(tmp_path):
+    return {r["id"]: r for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
+
+
+@pytest.mark.parametrize(
+    ("whole", "reason"),
+    [
+        (weighted(a=0.3), "weight"),
+        (recipe(data=[{"source": "local", "path": "/none/a", "rows": 20}]), "rows"),
+        (weighted(sample={"random": 10}), "random"),
+        (weighted(sample={"random": 10}, b=2.0), "random"),
+    ],
+    ids=["weight", "rows", "random", "copies"],
+)
+def test_every_row_that_is_not_used_has_its_reason(tmp_path, whole, reason):
+    found, _ = built(tmp_path, whole)
+    used = {row_id.split("~")[0] for row_id in found}
+    table = rejects(tmp_path)
+    assert set(table) == {row.id for row in ROWS} - used and table
+    assert {r["reason"] for r in table.values()} == {reason}
+    assert all("seed 0 and row id" in r["detail"] and r["text"].startswith("q\nword") for r in table.values())
+
+
+def test_a_row_that_was_outranked_says_by_how_much(tmp_path):
+    rows = [chat(i, "q", "x", extra=None if i == 3 else f'{{"score":{i}}}') for i in range(1, 5)]
+    built(tmp_path, weighted(sample={"top_k": 2, "by": "column:score"}), rows)
+    table = rejects(tmp_path)
+    assert [(r["reason"], r["value"], r["limit"]) for r in table.values()] == [("top_k", 1, 2), ("top_k", None, 2)]
+    assert table["a:1"]["detail"] == "column:score 1; the last of the 2 rows that are used has 2"
+    built(tmp_path, weighted(sample={"top_k": 9, "by": "column:score"}), rows)
+    assert rejects(tmp_path) == {}
