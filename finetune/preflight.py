@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import planner
-from finetune.backends import distribution, harness, llama_cpp, models, quantized_copy, tracking
-from finetune.backends.sft import batch_shape
+from finetune.backends import batch, distribution, harness, llama_cpp, models, quantized_copy, tracking
+from finetune.backends.batch import batch_shape
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.pipeline import Step
+from finetune.prediction import memory
+from finetune.prediction.choice import Options, device_like
+from finetune.prediction.shapes import Shapes, read_shapes
 from finetune.recipe import HubSource, Recipe
 from finetune.recipe_checks import rule_problem
 from finetune.records import read_json
@@ -33,7 +35,7 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool 
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
     notes = _check_access(recipe, to_build)
     base = next(s for s in steps if s.stage.name == "base")
-    shapes = planner.read_shapes(recipe, base.folder if base.manifest else None)
+    shapes = read_shapes(recipe, base.folder if base.manifest else None)
     if shapes is not None and to_build & set(NEEDS_WEIGHTS):
         _check_device(recipe, shapes)
     if "filter" in to_build and recipe.filter:
@@ -48,12 +50,14 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool 
     return notes
 
 
-def _check_training(recipe: Recipe, shapes: planner.Shapes | None, world: int, *, force: bool) -> list[str]:
+def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
     """The batch can be shared out, the GPU is large enough, the trackers are there."""
     notes = []
     if world > 1:
         distribution.check_devices(recipe.runtime.device, world, os.environ)
     batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    if recipe.runtime.checkpointing == "offload" and models.pick_device(recipe.runtime.device) == "cpu":
+        raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world)):
         if not force:
             raise GateRefused(f"{small}. --force goes on all the same")
@@ -70,10 +74,10 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     """Both roots can be written and have room for what is still to be made; on one disk, for both together."""
     base = next(s for s in steps if s.stage.name == "base")
     pinned = base.folder if base.manifest else None
-    shapes = planner.read_shapes(recipe, pinned)
+    shapes = read_shapes(recipe, pinned)
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
     needed = dict.fromkeys(("download", "quantized_copy", "merged", "adapter", "training_checkpoints"), 0)
-    needed |= planner.disk(shapes, recipe) if shapes else {}
+    needed |= memory.disk(shapes, recipe) if shapes else {}
     loads = bool(to_build & set(NEEDS_WEIGHTS))
     durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
     local = needed["merged"] if "merge" in to_build else 0
@@ -127,7 +131,7 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     return [n for n in notes if n]
 
 
-def _check_device(recipe: Recipe, shapes: planner.Shapes) -> None:
+def _check_device(recipe: Recipe, shapes: Shapes) -> None:
     if shapes.parameters < LARGEST_ON_CPU:
         return
     if models.pick_device(recipe.runtime.device) == "cpu":
@@ -138,7 +142,7 @@ def _check_device(recipe: Recipe, shapes: planner.Shapes) -> None:
         )
 
 
-def _too_small(recipe: Recipe, shapes: planner.Shapes, world: int) -> str | None:
+def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
     """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
     if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
         return None
@@ -146,24 +150,27 @@ def _too_small(recipe: Recipe, shapes: planner.Shapes, world: int) -> str | None
 
     if models.pick_device(recipe.runtime.device) == "cpu":
         return None
-    free, total = torch.cuda.mem_get_info()
-    return memory_problem(recipe, shapes, world, free, total)
+    name, ampere = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
+    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere)
 
 
-def memory_problem(recipe: Recipe, shapes: planner.Shapes, world: int, free: int, total: int) -> str | None:
-    """Whether the predicted bytes are more than a GPU with `total` bytes has, of which `free` are not in use."""
-    micro, _ = batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
-    parts = planner.memory(shapes, recipe, micro)
-    needed, held = sum(parts.values()), total - free
+def memory_problem(
+    recipe: Recipe, shapes: Shapes, world: int, free: int, total: int, name: str = "", *, ampere: bool = True
+) -> str | None:
+    """Whether even the way to train that takes least is predicted more bytes than a GPU with `total` has, of which
+    `free` are not in use.
+    """
+    held = total - free
     # Whoever asks already holds the context that the prediction counts as the device's own.
-    room = min(total, free + parts["device"])
-    if recipe.runtime.memory_budget_gb is not None:
-        room = min(room, int(recipe.runtime.memory_budget_gb * 1e9))
-    if needed <= room:
+    room = min(total, free + memory.CONTEXT_BYTES)
+    device = device_like(name, room, ampere)
+    choice = Options(shapes, memory.Training.of(recipe), world).best(device)
+    if choice.fits:
         return None
-    others = f" ({held / 1e9:.1f} GB are in use: end what holds them)" if held > 2 * parts["device"] else ""
+    others = f" ({held / 1e9:.1f} GB are in use: end what holds them)" if held > 2 * memory.CONTEXT_BYTES else ""
     return (
-        f"training {recipe.model.id} takes about {needed / 1e9:.1f} GB of GPU memory and there are {room / 1e9:.1f}"
-        f"{others}; lower runtime.micro_batch_rows ({micro}), render.max_length_tokens or lora.r "
-        "(`finetune plan` shows what each takes)"
+        f"training {recipe.model.id} takes at least {choice.total / 1e9:.1f} GB of GPU memory ({choice.rows} "
+        f"row{'s' if choice.rows > 1 else ''} at once, checkpointing {choice.policy}) and there are "
+        f"{choice.budget_bytes / 1e9:.1f}{others}; lower render.max_length_tokens or lora.r, or leave "
+        "runtime.micro_batch_rows and runtime.checkpointing to auto (`finetune plan` shows what each takes)"
     )

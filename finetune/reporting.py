@@ -87,16 +87,21 @@ def _recipe(text: str, value: Mapping[str, Any]) -> Recipe | None:
 
 def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
     """The plan's bytes while training, by part and in all, for the micro-batch that was used."""
-    from finetune import planner
+    from finetune.backends.attention import is_varlen
+    from finetune.backends.batch import batch_shape
+    from finetune.prediction.memory import Attention, Training, training
+    from finetune.prediction.shapes import read_shapes
 
     if recipe is None:
         return None
     base, train = stages["base"], stages["train"].metrics
-    shapes = planner.read_shapes(recipe, base.folder if base.manifest else None)
+    shapes = read_shapes(recipe, base.folder if base.manifest else None)
     if shapes is None:
         return None
-    micro, _ = planner.batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)
-    parts = planner.memory(shapes, recipe, int(train.get("micro_batch_rows") or micro))
+    usual = batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
+    attention = Attention(varlen=is_varlen(str(train.get("attention", ""))))
+    rows, policy = train.get("micro_batch_rows") or usual, train.get("checkpointing", "full")
+    parts = training(shapes, Training.of(recipe), rows, policy, attention, train.get("processes", 1))
     return {**parts, "total": sum(parts.values())}
 
 

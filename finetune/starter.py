@@ -9,8 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from finetune import planner
 from finetune.errors import InputError
+from finetune.prediction.choice import DEVICES, Options
+from finetune.prediction.memory import Training
+from finetune.prediction.shapes import read_shapes
 from finetune.recipe import LocalSource, Recipe
 from finetune.recipe_checks import absent
 from finetune.recipe_data import local_path
@@ -80,7 +82,7 @@ def write_recipe(
         model = model or ask("base model (OWNER/NAME on the Hub, a folder, builtin:tiny-mistral)", DEFAULT_MODEL)
         data = data or ask("data (a .jsonl, .json, .csv or .parquet file, OWNER/NAME on the Hub, or pydoc)", "")
         if device is None and not model.startswith("builtin:"):
-            device = ask(f"GPU to fit ({', '.join(planner.DEVICES)}, or cpu)", DEFAULT_DEVICE)
+            device = ask(f"GPU to fit ({', '.join(DEVICES)}, or cpu)", DEFAULT_DEVICE)
         name = name or ask("name of the recipe", suggested_name(data))
     assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
     path = _path("out" if out else "name", str(out or _default_path(name)))
@@ -106,8 +108,8 @@ def recipe_text(name: str, model: str, data: str, device: str, path: Path) -> tu
 
     Raises InputError where a value cannot be, or nothing of this model fits the device.
     """
-    if device.lower() not in (*planner.DEVICES, "cpu"):
-        raise InputError(f"--device {device}: allowed: {', '.join(planner.DEVICES)}, cpu")
+    if device.lower() not in (*DEVICES, "cpu"):
+        raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}, cpu")
     source, form, notes = _source(data, path)
     where = _written_model(model, path)
     head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", f"  - {source}"]
@@ -234,7 +236,7 @@ def _positions(recipe: Recipe) -> int:
 
 def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
     """Whether training fits the device (yes, where the shapes are not known here), and the sentence about it."""
-    shapes = planner.read_shapes(recipe)
+    shapes = read_shapes(recipe)
     hub = recipe.model.id
     if shapes is None:
         return True, f"meant for {_named(device)}; `finetune plan` tells once the base's config has been read"
@@ -243,15 +245,16 @@ def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
         if shapes.parameters >= LARGEST_ON_CPU:
             return (
                 False,
-                f"--device cpu: {hub} has {what}, which would take weeks; give a GPU: {', '.join(planner.DEVICES)}",
+                f"--device cpu: {hub} has {what}, which would take weeks; give a GPU: {', '.join(DEVICES)}",
             )
         return True, "a CPU is enough"
-    micro = planner.batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
-    needed = sum(planner.memory(shapes, recipe, micro).values())
+    options = Options(shapes, Training.of(recipe))
+    choice = options.best(DEVICES[device])
+    needed = choice.total
     length = recipe.render.max_length_tokens
-    if needed <= planner.DEVICES[device].memory_bytes:
+    if choice.fits:
         return True, f"{_named(device)}; {needed / 1e9:.1f} GB predicted for rows of {length:,} tokens"
-    larger = [n for n, d in planner.DEVICES.items() if d.memory_bytes >= needed]
+    larger = [name for name, gpu in DEVICES.items() if options.best(gpu).fits]
     hint = f"take {', '.join(larger)}" if larger else "no single GPU we know holds it"
     return False, f"--device {device}: {hub} needs {needed / 1e9:.1f} GB even for rows of {length} tokens; {hint}"
 
@@ -259,7 +262,7 @@ def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
 def _named(device: str) -> str:
     if device == "cpu":
         return "a CPU"
-    return f"one {device.upper()} ({planner.DEVICES[device].memory_bytes / 1e9:.1f} GB usable)"
+    return f"one {device.upper()} ({DEVICES[device].memory_bytes / 1e9:.1f} GB usable)"
 
 
 def _scalar(text: str) -> str:

@@ -40,6 +40,8 @@ LAYERS = {  # what each part of the package may import of it, whether at the top
         "environment",
     },
 }
+LAYERS["backends"].add("prediction")
+LAYERS["prediction"] = {"prediction", "backends", "recipe", "recipe_names"}
 LAYERS["stages"] = LAYERS["backends"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "sklearn", "faiss", "pandas"}
 

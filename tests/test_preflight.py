@@ -1,13 +1,17 @@
 """What can be known before hours are spent: a GPU that is too small, one disk for both roots, a base that is there."""
 
 import collections
+import importlib.util
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from finetune import pipeline, planner, preflight
-from finetune.errors import FinetuneError, GateRefused
+from finetune import pipeline, preflight
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.prediction import memory
+from finetune.prediction.shapes import read_shapes
 from finetune.recipe_file import load_recipe
 from finetune.store import Store
 
@@ -27,24 +31,41 @@ def planned(name, tmp_path, *sets):
 
 
 def test_a_gpu_that_the_plan_fits_is_let_be_and_a_smaller_one_named(tmp_path):
-    recipe, _, _ = planned("mistral-guanaco", tmp_path)
-    shapes = planner.read_shapes(recipe)
-    needed = sum(
-        planner.memory(shapes, recipe, preflight.batch_shape(4, "auto", 1, recipe.pack is not None)[0]).values()
-    )
-    context = planner.memory(shapes, recipe, 1)["device"]
+    one_way = ["runtime.micro_batch_rows=1", "runtime.checkpointing=full"]
+    recipe, _, _ = planned("mistral-guanaco", tmp_path, *one_way)
+    shapes, context = read_shapes(recipe), memory.CONTEXT_BYTES
+    needed = sum(memory.training(shapes, memory.Training.of(recipe), 1, "full").values())
     assert preflight.memory_problem(recipe, shapes, 1, needed - context, needed) is None
     problem = preflight.memory_problem(recipe, shapes, 1, needed - context - GB, needed - GB)
-    assert "GB of GPU memory" in problem and "render.max_length_tokens" in problem and "in use" not in problem
+    assert "1 row at once, checkpointing full" in problem and "render.max_length_tokens" in problem
+    assert "in use" not in problem
     assert "are in use: end what holds them" in preflight.memory_problem(recipe, shapes, 1, 2 * GB, 3 * needed)
     small = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"memory_budget_gb": 5})})
     assert "there are 5.0" in preflight.memory_problem(small, shapes, 1, 80 * GB, 80 * GB)
+
+
+def test_what_is_left_open_is_refused_only_where_no_way_fits(tmp_path):
+    recipe, _, _ = planned("mistral-guanaco", tmp_path)
+    shapes = read_shapes(recipe)
+    assert preflight.memory_problem(recipe, shapes, 1, 9 * GB, 10 * GB) is None  # not as fast as it could be
+    assert "checkpointing offload" in preflight.memory_problem(recipe, shapes, 1, 6 * GB, 7 * GB)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_offloading_without_a_gpu_is_refused_before_the_first_stage(tmp_path):
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, "runtime.checkpointing=offload")
+    steps = steps[: pipeline.STAGE_NAMES.index("train") + 1]
+    with pytest.raises(InputError, match="activations are there already; use full"):
+        preflight.check(recipe, steps)
+    preflight.check(*planned("tiny-pydoc", tmp_path, "runtime.checkpointing=selective")[:2])
 
 
 def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
     recipe, steps, _ = planned("mistral-guanaco", tmp_path)
     steps = steps[: pipeline.STAGE_NAMES.index("train") + 1]
     monkeypatch.setattr(preflight.models, "pick_device", lambda device: "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GB, 4 * GB))
     with pytest.raises(GateRefused, match="--force goes on"):
         preflight.check(recipe, steps)
@@ -55,7 +76,7 @@ def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
 
 def test_roots_on_one_disk_are_added_up(tmp_path, monkeypatch):
     recipe, steps, store = planned("mistral-guanaco", tmp_path)
-    disk = planner.disk(planner.read_shapes(recipe), recipe)
+    disk = memory.disk(read_shapes(recipe), recipe)
     scratch = disk["download"] + disk["quantized_copy"] + disk["merged"]
     durable = preflight.DURABLE_SLACK + disk["adapter"] + disk["training_checkpoints"]
     free = {"bytes": scratch + durable}
@@ -89,3 +110,14 @@ def test_a_tracker_without_a_key_is_said_to_record_offline(tmp_path, monkeypatch
     assert any("W&B is recorded offline" in note for note in preflight.check(recipe, steps))
     recipe, steps, _ = planned("tiny-pydoc", tmp_path)
     assert not any("W&B" in note for note in preflight.check(recipe, steps))
+
+
+def test_a_missing_tensorboard_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, "tracking.tensorboard=true")
+    steps = steps[: pipeline.STAGE_NAMES.index("train") + 1]
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "tensorboard" else there(name))
+    preflight.check(recipe, steps)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else there(name))
+    with pytest.raises(InputError, match="tensorboard is not installed"):
+        preflight.check(recipe, steps)

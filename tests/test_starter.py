@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from finetune import starter
 from finetune.errors import InputError
+from finetune.prediction.choice import DEVICES
 from finetune.recipe import LocalSource
 from finetune.recipe_file import load_recipe
 
@@ -121,10 +123,9 @@ def test_on_a_terminal_only_what_is_missing_is_asked(folder):
 
 def test_the_length_is_the_longest_that_fits_the_device(folder, monkeypatch):
     roomy = load_length(device="h100")
-    small = starter.planner.Device(int(6.2e9), 1e12)
-    monkeypatch.setitem(starter.planner.DEVICES, "t4", small)
+    monkeypatch.setitem(DEVICES, "t4", replace(DEVICES["t4"], memory_bytes=int(5.8e9)))
     assert load_length(device="t4") < roomy == 2048
-    monkeypatch.setitem(starter.planner.DEVICES, "t4", starter.planner.Device(int(3e9), 1e12))
+    monkeypatch.setitem(DEVICES, "t4", replace(DEVICES["t4"], memory_bytes=int(3e9)))
     with pytest.raises(InputError, match=r"needs .* GB even for rows of 256 tokens; take l4"):
         write("none", device="t4")
     assert not (folder / "none.yaml").exists()

@@ -46,7 +46,7 @@ def measure(artifacts: Path, steps: int) -> float:
         base = models.load_base(recipe.model, found["base"], ctx, recipe.quantization, "fp32", "cpu")
         job = sft.Job(
             seed=0, lora=recipe.lora, train=recipe.train, precision="fp32", device="cpu",
-            checkpointing=False, checkpoints=out / "checkpoints", metrics_file=out / "metrics.jsonl",
+            checkpointing="none", checkpoints=out / "checkpoints", metrics_file=out / "metrics.jsonl",
         )  # fmt: skip
         rows = found["pack"] / "packed.parquet"
         return sft.train(job, base, models.load_tokenizer(found["base"]), rows, ctx).tokens_per_second

@@ -1,0 +1,170 @@
+"""Bytes on the GPU, in RAM and on disk, by what holds them. Weights, adapter, gradients and optimiser are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.backends.quantized_copy import wanted
+from finetune.prediction.activations import MicroBatch, Policy, peak
+from finetune.prediction.shapes import Shapes, decoder, saved_tensors, trained_tensors
+from finetune.recipe import Lora, Quantization, Recipe, Runtime, Train
+
+GIB = 1 << 30
+BLOCK = 64  # bitsandbytes quantises 64 weights with one scale
+NESTED_BLOCK = 256  # and, double, 256 scales with one of their own
+CODE_BYTES = 16 * 4  # each matrix has a table of the 16 values
+NESTED_CODE_BYTES = 256 * 4 + 4  # and, double, one of the 256 that a scale may have, and the scales' mean
+STATE_BLOCK = 256  # bitsandbytes' 8-bit optimisers: elements with one scale
+LEAST_8BIT = 4096  # elements of a tensor below which its state stays fp32
+STATE_TABLES = 2 * 256 * 4  # their values, for both moments, once for all tensors
+
+CONTEXT_BYTES = int(0.7 * GIB)  # assumed: CUDA's context, and the workspaces of cuBLAS
+UNUSED_SHARE = 0.05  # assumed: of what comes and goes in a step, what torch's allocator holds and does not fill
+PROCESS_BYTES = 3_000_000_000  # assumed: Python with torch, transformers and CUDA's libraries in RAM
+SHARD_BYTES = 1_000_000_000  # a file of the 4-bit copy, as it is written
+STREAM_BYTES = 1_000_000_000  # merge and export go tensor by tensor: a 7B merges in 0.54 GB
+KINDS = ("activations", "layer_inputs", "scores", "mask", "logits", "dequantized")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a recipe, and of its rows once they are there, decides the bytes of its training."""
+
+    lora: Lora
+    quantization: Quantization | None
+    train: Train
+    runtime: Runtime
+    packed: bool
+    row_tokens: int  # of the longest row
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Training:
+        """With the longest rows that the recipe allows."""
+        own = recipe.pack.length_tokens if recipe.pack else None
+        return cls(
+            lora=recipe.lora,
+            quantization=recipe.quantization,
+            train=recipe.train,
+            runtime=recipe.runtime,
+            packed=recipe.pack is not None,
+            row_tokens=own or recipe.render.max_length_tokens,
+        )
+
+
+def weight_bytes(shapes: Shapes, quantization: Quantization | None, element: int = 2) -> int:
+    """The base on the device as bitsandbytes stores it: 4-bit codes, scales and tables; the rest with so many bytes an
+    element. The rotary frequencies are there twice.
+    """
+    other = element * shapes.other_parameters + 4 * shapes.head_dim
+    if quantization is None:
+        return element * shapes.quantized_parameters + other
+    matrices = sum(
+        _matrix_bytes(inner * outer, double=quantization.double) for inner, outer in shapes.linears().values()
+    )
+    return shapes.layers * matrices + other
+
+
+def _matrix_bytes(count: int, *, double: bool) -> int:
+    """One matrix of `count` elements; the last block of weights, and of scales, may be a part of one."""
+    scales = -(-count // BLOCK)
+    codes = -(-count // 2) + CODE_BYTES
+    return codes + (scales + 4 * -(-scales // NESTED_BLOCK) + NESTED_CODE_BYTES if double else 4 * scales)
+
+
+def adapter_bytes(shapes: Shapes, lora: Lora) -> int:
+    """fp32, and as much again for its gradients."""
+    return 4 * sum(trained_tensors(shapes, lora))
+
+
+def optimizer_bytes(shapes: Shapes, lora: Lora, optimizer: str) -> int:
+    """Two moments of every trained element: fp32, or bytes with a scale a block, where the tensor is large enough."""
+    tensors = trained_tensors(shapes, lora)
+    if "8bit" not in optimizer:
+        return 8 * sum(tensors)
+    large = [n for n in tensors if n >= LEAST_8BIT]
+    states = sum(2 * n + 2 * 4 * -(-n // STATE_BLOCK) for n in large)
+    return states + 8 * (sum(tensors) - sum(large)) + (STATE_TABLES if large else 0)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a device's kernels do: `varlen` takes packed rows without a mask; without `grouped` an unmasked call with
+    fewer keys than queries finds no fused kernel (memory-efficient attention, all there is before sm80, takes none).
+    """
+
+    varlen: bool = False
+    grouped: bool = True
+
+
+GROUPED = Attention()
+
+
+def micro_batch(
+    shapes: Shapes, run: Training, rows: int, policy: Policy, attention: Attention, *, held: bool
+) -> MicroBatch:
+    """`rows` of the longest rows on a GPU. Packed ones are laid into one; only padded or packed ones need a mask."""
+    length, half = run.row_tokens, run.train.precision != "fp32"
+    shape = (1, rows * length) if run.packed else (rows, length)
+    mask = not attention.varlen if run.packed else rows > 1
+    scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
+    return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores)
+
+
+def training(
+    shapes: Shapes, run: Training, rows: int, policy: Policy = "full", attention: Attention = GROUPED, world: int = 1
+) -> dict[str, int]:
+    """Bytes on the GPU at the highest moment of a training with micro-batches of `rows`, by what holds them.
+
+    That moment is in a backward, or in the optimiser's step, when all gradients are there and nothing else is.
+    """
+    several = rows * world < run.train.batch_rows
+    batch = micro_batch(shapes, run, rows, policy, attention, held=several)
+    found = peak(decoder(shapes, run.lora, quantized=run.quantization is not None), batch)
+    adapter = adapter_bytes(shapes, run.lora)
+    whole = 4 * sum(saved_tensors(shapes, run.lora))
+    gradients = found.get("gradients", 0) + (adapter if several else whole)
+    # torch's AdamW takes the root of all second moments at once
+    in_step = {"gradients": adapter, "optimizer_step": adapter if run.train.optimizer == "adamw" else 0}
+    in_backward = {"gradients": gradients, **{k: found.get(k, 0) for k in KINDS}}
+    most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
+    kept = 2 * shapes.quantized_parameters if run.quantization and run.runtime.cache_dequantized else 0
+    return {
+        "weights": weight_bytes(shapes, run.quantization, 2 if batch.half else 4) + kept,
+        "adapter": adapter,
+        "optimizer": optimizer_bytes(shapes, run.lora, run.train.optimizer),
+        **{kind: size for kind, size in most.items() if size},
+        "unused": int(UNUSED_SHARE * sum(most.values())),
+        "device": CONTEXT_BYTES,
+    }
+
+
+def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, int]:
+    """Bytes of RAM at the highest moment of each part of the work, the process itself among them."""
+    largest = max(shapes.vocabulary * shapes.hidden, *(i * o for i, o in shapes.linears().values()))
+    offloaded = 2 * shapes.layers * rows * Training.of(recipe).row_tokens * shapes.hidden if policy == "offload" else 0
+    copying = SHARD_BYTES if keeps_copy(shapes, recipe) else 0
+    return {
+        "quantise": PROCESS_BYTES + 3 * 2 * largest + copying,
+        "train": PROCESS_BYTES + offloaded,
+        "merge": STREAM_BYTES if recipe.merge else 0,
+        "export": STREAM_BYTES if recipe.export else 0,
+    }
+
+
+def disk(shapes: Shapes, recipe: Recipe) -> dict[str, int]:
+    """Bytes by root: scratch holds the download and the merged model, artifacts the adapter and its checkpoints."""
+    adapter = adapter_bytes(shapes, recipe.lora)
+    optimizer = optimizer_bytes(shapes, recipe.lora, recipe.train.optimizer)
+    best = adapter if recipe.train.keep_best else 0
+    return {
+        "download": 2 * shapes.parameters if recipe.model.kind == "hub" else 0,
+        "quantized_copy": weight_bytes(shapes, recipe.quantization) if keeps_copy(shapes, recipe) else 0,
+        "merged": 2 * shapes.parameters if recipe.merge else 0,
+        "adapter": adapter,
+        "training_checkpoints": (recipe.runtime.keep_checkpoints + 1) * (adapter + optimizer + best),
+    }
+
+
+def keeps_copy(shapes: Shapes, recipe: Recipe) -> bool:
+    """Whether a 4-bit copy of the base stays in scratch."""
+    return recipe.quantization is not None and wanted(recipe.runtime.keep_quantized, shapes.parameters)
