@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.backends.scoring import batches
+from finetune.backends.scoring import batches, padded, token_nll
 from finetune.data.training_rows import TokenRow
 from finetune.errors import FinetuneError
 from finetune.recipe import Train
@@ -161,24 +161,8 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def batch_nll(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
-    """(2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their number.
-
-    Only positions that some row needs meet the vocabulary.
-    """
+    """(2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their number."""
     import torch
 
-    width = max(len(r.ids) for r in rows)
-    ids, attention = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
-    wanted = torch.zeros(len(rows), width, dtype=torch.bool)
-    for k, row in enumerate(rows):
-        n = len(row.ids)
-        ids[k, :n] = torch.from_numpy(row.ids)
-        attention[k, :n] = 1
-        wanted[k, :n] = torch.from_numpy(row.mask)
-    ids, attention, wanted = (t.to(model.device) for t in (ids, attention, wanted))
-    keep = wanted[:, 1:]
-    columns = keep.any(0).nonzero().flatten()
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=columns).logits
-    chosen = keep[:, columns]
-    losses = torch.nn.functional.cross_entropy(logits[chosen].float(), ids[:, 1:][:, columns][chosen], reduction="none")
-    return torch.stack([losses.double().sum(), chosen.sum().double()]).cpu()
+    losses = token_nll(model, *(t.to(model.device) for t in padded(rows)))
+    return torch.tensor([float(losses.double().sum()), len(losses)], dtype=torch.float64)

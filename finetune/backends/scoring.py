@@ -10,9 +10,12 @@ import numpy as np
 
 from finetune.context import Context
 from finetune.data.training_rows import TokenRow
+from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
     import torch
+
+POSITIONS = 1024  # that meet the vocabulary at once
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,24 @@ def row_nll(
     todo = list(batches([len(r.ids) for r in rows], batch_tokens))
     with torch.inference_mode():
         for batch in ctx.track(todo, label, len(todo)):
-            width = max(len(rows[i].ids) for i in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            attention = torch.zeros(len(batch), width, dtype=torch.long)
-            wanted = torch.zeros(len(batch), width, dtype=torch.bool)
-            for k, i in enumerate(batch):
-                n = len(rows[i].ids)
-                ids[k, :n] = torch.from_numpy(rows[i].ids)
-                attention[k, :n] = 1
-                wanted[k, :n] = torch.from_numpy(rows[i].mask)
-            sums = _batch_nll(model, ids, attention, wanted)
+            sums = _batch_nll(model, *padded([rows[i] for i in batch]))
             nll[batch] = sums.double().cpu().numpy()
     return nll, counts
+
+
+def padded(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows laid side by side, (B, T): token ids and attention mask int64, and which tokens are supervised, bool."""
+    import torch
+
+    shape = len(rows), max(len(r.ids) for r in rows)
+    ids, attention = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+    wanted = torch.zeros(shape, dtype=torch.bool)
+    for k, row in enumerate(rows):
+        n = len(row.ids)
+        ids[k, :n] = torch.from_numpy(row.ids)
+        attention[k, :n] = 1
+        wanted[k, :n] = torch.from_numpy(row.mask)
+    return ids, attention, wanted
 
 
 def _batch_nll(
@@ -70,15 +79,60 @@ def _batch_nll(
     attention: torch.Tensor,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """(B,) fp32 sums over the supervised positions of (B, T) rows; only those positions meet the vocabulary."""
+    """(B,) fp32 sums over the supervised positions of (B, T) rows."""
     import torch
 
     ids, attention, wanted = (t.to(model.device) for t in (ids, attention, wanted))
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+    losses = token_nll(model, ids, attention, wanted)
     keep = wanted[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits[keep].float(), ids[:, 1:][keep], reduction="none")
     row = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(keep)[keep]
     return torch.zeros(len(ids), dtype=torch.float32, device=ids.device).index_add_(0, row, losses)
+
+
+def token_nll(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """(P,) fp32: nats of every token of (B, T) rows that is `wanted`, in their order; a row's first is never scored.
+
+    Logits are made POSITIONS at a time and only where a token is wanted: those of 8,192 positions of a vocabulary of
+    128,000 would take 4 GB. They are made within the model's own forward, where its head is called, so that weights
+    which FSDP shares out are there; what the forward does to logits afterwards (Gemma's cap, Cohere's scale) is done to
+    each part by the same forward.
+    """
+    import torch
+
+    from finetune.backends.streamed_forward import head_logits
+
+    causal = model.get_base_model() if _is_adapted(model) else model
+    keep, targets = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
+    parts: list[torch.Tensor] = []
+
+    def score(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hook.remove()  # the forwards below come through the same head
+        hidden = given[0][:, :-1][keep]  # (P, d)
+        for start in range(0, len(targets), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            logits = head_logits(causal, hidden[part]).float()
+            parts.append(torch.nn.functional.cross_entropy(logits, targets[part], reduction="none"))
+        return (given[0][:, :1], *given[1:])
+
+    hook = causal.get_output_embeddings().register_forward_pre_hook(score)
+    try:
+        model(input_ids=ids, attention_mask=attention, use_cache=False)
+    finally:
+        hook.remove()
+    if len(targets) and not parts:
+        raise FinetuneError(f"{type(causal).__name__} makes its logits without its head; its rows cannot be scored")
+    return torch.cat(parts) if parts else torch.zeros(0, device=ids.device)
+
+
+def _is_adapted(model: object) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def greedy(

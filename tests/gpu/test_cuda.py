@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from finetune.backends.attention import LEAST_CAPABILITY, is_varlen
 from tests.e2e.conftest import make_workspace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -25,4 +26,5 @@ def test_the_whole_recipe_on_a_gpu_in_the_precision_of_its_generation(tmp_path):
     metrics = workspace.show()["stages"]["train"]["metrics"]
     assert metrics["precision"] == ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
     assert metrics["device"] == torch.cuda.get_device_name()
+    assert is_varlen(metrics["attention"]) == (torch.cuda.get_device_capability() >= LEAST_CAPABILITY)
     assert metrics["loss"] < metrics["first_loss"]
