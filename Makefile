@@ -14,7 +14,7 @@ LAUNCH := $(if $(CONFIG),$(BIN)/accelerate launch --config_file recipes/accelera
 # two test processes whose threads spin for the same two cores would take turns, not run
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: sft setup plan check test test-slow push docs clean help
+.PHONY: sft setup plan check test test-slow push docs home clean help
 .DEFAULT_GOAL := help
 
 sft: $(VENV)/.ready ## run a recipe to a certified, merged model: RECIPE=NAME SET="train.learning_rate=1e-4" UNTIL=STAGE
@@ -46,6 +46,11 @@ check: $(VENV)/.ready-check ## lint, format, types and recipes
 
 docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md anew, from the models
 	@$(BIN)/python -m finetune.reference
+
+home: ## name the place where this package is published, in the notebook and the badges: REPO=OWNER/NAME
+	@test -n "$(REPO)" || { echo "make home REPO=OWNER/NAME" >&2; exit 2; }
+	@sed -i.old 's#OWNER/REPO#$(REPO)#g' README.md scripts/colab_launcher.ipynb
+	@rm README.md.old scripts/colab_launcher.ipynb.old
 
 clean: ## drop what none of the newest runs uses (asks first)
 	@$(BIN)/finetune clean

@@ -40,8 +40,10 @@ def unused(store: Store, keep: int) -> list[Unused]:
                 folders.append(folder)
     bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())
     folders += quantized_copy.unneeded(store.scratch, bases)
-    # What a push that was killed had staged: links to a whole model, which keep its bytes on the disk.
-    staged = [p for p in sorted(store.scratch.glob("publish-*")) if p.is_dir()]
+    # What a push that was killed had staged (links to a whole model, which keep its bytes on the disk), or a mirror
+    # had fetched.
+    left = [*store.scratch.glob("publish-*"), *store.artifacts.glob("incoming-*")]
+    staged = [p for p in sorted(left) if p.is_dir()]
     folders += [p for p in staged if (pid := p.name.split("-")[1]).isdigit() and not is_running(int(pid))]
     return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
 

@@ -37,6 +37,7 @@ Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
+MIRROR = os.environ.get("FINETUNE_MIRROR") or None
 
 
 @app.command()
@@ -80,7 +81,7 @@ def plan(
 
     loaded = load_recipe(recipe, sets or [])
     steps = pipeline.plan(loaded.recipe, Store(artifacts, scratch))
-    result = planner.predict(loaded.recipe, steps, device)
+    result = planner.predict(loaded.recipe, steps, device, scratch)
     typer.echo(json.dumps(result, indent=1, sort_keys=True) if as_json else planner.describe(result))
 
 
@@ -94,6 +95,12 @@ def run(
     fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and begin anew.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Train in this many processes, one a GPU.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Keep what is finished in this private Hub repository, and go on from it."
+        ),
+    ] = MIRROR,
 ) -> None:
     """Run a recipe: every stage that is not there yet, or whose inputs changed."""
     from finetune.session import launch_recipe, run_recipe
@@ -108,9 +115,19 @@ def run(
             scratch=scratch,
             fresh=fresh,
             force=force,
+            mirror=mirror,
         )
         return
-    run_recipe(recipe, until=until, sets=sets or [], artifacts=artifacts, scratch=scratch, fresh=fresh, force=force)
+    run_recipe(
+        recipe,
+        until=until,
+        sets=sets or [],
+        artifacts=artifacts,
+        scratch=scratch,
+        fresh=fresh,
+        force=force,
+        mirror=mirror,
+    )
 
 
 @app.command()

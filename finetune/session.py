@@ -34,6 +34,7 @@ def run_recipe(
     scratch: Path,
     fresh: bool,
     force: bool = False,
+    mirror: str | None = None,
 ) -> None:
     """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
     if until is not None:
@@ -49,6 +50,11 @@ def run_recipe(
     start = time.monotonic()
     with _signals(screen, launched=world > 1) as stop, ExitStack() as owned:
         ctx = _context(loaded.recipe, store, screen, stop, record.name, rank, world)
+
+        if mirror and rank == 0:
+            from finetune.mirroring import mirrored
+
+            owned.enter_context(mirrored(mirror, store, record, ctx, fresh=fresh))
 
         def before_building(steps: list[pipeline.Step]) -> None:
             _preflight(loaded.recipe, steps, until, store, ctx, force=force)
@@ -99,6 +105,7 @@ def launch_recipe(
     scratch: Path,
     fresh: bool,
     force: bool = False,
+    mirror: str | None = None,
 ) -> None:
     """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
     if launching.ranks(os.environ)[1] > 1:
@@ -106,6 +113,7 @@ def launch_recipe(
     load_recipe(name, sets)  # a mistake in it is said once, and here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
+    arguments += ["--mirror", mirror] if mirror else []
     arguments += [name for name, asked in (("--fresh", fresh), ("--force", force)) if asked]
     launching.launch([*arguments, *(f"--set={s}" for s in sets)], processes)
 

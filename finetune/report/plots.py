@@ -40,9 +40,9 @@ class Level:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2, 5 × a power of ten) from `low` to `high`, roughly `about` of them."""
-    if not high > low:
-        return [low]
     raw = (high - low) / about
+    if not raw > 1e-300:  # a figure, its logarithm and its label need more room than the smallest floats have
+        return [low]
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -104,6 +104,8 @@ def lines(
     ys = [y for _, y in every] + ([level.value] if level else [])
     low, high = (0.0 if from_zero else min(ys)), max(ys)
     low, high = _widened(low, high, from_zero)
+    if level is not None and level.value > low + 0.85 * (high - low):
+        high += 0.12 * (high - low)  # room for its words above it, where no curve runs
     frame = _Frame(0.0, max(x for x, _ in every), low, high)
     parts = [frame.axes(x_label, y_label, y_text)]
     for curve in drawn:
@@ -166,9 +168,10 @@ def intervals(label: str, rows: Sequence[tuple[str, float, float | None, float |
     parts = []
     for t in ticks(bottom, top):
         x = _scaled(t, bottom, top, 8, WIDTH - 8)
+        anchor = "start" if x < 20 else "end" if x > WIDTH - 20 else "middle"  # a number at the edge is not cut
         parts.append(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 34:.1f}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{height - 20:.1f}" text-anchor="middle">{short(t)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{height - 20:.1f}" text-anchor="{anchor}">{short(t)}</text>'
         )
     for i, (name, value, low, high) in enumerate(rows):
         y = 27.0 + i * step

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,11 +106,39 @@ def test_run_all_twice_with_a_kill_in_between(pristine, tmp_path):
     said = text_of(work)
     assert "goes on from checkpoint-" in said["run"] and json.dumps("ingest …")[1:-1] not in said["run"]
     assert "found" in said["folders"] and "x" * 30 not in "".join(said.values())
-    assert "image/svg+xml" in said["loss"] and "12 steps" in said["loss"]
+    assert "image/svg+xml" in said["loss"] and "12 logged steps" in said["loss"]
     assert "t4" in said["machine"] and "iframe" in said["report"]
     assert "files" in said["publish"] and said["chat"] and "supervised" in said["inspect"]
     assert "u001b" not in said["run"]  # plain lines: no bars that a notebook cannot redraw
     assert work.show()["stages"]["merge"]["status"] == "done"
+
+
+def test_what_is_kept_on_the_hub_needs_no_drive(tmp_path):
+    before = (
+        "import os, subprocess, sys\nfrom pathlib import Path\n"
+        "CHANGES, TRACK_WITH_WANDB, KEEP_ON_DRIVE, KEEP_ON_HUB = '', False, True, 'me/runs'\n"
+    )
+    after = "\nassert os.environ['FINETUNE_MIRROR'] == 'me/runs'"
+    done = subprocess.run(
+        [sys.executable, "-c", before + cell("folders") + after], cwd=tmp_path, check=True, capture_output=True,
+        text=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert "datasets/me/runs, private" in done.stdout and f"{tmp_path}/artifacts" in done.stdout
+
+
+def test_a_place_nobody_filled_in_is_said_before_anything_is_cloned(tmp_path):
+    asked = subprocess.run(
+        [sys.executable, "-S", "-c", f"REPO = 'https://github.com/OWNER/REPO'\n{cell('install')}"], cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "REPO must name the place" in asked.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_badges_and_the_form_name_one_place():
+    text = NOTEBOOK.read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/scripts/", text))
+    (form,) = re.findall(r'^REPO = "https://github.com/(.+)"  # @param', cell("settings"), re.MULTILINE)
+    assert badges == {form}
 
 
 def test_on_colab_a_key_comes_from_its_secrets_and_is_never_shown(tmp_path):
@@ -122,7 +151,7 @@ def test_on_colab_a_key_comes_from_its_secrets_and_is_never_shown(tmp_path):
     )
     before = (
         "import os, subprocess, sys\nfrom pathlib import Path\n"
-        "CHANGES, TRACK_WITH_WANDB, KEEP_ON_DRIVE = 'seed=1', True, True\n"
+        "CHANGES, TRACK_WITH_WANDB, KEEP_ON_DRIVE, KEEP_ON_HUB = 'seed=1', True, True, ''\n"
     )
     after = "\nassert os.environ['HF_TOKEN'] == 'secret-value' and 'WANDB_API_KEY' not in os.environ\nprint(changes)"
     done = subprocess.run(

@@ -17,7 +17,13 @@ NUMBERS = st.floats(-1e9, 1e9, allow_nan=False, width=32)
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (3, 3, [3]), (95, 105, [96, 98, 100, 102, 104])],
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (3, 3, [3]),
+        (95, 105, [96, 98, 100, 102, 104]),
+        (0, 5e-324, [0]),
+    ],
 )
 def test_ticks_are_round_and_inside(low, high, expected) -> None:
     assert plots.ticks(low, high) == pytest.approx(expected)
@@ -91,3 +97,18 @@ def test_a_label_is_text_wherever_it_is_written() -> None:
         names = {element.tag for element in ElementTree.fromstring(svg).iter()}
         assert names <= {"svg", "g", "line", "text", "polyline", "path", "circle", "rect"}
         svg.encode()
+
+
+def test_the_words_of_a_level_stand_above_the_curve_that_runs_under_it() -> None:
+    curve = plots.Line([(float(i), 0.68) for i in range(1, 12)])
+    svg = plots.lines("memory", [curve], "step", "GB", level=plots.Level(0.75, "predicted"), from_zero=True)
+    level = float(re.search(r'class="level"[^>]* y1="([\d.]+)"', svg)[1])
+    words = float(re.search(r'class="note"[^>]* y="([\d.]+)"', svg)[1])
+    assert words < level
+
+
+def test_a_number_at_the_edge_is_not_cut() -> None:
+    svg = str(plots.intervals("perplexity", [("base", 350.0, 316.0, 388.5), ("adapter", 215.0, 195.0, 235.0)], "p"))
+    for x, anchor in re.findall(r'class="tick" x="([\d.]+)"[^>]*text-anchor="(\w+)"', svg):
+        assert anchor == ("end" if float(x) > plots.WIDTH - 20 else "start" if float(x) < 20 else "middle")
+    assert 'text-anchor="end">400<' in svg
