@@ -65,17 +65,17 @@ STAGES: tuple[Stage, ...] = (
     Stage("embed", 1, ("filter",), embed.spec, embed.fingerprint, embed.run),
     Stage("dedup", 2, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run),
     Stage("decontaminate", 2, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run),
-    Stage("sample", 1, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
+    Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
-    Stage("render", 2, ("split", "base"), render.spec, render.fingerprint, render.run),
+    Stage("render", 3, ("split", "base"), render.spec, render.fingerprint, render.run),
     Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
     ),
-    Stage("evaluate", 2, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
-    Stage("certify", 1, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
-    Stage("merge", 1, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
+    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
+    Stage("certify", 2, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
+    Stage("merge", 2, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
     Stage("export", 2, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -276,8 +276,8 @@ class Runtime(Section):
 
     micro_batch_rows: Count | Literal["auto"] = "auto"
     """Rows on a GPU at once; must divide train.batch_rows. The rest is accumulated."""
-    checkpointing: Literal["auto", "none", "full"] = "auto"
-    """Recompute activations rather than hold them: less memory, a third more work. auto does so for large bases."""
+    checkpointing: Literal["auto", "none", "every_4", "every_2", "selective", "full", "offload"] = "auto"
+    """Recompute no layer, 1 in 4, 1 in 2, all but attention, all (offload: inputs in RAM); auto: fastest that fits."""
     save_steps: Count = 50
     """Optimiser steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the older one goes before the newer one is marked complete
@@ -288,6 +288,10 @@ class Runtime(Section):
     """Stop a training whose loss leaves its level for several steps, or whose gradient stays zero."""
     keep_quantized: Literal["auto", "always", "never"] = "auto"
     """Keep a 4-bit copy of the base in scratch, so that a restart reads that; auto does for bases of 2 GB or more."""
+    compile: bool = False
+    """Have torch compile each decoder layer for the training: minutes at the start, then shorter steps."""
+    cache_dequantized: bool = False
+    """Keep 4-bit weights in 16 bits as well while training: 2 bytes a parameter more, no dequantising twice a step."""
     memory_budget_gb: Positive | None = None
     """GPU memory that `finetune plan` counts with, in 10⁹ bytes; null takes all of the device."""
 

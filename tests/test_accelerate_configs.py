@@ -97,9 +97,14 @@ def test_a_marker_of_another_shape_is_told_in_one_line(tmp_path):
     assert distribution.changes(marker, now) == ""
     marker.write_text(json.dumps({**now, "processes": 1, "device": "Tesla T4"}))
     said = distribution.changes(marker, now)
+    first = {**now, "processes": 1, "device": "Tesla T4", "until_step": 40}
+    assert distribution.before(marker, now, 40) == [first]
+    marker.write_text(json.dumps({**now, "before": [first]}))
+    assert distribution.before(marker, now, 60) == [first]  # as before: one entry a change
+    assert distribution.before(marker, {**now, "device": "A100"}, 60) == [first, {**now, "until_step": 60}]
     assert "device was Tesla T4, is cpu, processes was 1, is 2" in said and "stays 8 rows" in said
     marker.write_text("all ranks have written and synced this checkpoint\n")
-    assert distribution.changes(marker, now) == ""
+    assert distribution.changes(marker, now) == "" and distribution.before(marker, now, 60) == []
 
 
 def test_only_rank_0_says_what_every_rank_would_say(monkeypatch):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, GateRefused, InputError
 
@@ -90,6 +90,16 @@ def explained(world: int) -> Iterator[None]:
         raise FinetuneError(
             "train: another process of this training is gone; the same command goes on from the last checkpoint"
         ) from error
+
+
+def before(marker: Path, now: Mapping[str, object], step: int) -> list[dict[str, object]]:
+    """How the batch was shared out until `step`, where the marker of that checkpoint says otherwise; earliest first."""
+    try:
+        was: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    earlier: list[dict[str, object]] = was.pop("before", [])
+    return earlier if was == now else [*earlier, {**was, "until_step": step}]
 
 
 def changes(marker: Path, now: Mapping[str, object]) -> str:

@@ -22,11 +22,19 @@ LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {  # the pattern in tokenizer.json -> the name of llama.cpp's repetition of it
     CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + LINES: "llama-bpe",
     CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + LINES: "qwen2",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
-    r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-# builtin:tiny-mistral: the same words, but llama.cpp takes contractions ('s) whole. A toy may be near; nothing else may
-NEAR_SPLITS = {r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+": "smollm"}
+ACCENTS = "accents that are characters of their own"
+# Its repetitions that differ, and where: of Mistral's Tekken it knows neither accents nor capitals outside A-Z, and in
+# builtin:tiny-mistral's words it takes contractions ('s) whole.
+NEAR_SPLITS = {
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
+    r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
+        "tekken", f"{ACCENTS}, and capitals outside A-Z"
+    ),
+    r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+": ("smollm", "contractions"),
+}  # fmt: skip
+# what a tokenizer may do to text first: llama.cpp does not bring accents and letters together (NFC)
+NORMALIZERS = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}
 NO_SCORE = -1000.0
 
 
@@ -42,7 +50,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     add_bos: bool = False
     add_space_prefix: bool | None = None
-    exact: bool = True  # False where llama.cpp splits some text differently
+    differs: str = ""  # the text, in words, that llama.cpp reads in other tokens
 
 
 def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: str | None) -> Vocabulary:
@@ -55,10 +63,12 @@ def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: st
     path = folder / "tokenizer.json"
     model = content["model"]
     if model.get("type") == "BPE" and "ByteLevel" in _kinds(content.get("pre_tokenizer")):
-        pre, exact = _split(content["pre_tokenizer"], path)
+        pre, differs = _split(content["pre_tokenizer"], path)
+        if "NFC" in _kinds(content.get("normalizer"), "normalizers"):
+            differs = differs or ACCENTS
         pieces: dict[int, tuple[str, int, float]] = {i: (t, NORMAL, 0.0) for t, i in model["vocab"].items()}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        settings: dict[str, Any] = {"model": "gpt2", "pre": pre, "merges": merges, "exact": exact}
+        settings: dict[str, Any] = {"model": "gpt2", "pre": pre, "merges": merges, "differs": differs}
     elif (folder / "tokenizer.model").exists():
         pieces = dict(enumerate(read_sentencepiece(folder / "tokenizer.model")))
         settings = {"model": "llama", "pre": "default", "add_space_prefix": True}
@@ -70,6 +80,8 @@ def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: st
             f"{folder}: GGUF needs a byte-level BPE or a SentencePiece BPE tokenizer; this one is "
             f"{model.get('type', 'none')}; set export: null"
         )
+    if odd := set(_kinds(content.get("normalizer"), "normalizers")) - NORMALIZERS[settings["model"]]:
+        raise InputError(f"{path}: llama.cpp does not repeat what {min(odd)} does to text first; set export: null")
     for token in content["added_tokens"]:
         kind = CONTROL if token["special"] else USER_DEFINED
         known = pieces.get(token["id"])
@@ -83,24 +95,24 @@ def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: st
     return Vocabulary(tokens=[p[0] for p in filled], types=[p[1] for p in filled], scores=scores, **settings)
 
 
-def _kinds(step: Mapping[str, Any] | None) -> list[str]:
-    return [] if step is None else [s["type"] for s in step.get("pretokenizers", [step])]
+def _kinds(step: Mapping[str, Any] | None, inside: str = "pretokenizers") -> list[str]:
+    return [] if step is None else [s["type"] for s in step.get(inside, [step])]
 
 
-def _split(step: Mapping[str, Any], path: Path) -> tuple[str, bool]:
-    """The name of llama.cpp's splitter for this pre-tokenizer, and whether it is the very same."""
+def _split(step: Mapping[str, Any], path: Path) -> tuple[str, str]:
+    """The name of llama.cpp's splitter for this pre-tokenizer, and what it splits differently."""
     steps: list[Mapping[str, Any]] = step.get("pretokenizers", [step])
     kinds, last = [s["type"] for s in steps], steps[-1]
     if kinds[-1] == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space"):
         if kinds == ["ByteLevel"]:
-            return "gpt-2", True
+            return "gpt-2", ""
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-            return "smollm", True
+            return "smollm", ""
     pattern = steps[0].get("pattern", {}).get("Regex", "") if kinds == ["Split", "ByteLevel"] else ""
     if pattern in SPLITS:
-        return SPLITS[pattern], True
+        return SPLITS[pattern], ""
     if pattern in NEAR_SPLITS:
-        return NEAR_SPLITS[pattern], False
+        return NEAR_SPLITS[pattern]
     raise InputError(
         f"{path}: llama.cpp has no splitter for {pattern or ' + '.join(kinds)!r}, so a GGUF would be read in other "
         "tokens than were trained; set export: null, or convert the merged folder with a llama.cpp that has one"

@@ -141,10 +141,10 @@ def push_folder(
         again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
         info = again(lambda: api.repo_info(repo_id, repo_type=repo_type))
         _require_private(private, info.private, repo_id)
-        stale = _stale_files(folder, kind, repo_id, again(lambda: _tree(api, repo_id, repo_type, "main")))
+        stale = _stale_files(folder, kind, repo_id, again(lambda: tree_of(api, repo_id, repo_type, "main")))
         what: dict[str, Any] = {"folder_path": folder, "commit_message": message, "delete_patterns": stale or None}
         commit = again(lambda: api.upload_folder(repo_id=repo_id, repo_type=repo_type, **what))
-        listed = again(lambda: _tree(api, repo_id, repo_type, commit.oid))
+        listed = again(lambda: tree_of(api, repo_id, repo_type, commit.oid))
     files = _compared(folder, repo_id, commit.oid, listed, stale)
     return {
         "repo": repo_id,
@@ -239,7 +239,8 @@ def _fine_grained_writes(grants: dict[str, Any], namespace: str, repo_id: str) -
     return any(e.get("name") in (namespace, repo_id) and "repo.write" in may for e, may in scopes)
 
 
-def _tree(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
+def tree_of(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
+    """Every file of a revision, with its size and hash."""
     from huggingface_hub.hf_api import RepoFile
 
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
@@ -280,7 +281,7 @@ def _compared(
             wrong.append(f"{name} is missing")
             continue
         hashed, expected = ("sha256", there.lfs.sha256) if there.lfs else ("git_sha1", there.blob_id)
-        found = _digest(path, size, hashed)
+        found = hub_digest(path, size, hashed)
         if there.size != size or found != expected:
             wrong.append(f"{name} has {size} bytes, {hashed} {found[:12]}; there {there.size}, {expected[:12]}")
         files.append({"path": name, "bytes": size, hashed: found})
@@ -293,7 +294,7 @@ def _compared(
     return files
 
 
-def _digest(path: Path, size: int, kind: str) -> str:
+def hub_digest(path: Path, size: int, kind: str) -> str:
     """The sha256 of a file, or its git blob id: sha1 over `blob SIZE NUL CONTENT` (git-hash-object)."""
     digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:

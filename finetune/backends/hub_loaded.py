@@ -112,15 +112,26 @@ def _probe(tokenizer: Any) -> list[int]:  # noqa: ANN401 - PreTrainedTokenizerBa
 
 
 def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    there, here = (AutoConfig.from_pretrained(p, local_files_only=True).to_dict() for p in (pulled, staged))
+    there, here = (_settings(p) for p in (pulled, staged))
     if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # the folder each was read from
         yield "config.json is another"
     ends = GenerationConfig.from_pretrained(pulled, local_files_only=True).eos_token_id
     found = sorted(ends) if isinstance(ends, list) else [] if ends is None else [ends]
     if facts and found != sorted(facts["terminators"]):
         yield f"answers end at tokens {found}, trained to end at {sorted(facts['terminators'])}"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json as transformers reads it; as it is written, where a class of the repository's own would read it."""
+    from transformers import AutoConfig
+
+    written: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in written:
+        return written
+    read: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    return read
 
 
 def _adapter_config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune.backends.secrets import redact
 from finetune.context import Context
+from finetune.digests import file_digest
 from finetune.errors import FinetuneError, InputError
 
 # name in a recipe -> bits a weight, about: for the room on the disk (llama.cpp's own table for a Llama 8B)
@@ -34,6 +35,20 @@ def require_quantizer(kinds: Iterable[str]) -> str:
             "or q4_0, which are written here"
         )
     return found
+
+
+def quantizer_digests() -> dict[str, str] | None:
+    """Digests of llama-quantize and the libraries it is released with, by name; None where it is not on the PATH.
+
+    It has no option that says its version, and does its arithmetic in libraries that lie beside it or in ../lib.
+    """
+    found = shutil.which(PROGRAM)
+    if found is None:
+        return None
+    program = Path(found).resolve()
+    folders = (program.parent, program.parent.parent / "lib")
+    libraries = {p.resolve() for folder in folders for stem in ("libggml", "libllama") for p in folder.glob(f"{stem}*")}
+    return {p.name: file_digest(p) for p in (program, *libraries) if p.is_file()}
 
 
 def quantize(program: str, source: Path, target: Path, kind: str, ctx: Context) -> None:

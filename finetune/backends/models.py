@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.backends import quantized_copy
+from finetune.backends import quantized_copy, trained_precision
+from finetune.backends.attention import prepared
 from finetune.backends.hub_errors import retried, sentences
 from finetune.backends.trainer_output import quiet
 from finetune.context import Context
@@ -68,8 +69,8 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: s
         if precision == "auto":
             return "fp32", "a CPU computes exactly in fp32, and few are faster in bf16"
         return precision, "the recipe asks for it"
-    major, minor = torch.cuda.get_device_capability(_index(device))
-    name = f"{torch.cuda.get_device_name(_index(device))} (sm{major}{minor})"
+    major, minor = torch.cuda.get_device_capability(gpu_index(device))
+    name = f"{torch.cuda.get_device_name(gpu_index(device))} (sm{major}{minor})"
     if precision == "auto":
         if major >= 8:
             return "bf16", f"{name} multiplies bf16 in its tensor cores"
@@ -78,7 +79,7 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: s
     return precision, f"the recipe asks for it{slow}"
 
 
-def _index(device: str) -> int:
+def gpu_index(device: str) -> int:
     """The number of the GPU this process uses: the launcher's LOCAL_RANK, unless the device names one."""
     return int(device.split(":")[1]) if ":" in device else int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -214,10 +215,11 @@ def load_base(
     quantization: recipe.Quantization | None,
     compute_dtype: Precision,
     device: str,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` says so, the rest in
-    `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU.
+    `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU. `attention` is a name of
+    backends/attention; None takes what every device has.
 
     Raises FinetuneError where the files and the architecture do not agree on every weight.
     """
@@ -243,8 +245,8 @@ def load_base(
             loaded, report = auto.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map={"": f"cuda:{_index(device)}" if device.startswith("cuda") else device},
-                attn_implementation=attention,
+                device_map={"": f"cuda:{gpu_index(device)}" if device.startswith("cuda") else device},
+                attn_implementation=prepared(attention, folder, trust_remote_code=model.trust_remote_code),
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=model.trust_remote_code,
@@ -337,7 +339,7 @@ def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
 
 
 def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
-    """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode.
+    """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained.
 
     Raises FinetuneError where a key of the adapter is missing or has no place: peft only warns, and a module without
     its adapter answers like the base.
@@ -354,7 +356,8 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
     except (RuntimeError, ValueError) as error:
         raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {_first_line(error)}") from error
     with safe_open(file, "pt") as stored:
-        keys = set(stored.keys())
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+    keys = set(tensors)
     places = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
     missing, extra = sorted(places - keys), sorted(keys - places)
     if missing or extra:
@@ -362,6 +365,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
             f"the adapter in {adapter_dir} is not complete for this base: {len(missing)} keys missing, "
             f"{len(extra)} without a place ({(missing + extra)[0]})"
         )
+    trained_precision.as_trained(attached, tensors)
     attached.eval()
     return attached
 

@@ -43,6 +43,8 @@ def halving(
                 raise
             if micro == 1 or ctx.world > 1:
                 raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
+        finally:
+            _forget_embeddings()
         # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
         smaller = max(n for n in range(1, micro // 2 + 1) if per_process % n == 0)
         ctx.say(
@@ -55,6 +57,17 @@ def halving(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         start.restore()
+
+
+def _forget_embeddings() -> None:
+    """Let go of the embeddings that bitsandbytes was told of.
+
+    For its 8-bit optimisers transformers names them in a list of a singleton, to be kept in 32 bits; an embedding that
+    is trained whole would outlive its training there.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().initialize()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

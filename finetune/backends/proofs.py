@@ -70,9 +70,12 @@ def as_in_training(trainer: SFTTrainer) -> Iterator[None]:
     """Recompute activations as the training will (`Trainer` begins to in `train`), and count its memory alone."""
     import torch
 
+    from finetune.backends import checkpointing
+
     model: Any = trainer.model
     if trainer.args.activation_checkpointing:
-        model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+        settings: Any = trainer.args.activation_checkpointing_kwargs
+        checkpointing.enable(model, settings)
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from finetune.backends.batch import batch_shape, total_steps
 from finetune.context import Context
 from finetune.data.training_rows import TokenRow
-from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.errors import FinetuneError, GateRefused
 from finetune.recipe import Lora, Train
 from finetune.records import write_json
 
@@ -52,12 +53,13 @@ class Job:
     train: Train
     precision: str  # fp32, bf16 or fp16
     device: str
-    checkpointing: bool
+    checkpointing: str  # as runtime.checkpointing, not auto
     checkpoints: Path
     metrics_file: Path
     documents: Path | None = None  # Parquet with `row_ids` or `id`, a row for each of the data set's
     held_out: Sequence[TokenRow] = ()  # measured every train.eval_steps
     start: Path | None = None  # a folder with the adapter to go on from
+    micro_batch_rows: int | None = None  # what auto has come to
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Result:
     micro_batch_rows: int
     resumed_from: int
     held_out: Mapping[str, object] = field(default_factory=dict)  # what was measured on the way
+    before: Sequence[Mapping[str, object]] = ()  # how earlier steps were shared out, where that was otherwise
 
 
 def train(
@@ -91,12 +94,15 @@ def train(
     from finetune.backends import out_of_memory
 
     packed = isinstance(rows, Path)
-    micro, accumulate = batch_shape(job.train.batch_rows, ctx.runtime.micro_batch_rows, ctx.world, packed)
+    rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
+    micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
 
     def attempt(micro: int) -> Result:
         return _attempt(job, base, tokenizer, rows, ctx, micro)
 
-    return out_of_memory.halving(attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing)
+    return out_of_memory.halving(
+        attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing in ("full", "offload")
+    )
 
 
 def _attempt(
@@ -134,6 +140,8 @@ def _attempt(
         if resume:
             changes = distribution.changes(resume / COMPLETE, follower.made_by)
             ctx.say(f"train: goes on from {resume.name} of {steps} steps{changes}")
+            until = int(resume.name.rpartition("-")[2])
+            follower.made_by["before"] = distribution.before(resume / COMPLETE, follower.made_by, until)
         follower.resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
         held_out = follower.held_out = _held_out(job, trainer, ctx, steps, resume)
         ctx.say(
@@ -209,35 +217,6 @@ def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  #
     recast_adapters(cast("torch.nn.Module", trainer.model))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     follower.on_train_begin(trainer.args, trainer.state, TrainerControl())
-
-
-def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> tuple[int, int]:
-    """Micro-batch rows and accumulation steps, so that every optimiser step sees `batch_rows` rows on any machine.
-
-    Raises InputError naming the process counts that would divide the batch.
-    """
-    if batch_rows % world:
-        fits = [n for n in range(1, batch_rows + 1) if batch_rows % n == 0]
-        raise InputError(
-            f"train.batch_rows {batch_rows} cannot be shared by {world} processes; use {', '.join(map(str, fits))} "
-            f"processes, or a batch_rows that {world} divides"
-        )
-    per_process = batch_rows // world
-    if micro == "auto":
-        # Packed rows are flattened into one sequence; under SDPA that is a dense (B·L)² mask, so one row at a time.
-        most = 1 if packed else 4
-        micro = max(n for n in range(1, most + 1) if per_process % n == 0)
-    micro = int(micro)
-    if per_process % micro:
-        raise InputError(f"runtime.micro_batch_rows {micro} does not divide the {per_process} rows of each process")
-    return micro, per_process // micro
-
-
-def total_steps(rows: int, train: Train) -> int:
-    """Optimiser steps: the last, smaller batch of an epoch counts."""
-    if train.max_steps is not None:
-        return train.max_steps
-    return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_rows)))
 
 
 def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
@@ -318,7 +297,9 @@ def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, 
 def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int, steps: int) -> SFTConfig:
     from trl import SFTConfig
 
-    checkpoint = job.checkpointing
+    from finetune.backends import checkpointing
+
+    recompute, settings = checkpointing.settings(job.checkpointing, job.device)
     arguments = SFTConfig(
         output_dir=str(job.checkpoints),
         seed=job.seed,
@@ -337,8 +318,8 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         bf16=job.precision == "bf16",
         fp16=job.precision == "fp16",
         use_cpu=job.device == "cpu",
-        activation_checkpointing=checkpoint,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpoint else None,
+        activation_checkpointing=recompute,
+        activation_checkpointing_kwargs=settings,
         packing=packed,
         packing_strategy="bfd",
         max_length=None,
@@ -396,4 +377,5 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
         micro_batch_rows=micro,
         resumed_from=follower.resumed_from,
         held_out=held_out.figures() if held_out else {},
+        before=follower.made_by.get("before", ()),
     )

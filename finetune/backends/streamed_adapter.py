@@ -10,6 +10,7 @@ from finetune.backends.checkpoints import read_file
 from finetune.backends.lora_changes import PREFIX
 from finetune.backends.lora_merge import MergePlan
 from finetune.backends.merge_blocks import merged_tensor
+from finetune.backends.trained_precision import widen_saved
 from finetune.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
 
     The base's weights are those of `plan` before its changes: through 4 bits where it says so, as training stored them
     (bitsandbytes multiplies by the weight it dequantises, so a plain layer with those values is the same model). The
-    adapter's tensors keep the dtype that peft gives them. Raises InputError where one has no place in the model.
+    adapter's tensors are in fp32, as they were trained. Raises InputError where one has no place in the model.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
     attached = get_peft_model(model, config, low_cpu_mem_usage=True).eval()
+    widen_saved(attached)
     own = dict(attached.named_parameters(remove_duplicate=False))
     saved = get_peft_model_state_dict(attached, state_dict=own, save_embedding_layers=False)
     keys = {id(parameter): key for key, parameter in saved.items()}

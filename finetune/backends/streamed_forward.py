@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.backends.in_order import in_order
+from finetune.backends.trained_precision import autocast
 from finetune.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,13 +70,16 @@ class StreamedModel:
     each `hidden`; a tensor comes in any dtype and is cast to that of its place.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: Weights, device: str = "cpu") -> None:
-        """Take over `model` (from `empty_model`); nothing is loaded yet."""
+    def __init__(
+        self, model: PreTrainedModel, weights: Weights, device: str = "cpu", autocast: torch.dtype | None = None
+    ) -> None:
+        """Take over `model` (from `empty_model`), to be run under `autocast`; nothing is loaded yet."""
         self.model = model
         self.layers = decoder_layers(model)
         self._head: nn.Module = model.get_output_embeddings()
         self._weights = weights
         self._device = device
+        self._autocast = autocast
         for name, buffer in list(model.named_buffers()):
             owner, leaf = _owner(model, name)
             if not buffer.is_meta:  # what peft keeps of a base it may have to give back; no forward reads it
@@ -95,7 +99,7 @@ class StreamedModel:
         outer = [(n, p) for n, p in self.model.named_parameters() if id(p) not in of_layers | of_head]
         first = [n for n, p in outer if id(p) in embedding]
         self._rest = [n for n, p in outer if id(p) not in embedding]
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             self._put(self._rest, self.load(self._rest))
             with self._loaded(first):
                 self._calls = [self._record(b.to(self._device)) for b in batches]
@@ -116,14 +120,15 @@ class StreamedModel:
 
         names = list(loaded)
         self._put(names, loaded)
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             for place, call in enumerate(self._calls):
                 self._states[place] = _first(self.layers[index](self._states[place], **call[index][1]))
         self._drop(names)
 
     def end(self) -> list[torch.Tensor]:
         """Run what follows the layers; the final hidden states (B, T, d) of each batch."""
-        found = [self._finish(state) for state in self._states]
+        with self._precision():
+            found = [self._finish(state) for state in self._states]
         self._drop(self._rest)
         del self._calls, self._states
         return found
@@ -149,7 +154,14 @@ class StreamedModel:
         """The function from hidden states (N, d) to logits (N, vocabulary), its weights loaded while it is open."""
         names = [n for n, p in self.model.named_parameters() if any(p is q for q in self._head.parameters())]
         with self._loaded(names):
-            yield lambda hidden: head_logits(self.model, hidden)
+            yield self._logits
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            return head_logits(self.model, hidden)
+
+    def _precision(self) -> torch.autocast:
+        return autocast(self._device, self._autocast)
 
     @contextmanager
     def _loaded(self, names: Sequence[str]) -> Iterator[None]:
@@ -233,7 +245,9 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     shell = copy.copy(model)
     shell._modules = {**model._modules, model.base_model_prefix: _given(hidden.unsqueeze(0))}
     with torch.no_grad():
-        logits: torch.Tensor = shell(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64)).logits[0]
+        # The class's forward: one that TRL put on the model itself would go on to the model's own body.
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64)
+        logits: torch.Tensor = type(model).forward(shell, input_ids=ids).logits[0]
     return logits
 
 

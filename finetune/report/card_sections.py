@@ -186,9 +186,11 @@ def limits(kind: Kind, facts: Facts) -> list[str]:
         found.append("Nothing was measured on held-out rows.")
     if kind in ("merged", "gguf") and facts.certificate is None:
         found.append("The merge is not certified.")
-    if kind == "gguf" and not (facts.metrics.get("export") or {}).get("tokenizer_exact", True):
-        found.append("llama.cpp splits some text differently from the tokenizer that was trained with.")
-    if kind == "gguf" and (why := (facts.metrics.get("export") or {}).get("perplexity_unknown")):
+    exported = (facts.metrics.get("export") or {}) if kind == "gguf" else {}
+    if not exported.get("tokenizer_exact", True):
+        text = exported.get("tokenizer_differs", "some text")
+        found.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
+    if why := exported.get("perplexity_unknown"):
         found.append(f"What the quantisation costs was not measured: {why}.")
     return found
 

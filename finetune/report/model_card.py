@@ -17,6 +17,7 @@ from finetune.report import card_sections as sections
 from finetune.report.curve import training_curve
 from finetune.report.loading import loading
 from finetune.report.markdown import Markdown, code, escaped, fence, number
+from finetune.report.trained import trained
 
 if TYPE_CHECKING:
     import jinja2
@@ -219,7 +220,7 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
         funnel=sections.funnel(facts.metrics),
         curve=CURVE,
         curve_words=curve_words,
-        machine=sections.machine(facts),
+        machine=trained(facts.recipe) + sections.machine(facts),
         training=sections.training(facts.metrics),
         evaluation=evaluation,
         measured_on=Markdown(measured_on),

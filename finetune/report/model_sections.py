@@ -16,7 +16,7 @@ SAMPLES, OPEN_SAMPLES = 24, 4
 LONGEST_TEXT = 700
 MEMORY_KEYS = ("memory_bytes", "peak_memory_bytes")
 HELD_OUT_KEYS = ("held_out_loss", "eval_loss")
-MEMORY_WORDS = {"device": "driver, buffers", "checkpoints": "activations kept", "layer": "layer recomputed"}
+MEMORY_WORDS = {"device": "driver, buffers", "layer_inputs": "layers' inputs", "unused": "allocated, not filled"}
 HIDDEN_TRAIN_FIGURES = ("loss", "first_loss", "tokens_per_second", "peak_memory_bytes")
 
 
@@ -291,9 +291,10 @@ def export_section(view: StageView) -> dict[str, Any]:
         kind = name.removeprefix("model-").removesuffix(".gguf")
         difference = number(apart[name]) if name in apart else "not read again"
         rows.append((name, size(count), difference, number(scores[kind]) if kind in scores else NONE))
-    notes = (
-        [] if m.get("tokenizer_exact", True) else ["Its tokenizer does not split every text as the base's own does."]
-    )
+    notes = []
+    if not m.get("tokenizer_exact", True):
+        text = m.get("tokenizer_differs", "some text")
+        notes.append(f"llama.cpp reads {text} in other tokens than the base's own tokenizer.")
     if "merged" in scores:
         notes.append(f"The merged model's perplexity on the same {m.get('perplexity_rows')} held-out rows: "
                      f"{number(scores['merged'])}.")  # fmt: skip

@@ -45,7 +45,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
-    from finetune.backends import models
+    from finetune.backends import models, own_code
 
     model, revision, metrics = spec.model, None, {}
     weights: dict[str, str] = {}
@@ -64,6 +64,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     for name in models.MODEL_FILES:
         models.copy_clean(source / name, out / name)
     models.copy_tokenizer(source, out)
+    if model.trust_remote_code and source != out:
+        own_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
     if not (out / "config.json").exists():
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
     parameters = models.count_parameters(source, model.trust_remote_code)

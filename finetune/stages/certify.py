@@ -111,11 +111,13 @@ def _held_out(tokens: int, path: Path) -> HeldOut:
 
 def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
     """The model as it was trained: the base that the adapter saw, and the adapter beside it."""
+    from finetune.backends.checkpoints import torch_dtype
     from finetune.backends.streamed_adapter import attach_empty
     from finetune.backends.streamed_forward import StreamedModel, empty_model
 
     empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code)
-    return StreamedModel(empty, attach_empty(empty, adapter, plan), device)
+    autocast = None if dtype == "float32" else torch_dtype(dtype)
+    return StreamedModel(empty, attach_empty(empty, adapter, plan), device, autocast)
 
 
 def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:

@@ -32,8 +32,10 @@ def spec(recipe: Recipe) -> Export | None:
 
 
 def fingerprint(spec: Export) -> Mapping[str, object]:
-    """Nothing outside the recipe decides the output."""
-    return {}
+    """The program that makes K-quants, where any is asked for: two versions of it write different files."""
+    from finetune.backends.llama_cpp import K_QUANTS, quantizer_digests
+
+    return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.gguf) else {}
 
 
 def run(spec: Export, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -58,8 +60,11 @@ def run(spec: Export, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     tokenizer = models.load_tokenizer(folder)
     header = _header(folder, config, tokenizer)
     _require_space(out, _bytes_needed(kinds, plans, exact))
-    if not header.vocabulary.exact:
-        ctx.say("export: llama.cpp splits some text differently from this tokenizer; answers may differ a little")
+    differs = header.vocabulary.differs
+    if differs:
+        ctx.say(
+            f"export: llama.cpp reads {differs} in other tokens than this tokenizer; answers to such text may differ"
+        )
     for kind, planned in plans.items():
         tracked = ctx.track(planned, f"export {kind}", len(planned))
         gguf_file.write(out / f"model-{kind}.gguf", header, planned, kind, tracked)
@@ -67,7 +72,8 @@ def run(spec: Export, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         _quantize(quantizer, others, out, header, exact, ctx)
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
     template = _write_modelfile(out, f"model-{kinds[0]}.gguf", header, tokenizer)
-    metrics: Metrics = {"bytes": sizes, "tokenizer_exact": header.vocabulary.exact, "ollama_template": template}
+    metrics: Metrics = {"bytes": sizes, "tokenizer_exact": not differs, "ollama_template": template}
+    metrics |= {"tokenizer_differs": differs} if differs else {}
     return metrics | _read_again(spec, inputs, out, kinds, plans, exact, config, ctx)
 
 

@@ -43,7 +43,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
-    from finetune.backends import models
+    from finetune.backends import models, own_code
     from finetune.backends.checkpoints import plan_shards, write_shards
     from finetune.backends.lora_merge import output_dtype, plan_merge
     from finetune.backends.merge_blocks import merged_pieces
@@ -67,6 +67,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     _write_config(base, out, dtype, plan.untie)
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
+    own_code.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
     if found.exists():
         write_bytes(out / "certificate.json", found.read_bytes())
     return {

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
+from finetune.records import read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECKPOINT_FROM_PARAMETERS = 500_000_000
 
@@ -42,7 +47,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
-    from finetune.backends import lora_settings, models, sft, start_adapter, threads
+    from finetune.backends import attention, faster, lora_settings, models, sft, start_adapter, threads
     from finetune.data.training_rows import read_rendered, read_token_rows
 
     lora_settings.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
@@ -57,7 +62,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = models.load_tokenizer(inputs["base"])
     tokenizer.pad_token = template["pad_token"]
-    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
+    remote_code = spec.model.trust_remote_code
+    attending = attention.choose(
+        device, packed.exists(), precision, inputs["base"], ctx.say, trust_remote_code=remote_code
+    )
+    varlen = attention.is_varlen(attending)
+    policy, micro = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
+    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
+    faster.speed_up(base, ctx)
     settings = spec.train
     held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
     job = sft.Job(
@@ -66,7 +78,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         train=spec.train,
         precision=precision,
         device=device,
-        checkpointing=_checkpointing(ctx.runtime.checkpointing, inputs["base"]),
+        checkpointing=policy,
+        micro_batch_rows=micro,
         checkpoints=out / "checkpoints",
         metrics_file=out / "metrics.jsonl",
         documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
@@ -89,21 +102,47 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "peak_memory_bytes": result.peak_memory_bytes,
         "trainable_parameters": result.trainable_parameters,
         "precision": precision,
+        "attention": attending,
         "device": result.device_name,
         "batch_rows": spec.train.batch_rows,
         "micro_batch_rows": result.micro_batch_rows,
+        "checkpointing": policy,
         "processes": ctx.world,
         "resumed_from_steps": result.resumed_from,
+        **({"shared_before": list(result.before)} if result.before else {}),
         **result.held_out,
     }
 
 
-def _checkpointing(choice: str, base: Path) -> bool:
-    """Whether activations are recomputed (the gradients are the same): a small base has memory to spare."""
-    if choice != "auto":
-        return choice == "full"
-    parameters = json.loads((base / "base.json").read_text(encoding="utf-8"))["parameters"]
-    return bool(parameters >= CHECKPOINT_FROM_PARAMETERS)
+def _decide(
+    spec: Spec, base: Path, rows: Path | pa.Table, device: str, ctx: Context, *, varlen: bool
+) -> tuple[str, int | None]:
+    """The checkpointing policy, and the rows at once (None: as the runtime says); neither changes the gradients.
+
+    On a GPU what is `auto` becomes the fastest that fits its free memory; a CPU recomputes for large bases only.
+    """
+    from finetune.backends import batch
+    from finetune.prediction.choice import Options, device_like
+    from finetune.prediction.memory import Training
+    from finetune.prediction.shapes import shapes_of
+
+    asked = ctx.runtime.checkpointing
+    shapes = shapes_of(read_json(base / "config.json"))
+    if device == "cpu" or shapes is None:
+        large = read_json(base / "base.json")["parameters"] >= CHECKPOINT_FROM_PARAMETERS
+        return (("full" if large else "none") if asked == "auto" else asked), None
+    run = Training(
+        lora=spec.lora,
+        quantization=spec.quantization,
+        train=spec.train,
+        runtime=ctx.runtime,
+        packed=isinstance(rows, Path),
+        row_tokens=batch.longest_row(rows),
+    )
+    gpu = batch.this_gpu(device, ctx.world)
+    choice = Options(shapes, run, ctx.world).best(device_like(*gpu), varlen=varlen)
+    ctx.say(f"train: {choice.describe()}")
+    return choice.policy, choice.rows
 
 
 def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.pinned import make_base  # noqa: F401 - a fixture
 from tests.backends.trainings import base, ctx, load  # noqa: F401 - fixtures
 from tests.hub_server import LoopbackHub, point_client, serve
 

@@ -180,7 +180,7 @@ def test_byte_level_vocabulary(tmp_path: Path) -> None:
     folder = merged(tmp_path / "model")
     tokenizer = build("byte_level")
     found = read(folder, bos="<|begin_of_text|>")
-    assert (found.model, found.pre, found.exact, found.add_bos) == ("gpt2", "llama-bpe", True, False)
+    assert (found.model, found.pre, found.differs, found.add_bos) == ("gpt2", "llama-bpe", "", False)
     assert found.tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     kinds = dict(zip(found.tokens, found.types, strict=True))
     assert (kinds["<|im_end|>"], kinds["<tool_call>"], kinds["a"], kinds["[PAD999]"]) == (3, 4, 1, 5)
@@ -199,10 +199,26 @@ def test_a_split_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "unigram")
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "differs"),
+    [({"type": "NFC"}, "accents that are"), ({"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}, None)],
+    ids=["nfc", "lower case"],
+)
+def test_what_is_done_to_text_before_it_is_split(tmp_path: Path, normalizer: Any, differs: str | None) -> None:
+    folder = merged(tmp_path / "model", "qwen2")
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**read_json(path), "normalizer": normalizer}))
+    if differs:
+        assert read(folder).differs.startswith(differs)
+    else:
+        with pytest.raises(InputError, match=r"llama\.cpp does not repeat what Lowercase does to text"):
+            read(folder)
+
+
 def test_the_builtin_is_near_and_says_so(tmp_path: Path) -> None:
     train_tokenizer(CORPUS, 300).save_pretrained(tmp_path)
     found = read(tmp_path)
-    assert (found.pre, found.exact, found.add_bos) == ("smollm", False, True)
+    assert (found.pre, found.differs, found.add_bos) == ("smollm", "contractions", True)
 
 
 def test_sentencepiece_vocabulary_from_merges(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -77,19 +78,30 @@ def test_wandb_records_offline_goes_on_and_tells_no_secret(load, base, ctx, tmp_
     assert b"training-data" in record and b"packed.parquet" in record
 
 
-def test_tensorboard_goes_on_or_says_that_it_is_missing(ctx, tmp_path):
-    import importlib.util
+def test_tensorboard_holds_what_metrics_jsonl_holds_also_after_a_resume(load, base, ctx, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    own = replace(ctx, runtime=Runtime(save_steps=2), tracking=Tracking(tensorboard=True), run_name="small-one")
+    values = job(tmp_path, max_steps=2)
+    trained(values, load(), base, unpacked(documents()), own)
+    longer = replace(values, train=values.train.model_copy(update={"max_steps": 3}))
+    trained(longer, load(), base, unpacked(documents()), replace(own, run_name="small-two"))
+    (folder,) = (own.scratch / "tracking").iterdir()
+    assert folder.name == "small-one" and len(list(folder.glob("events*"))) == 2
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    lines = [json.loads(line) for line in values.metrics_file.read_text().splitlines()]
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for line in lines for name in line}
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "non_pad", "eta_seconds"):
+        points = events.Scalars(f"train/{name}")
+        assert [p.step for p in points] == [1, 2, 3]
+        assert [p.value for p in points] == pytest.approx([line[name] for line in lines], rel=1e-6)
 
-    own = replace(ctx, tracking=Tracking(tensorboard=True), run_name="small-one")
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(InputError, match="tensorboard is not installed"):
-            tracking.open_tracker(own, tmp_path / "checkpoints")
-        return
-    for step in (0, 3):
-        tracker = tracking.open_tracker(replace(own, run_name=f"small-{step}"), tmp_path / "checkpoints", step)
-        tracker.log({"loss": 1.0}, step + 1)
-        tracker.close()
-    assert len(list((own.scratch / "tracking" / "small-0").glob("events*"))) == 2
+
+def test_without_tensorboard_it_says_so(ctx, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="tensorboard is not installed"):
+        tracking.open_tracker(replace(ctx, tracking=Tracking(tensorboard=True)), tmp_path / "checkpoints")
 
 
 def test_the_seconds_of_a_resumed_training_go_on_and_every_figure_is_there(load, base, ctx, tmp_path):

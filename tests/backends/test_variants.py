@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune import planner
 from finetune.backends import lora_settings, merge_blocks, models, neftune, out_of_memory, sft, start_adapter
 from finetune.backends.checkpoints import plan_shards, write_shards
 from finetune.backends.lora_merge import plan_merge
 from finetune.backends.streamed_forward import empty_model
 from finetune.errors import InputError
+from finetune.prediction.shapes import adapter_parameters, read_shapes
 from finetune.recipe import Lora, Train
 from finetune.recipe_file import parse_recipe
 from tests.backends.trainings import build_trainer, documents, job, packed, trained, unpacked
@@ -141,7 +141,7 @@ def test_noise_is_there_in_training_and_nowhere_else(shape, load, base, ctx, tmp
 @pytest.mark.slow
 def test_noise_with_recomputed_activations_is_the_same_noise(load, base, ctx, tmp_path):
     off = learned(load, base, ctx, tmp_path, "off", neftune_alpha=5.0)[1]
-    on = learned(load, base, ctx, tmp_path, "on", neftune_alpha=5.0, checkpointing=True)[1]
+    on = learned(load, base, ctx, tmp_path, "on", neftune_alpha=5.0, checkpointing="full")[1]
     assert all(torch.allclose(off[n], on[n], atol=1e-6) for n in off)
 
 
@@ -345,7 +345,7 @@ def test_a_plan_counts_what_peft_trains(base, name):
     model = empty_model(base)
     adapted = get_peft_model(model, lora_settings.lora_config(recipe.lora, model), low_cpu_mem_usage=True)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert planner.adapter_parameters(planner.read_shapes(recipe, base), recipe) == count
+    assert adapter_parameters(read_shapes(recipe, base), recipe) == count
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def job(tmp_path, name="run", **train):
     (tmp_path / name).mkdir()
     return sft.Job(
         seed=0, lora=Lora(r=4, dropout=0), train=Train(**{**settings, **train}), precision="fp32",
-        device="cpu", checkpointing=False, checkpoints=tmp_path / name / "checkpoints",
+        device="cpu", checkpointing="none", checkpoints=tmp_path / name / "checkpoints",
         metrics_file=tmp_path / name / "metrics.jsonl",
     )  # fmt: skip
 

@@ -185,6 +185,8 @@ def test_a_training_goes_on_with_its_batch_under_another_sharing(by_one, curated
     process.communicate(timeout=60)
     text = launches.finish(curated, command(after))
     assert "goes on from checkpoint-" in text and "the batch stays 4 rows" in text
+    (first,) = curated.show()["stages"]["train"]["metrics"]["shared_before"]
+    assert (first["processes"], first["micro_batch_rows"], first["batch_rows"]) == (*before, 4)
     for word, was, now in zip(("processes", "micro_batch_rows"), before, after, strict=True):
         assert f"{word} was {was}, is {now}" in text
     assert_same_training([by_one, curated], [1, after[0]], atol=1e-4)

@@ -174,7 +174,12 @@ def test_nested_counts_and_intervals_have_a_short_form() -> None:
 
 def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
     asked = recipe(export={"gguf": ["q8_0", "q2_k"]})
-    found = {"perplexity": {"merged": 4.02, "q8_0": 4.03, "q2_k": 5.5}, "perplexity_rows": 24, "tokenizer_exact": False}
+    found = {
+        "perplexity": {"merged": 4.02, "q8_0": 4.03, "q2_k": 5.5},
+        "perplexity_rows": 24,
+        "tokenizer_exact": False,
+        "tokenizer_differs": "contractions",
+    }
     text = card("gguf", recipe=asked, metrics={**METRICS, "export": found}, siblings={"gguf": "me/x", "merged": "me/y"})
     loaded = metadata(text)
     assert (loaded["base_model"], loaded["base_model_relation"], loaded["library_name"]) == (
@@ -190,7 +195,7 @@ def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
         "hf download me/x model-q8_0.gguf Modelfile",
         "llama-cli -m model-q8_0.gguf",
         "ollama create mistral-platypus",
-        "splits some text differently",
+        "reads contractions in other tokens",
         "Also published, merged: me/y",
     ):
         assert words in text, words

@@ -56,7 +56,8 @@ def test_files_read_back_and_say_so(tmp_path: Path, kind: str) -> None:
     difference = metrics["reload_difference"]
     assert difference["model-f32.gguf"] == difference["model-bf16.gguf"] == 0.0
     assert difference["model-f16.gguf"] < 1e-6  # only what bfloat16 has below the smallest f16
-    assert metrics["tokenizer_exact"] is True
+    assert metrics["tokenizer_exact"] is (kind == "mistral")  # transformers has Qwen2 join accents to letters first
+    assert metrics.get("tokenizer_differs", "").startswith("accents") is (kind == "qwen2")
 
 
 def test_the_tokenizer_in_the_file_makes_the_same_tokens(tmp_path: Path) -> None:
@@ -208,6 +209,19 @@ def test_a_quantizer_that_fails_is_quoted(
     quantizer(tmp_path / "bin", body, monkeypatch)
     with pytest.raises(FinetuneError, match=words):
         run(merged(tmp_path / "merge"), tmp_path / "out", "q2_k")
+
+
+def test_another_llama_quantize_is_another_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, plain = Export(gguf=["q8_0", "q4_k_m"]), Export(gguf=["q8_0"])
+    quantizer(tmp_path / "bin", "", monkeypatch)
+    first = export.fingerprint(asked)
+    assert first and export.fingerprint(asked) == first and export.fingerprint(plain) == {}
+    (tmp_path / "bin/libggml-base.so.0").write_bytes(b"where a release keeps its arithmetic")
+    second = export.fingerprint(asked)
+    quantizer(tmp_path / "bin", "print()", monkeypatch)
+    assert len({str(f) for f in (first, second, export.fingerprint(asked))}) == 3
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert export.fingerprint(asked) == {"llama_quantize": None}  # a plan is still made; to build it is refused
 
 
 def test_without_llama_quantize_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
