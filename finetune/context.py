@@ -46,6 +46,7 @@ class StopFlag:
 
     signal_number: int = 0
     deferred: bool = False  # the handler must not interrupt: whoever works looks at signal_number
+    hold: Callable[[], None] = lambda: None  # do not leave by force: something is being saved
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""

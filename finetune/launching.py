@@ -70,7 +70,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             started.append(subprocess.Popen(command, env=environment, start_new_session=True))
             if received:
                 started[-1].send_signal(received[0])
-        rank, status = _wait(started)
+        rank, status = _wait(started, received)
     if received and status == 128 + received[0]:
         raise Stopped(received[0])
     if status < 0:
@@ -84,8 +84,9 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         sys.exit(status)
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """Wait for all; after the first failure the others are told to stop, and killed if they do not.
+def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int, int]:
+    """Wait for all; after the first failure the others are told to stop, and killed if they do not. After a signal they
+    may take as long as they need: rank 0 may be sending what the others have helped to save.
 
     Returns the rank and status of the first failure. Of several seen at once, a killed process is the cause and an
     error of another its effect.
@@ -100,7 +101,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
                 status, rank = min(seen)
                 failed, deadline = (rank, status), time.monotonic() + GRACE_SECONDS
                 _send(started, signal.SIGTERM)
-        elif time.monotonic() > deadline:
+        elif time.monotonic() > deadline and not received:
             _send(started, signal.SIGKILL)
         if None not in statuses:
             return failed

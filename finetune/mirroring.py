@@ -36,6 +36,7 @@ SMALL = tuple(stage.name for stage in STAGES if not stage.large)
 CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)/(.+)")
 LOG = "metrics.jsonl"
 Content = Path | bytes
+FAULTS = (FinetuneError, OSError, ValueError, TypeError)  # of a repository that holds something else, or a full disk
 
 
 @contextmanager
@@ -96,18 +97,21 @@ class Mirror:
         except FinetuneError as error:
             self._fail(f"{error}; going on without what it holds")
             return
-        self.store.artifacts.mkdir(parents=True, exist_ok=True)
-        problems: list[FinetuneError] = []
+        try:
+            self.store.artifacts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FinetuneError(f"{self.store.artifacts}: cannot be written: {error.strerror}") from None
+        problems: list[Exception] = []
         with tempfile.TemporaryDirectory(prefix=f"incoming-{os.getpid()}-", dir=self.store.artifacts) as place:
             incoming, stages = Path(place), {}
             try:
                 stages = self._pull_run(there, incoming)
-            except FinetuneError as error:
+            except FAULTS as error:
                 problems.append(error)
             for name in [n for n in SMALL if n in stages]:
                 try:
                     self._pull_stage(name, stages[name], there, incoming, fresh=fresh)
-                except FinetuneError as error:
+                except FAULTS as error:
                     problems.append(error)
         self._in_step = not problems
         if self._pulled:
@@ -193,8 +197,9 @@ class Mirror:
         self._thread.start()
 
     def finish(self) -> None:
-        """Send what is left, and say so where that fails. A signal ends the waiting."""
+        """Send what is left, and say so where that fails. A second signal ends the waiting."""
         self._end.set()
+        self.ctx.stop.hold()
         if self._thread is None:
             return
         deadline = time.monotonic() + FINISH_SECONDS
@@ -226,6 +231,7 @@ class Mirror:
         except FileNotFoundError:
             return False  # a checkpoint that the training has just removed: a newer one, or the adapter, is next
         except Exception as error:  # whatever it is, the run itself is none the worse for it
+            self._there = None  # a commit whose answer was lost may have landed: look before the next
             self._fail(f"{error}; the run goes on, and this is tried again")
             return False
 

@@ -14,7 +14,7 @@ from finetune.backends.embedding_time import describe as embedding_time_in_words
 from finetune.backends.embedding_time import embedding_time
 from finetune.errors import InputError
 from finetune.prediction.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
-from finetune.prediction.memory import Training, disk, ram
+from finetune.prediction.memory import Training, disk, ram, windowed
 from finetune.prediction.shapes import Shapes, adapter_parameters, read_shapes
 from finetune.recipe import Recipe
 
@@ -54,9 +54,11 @@ def predict(
     result["trainable_parameters"] = adapter_parameters(shapes, recipe)
     result["memory_bytes"] = {**shown.parts, "total": shown.total}
     result["memory_device"] = named
+    result["sliding_window"] = shapes.window if _warns(shapes, options.run, shown) else None
     result["ram_bytes"] = ram(shapes, recipe, shown.rows, shown.policy)
     result["disk_bytes"] = disk(shapes, recipe)
-    result["devices"] = {name: _on_device(choice, recipe, result["tokens"]) for name, choice in choices.items()}
+    tokens = _tokens_trained(recipe, result)
+    result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
     return result
 
 
@@ -86,7 +88,19 @@ def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     return {"rows": rows, "tokens": int(last.metrics.get("tokens") or 0), "steps": total_steps(rows, recipe.train)}
 
 
-def _on_device(choice: Choice, recipe: Recipe, tokens: int | None) -> dict[str, Any]:
+def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
+    """Of all steps; the rows' own count is of one epoch."""
+    if not figures["rows"]:
+        return None
+    return float(figures["steps"] * recipe.train.batch_rows * figures["tokens"] / figures["rows"])
+
+
+def _warns(shapes: Shapes, run: Training, choice: Choice) -> bool:
+    """Whether a dense mask comes of the window alone: packed rows, and several padded ones, have one in any case."""
+    return windowed(shapes, run) and not run.packed and choice.rows == 1
+
+
+def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str, Any]:
     """How a device would train: the fastest way that fits it, or the smallest, where `fits` is false."""
     return {
         "fits": choice.fits,
@@ -96,7 +110,7 @@ def _on_device(choice: Choice, recipe: Recipe, tokens: int | None) -> dict[str, 
         "accumulation": max(1, recipe.train.batch_rows // choice.rows),
         "checkpointing": choice.policy,
         "tokens_per_second": choice.tokens_per_second,
-        "train_seconds": tokens * recipe.train.epochs / choice.tokens_per_second if tokens else None,
+        "train_seconds": tokens / choice.tokens_per_second if tokens else None,
     }
 
 
@@ -114,6 +128,11 @@ def describe(result: dict[str, Any]) -> str:
         lines += _wrapped(
             "GPU memory", f"{_gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
         )
+        if result["sliding_window"]:
+            window = f"sliding window of {result['sliding_window']:,} tokens"
+            lines.append(
+                f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need"
+            )
         lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
         lines += _wrapped("disk", "", result["disk_bytes"])
     if result["tokens"] is None:

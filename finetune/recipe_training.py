@@ -295,6 +295,12 @@ class Runtime(Section):
     memory_budget_gb: Positive | None = None
     """GPU memory that `finetune plan` counts with, in 10⁹ bytes; null takes all of the device."""
 
+    @model_validator(mode="after")
+    def _traceable(self) -> Self:
+        if self.compile and self.checkpointing == "offload":
+            refuse([(("compile",), "torch cannot compile what runtime.checkpointing offload moves to RAM; drop one")])
+        return self
+
 
 class Tracking(Section):
     """Where the curves go, beside metrics.jsonl, which is always written."""

@@ -236,6 +236,7 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
     # A library that waits for threads of its own (a download) does not hold up the end: there is nothing to save.
     leave = threading.Timer(LEAVE_SECONDS, os._exit)
     leave.daemon = True
+    stop.hold = leave.cancel
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; under nohup it is ignored, and stays so
         numbers.append(signal.SIGHUP)
@@ -263,6 +264,12 @@ def _preflight(
             ctx.say(note)
 
 
+def _rejecting(steps: list[pipeline.Step]) -> list[str]:
+    """The stages that left rows out, each of which its rejects.parquet names."""
+    files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
+    return [name for name, file in files.items() if file and file.rows]
+
+
 def _print_result(loaded: LoadedRecipe, steps: list[pipeline.Step], record: Run, seconds: float) -> None:
     rows = []
     for step in steps:
@@ -277,7 +284,7 @@ def _print_result(loaded: LoadedRecipe, steps: list[pipeline.Step], record: Run,
         ("merged model", "merge", ""),
         ("adapter", "train", "adapter"),
         ("rows", "dedup", "rows.parquet"),
-        ("why a row is absent", "filter", "rejects.parquet"),
+        *(("why a row is absent", stage, "rejects.parquet") for stage in _rejecting(steps)),
         ("duplicates", "dedup", "pairs.parquet"),
         ("samples", "evaluate", "samples.jsonl"),
         ("certificate", "certify", "certificate.json"),

@@ -256,7 +256,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif line["key"] == "deletedFile":
-                del files[value["path"]]
+                if files.pop(value["path"], None) is None:
+                    raise _HubError(404, "EntryNotFound", "A file with this name doesn't exist")
             if self.hub.corrupt & {value.get("path")}:
                 files[value["path"]] = files[value["path"]][:-1] + b"\0"
         sha = repo.commit(files)

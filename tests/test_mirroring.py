@@ -248,6 +248,43 @@ def test_a_network_that_fails_costs_a_line_and_is_tried_again(hub, one):
     assert one.mirror.push() and there(hub, INGEST)
 
 
+def test_a_commit_whose_answer_is_lost_does_not_stop_the_next(hub, one):
+    """What it deleted is gone there: to delete it again the Hub calls an error."""
+    one.begin_training()
+    one.checkpoint(4)
+    assert one.mirror.push()
+    one.checkpoint(8)
+    hub.fail("POST", "/commit/", drop="after", times=50)
+    assert one.mirror.push(last=True)  # the client finds nothing to commit a second time
+    hub.faults.clear()
+    one.finish(TRAIN, {"adapter/adapter_model.safetensors": b"A"})
+    assert one.mirror.push(last=True)
+    assert {n.split("/", 2)[2] for n in there(hub, TRAIN)} == {
+        "manifest.json", "adapter/adapter_model.safetensors", "metrics.jsonl",
+    }  # fmt: skip
+
+
+def test_what_is_no_record_and_a_full_disk_are_said_and_left_out(hub, one, two, monkeypatch):
+    hub.plant(REPO, {"runs/small/latest": b"\xff\xfe"}, "dataset", private=True)
+    one.mirror.pull()
+    assert "it is left out" in one.said[-1]
+    one.finish(INGEST, {"rows.parquet": b"rows"})
+    one.mirror.push(last=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Mirror, "_place", full)
+    two.mirror.pull()
+    assert "No space left" in two.said[-1] and not two.holds(INGEST)
+
+
+def test_without_a_token_it_says_how_to_log_in(hub, one, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="hf auth login"):
+        one.mirror.pull()
+
+
 def test_a_hub_that_is_down_at_the_start_does_not_stop_the_run(hub, one):
     hub.fail("POST", "/repos/create", status=503, times=50)
     one.mirror.pull()

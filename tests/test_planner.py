@@ -38,6 +38,15 @@ def test_a_plan_says_for_every_device_how_it_would_train_there(offline, tmp_path
     assert alone["devices"]["a100-80"] == plan["devices"]["a100-80"]
 
 
+@pytest.mark.parametrize(("length", "warned"), [(4096, True), (4095, False)])
+def test_rows_as_long_as_the_sliding_window_are_warned_of(length, warned, offline, tmp_path):
+    sets = ["model=mistralai/Mistral-7B-v0.1", f"render.max_length_tokens={length}", "runtime.micro_batch_rows=1"]
+    recipe = load_recipe("mistral-guanaco", sets).recipe
+    plan = planner.predict(recipe, steps_of(recipe, tmp_path), "t4")
+    assert ("sliding window of 4,096 tokens" in planner.describe(plan)) == warned
+    assert ("mask" in plan["memory_bytes"]) == warned
+
+
 def test_nothing_is_built_by_a_plan(offline, tmp_path):
     for name in ("mistral-platypus", "llama2-alpaca", "qwen2.5-7b-chat", "zephyr-7b-qlora", "tiny-pydoc"):
         recipe = load_recipe(name).recipe

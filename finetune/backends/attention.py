@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 VARLEN = "torch_varlen"  # transformers looks for a package of its own where a name holds "flash"
 LEAST_CAPABILITY = (8, 0)  # of the GPU: flash kernels need Ampere
 HEAD_SIZES = 256  # the largest head that torch's flash kernel has
+# Architectures whose attention is softmax(q·k)·v through transformers' interface and nothing else. Others hand the
+# kernel what it would not heed (gpt-oss's sinks, Llama 4's chunks), or never call it (Falcon, MPT).
+PLAIN_SOFTMAX = {"gemma", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "smollm3"}
 TRIAL_TOLERANCE = 0.03  # of outputs and gradients, relative: bf16 has 8 bits
 
 
@@ -61,6 +64,8 @@ def _choice(
     missing = _missing(device, precision, settings)
     if trust_remote_code:
         missing = "the model brings its own code"
+    elif settings["model_type"] not in PLAIN_SOFTMAX:
+        missing = f"a variable-length kernel is not known to suit {settings['model_type']}"
     if missing:
         return ordinary, f"one packed row at a time with a dense mask, for {missing}"
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available

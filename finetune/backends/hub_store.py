@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.backends.hub import hub_digest, tree_of
-from finetune.backends.hub_errors import retried, sentences
+from finetune.backends.hub_errors import LOG_IN, retried, sentences
 from finetune.errors import FinetuneError, InputError
 
 T = TypeVar("T")
@@ -59,8 +59,10 @@ class HubFolder:
 
     def open(self) -> None:
         """Make the repository if need be. Raises InputError where it is public: rows must not go there."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_token
 
+        if get_token() is None:
+            raise InputError(f"--mirror needs a token that may write: {LOG_IN}")
         api = HfApi()
         with _quietly(), sentences("keep artifacts in", self.repo_id, "dataset"):
             self._again(lambda: api.create_repo(self.repo_id, repo_type="dataset", private=True, exist_ok=True))
@@ -96,13 +98,21 @@ class HubFolder:
                 raise FinetuneError(f"{self.repo_id}: {name} came with other bytes than the Hub lists")
 
     def send(self, files: Mapping[str, Path | bytes], gone: Sequence[str], message: str) -> None:
-        """Add `files` and delete `gone` in one commit: whoever lists the repository sees all of it or nothing."""
+        """Add `files` and delete `gone` in one commit: whoever lists the repository sees all of it or nothing.
+
+        A commit that landed though its answer was lost is sent again; what it deleted the Hub then no longer knows.
+        """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        again = False
 
         def commit() -> object:
             # built anew for each attempt: an addition that was committed cannot be used again
+            nonlocal again
             adds = [CommitOperationAdd(n, f if isinstance(f, bytes) else str(f)) for n, f in files.items()]
-            operations: list[Any] = [*adds, *(CommitOperationDelete(n) for n in gone)]
+            there = self.listed() if again and gone else gone
+            again = True
+            operations: list[Any] = [*adds, *(CommitOperationDelete(n) for n in gone if n in there)]
             return HfApi().create_commit(self.repo_id, operations, commit_message=message, repo_type="dataset")
 
         with _quietly(), sentences("push to", self.repo_id, "dataset"):

@@ -63,11 +63,14 @@ def _forget_embeddings() -> None:
     """Let go of the embeddings that bitsandbytes was told of.
 
     For its 8-bit optimisers transformers names them in a list of a singleton, to be kept in 32 bits; an embedding that
-    is trained whole would outlive its training there.
+    is trained whole would outlive its training there. So would the moments of a paged optimiser, in another list; the
+    memory the driver gave them is not returned (bitsandbytes has no call for it), but it can move to RAM.
     """
+    from bitsandbytes.functional import GlobalPageManager
     from bitsandbytes.optim import GlobalOptimManager
 
     GlobalOptimManager.get_instance().initialize()
+    GlobalPageManager.get_instance().initialize()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

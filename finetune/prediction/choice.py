@@ -107,7 +107,8 @@ class Options:
     def policies(self) -> Sequence[Policy]:
         """Those that may be taken: the one asked for, or all."""
         asked = self.run.runtime.checkpointing
-        return POLICIES if asked == "auto" else (asked,)
+        every = [p for p in POLICIES if p != "offload" or not self.run.runtime.compile]
+        return every if asked == "auto" else (asked,)
 
     def best(self, device: Device, *, varlen: bool | None = None) -> Choice:
         """The fastest that fits the device and runtime.memory_budget_gb with a margin; else what takes least."""

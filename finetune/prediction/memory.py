@@ -102,12 +102,19 @@ GROUPED = Attention()
 def micro_batch(
     shapes: Shapes, run: Training, rows: int, policy: Policy, attention: Attention, *, held: bool
 ) -> MicroBatch:
-    """`rows` of the longest rows on a GPU. Packed ones are laid into one; only padded or packed ones need a mask."""
+    """`rows` of the longest rows on a GPU. Packed ones are laid into one. Padded or packed ones need a mask under SDPA,
+    and so do rows that are not shorter than the base's sliding window.
+    """
     length, half = run.row_tokens, run.train.precision != "fp32"
     shape = (1, rows * length) if run.packed else (rows, length)
-    mask = not attention.varlen if run.packed else rows > 1
+    mask = not attention.varlen if run.packed else rows > 1 or windowed(shapes, run)
     scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
     return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores)
+
+
+def windowed(shapes: Shapes, run: Training) -> bool:
+    """Whether the base's sliding window makes SDPA take a dense mask where causal attention needs none."""
+    return shapes.window is not None and shapes.window <= run.row_tokens
 
 
 def training(

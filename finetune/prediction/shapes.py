@@ -30,6 +30,7 @@ class Shapes:
     tied: bool
     biases: int  # elements of attention biases, all layers
     gated: bool = False
+    window: int | None = None  # tokens that a token attends to, where they are fewer than all before it
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (in, out) of one decoder layer's matrices, which are what gets quantised."""
@@ -92,6 +93,7 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
             tied=bool(config.get("tie_word_embeddings", False)),
             biases=layers * (heads + 2 * kv) * head_dim if bias else 0,
             gated=bool(config.get("gated", False)),
+            window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         )
     except (KeyError, TypeError, ValueError):
         return None  # nothing is predicted rather than something wrong

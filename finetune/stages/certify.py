@@ -115,7 +115,7 @@ def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: 
     from finetune.backends.streamed_adapter import attach_empty
     from finetune.backends.streamed_forward import StreamedModel, empty_model
 
-    empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code)
+    empty = empty_model(folder, dtype, trust_remote_code=model.trust_remote_code)
     autocast = None if dtype == "float32" else torch_dtype(dtype)
     return StreamedModel(empty, attach_empty(empty, adapter, plan), device, autocast)
 
@@ -125,7 +125,7 @@ def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str
     from finetune.backends.merge_blocks import merged_tensor
     from finetune.backends.streamed_forward import StreamedModel, empty_model
 
-    empty = empty_model(folder, dtype, "sdpa", trust_remote_code=model.trust_remote_code, untie=plan.untie)
+    empty = empty_model(folder, dtype, trust_remote_code=model.trust_remote_code, untie=plan.untie)
     return StreamedModel(empty, partial(merged_tensor, plan), device)
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from finetune.backends import attention, models
 from finetune.errors import FinetuneError
 from finetune.recipe import Model, Runtime
-from finetune.records import write_json
+from finetune.records import read_json, write_json
 from tests.backends import varlen_reference
 from tests.backends.trainings import assert_close, documents, job, packed, trained
 from tests.tiny_models import VOCABULARY, save_tiny
@@ -199,6 +199,16 @@ def test_on_a_gpu_that_has_it_the_kernel_is_taken_if_its_trial_went_well(tmp_pat
     found, lines = said(tmp_path, "cuda", True, "bf16")
     assert found == name and attention.is_varlen(found) == (wrong is None)
     assert wrong is None or wrong in lines[0]
+
+
+def test_an_architecture_whose_attention_is_not_known_goes_without(tmp_path, monkeypatch):
+    """gpt-oss hands its attention sinks, Llama 4 its chunks: a kernel that does not heed them would train without."""
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_trial", lambda *_: None)
+    folder = save_tiny(tmp_path / "base", "llama")
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "olmo"})
+    lines = []
+    assert attention.choose("cuda", True, "bf16", folder, lines.append) == "sdpa" and "suit olmo" in lines[0]
 
 
 def test_names_that_are_told_where_documents_end():

@@ -28,7 +28,7 @@ def test_it_is_the_fastest_of_what_fits():
     found, device = options("mistral-guanaco"), DEVICES["t4"]
     choice = found.best(device)
     assert choice.fits and choice.total <= (1 - MARGIN) * device.memory_bytes
-    assert found.policies() == POLICIES
+    assert found.policies() == list(POLICIES)
     attention = Attention(grouped=False)
     for rows in found.rows(varlen=False):
         for policy in POLICIES:

@@ -156,6 +156,11 @@ def test_tied_models_and_other_shapes(tmp_path: Path) -> None:
     assert abs(certificate["candidates"]["dequantized"]["mean_kl"]) < 1e-6
 
 
+def test_a_base_without_sdpa(tmp_path: Path) -> None:
+    inputs = finish(tmp_path, "gemma2", config={"tie_word_embeddings": True})
+    assert abs(run(tmp_path, inputs)["candidates"]["original"]["mean_kl"]) < 0.05
+
+
 def test_16_bit_training_has_one_candidate(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     certificate = run(tmp_path, inputs, quantization=None)
