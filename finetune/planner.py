@@ -130,9 +130,7 @@ def describe(result: dict[str, Any]) -> str:
         )
         if result["sliding_window"]:
             window = f"sliding window of {result['sliding_window']:,} tokens"
-            lines.append(
-                f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need"
-            )
+            lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
         lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
         lines += _wrapped("disk", "", result["disk_bytes"])
     if result["tokens"] is None:

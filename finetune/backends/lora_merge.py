@@ -68,7 +68,7 @@ def plan_merge(
     Raises InputError, before anything is written, for whatever cannot be merged exactly; each adapter tensor is used
     once and each base tensor written once.
     """
-    skeleton = read_skeleton(base, trust_remote_code)
+    skeleton = read_skeleton(base, trust_remote_code, quantized=round_trip is not None)
     refs = read_folder(base)
     if strange := sorted(skeleton.parameters - set(refs) - set(skeleton.tied)):
         raise InputError(

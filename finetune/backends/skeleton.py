@@ -25,8 +25,8 @@ class Skeleton:
     input_embedding: str  # module
 
 
-def read_skeleton(base: Path, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of the model in `base`.
+def read_skeleton(base: Path, trust_remote_code: bool = False, *, quantized: bool = True) -> Skeleton:
+    """The skeleton of the model in `base`; without `quantized` nobody is asked which modules would be (a second less).
 
     Raises InputError when the base is itself quantised, or when transformers renames, fuses or splits its weights on
     load: a name in the file is then no name of the model, and an adapter's tensors cannot be added one by one.
@@ -54,7 +54,7 @@ def read_skeleton(base: Path, trust_remote_code: bool = False) -> Skeleton:
         parameters=parameters,
         tied=dict(model.all_tied_weights_keys),
         input_embedding=input_embedding,
-        quantized=_quantized(model),
+        quantized=_quantized(model) if quantized else frozenset(),
     )
 
 

@@ -58,19 +58,9 @@ class JinjaRenderer:
         Raises TemplateRefused, or GateRefused where it takes so long that the other rows would never be reached.
         """
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
-            with limited(len(chat)):
-                if self._marked:
-                    count_once(_compile_jinja_template(self.template).environment)
-                texts_and_spans = render_jinja_template(
-                    [chat],
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=self._marked,
-                    add_generation_prompt=generation_prompt,
-                    **self._special_tokens,
-                )
+            return self._written([chat], generation_prompt)[0]
         except RenderingTooLong:
             first = str(chat[0]["content"])[:60] if chat else ""
             raise GateRefused(
@@ -79,8 +69,33 @@ class JinjaRenderer:
             ) from None
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise TemplateRefused(f"the chat template refused: {error}") from error
-        texts, spans = texts_and_spans[0], texts_and_spans[1]
-        return texts[0], [(int(span[0]), int(span[1])) for span in spans[0]] if self._marked else []
+
+    def many(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]] | None:
+        """What each chat would give, in a third less time; None where one is refused or takes too long."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._written(chats)
+        except (RenderingTooLong, TemplateError, *TEMPLATE_FAULTS):
+            return None
+
+    def _written(self, chats: Sequence[Chat], generation_prompt: bool = False) -> list[tuple[str, list[Span]]]:
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+        with limited(sum(map(len, chats))):
+            if self._marked:
+                count_once(_compile_jinja_template(self.template).environment)
+            found: Any = render_jinja_template(
+                list(chats),
+                chat_template=self.template,
+                return_assistant_tokens_mask=self._marked,
+                add_generation_prompt=generation_prompt,
+                **self._special_tokens,
+            )
+        texts, spans = found  # annotated as one string
+        if not self._marked:
+            return [(text, []) for text in texts]
+        return [(text, [(int(a), int(b)) for a, b in ranges]) for text, ranges in zip(texts, spans, strict=True)]
 
 
 def named_templates() -> dict[str, Path]:

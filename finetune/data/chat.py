@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ class Renderer(Protocol):
 
     def __call__(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The text, and the ranges inside `{% generation %}` blocks in order. Raises TemplateRefused."""
+
+    def many(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]] | None:
+        """What each chat would give, made together; None where one is refused, and each must be tried by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +174,19 @@ class ControlStrings:
         return self.show(self._find.sub(lambda hit: self.names[hit[0]], text))
 
 
-def render_row(render: Renderer, controls: ControlStrings, chat: Chat, generation_prompt: bool = False) -> Rendered:
-    """Render a chat so that what a person typed cannot become a control token.
+def render_row(
+    render: Renderer,
+    controls: ControlStrings,
+    chat: Chat,
+    generation_prompt: bool = False,
+    plain: tuple[str, list[Span]] | None = None,
+) -> Rendered:
+    """Render a chat so that what a person typed cannot become a control token. `plain`: what `render` gives for it.
 
     Raises TemplateRefused where the template raises, or where it acts on a control string inside a message (then the
     text with placeholders is not the plain text, and no position can be trusted).
     """
-    text, spans = render(chat, generation_prompt)
+    text, spans = plain or render(chat, generation_prompt)
     if not controls.in_chat(chat):
         return Rendered(text, tuple(spans))
     hidden, hidden_spans = render(controls.hide(chat), generation_prompt)

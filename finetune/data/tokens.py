@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from finetune.data.chat import (
     ControlStrings,
     Rendered,
     Renderer,
+    Span,
     TemplateRefused,
     chat_of,
     merge_system,
@@ -102,7 +104,7 @@ class RowTokenizer:
         Raises GateRefused (with the row's id) for two BOS tokens, a terminator that could not stop generation, or a
         system message under `system: refuse`.
         """
-        rendered = [(row, text) for row in rows if (text := self._rendered(row, tally)) is not None]
+        rendered = self._rendered(rows, tally)
         encoded = self.encoder.encode_rendered([text for _, text in rendered])
         done = []
         for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
@@ -170,12 +172,36 @@ class RowTokenizer:
             return merge_system(chat)
         return chat
 
-    def _rendered(self, row: Example, tally: Tally) -> Rendered | None:
-        if row.text is not None:
-            return self._raw(row.text)
+    def _rendered(self, rows: Sequence[Example], tally: Tally) -> list[tuple[Example, Rendered]]:
+        """The rows with their texts; both templates write all of them at once, and each by itself where one cannot."""
+        chats: dict[int, Chat] = {}
+        for n, row in enumerate(rows):
+            try:
+                chats |= {n: self._chat(row)} if row.text is None else {}
+            except InputError as error:
+                tally.drop(row.id, str(error))
+        together = list(chats.values())
+        trained = self.render.many(together) or repeat(None)
+        inferred = (self.own.many(together) if self.own else None) or repeat(None)
+        found = []
+        written = zip(together, trained, inferred, strict=False)
+        for n, row in enumerate(rows):
+            if row.text is not None:
+                found.append((row, self._raw(row.text)))
+            elif n in chats and (text := self._of_chat(row, *next(written), tally)) is not None:
+                found.append((row, text))
+        return found
+
+    def _of_chat(
+        self,
+        row: Example,
+        chat: Chat,
+        trained: tuple[str, list[Span]] | None,
+        inferred: tuple[str, list[Span]] | None,
+        tally: Tally,
+    ) -> Rendered | None:
         try:
-            chat = self._chat(row)
-            rendered = render_row(self.render, self.encoder.controls, chat)
+            rendered = render_row(self.render, self.encoder.controls, chat, plain=trained)
         except InputError as error:
             tally.drop(row.id, str(error))
             return None
@@ -187,7 +213,7 @@ class RowTokenizer:
             tally.drop(row.id, problem)
             return None
         if self.own is not None:
-            check_same(row.id, rendered.text, self.own(chat)[0], self.rules.template)
+            check_same(row.id, rendered.text, (inferred or self.own(chat))[0], self.rules.template)
             self.proved += 1
         return rendered
 
