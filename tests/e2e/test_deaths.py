@@ -19,6 +19,7 @@ from tests.e2e.conftest import Workspace
 
 pytestmark = pytest.mark.slow
 KILLS = 54
+MOST_CHAINS = 40
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 EXITS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143}, signal.SIGINT: {130}, signal.SIGHUP: {129}}
 
@@ -102,16 +103,21 @@ def stage_seconds(forked, pristine, folder):
     return {stage: s["seconds"] for stage, s in work.show()["stages"].items() if s["status"] == "done"}
 
 
+def unharmed(seconds, tally):
+    """Stages that no signal has come into yet; pack, of milliseconds, may be missed."""
+    return [stage for stage in seconds if stage not in tally and stage != "pack"]
+
+
 def test_more_than_fifty_kills_at_random_points_lose_nothing(forked, pristine, finished, tmp_path):
     chance = random.Random(20261123)
     expected = committed(finished)
     seconds = stage_seconds(forked, pristine, tmp_path / "whole")
     tally, left_by, chain = Counter(), Counter(), 0
-    while sum(tally.values()) < KILLS:
+    while sum(tally.values()) < KILLS or (unharmed(seconds, tally) and chain < MOST_CHAINS):
         chain += 1
         work = Workspace(tmp_path / str(chain))
         shutil.copytree(pristine.folder, work.folder)
-        for stage in seconds:
+        for stage in seconds if sum(tally.values()) < KILLS else unharmed(seconds, tally):
             for _ in range(chance.choice([1, 1, 2])):
                 if any(work.folder.glob(f"*/{stage}/*/manifest.json")):
                     break  # an earlier run got further than the stage it was to die in
@@ -129,7 +135,7 @@ def test_more_than_fifty_kills_at_random_points_lose_nothing(forked, pristine, f
         assert committed(work) == expected  # bitwise: adapter, merged model and everything before them
         shutil.rmtree(work.folder)
     print(f"\n{sum(tally.values())} kills: {dict(tally)}, {dict(left_by)}, {chain} runs finished")
-    assert set(tally) >= set(STAGE_NAMES) & set(seconds) - {"pack"}  # a stage of milliseconds may be missed
+    assert set(STAGE_NAMES) >= set(tally) and not unharmed(seconds, tally)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

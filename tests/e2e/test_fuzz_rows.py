@@ -161,7 +161,8 @@ def whatever_comes(base: Path, format_: str, rows: list[dict[str, Any]], sets: l
         try:
             done = lab.run(path, source={"format": format_}, sets=sets)
         except (InputError, GateRefused) as error:
-            assert "x.jsonl:" in str(error) or "split" in str(error), error
+            refused = ("x.jsonl:", "split", "to pad with")  # raw text may hold every special token there is
+            assert any(word in str(error) for word in refused), error
             return
         assert done.metrics["ingest"]["formats"] == {"x.jsonl": format_}
         ids = every_row_is_accounted_for(done, 1 + len(rows))
@@ -181,7 +182,7 @@ def test_no_row_and_no_token_is_lost(base: Path, format_: str, data: st.DataObje
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format_", ROWS)
-@settings(CALM, max_examples=25, derandomize=False)
+@settings(CALM, max_examples=25)
 @given(data=st.data())
 def test_no_row_and_no_token_is_lost_in_many_more(base: Path, format_: str, data: st.DataObject) -> None:
     whatever_comes(base, format_, data.draw(st.lists(ROWS[format_][1], max_size=12)), data.draw(SETS))
