@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -240,6 +241,15 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; under nohup it is ignored, and stays so
         numbers.append(signal.SIGHUP)
+    # An interruption inside a weak reference's callback or a finaliser is dropped by Python, with a traceback that tells
+    # nobody anything: the next check, or `leave`, ends the work.
+    hook = sys.unraisablehook
+
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if not (stop.signal_number and dropped.exc_type is KeyboardInterrupt):
+            hook(dropped)
+
+    sys.unraisablehook = unraisable
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
@@ -247,6 +257,7 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
         raise Stopped(stop.signal_number or signal.SIGINT) from None
     finally:
         leave.cancel()
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
