@@ -241,8 +241,8 @@ def _signals(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; under nohup it is ignored, and stays so
         numbers.append(signal.SIGHUP)
-    # An interruption inside a weak reference's callback or a finaliser is dropped by Python, with a traceback that tells
-    # nobody anything: the next check, or `leave`, ends the work.
+    # An interruption inside a weak reference's callback or a finaliser is dropped by Python, with a traceback that
+    # tells nobody anything: the next check, or `leave`, ends the work.
     hook = sys.unraisablehook
 
     def unraisable(dropped: sys.UnraisableHookArgs) -> None:
