@@ -11,6 +11,8 @@ from finetune.recipe import Train
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+PADDED_ROWS = 4  # at once, at most: more are padded to ever longer ones
 OFFLOAD_ON_CPU = (
     "runtime.checkpointing: offload moves a GPU's activations to RAM, and this training is on a CPU, whose activations "
     "are there already; use full"
@@ -31,7 +33,7 @@ def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> 
     per_process = batch_rows // world
     if micro == "auto":
         # Packed rows are flattened into one sequence; under SDPA that is a dense (B·L)² mask, so one row at a time.
-        most = 1 if packed else 4
+        most = 1 if packed else PADDED_ROWS
         micro = max(n for n in range(1, most + 1) if per_process % n == 0)
     micro = int(micro)
     if per_process % micro:

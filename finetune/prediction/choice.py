@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from finetune.backends.batch import PADDED_ROWS
 from finetune.prediction import memory
 from finetune.prediction.activations import POLICIES, Policy
 from finetune.prediction.memory import GROUPED, Attention, Training
@@ -17,7 +18,6 @@ from finetune.prediction.shapes import Shapes, trained_tensors
 GIB = 1 << 30
 ASSUMED_UTILISATION = 0.35
 HOST_BANDWIDTH = 12e9  # assumed: bytes/s between GPU and pinned RAM, PCIe 3
-PADDED_ROWS = 4  # more are padded to ever longer ones
 MARGIN = 0.05  # of the memory is left free where there is a choice
 VARLEN_TOKENS = 65_536  # of a micro-batch: beyond, nothing is gained
 

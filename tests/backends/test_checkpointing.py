@@ -5,11 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.backends import checkpointing
-from finetune.backends.live_storage import LiveStorages
 from finetune.errors import InputError
 from finetune.prediction.activations import POLICIES
 from finetune.recipe import Lora, Runtime
 from tests.backends.trainings import build_trainer, documents, unpacked
+from tests.live_storage import LiveStorages
 from tests.prediction.small_models import adapted, apply, config, quantized
 
 

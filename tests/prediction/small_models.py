@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from finetune.backends import checkpointing
-from finetune.backends.live_storage import LiveStorages
 from finetune.prediction.activations import Decoder, MicroBatch, peak
 from finetune.prediction.operators import Linear
+from tests.live_storage import LiveStorages
 
 PARTIAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
 RANK, VOCABULARY = 8, 512
