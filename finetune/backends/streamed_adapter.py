@@ -33,6 +33,9 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
 
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
+    for name, target in plan.targets.items():
+        if target.round_trip is not None:
+            model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_as_in_four_bits)
     attached = get_peft_model(model, config, low_cpu_mem_usage=True).eval()
     widen_saved(attached)
     own = dict(attached.named_parameters(remove_duplicate=False))
@@ -52,3 +55,10 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
         return merged_tensor(bare, name)
 
     return weights
+
+
+def _as_in_four_bits(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """A 4-bit layer answers in the type it was asked in (`Linear4bit.forward`), whatever it computes in: where what
+    was trained whole makes the stream fp32, autocast's own answer would be in 16 bits, and so the sum with the adapter.
+    """
+    return output.to(given[0].dtype)

@@ -1,32 +1,55 @@
 #!/usr/bin/env bash
-# One call on a lent GPU, under 9 minutes: the gpu tests, then the ladder of train_throughput.py at 7B.
-#   scripts/bench/gpu_session.sh OUT [WHEELS]        from the repository's root
-# OUT gets gpu_tests.log, table.md, all.json and logs.tar.gz. WHEELS (default .whl) is a folder of the wheels that the
-# machine lacks, installed beside its own packages; without one its python3, or .venv, must have them all.
+# What a lent GPU is asked, in parts that fit a short lease; from the repository's root:
+#   scripts/bench/gpu_session.sh OUT WHEELS PART…       WHEELS: a folder of what the machine lacks, or - for none
+# PART: tests (the gpu tests), memory (training_memory.py at 7B), ladder:LETTERS:SECONDS (train_throughput.py at 7B),
+# both (tests beside memory). OUT gets a log, table and JSON of each.
 set -uo pipefail
-out=${1:?where the results go}; wheels=${2:-.whl}
+out=${1:?where the results go}; wheels=${2:?wheels}; shift 2
 cd "$(dirname "$0")/../.."
-mkdir -p "$out"; out=$(cd "$out" && pwd); work=$(mktemp -d)
+mkdir -p "$out"; out=$(cd "$out" && pwd); work=${GPU_WORK:-/tmp/gpu_session}
 python=python3
 if [ -d "$wheels" ]; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" "$wheels"/*.whl
+  [ -d "$work/site" ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$work/site" "$wheels"/*.whl
   export PYTHONPATH="$work/site:$PWD"
 else
   [ -x .venv/bin/python ] && python=$PWD/.venv/bin/python
   export PYTHONPATH=$PWD
 fi
+mkdir -p "$work"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 "$python" - <<'PY' || exit 1
 import accelerate, bitsandbytes, datasets, peft, torch, transformers, trl
 print(torch.__version__, torch.version.cuda, [m.__version__ for m in (transformers, trl, peft, bitsandbytes)])
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 PY
-timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider --basetemp "$work/tests" \
-  tests/backends/test_attention.py tests/backends/test_models.py tests/gpu 2>&1 | tee "$out/gpu_tests.log" | tail -25
 
-left=$((520 - SECONDS))
-timeout $((left + 10)) "$python" scripts/bench/train_throughput.py --all --model 7b --device cuda --out "$work/ladder" \
-  --steps 6 --skip 3 --budget $((left - 20)) --threads 8
-cp "$work/ladder/table.md" "$work/ladder/all.json" "$out/"
-tar -C "$work/ladder" -czf "$out/logs.tar.gz" --exclude 'checkpoint*' $(cd "$work/ladder" && ls ./*.log)
-rm -rf "$work"
+tests() {
+  timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider --basetemp "$work/tests" --durations=5 \
+    tests/backends/test_attention.py tests/backends/test_models.py tests/backends/test_search.py tests/gpu \
+    >"$out/gpu_tests.log" 2>&1
+  tail -25 "$out/gpu_tests.log"
+}
+
+memory() {
+  "$python" scripts/bench/training_memory.py --model 7b --out "$work/memory" --budget 110 2>"$out/memory.log"
+  cp "$work"/memory/*.json "$work"/memory/*.md "$out/"
+}
+
+ladder() {
+  timeout $(($2 + 30)) "$python" scripts/bench/train_throughput.py --all --model 7b --device cuda --out "$work/ladder" \
+    --steps 5 --skip 2 --budget "$2" --threads 8 --only "$1"
+  cp "$work/ladder/table.md" "$out/table-$1.md"; cp "$work/ladder/all.json" "$out/ladder-$1.json"
+  (cd "$work/ladder" && tar -czf "$out/logs-$1.tar.gz" ./*.log)
+}
+
+for part in "$@"; do
+  echo "== $part, after $SECONDS s"
+  case $part in
+    tests | memory) $part ;;
+    both) tests & memory; wait ;;
+    ladder:*) IFS=: read -r _ letters seconds <<<"$part"; ladder "$letters" "$seconds" ;;
+    *) echo "no such part: $part" >&2; exit 2 ;;
+  esac
+done
+echo "== done after $SECONDS s"

@@ -57,7 +57,9 @@ def test_a_bf16_training_is_evaluated_and_certified_bit_for_bit(quantization, wh
     streamed = StreamedModel(empty, weights, autocast=torch.bfloat16)
     (hidden,) = streamed.hidden([IDS])
     with streamed.head() as head:
-        assert torch.allclose(head(hidden[0]).float(), expected[0], rtol=0, atol=0.05)
+        off = head(hidden[0]).float() - expected[0]
+        # nothing where the same kernels are taken; 8e-3 where a 4-bit layer answers an fp32 stream in 16 bits
+        assert off.norm() / expected.norm() < 1e-3
 
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)) if whole else ():
         merged = merged_tensor(plan_merge(base, folder, name), "model.norm.weight")  # rounded once, from fp32

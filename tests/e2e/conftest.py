@@ -60,7 +60,8 @@ class Workspace:
         return [sys.executable, "-m", "finetune", *map(str, arguments), *extra]
 
     def environment(self, **more):
-        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         return {**os.environ, **settings, "XDG_CACHE_HOME": str(self.folder / "cache"), **more}
 
     def start(self, *arguments, **more):
