@@ -60,6 +60,7 @@ class Job:
     held_out: Sequence[TokenRow] = ()  # measured every train.eval_steps
     start: Path | None = None  # a folder with the adapter to go on from
     micro_batch_rows: int | None = None  # what auto has come to
+    fused_adapters: bool = False  # backends/fused_adapters.py
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,18 @@ def _trainer(
     arguments: SFTConfig,
 ) -> SFTTrainer:
     """The trainer on `base` with the recipe's adapter in it, which begins as new or as an earlier one ended."""
-    from finetune.backends import lora_settings, start_adapter
+    from finetune.backends import fused_adapters, lora_settings, start_adapter
     from finetune.backends.recipe_trainer import RecipeTrainer
 
+    adapter = lora_settings.lora_config(job.lora, base)
+    if job.fused_adapters:
+        fused_adapters.use(adapter)
     trainer = RecipeTrainer(
         model=base,
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora_settings.lora_config(job.lora, base),
+        peft_config=adapter,
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
     recast_adapters(cast("torch.nn.Module", trainer.model))

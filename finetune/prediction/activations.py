@@ -41,6 +41,7 @@ class MicroBatch:
     `mask`: whether SDPA takes a dense (length x length) mask, as for packed or padded rows. Packed rows are one row of
     `length` tokens. `held`: the adapter's gradients lie there already, from an earlier micro-batch, and do not count.
     `scores`: no fused kernel takes the call, so that torch makes the (length x length) scores, in fp32.
+    `fused`: adapters run inside their 4-bit layers.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class MicroBatch:
     policy: Policy = "none"
     held: bool = False
     scores: bool = False
+    fused: bool = False
 
 
 def peak(decoder: Decoder, batch: MicroBatch) -> dict[str, int]:
@@ -76,6 +78,7 @@ class _Step:
             dropout=model.dropout,
             quantized=model.quantized,
             held=batch.held,
+            fused=batch.fused,
         )
 
     def run(self) -> None:

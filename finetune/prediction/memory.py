@@ -109,7 +109,8 @@ def micro_batch(
     shape = (1, rows * length) if run.packed else (rows, length)
     mask = not attention.varlen if run.packed else rows > 1 or windowed(shapes, run)
     scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
-    return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores)
+    fused = run.runtime.fused_adapters != "off" and half and run.quantization is not None and not run.lora.dora
+    return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores, fused=fused)
 
 
 def windowed(shapes: Shapes, run: Training) -> bool:

@@ -25,14 +25,16 @@ class Linear:
 class Operators:
     """Of one micro-batch of `tokens`, with 16-bit autocast (`half`) or in fp32."""
 
-    def __init__(self, tokens: int, *, half: bool, cuda: bool, dropout: bool, quantized: bool, held: bool) -> None:
+    def __init__(
+        self, tokens: int, *, half: bool, cuda: bool, dropout: bool, quantized: bool, held: bool, fused: bool = False
+    ) -> None:
         self.ledger = Ledger()
         self.tape = Tape(self.ledger)
         self.tokens, self.half, self.cuda, self.dropout, self.quantized = tokens, half, cuda, dropout, quantized
         self.element = 2 if half else FP32
         # peft casts inputs to the adapter's fp32 unless autocast is on, and it asks that of CUDA's autocast only
         self.casts = half and not cuda
-        self.held = held
+        self.held, self.fused = held, fused
         self.gradients: dict[str, Block] = {}
         self.autocast: dict[str, Block] = {}
 
@@ -134,6 +136,8 @@ class Operators:
 
     def linear(self, name: str, x: Value, linear: Linear) -> Value:
         """`lora.Linear4bit.forward`: the base's product, a copy of it, dropout, A, B, the scaling, their sum."""
+        if self.fused and linear.rank:
+            return self._fused(name, x, linear)
         base = self.frozen(x, linear)
         if not linear.rank:
             return base
@@ -149,6 +153,45 @@ class Operators:
         del low
         output = self.scale(output, linear.outer)
         return self.add(result, output, linear.outer)
+
+    def _fused(self, name: str, x: Value, linear: Linear) -> Value:
+        """backends/fused_adapters.py: saves its input, x·Aᵀ and both factors as they were cast for this call.
+
+        The matrix is dequantised within the operator, seen on a GPU alone.
+        """
+        dropped = self._dropped(x, linear.inner) if self.dropout else None
+        size = linear.inner * linear.outer * self.element if self.quantized and self.cuda else 0
+        counts = {"A": linear.rank * linear.inner, "B": linear.rank * linear.outer}
+        factors = [self.ledger.new(n * self.element if self.half else 0) for n in counts.values()]
+        slot, apart = x.slot, dropped.slot if dropped else None
+
+        def make() -> Block:
+            matrix = self.ledger.new(size, "dequantized")
+            out = self.new(linear.outer)
+            del matrix
+            return out
+
+        def back(g: Block, saved: list[Block]) -> list[tuple[Slot | None, Block]]:
+            low = self.new(linear.rank)
+            made: list[tuple[Slot | None, Block]] = []
+            if slot is not None:
+                matrix = self.ledger.new(size, "dequantized")
+                made.append((slot, self.new(linear.inner)))
+                del matrix
+            if apart is not None:
+                made.append((apart, self.new(linear.inner)))
+            own = [self.ledger.new(n * self.element, "gradients") for n in counts.values()]
+            del g, saved, low
+            for key, count in counts.items():
+                whole = self.ledger.new(count * FP32, "gradients") if self.half else own[0]
+                if not self.held:
+                    self.gradients.setdefault(f"{name}.{key}", whole)
+                del own[0], whole
+            return made
+
+        low = self.new(linear.rank)
+        given = dropped or x
+        return self.tape.record(make, [slot, Slot()], [given.block, low, *factors], back)
 
     def frozen(self, x: Value, linear: Linear) -> Value:
         """`MatMul4Bit`: dequantises the matrix in forward (within a kernel, seen on a GPU alone) and in backward."""
@@ -166,9 +209,9 @@ class Operators:
         return result
 
     def _dropped(self, x: Value, width: int) -> Value:
-        """Dropout: a CPU keeps the noise as fp32, CUDA's fused operator keeps booleans."""
-        element = self.element if self.cuda else FP32
-        noise, slot = self.new(width, BOOL if self.cuda else FP32), x.slot
+        """Dropout: a CPU keeps the noise in its input's type (fp32, from peft), a GPU keeps booleans."""
+        element = self.element if self.cuda or self.fused else FP32
+        noise, slot = self.new(width, BOOL if self.cuda else element), x.slot
         return self.tape.record(
             lambda: self.new(width, element), [slot], [noise], lambda g, saved: [(slot, self.new(width, element))]
         )

@@ -47,7 +47,9 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
-    from finetune.backends import attention, faster, lora_settings, models, sft, start_adapter, threads
+    import os
+
+    from finetune.backends import attention, faster, fused_adapters, lora_settings, models, sft, start_adapter, threads
     from finetune.data.training_rows import read_rendered, read_token_rows
 
     lora_settings.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
@@ -85,6 +87,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
         held_out=held_out,
         start=start,
+        fused_adapters=fused_adapters.wanted(ctx.runtime.fused_adapters, device, precision, os.environ),
     )
     with threads.fitting(inputs["base"], device):
         result = sft.train(job, base, tokenizer, rows, ctx)

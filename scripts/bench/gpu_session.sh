@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a lent GPU is asked, in parts that fit a short lease; from the repository's root:
 #   scripts/bench/gpu_session.sh OUT WHEELS PART…       WHEELS: a folder of what the machine lacks, or - for none
-# PART: tests (the gpu tests), memory (training_memory.py at 7B), ladder:LETTERS:SECONDS (train_throughput.py at 7B),
+# PART: tests (the gpu tests), memory:SECONDS (training_memory.py at 7B), ladder:LETTERS:SECONDS (train_throughput.py at 7B),
 # both (tests beside memory). OUT gets a log, table and JSON of each.
 set -uo pipefail
 out=${1:?where the results go}; wheels=${2:?wheels}; shift 2
@@ -32,7 +32,7 @@ tests() {
 }
 
 memory() {
-  "$python" scripts/bench/training_memory.py --model 7b --out "$work/memory" --budget 110 2>"$out/memory.log"
+  "$python" scripts/bench/training_memory.py --model 7b --out "$work/memory" --budget "$1" 2>"$out/memory.log"
   cp "$work"/memory/*.json "$work"/memory/*.md "$out/"
 }
 
@@ -46,8 +46,9 @@ ladder() {
 for part in "$@"; do
   echo "== $part, after $SECONDS s"
   case $part in
-    tests | memory) $part ;;
-    both) tests & memory; wait ;;
+    tests) tests ;;
+    memory:*) memory "${part#*:}" ;;
+    both) tests & memory 110; wait ;;
     ladder:*) IFS=: read -r _ letters seconds <<<"$part"; ladder "$letters" "$seconds" ;;
     *) echo "no such part: $part" >&2; exit 2 ;;
   esac

@@ -31,6 +31,7 @@ class Way:
     compile: bool = False
     cache: bool = False
     liger: bool = False
+    fused: bool = False  # adapters
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
         checkpoints=folder / "checkpoints",
         metrics_file=folder / "metrics.jsonl",
         start=task.folder / "adapter",
+        fused_adapters=task.way.fused,
     )
     with watch:
         sft.train(job, base, parts.tokenizer(), folder / "packed.parquet", ctx)

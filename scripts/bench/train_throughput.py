@@ -35,6 +35,7 @@ PACKED = Way("packed rows, full checkpointing, SDPA with a dense mask, TRL's own
 VARLEN = Way("D + variable-length attention (on sm80+)", "finetune", varlen=True)
 LARGE = dataclasses.replace(VARLEN, meaning="E + micro-batches of 16 k tokens", large=True)
 FREE = dataclasses.replace(LARGE, meaning="F without checkpointing", checkpointing="none")
+FUSED = dataclasses.replace(FREE, meaning="H + fused adapters", fused=True)
 LADDER = {
     "A": Way("the Colab notebook: padded rows, SDPA, all recomputed, whole logits, norms in fp32", "notebook", False),
     "B": Way("TRL's defaults: padded rows, SDPA, checkpointing, chunked loss", "trl", False),
@@ -44,13 +45,14 @@ LADDER = {
     "F": LARGE,
     "G": dataclasses.replace(LARGE, meaning="F with selective checkpointing", checkpointing="selective"),
     "H": FREE,
-    "I": dataclasses.replace(FREE, meaning="H + compiled layers", compile=True),
-    "J": dataclasses.replace(FREE, meaning="H + dequantised weights kept", cache=True),
-    "K": dataclasses.replace(FREE, meaning="H + Liger's norms, SwiGLU and RoPE", liger=True),
-    "L": dataclasses.replace(FREE, meaning="everything: H + compiled layers, weights kept", compile=True, cache=True),
+    "I": FUSED,
+    "J": dataclasses.replace(FUSED, meaning="I + compiled layers", compile=True),
+    "K": dataclasses.replace(FUSED, meaning="I + Liger's norms, SwiGLU and RoPE", liger=True),
+    "L": dataclasses.replace(FUSED, meaning="everything: J + dequantised weights kept", compile=True, cache=True),
     "M": dataclasses.replace(FREE, meaning="Unsloth under TRL's trainer", path="unsloth"),
+    "N": dataclasses.replace(FREE, meaning="H + compiled layers (adapters not fused)", compile=True),
 }
-FIRST = "ABCHLDEIJKGFM"  # where time is short
+FIRST = "ABCHIJLKNGDEFM"  # where time is short
 COLUMNS = (
     "tokens_per_second", "supervised_tokens_per_second", "step_seconds_median", "step_seconds_p95",
     "before_first_step_seconds", "allocated_peak_bytes", "reserved_peak_bytes", "mfu", "grad_norm", "loss_error",

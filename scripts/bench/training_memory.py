@@ -48,24 +48,31 @@ class Way:
     packed: bool = True
     varlen: bool = True
     cache: bool = False
+    fused: bool = False
 
 
 WAYS = {
-    "one row, all recomputed": Way(1, "full", 2),
-    "8 GB: one row, all recomputed, paged 8-bit optimiser": Way(1, "full", 2, optimizer="paged_adamw_8bit"),
-    "one row, inputs in RAM": Way(1, "offload", 2),
-    "one row, nothing recomputed": Way(1, "none", 2),
-    "2 rows, nothing recomputed": Way(2, "none"),
-    "4 rows, 1 layer in 4 recomputed": Way(4, "every_4"),
-    "4 rows, 1 layer in 2 recomputed": Way(4, "every_2", 2),
-    "4 rows of half the length, all but attention recomputed": Way(4, "selective", 2, share=0.5),
-    "8 rows, all but attention recomputed": Way(8, "selective"),
-    "8 rows, all recomputed": Way(8, "full"),
-    "8 rows, nothing recomputed": Way(8, "none"),
-    "4 rows of twice the length, all recomputed, weights kept": Way(4, "full", share=2, cache=True),
-    "the reference's adapter with dropout, 4 rows": Way(4, "selective", 2, REFERENCE, "paged_adamw_32bit"),
-    "one row under SDPA with a dense mask": Way(1, "none", 2, varlen=False),
-    "4 padded rows, all recomputed": Way(4, "full", 2, packed=False, varlen=False),
+    "8 GB: one row, all recomputed, paged 8-bit optimiser": Way(1, "full", 2, optimizer="paged_adamw_8bit", fused=True),
+    "one row, nothing recomputed": Way(1, "none", 2, fused=True),
+    "4 rows, 1 layer in 2 recomputed": Way(4, "every_2", 2, fused=True),
+    "8 rows, all but attention recomputed": Way(8, "selective", fused=True),
+    "8 rows, nothing recomputed": Way(8, "none", fused=True),
+    "the reference's adapter with dropout, 4 rows": Way(4, "none", 2, REFERENCE, "paged_adamw_32bit", fused=True),
+    "4 padded rows, all recomputed": Way(4, "full", 2, packed=False, varlen=False, fused=True),
+    "one row, all recomputed, not fused": Way(1, "full", 2),
+    "the same, 8-bit paged optimiser": Way(1, "full", 2, optimizer="paged_adamw_8bit"),
+    "one row, inputs in RAM, not fused": Way(1, "offload", 2),
+    "one row, nothing recomputed, not fused": Way(1, "none", 2),
+    "2 rows, nothing recomputed, not fused": Way(2, "none"),
+    "4 rows, 1 layer in 4 recomputed, not fused": Way(4, "every_4"),
+    "4 rows, 1 layer in 2 recomputed, not fused": Way(4, "every_2", 2),
+    "4 rows of half the length, all but attention recomputed, not fused": Way(4, "selective", 2, share=0.5),
+    "8 rows, all but attention recomputed, not fused": Way(8, "selective"),
+    "8 rows, all recomputed, not fused": Way(8, "full"),
+    "8 rows, nothing recomputed, not fused": Way(8, "none"),
+    "the reference's adapter with dropout, 4 rows, not fused": Way(4, "selective", 2, REFERENCE, "paged_adamw_32bit"),
+    "one row under SDPA with a dense mask, not fused": Way(1, "none", 2, varlen=False),
+    "4 rows of twice the length, all recomputed, weights kept": Way(4, "full", share=2, cache=True, fused=True),
 }
 
 
@@ -96,7 +103,8 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     if way.packed:
         pq.write_table(table, folder / "packed.parquet")
         rows = folder / "packed.parquet"
-    runtime = Runtime(micro_batch_rows=way.rows, save_steps=STEPS, cache_dequantized=way.cache)
+    fused: Any = "on" if way.fused else "off"
+    runtime = Runtime(micro_batch_rows=way.rows, save_steps=STEPS, cache_dequantized=way.cache, fused_adapters=fused)
     train = Train(learning_rate=1e-5, warmup_fraction=0, max_steps=STEPS, batch_rows=size.rows, optimizer=way.optimizer)
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=device)
     base.activation_checkpointing_disable()  # the way before may have recomputed
@@ -110,7 +118,7 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     planned = memory.training(shapes, run, way.rows, way.policy, attending)
     job = sft.Job(
         seed=0, lora=way.lora, train=train, precision=precision, device=device, checkpointing=way.policy,
-        checkpoints=folder / "checkpoints", metrics_file=folder / "metrics.jsonl",
+        checkpoints=folder / "checkpoints", metrics_file=folder / "metrics.jsonl", fused_adapters=way.fused,
     )  # fmt: skip
     gc.collect()
     if cuda:
@@ -165,7 +173,7 @@ def main() -> None:
             continue
         try:
             found[name] = measure(base, size, way, asked)
-        except Exception as error:  # noqa: BLE001 - the others are still measured
+        except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         finally:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from finetune.backends import checkpointing
+from finetune.backends import checkpointing, fused_adapters
 from finetune.prediction.activations import Decoder, MicroBatch, peak
 from finetune.prediction.operators import Linear
 from tests.live_storage import LiveStorages
@@ -40,7 +40,7 @@ def quantized(config, folder, dtype=torch.float32, double=False):
     return model.requires_grad_(False)
 
 
-def adapted(model, targets, dropout):
+def adapted(model, targets, dropout, fused=False):
     """With fp32 adapters, TRL's head, and in training."""
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
@@ -49,6 +49,8 @@ def adapted(model, targets, dropout):
     lora = LoraConfig(
         r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets or "all-linear", task_type="CAUSAL_LM"
     )
+    if fused:
+        fused_adapters.use(lora)
     whole = get_peft_model(model, lora)
     for parameter in whole.parameters():
         if parameter.requires_grad:

@@ -16,15 +16,16 @@ SIZES = {  # (hidden, intermediate, layers, heads, key-value heads), rows, lengt
 }
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
 @pytest.mark.parametrize("size", [s if s[:4] != "1024" else pytest.param(s, marks=pytest.mark.slow) for s in SIZES])
-def test_the_peak_is_what_lives_under_every_policy(size, tmp_path):
+def test_the_peak_is_what_lives_under_every_policy(size, fused, tmp_path):
     shape, rows, length, packed, half, targets, dropout = SIZES[size]
     made = config(*shape)
-    model = adapted(quantized(made, tmp_path, torch.bfloat16 if half else torch.float32), targets, dropout)
+    model = adapted(quantized(made, tmp_path, torch.bfloat16 if half else torch.float32), targets, dropout, fused)
     seen = {}
     for policy in POLICIES:
         apply(model, policy)
-        batch = MicroBatch(rows, length, mask=packed or rows > 1, half=half, cuda=False, policy=policy)
+        batch = MicroBatch(rows, length, mask=packed or rows > 1, half=half, cuda=False, policy=policy, fused=fused)
         parts = predicted(made, targets, dropout, batch)
         seen[policy] = measured(model, batch, packed)
         assert sum(parts.values()) == pytest.approx(seen[policy], rel=TOLERANCE), (policy, parts)
