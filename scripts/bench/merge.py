@@ -9,8 +9,9 @@ What is done for a fair comparison: every arm ends when `sync` has returned, so 
 counts; before every arm the output of the last one is deleted and synced, and the pages of the base and the adapter are
 dropped from the page cache (posix_fadvise), so every arm reads from the disk; all arms run once at a small size before
 the first round, so that Python's own files are in the cache for all; the order of the arms turns with each round. Time
-is from starting the process, Python's imports included. Memory is read from /proc/PID/status every 10 ms: RssAnon is
-what the machine must really hold, RSS also counts pages of mapped files.
+is from starting the process, Python's imports included, but for the arm `stage`, which begins after them. Memory is
+read from /proc/PID/status every 10 ms: RssAnon is what the machine must really hold, RSS also counts pages of mapped
+files.
 """
 
 from __future__ import annotations
@@ -30,11 +31,21 @@ from typing import TextIO
 
 import random_model
 
-ARMS = ("cp", "ours", "peft")
+ARMS = ("cp", "ours", "stage", "peft")
+
+
+def stage(root: Path, out: Path, certificate: str) -> None:
+    """The merge stage as a run comes to it: certify has imported everything before. Its seconds begin after that."""
+    import finetune.backends.lora_merge  # noqa: F401
+    from finetune.backends.skeleton import read_skeleton
+
+    read_skeleton(root / "base")
+    (root / "begun").write_text(str(time.monotonic()))
+    ours(root, out, certificate)
 
 
 def ours(root: Path, out: Path, certificate: str) -> None:
-    """The merge stage itself."""
+    """The merge stage in a process of its own."""
     from finetune.context import Context
     from finetune.recipe import Recipe, Runtime, Tracking
     from finetune.stages import merge
@@ -79,6 +90,8 @@ def measure(arm: str, root: Path, certificate: str) -> dict[str, float]:
         anon, total = max(anon, now.get("RssAnon", 0)), max(total, now.get("VmRSS", 0))
         time.sleep(0.01)
     done = time.monotonic()
+    if arm == "stage":
+        start = float((root / "begun").read_text())
     os.sync()
     end = time.monotonic()
     if process.returncode:
@@ -137,8 +150,11 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        run = {"ours": lambda r, o: ours(r, o, options.base), "peft": peft}[options.arm]
-        run(options.scratch, options.scratch / "out")
+        out = options.scratch / "out"
+        if options.arm == "peft":
+            peft(options.scratch, out)
+        else:
+            {"ours": ours, "stage": stage}[options.arm](options.scratch, out, options.base)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
     arms = ["cp", *(a for a in options.arms if a != "cp")]
