@@ -13,7 +13,7 @@ from finetune.backends.batch import total_steps
 from finetune.backends.embedding_time import describe as embedding_time_in_words
 from finetune.backends.embedding_time import embedding_time
 from finetune.errors import InputError
-from finetune.prediction.choice import DEVICES, Choice, Options, utilisation
+from finetune.prediction.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
 from finetune.prediction.memory import Training, disk, ram, windowed
 from finetune.prediction.shapes import Shapes, adapter_parameters, read_shapes
 from finetune.recipe import Recipe
@@ -59,7 +59,6 @@ def predict(
     result["disk_bytes"] = disk(shapes, recipe)
     tokens = _tokens_trained(recipe, result)
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
-    result["utilisation"] = utilisation(recipe.runtime)
     return result
 
 
@@ -141,7 +140,7 @@ def describe(result: dict[str, Any]) -> str:
     if result["embedding"]:
         lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
     if result["devices"]:
-        lines += ["", *_table(result["devices"], result["utilisation"])]
+        lines += ["", *_table(result["devices"])]
     return "\n".join(lines)
 
 
@@ -164,7 +163,7 @@ def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) ->
     return [*lines, line]
 
 
-def _table(devices: dict[str, dict[str, Any]], share: float) -> list[str]:
+def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
     """A line a device: whether it fits, its memory, the peak, and how it would be trained there."""
     lines = ["  GPU         fits    usable      peak  rows x steps  checkpointing  tokens/s   training"]
     for name, on in devices.items():
@@ -175,7 +174,7 @@ def _table(devices: dict[str, dict[str, Any]], share: float) -> list[str]:
             f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
         )
     said = "the fastest way that fits, by an estimate for full rows at"
-    return [*lines, f"  {said} {share:.0%} of the datasheet's 16-bit rate"]
+    return [*lines, f"  {said} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
 
 
 def _status(status: str) -> str:

@@ -99,11 +99,12 @@ def before(marker: Path, now: Mapping[str, object], step: int) -> list[dict[str,
     except ValueError:
         return []
     earlier: list[dict[str, object]] = was.pop("before", [])
-    return earlier if was == now else [*earlier, {**was, "until_step": step}]
+    same = all(now.get(name) == value for name, value in was.items())  # an older marker may say less
+    return earlier if same else [*earlier, {**was, "until_step": step}]
 
 
 def changes(marker: Path, now: Mapping[str, object]) -> str:
-    """How the batch is shared out `now`, where a checkpoint's marker says otherwise; empty where it says the same."""
+    """How the batch is shared out and computed `now`, where a checkpoint's marker says otherwise; else empty."""
     try:
         was = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:

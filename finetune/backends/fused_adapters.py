@@ -2,8 +2,8 @@
 
 peft runs base, copy, A, B, scaling and sum one after the other, each a pass over (tokens x width) in memory. Here B's
 product accumulates into the base's result (`addmm_`), and A's part of the gradient into the input's. The idea is
-Unsloth's (`kernels/fast_lora.py`). The operator is opaque to `torch.compile`, so that a compiled layer does not keep
-the dequantised matrix from forward to backward.
+Unsloth's (`kernels/fast_lora.py`). The operator is opaque to `torch.compile`, which so cannot decide to keep the
+dequantised matrix from forward to backward.
 """
 
 from __future__ import annotations
@@ -108,16 +108,17 @@ def adapted_linear(
     x (…, in), `dropped` the same after dropout (None: there is none), W from `_stored`, A (r, in), B (out, r).
     """
     flat = x.flatten(0, -2)
-    matrix = _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), x.dtype)
-    out = torch.nn.functional.linear(flat, matrix, bias)
-    del matrix
-    low = (flat if dropped is None else dropped.flatten(0, -2)) @ a.T
-    out.addmm_(low, b.T, alpha=scaling)
+    with torch.autocast(x.device.type, enabled=False):  # all is in the type of `x`
+        matrix = _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), x.dtype)
+        out = torch.nn.functional.linear(flat, matrix, bias)
+        del matrix
+        low = (flat if dropped is None else dropped.flatten(0, -2)) @ a.T
+        out.addmm_(low, b.T, alpha=scaling)
     return out.view(*x.shape[:-1], b.shape[0]), low
 
 
 @adapted_linear.register_fake
-def _(x, dropped, weight, scales, block, nested, kind, bias, a, b, scaling):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(x, dropped, weight, scales, block, nested, kind, bias, a, b, scaling):  # noqa: ANN001, ANN202
     return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
@@ -139,21 +140,22 @@ def adapted_linear_backward(
 
     What is not asked for is empty. Without dropout A's part of x's gradient is added to the base's.
     """
-    flat = gradient.flatten(0, -2)
-    low = (flat @ b).mul_(scaling)
-    inner, outer = a.shape[1], b.shape[0]
-    given = gradient.new_empty(0)
-    if of_input:
-        given = flat @ _matrix(weight, scales, block, nested, kind, (outer, inner), gradient.dtype)
-        if not apart:
-            given.addmm_(low, a)
-        given = given.view(*gradient.shape[:-1], inner)
-    dropped = (low @ a).view(*gradient.shape[:-1], inner) if apart else gradient.new_empty(0)
+    flat, shape = gradient.flatten(0, -2), (*gradient.shape[:-1], a.shape[1])
+    given, dropped = gradient.new_empty(0), gradient.new_empty(0)
+    with torch.autocast(gradient.device.type, enabled=False):
+        low = (flat @ b).mul_(scaling)
+        if of_input:
+            given = flat @ _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), gradient.dtype)
+            if not apart:
+                given.addmm_(low, a)
+            given = given.view(shape)
+        if apart:
+            dropped = (low @ a).view(shape)
     return given, dropped, low
 
 
 @adapted_linear_backward.register_fake
-def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, apart):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, apart):  # noqa: ANN001, ANN202
     shape, none = (*gradient.shape[:-1], a.shape[1]), (0,)
     made = [gradient.new_empty(shape if asked else none) for asked in (of_input, apart)]
     return *made, gradient.new_empty(gradient.numel() // gradient.shape[-1], a.shape[0])
@@ -161,7 +163,7 @@ def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, ap
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
     x, dropped, weight, scales, block, nested, kind, _, a, b, scaling = inputs
-    ctx.dropped = dropped is not None
+    ctx.set_materialize_grads(False)  # nobody uses x·Aᵀ: no zeros for it
     ctx.save_for_backward(x if dropped is None else dropped, output[1], weight, a, b, *scales)
     ctx.block, ctx.nested, ctx.kind, ctx.scaling = block, nested, kind, scaling
 
@@ -179,14 +181,13 @@ def _backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, .
         a,
         b,
         ctx.scaling,
-        ctx.needs_input_grad[0],
-        ctx.dropped,
+        *ctx.needs_input_grad[:2],
     )
     of_a = of_low.T @ given.flatten(0, -2)
     of_b = (gradient.flatten(0, -2).T @ low).mul_(ctx.scaling)
-    first = of_x if ctx.needs_input_grad[0] else None
+    given_back = (g if needed else None for g, needed in zip((of_x, of_dropped), ctx.needs_input_grad, strict=False))
     frozen = None, [None] * len(scales), None, None, None, None  # weight to bias
-    return first, of_dropped if ctx.dropped else None, *frozen, of_a, of_b, None
+    return *given_back, *frozen, of_a, of_b, None
 
 
 adapted_linear.register_autograd(_backward, setup_context=_keep)

@@ -54,7 +54,11 @@ def document_lengths(ids: torch.Tensor, positions: torch.Tensor | None, attentio
         long = attention.sum(1, keepdim=True)
         return long.clamp(min=1).float().expand(ids.shape)
     document = (positions == 0).flatten().cumsum(0)
-    return torch.bincount(document)[document].float().view(positions.shape).expand(ids.shape)
+    # not bincount, which makes the processor wait for a GPU to know how long its result is
+    counts = torch.zeros(len(document) + 1, device=ids.device).index_add_(
+        0, document, torch.ones_like(document).float()
+    )
+    return counts[document].view(positions.shape).expand(ids.shape)
 
 
 def uniform_noise(output: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -137,7 +137,7 @@ def _attempt(
             proofs.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
         trainer.data_collator = follower.recorder = watchdog.Recorder(trainer.data_collator)
         shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
-        follower.made_by = {**shape, "device": _device_name(job.device)}
+        follower.made_by = {**shape, "device": _device_name(job.device), "fused_adapters": job.fused_adapters}
         if resume:
             changes = distribution.changes(resume / COMPLETE, follower.made_by)
             ctx.say(f"train: goes on from {resume.name} of {steps} steps{changes}")

@@ -14,11 +14,9 @@ from finetune.prediction import memory
 from finetune.prediction.activations import POLICIES, Policy
 from finetune.prediction.memory import GROUPED, Attention, Training
 from finetune.prediction.shapes import Shapes, trained_tensors
-from finetune.recipe import Runtime
 
 GIB = 1 << 30
-# shares of the datasheet's rate: a 7B on an H200 reached 0.39-0.42 and 0.53 in micro-batches of 16 k tokens (lab notes)
-UTILISATION, COMPILED_UTILISATION = 0.40, 0.50
+ASSUMED_UTILISATION = 0.35
 HOST_BANDWIDTH = 12e9  # assumed: bytes/s between GPU and pinned RAM, PCIe 3
 MARGIN = 0.05  # of the memory is left free where there is a choice
 VARLEN_TOKENS = 65_536  # of a micro-batch: beyond, nothing is gained
@@ -141,11 +139,6 @@ class Options:
         return Choice(rows, policy, self.parts(rows, policy, attention), rate, fits, budget)
 
 
-def utilisation(runtime: Runtime) -> float:
-    """The share of a GPU's rate that a training is assumed to reach."""
-    return COMPILED_UTILISATION if runtime.compile else UTILISATION
-
-
 def recomputed(policy: Policy, layers: int) -> tuple[float, float]:
     """Shares of the layers' matrix products, and of their attention, that are computed a second time."""
     if policy == "none":
@@ -182,7 +175,7 @@ def tokens_per_second(
     batch = memory.micro_batch(shapes, run, rows, policy, attention, held=True)
     tokens, dense = rows * length, batch.mask or batch.scores
     per_token = flops_per_token(shapes, run, batch.length if batch.mask else length, policy, dense=dense)
-    seconds = tokens * per_token / (utilisation(run.runtime) * device.flops)
+    seconds = tokens * per_token / (ASSUMED_UTILISATION * device.flops)
     if run.quantization and not run.runtime.cache_dequantized:
         passes = 2 + recomputed(policy, shapes.layers)[0]
         seconds += passes * 4.5 * shapes.quantized_parameters / device.bandwidth  # read 4 bits, write 16, read them

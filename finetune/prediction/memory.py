@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.backends.lora_settings import is_saved
 from finetune.backends.quantized_copy import wanted
 from finetune.prediction.activations import MicroBatch, Policy, peak
 from finetune.prediction.shapes import Shapes, decoder, saved_tensors, trained_tensors
@@ -109,6 +110,10 @@ def micro_batch(
     shape = (1, rows * length) if run.packed else (rows, length)
     mask = not attention.varlen if run.packed else rows > 1 or windowed(shapes, run)
     scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
+    # an embedding or a norm that is trained whole is fp32, and so is then all that flows through the layers
+    half = half and not any(
+        is_saved(run.lora, n) for n in ("embed_tokens", "input_layernorm", "post_attention_layernorm")
+    )
     fused = run.runtime.fused_adapters != "off" and half and run.quantization is not None and not run.lora.dora
     return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores, fused=fused)
 
@@ -127,7 +132,8 @@ def training(
     """
     several = rows * world < run.train.batch_rows
     batch = micro_batch(shapes, run, rows, policy, attention, held=several)
-    found = peak(decoder(shapes, run.lora, quantized=run.quantization is not None), batch)
+    dequantizes = run.quantization is not None and not run.runtime.cache_dequantized
+    found = peak(decoder(shapes, run.lora, quantized=dequantizes), batch)
     adapter = adapter_bytes(shapes, run.lora)
     whole = 4 * sum(saved_tensors(shapes, run.lora))
     gradients = found.get("gradients", 0) + (adapter if several else whole)
@@ -137,7 +143,7 @@ def training(
     most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
     kept = 2 * shapes.quantized_parameters if run.quantization and run.runtime.cache_dequantized else 0
     return {
-        "weights": weight_bytes(shapes, run.quantization, 2 if batch.half else 4) + kept,
+        "weights": weight_bytes(shapes, run.quantization, 4 if run.train.precision == "fp32" else 2) + kept,
         "adapter": adapter,
         "optimizer": optimizer_bytes(shapes, run.lora, run.train.optimizer),
         **{kind: size for kind, size in most.items() if size},

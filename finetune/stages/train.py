@@ -106,6 +106,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "trainable_parameters": result.trainable_parameters,
         "precision": precision,
         "attention": attending,
+        "fused_adapters": job.fused_adapters,
+        "compiled": ctx.runtime.compile,
         "device": result.device_name,
         "batch_rows": spec.train.batch_rows,
         "micro_batch_rows": result.micro_batch_rows,

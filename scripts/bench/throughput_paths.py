@@ -183,7 +183,9 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
         fused_adapters=task.way.fused,
     )
     with watch:
-        sft.train(job, base, parts.tokenizer(), folder / "packed.parquet", ctx)
+        result = sft.train(job, base, parts.tokenizer(), folder / "packed.parquet", ctx)
+    if result.micro_batch_rows != task.micro:
+        raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     with (folder / "metrics.jsonl").open() as lines:
         return float(json.loads(lines.readline())["loss"])
 

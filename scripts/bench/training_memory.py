@@ -124,7 +124,9 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     if cuda:
         torch.cuda.empty_cache()
     with Peaks(device, gradients=False) as watch:
-        sft.train(job, base, parts.tokenizer(), rows, ctx)
+        result = sft.train(job, base, parts.tokenizer(), rows, ctx)
+    if result.micro_batch_rows != way.rows:
+        raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     peaks = parts.memory(device)
     allocated = max(watch.first_peak, peaks["allocated_peak_bytes"])
     # a paged optimiser's states lie in memory that moves between GPU and RAM, which torch's allocator does not count

@@ -35,9 +35,9 @@ class Block(nn.Module):
         return self.proj(x)
 
 
-def adapted(fused, *, double=False, bias=False, dtype=torch.float32, kept=False, **lora):
+def adapted(fused, *, double=False, bias=False, dtype=torch.float32, kept=False, device="cpu", **lora):
     """The block with an adapter whose matrices are not zero."""
-    block = Block(double=double, bias=bias, dtype=dtype)
+    block = Block(double=double, bias=bias, dtype=dtype).to(device)
     if kept:
         faster.keep_dequantized(block)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj"], **lora)
@@ -57,8 +57,9 @@ def adapted(fused, *, double=False, bias=False, dtype=torch.float32, kept=False,
 def passed(model, dtype=torch.float32, *, of_input=True, enabled=False):
     """Output and gradients by name, of the input too."""
     torch.manual_seed(2)
-    x = torch.randn(2, TOKENS // 2, INNER).to(dtype).requires_grad_(of_input)
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    device = next(model.parameters()).device.type
+    x = torch.randn(2, TOKENS // 2, INNER).to(device, dtype).requires_grad_(of_input)
+    with torch.autocast(device, dtype if enabled else torch.bfloat16, enabled=enabled):
         out = model(x)
     assert out.dtype == dtype
     out.float().square().sum().backward()
@@ -93,6 +94,23 @@ def test_in_16_bits_it_is_as_near_to_fp32_as_peft_is():
     for name, expected in exact.items():
         off = [float((found[name].float() - expected).norm() / expected.norm()) for found in (plain, fused)]
         assert off[1] < 1.5 * off[0] + 1e-3, (name, off)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"double": True}, {"kept": True}, {"lora_dropout": 0.5}], ids=str)
+def test_on_a_gpu_too(settings, dtype):
+    plain, fused = (
+        passed(adapted(f, dtype=dtype, device="cuda", **settings), dtype, enabled=True) for f in (False, True)
+    )
+    assert_same(plain, fused, 0.02)
+
+
+def test_an_fp32_stream_over_a_16_bit_layer_goes_through_peft(monkeypatch):
+    """What is trained whole makes the stream fp32."""
+    monkeypatch.setattr(fused_adapters, "adapted_linear", lambda *_: pytest.fail("was called"))
+    passed(adapted(True, dtype=torch.bfloat16), torch.float32, enabled=True)
 
 
 def test_an_input_that_needs_no_gradient_gets_none():

@@ -92,6 +92,24 @@ def test_the_peak_is_in_the_optimizer_where_nothing_else_is_as_large():
     assert "optimizer_step" not in long and long["activations"] > short["optimizer_step"]
 
 
+def test_what_is_trained_whole_in_fp32_makes_the_stream_fp32_and_no_adapter_fused():
+    """A saved norm or embedding answers in fp32; a saved head comes after the layers. Kept weights are not made anew."""
+
+    def planned(*edits):
+        recipe = load_recipe("mistral-guanaco", edits).recipe
+        shapes, run = read_shapes(recipe), Training.of(recipe)
+        return memory.micro_batch(shapes, run, 1, "none", Attention(), held=False), memory.training(shapes, run, 1)
+
+    plain, parts = planned()
+    assert plain.half and plain.fused and parts["dequantized"] > 0
+    head = planned("lora.modules_to_save=[lm_head]")[0]
+    assert head.half and head.fused
+    for saved in ("embed_tokens", "norm"):
+        wide, more = planned(f"lora.modules_to_save=[{saved}]")
+        assert not wide.half and not wide.fused and more["activations"] > parts["activations"]
+    assert "dequantized" not in planned("runtime.cache_dequantized=true")[1]
+
+
 def test_several_micro_batches_hold_all_gradients_and_kept_weights_are_counted():
     recipe = load_recipe("mistral-guanaco").recipe
     shapes, run = read_shapes(recipe), Training.of(recipe)
