@@ -93,7 +93,7 @@ def test_the_peak_is_in_the_optimizer_where_nothing_else_is_as_large():
 
 
 def test_what_is_trained_whole_in_fp32_makes_the_stream_fp32_and_no_adapter_fused():
-    """A saved norm or embedding answers in fp32; a saved head comes after the layers. Kept weights are not made anew."""
+    """A saved norm or embedding answers in fp32; a saved head comes after the layers."""
 
     def planned(*edits):
         recipe = load_recipe("mistral-guanaco", edits).recipe
