@@ -137,6 +137,7 @@ def test_a_flipped_byte_is_named_and_not_built_upon(work):
     assert "refuses to build on" in refused.stderr and str(path) in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_deleted_scratch_folder_is_made_again(work):
     before = outputs(work)
     shutil.rmtree(work.folder / "scratch")
@@ -162,7 +163,8 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=[] if s == "train" else pytest.mark.slow) for s in KILLS])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", KILLS)
 def test_kill_9_loses_nothing(stage, clean_work, finished):
     process = clean_work.start("run", "small.yaml")
     wait_for(clean_work, process, KILLS[stage])
@@ -192,6 +194,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_so(number, clean_work
     assert outputs(clean_work) == outputs(finished)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_does_not_silently_abandon_a_half_finished_training(clean_work):
     process = clean_work.start("run", "small.yaml", "--until", "train")
     wait_for(clean_work, process, KILLS["train"])

@@ -108,6 +108,7 @@ def test_a_torn_record_of_a_run_is_one_sentence(content, finished, tmp_path):
     assert work.show()["stages"]["merge"]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_fresh_says_which_checkpoints_it_removes(work, forked):
     pid = start(forked, work, "log", "--until", "train")
     while alive(pid) and not any(work.folder.glob("artifacts/train/*/checkpoints/checkpoint-4/COMPLETE")):
