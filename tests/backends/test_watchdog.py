@@ -208,7 +208,7 @@ def test_it_goes_on_from_the_last_complete_checkpoint(load, base, ctx, tmp_path)
     result, found = trained(job(tmp_path, "full", max_steps=5), model, base, rows, own)
     assert (result.micro_batch_rows, result.steps) == (2, 5)
     assert any("goes on from checkpoint-" in line and "micro_batch_rows was 4" in line for line in said)
-    shared = {"batch_rows": 4, "micro_batch_rows": 4, "processes": 1, "device": "cpu"}
+    shared = {"batch_rows": 4, "micro_batch_rows": 4, "processes": 1, "device": "cpu", "fused_adapters": False}
     assert result.before == [{**shared, "until_step": result.resumed_from}]
     assert_close(expected, found)
     steps = [json.loads(line)["step"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
