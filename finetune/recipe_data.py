@@ -93,13 +93,18 @@ def resolve_path(value: str, info: ValidationInfo) -> Path:
     path = local_path(value)
     if path.is_absolute():
         return path
-    if ".." in path.parts:
-        raise ValueError(
-            f"{value!r} climbs out: a relative path stays inside the recipe's folder; else write it whole, /…"
-        )
+    stays_inside(path, value)
     context = info.context or {}
     beside = Path(context.get("folder", ".")).absolute() / path
     return beside if beside.exists() else Path(context.get("working_folder", ".")).absolute() / path
+
+
+def stays_inside(path: Path, written: str) -> None:
+    """Refuse a relative path that climbs out."""
+    if not path.is_absolute() and ".." in path.parts:
+        raise ValueError(
+            f"{written!r} climbs out: a relative path stays inside the recipe's folder; else write it whole, /…"
+        )
 
 
 def _compiles(pattern: str) -> str:
@@ -197,7 +202,7 @@ class Ingest(Section):
     """How strict reading is."""
 
     max_refused_fraction: Fraction = 0.01
-    """Stop (exit 3) where a larger share of all rows cannot be read as their format."""
+    """Stop (exit 2) where a larger share of all rows cannot be read as their format."""
 
 
 class MinHash(Section):
@@ -234,7 +239,7 @@ class Dedup(Section):
         if embedding and not name:
             raise ValueError("model2vec: needs a model on the Hub or a folder behind it")
         if name and is_folder_name(name):
-            local_path(name)
+            stays_inside(local_path(name), name)
         return embedding
 
 

@@ -120,7 +120,7 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
             revision=revision,
             cache_folder=str(ctx.scratch / "hub"),
             local_files_only=folder is not None or constants.is_offline_mode(),
-            model_kwargs={"dtype": half if cuda else torch.float32},
+            model_kwargs={"dtype": half if cuda else torch.float32, "use_safetensors": True},  # never a pickle
         )
     except (OSError, ValueError) as error:
         raise InputError(

@@ -175,9 +175,10 @@ def _clipped(text: str) -> str:
 def limits(kind: Kind, facts: Facts) -> list[str]:
     """What was not tried, not measured and not said."""
     recipe = facts.recipe
+    scored = (facts.metrics.get("evaluate") or {}).get("tasks")
     found = [
         f"Trained on sequences of at most {recipe.render.max_length_tokens:,} tokens; longer ones were not tried.",
-        "Neither truthfulness, nor safety, nor any public benchmark was measured.",
+        f"Neither truthfulness nor safety{'' if scored else ', nor any public benchmark,'} was measured.",
         "The base's own licence and limits apply, and those of the data.",
     ]
     if recipe.publish.license is None:

@@ -365,3 +365,4 @@ def test_a_benchmark_is_a_line_a_metric() -> None:
     tasks = {"hellaswag": {"version": 1, "rows": 100, "shots": 0, "metrics": {"acc": scores}}}
     text = card(metrics={**METRICS, "evaluate": {**METRICS["evaluate"], "tasks": tasks}})
     assert "| `hellaswag, acc` | 0.31 ± 0.01 → 0.4 ± 0.012 on 100 documents; the difference is 0.05 to 0.13 |" in text
+    assert "nor any public benchmark" not in text and "nor any public benchmark" in card()

@@ -51,6 +51,27 @@ def test_the_folder_loads_and_answers_as_the_adapter_does(tmp_path: Path) -> Non
     assert metrics["peak_anon_bytes"] is None or metrics["peak_anon_bytes"] >= 0
 
 
+def test_a_base_in_several_files_gives_the_same_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    inputs = finish(tmp_path)
+    run(tmp_path, inputs, "one")
+    many = tmp_path / "many"
+    shutil.copytree(inputs["base"], many)
+    tensors = list(load_file(many / "model.safetensors").items())
+    (many / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        save_file(dict(tensors[number::3]), many / file, {"format": "pt"})
+        weight_map |= {name: file for name, _ in tensors[number::3]}
+    size = sum(t.nbytes for _, t in tensors)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (many / "model.safetensors.index.json").write_text(json.dumps(index))
+    run(tmp_path, {**inputs, "base": many}, "two")
+    assert hash_file(tmp_path / "one/model.safetensors") == hash_file(tmp_path / "two/model.safetensors")
+
+
 def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     run(tmp_path, inputs)
