@@ -293,7 +293,7 @@ class Runtime(Section):
     cache_dequantized: bool = False
     """Keep 4-bit weights in 16 bits as well: 2 bytes a parameter more; gains where few tokens are computed at once."""
     fused_adapters: Literal["auto", "on", "off"] = "auto"
-    """Add an adapter's product inside its 4-bit layer's own, which is faster; auto does in 16 bits on a GPU."""
+    """Add adapters' products inside their 4-bit layers' own: faster where a GPU has much to do, as auto knows."""
     memory_budget_gb: Positive | None = None
     """GPU memory that `finetune plan` counts with, in 10⁹ bytes; null takes all of the device."""
 

@@ -20,15 +20,15 @@ from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 from finetune.backends.faster import KeptLinear4bit
 
 
-def wanted(asked: str, device: str, precision: str, environment: Mapping[str, str]) -> bool:
-    """Whether adapters are fused: `asked` is runtime.fused_adapters; auto does on a GPU, in 16 bits.
+def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth: bool) -> bool:
+    """Whether adapters are fused: `asked` is runtime.fused_adapters; auto does in 16 bits, where it is `worth` it.
 
     Not under FSDP, which shares the matrices out.
     """
     if asked != "auto":
         return asked == "on"
     shared_out = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return device.startswith("cuda") and precision != "fp32" and not shared_out
+    return worth and precision != "fp32" and not shared_out
 
 
 def use(config: LoraConfig) -> None:

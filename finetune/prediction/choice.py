@@ -132,6 +132,13 @@ class Options:
         least = min(self.policies(), key=lambda policy: self._total(fewest, policy, attention))
         return self._chosen(fewest, least, attention, rates[fewest, least], budget)
 
+    def worth_fusing(self, choice: Choice) -> bool:
+        """Whether the GPU, and not launching kernels, takes a micro-batch's time: a fused adapter is a few long kernels
+        behind more Python (7 % faster at 16 k tokens on an H200, slower at 2 k; docs/lab-notes.md).
+        """
+        seconds = choice.rows * self.run.row_tokens / choice.tokens_per_second
+        return seconds >= 2 * LAYER_SECONDS * self.shapes.layers
+
     def _total(self, rows: int, policy: Policy, attention: Attention) -> int:
         return sum(self.parts(rows, policy, attention).values())
 

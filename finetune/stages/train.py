@@ -69,7 +69,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         device, packed.exists(), precision, inputs["base"], ctx.say, trust_remote_code=remote_code
     )
     varlen = attention.is_varlen(attending)
-    policy, micro = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
+    policy, micro, worth_fusing = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
     base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
     faster.speed_up(base, ctx)
     settings = spec.train
@@ -87,7 +87,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
         held_out=held_out,
         start=start,
-        fused_adapters=fused_adapters.wanted(ctx.runtime.fused_adapters, device, precision, os.environ),
+        fused_adapters=fused_adapters.wanted(ctx.runtime.fused_adapters, precision, os.environ, worth=worth_fusing),
     )
     with threads.fitting(inputs["base"], device):
         result = sft.train(job, base, tokenizer, rows, ctx)
@@ -121,8 +121,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 def _decide(
     spec: Spec, base: Path, rows: Path | pa.Table, device: str, ctx: Context, *, varlen: bool
-) -> tuple[str, int | None]:
-    """The checkpointing policy, and the rows at once (None: as the runtime says); neither changes the gradients.
+) -> tuple[str, int | None, bool]:
+    """The checkpointing policy, the rows at once (None: as the runtime says), and whether fused adapters are faster.
 
     On a GPU what is `auto` becomes the fastest that fits its free memory; a CPU recomputes for large bases only.
     """
@@ -135,7 +135,7 @@ def _decide(
     shapes = shapes_of(read_json(base / "config.json"))
     if device == "cpu" or shapes is None:
         large = read_json(base / "base.json")["parameters"] >= CHECKPOINT_FROM_PARAMETERS
-        return (("full" if large else "none") if asked == "auto" else asked), None
+        return (("full" if large else "none") if asked == "auto" else asked), None, False
     run = Training(
         lora=spec.lora,
         quantization=spec.quantization,
@@ -145,9 +145,10 @@ def _decide(
         row_tokens=batch.longest_row(rows),
     )
     gpu = batch.this_gpu(device, ctx.world)
-    choice = Options(shapes, run, ctx.world).best(device_like(*gpu), varlen=varlen)
+    options = Options(shapes, run, ctx.world)
+    choice = options.best(device_like(*gpu), varlen=varlen)
     ctx.say(f"train: {choice.describe()}")
-    return choice.policy, choice.rows
+    return choice.policy, choice.rows, options.worth_fusing(choice)
 
 
 def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:

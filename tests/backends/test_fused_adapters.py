@@ -145,19 +145,19 @@ def test_peft_passes_the_layer_on_and_a_full_gpu_can_take_it_out():
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "precision", "environment", "expected"),
+    ("asked", "precision", "environment", "worth", "expected"),
     [
-        ("auto", "cuda", "bf16", {}, True),
-        ("auto", "cuda", "fp16", {}, True),
-        ("auto", "cuda", "fp32", {}, False),
-        ("auto", "cpu", "bf16", {}, False),
-        ("auto", "cuda", "bf16", {"ACCELERATE_USE_FSDP": "true"}, False),
-        ("off", "cuda", "bf16", {}, False),
-        ("on", "cpu", "fp32", {}, True),
+        ("auto", "bf16", {}, True, True),
+        ("auto", "fp16", {}, True, True),
+        ("auto", "bf16", {}, False, False),
+        ("auto", "fp32", {}, True, False),
+        ("auto", "bf16", {"ACCELERATE_USE_FSDP": "true"}, True, False),
+        ("off", "bf16", {}, True, False),
+        ("on", "fp32", {}, False, True),
     ],
 )
-def test_where_it_is_used(asked, device, precision, environment, expected):
-    assert fused_adapters.wanted(asked, device, precision, environment) == expected
+def test_where_it_is_used(asked, precision, environment, worth, expected):
+    assert fused_adapters.wanted(asked, precision, environment, worth=worth) == expected
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])

@@ -67,6 +67,13 @@ def test_one_row_at_a_time_cannot_feed_a_large_gpu():
     assert found.best(DEVICES["h200"]).rows > 1
 
 
+def test_adapters_are_fused_where_the_gpu_is_what_takes_the_time():
+    found = options("mistral-guanaco")
+    assert all(found.worth_fusing(found.best(DEVICES[name])) for name in ("t4", "h200"))
+    alone = options("mistral-guanaco", "runtime.micro_batch_rows=1")
+    assert not alone.worth_fusing(alone.best(DEVICES["h200"])) and alone.worth_fusing(alone.best(DEVICES["t4"]))
+
+
 def test_what_the_recipe_says_is_taken():
     choice = options("mistral-guanaco", "runtime.micro_batch_rows=2", "runtime.checkpointing=every_2").best(
         DEVICES["t4"]
