@@ -164,6 +164,10 @@ class Recipe(Section):
             )
         if self.quantization is None and self.certify and self.certify.base == "dequantized":
             yield ("certify", "base"), "nothing is dequantized where quantization is null; set it to original"
+        if self.quantization is None and self.runtime.keep_quantized == "always":
+            yield ("runtime", "keep_quantized"), "there is no 4-bit copy where quantization is null; take auto"
+        if self.quantization is None and self.runtime.cache_dequantized:
+            yield ("runtime", "cache_dequantized"), "there are no 4-bit weights where quantization is null; drop it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
             yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
         if self.split is None and self.train.eval_steps is not None:

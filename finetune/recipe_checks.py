@@ -11,7 +11,6 @@ from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.recipe import LocalSource, Source
-from finetune.recipe_data import is_folder_name
 from finetune.recipe_errors import in_file_order
 from finetune.recipe_file import LoadedRecipe
 from finetune.recipe_names import resource
@@ -35,10 +34,9 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
-    embedding = ((recipe.dedup.embedding if recipe.dedup else None) or "").removeprefix("model2vec:")
-    if embedding and is_folder_name(embedding):
-        if not Path(embedding).expanduser().is_dir():
-            yield ("dedup", "embedding"), f"found {embedding!r}: no such folder; allowed: lsa, OWNER/NAME, a folder"
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    if encoder is not None and not encoder.is_dir():
+        yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
     if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
         yield ("evaluate", "task_folder"), f"no such folder: {recipe.evaluate.task_path}"
     start = recipe.lora.start_folder

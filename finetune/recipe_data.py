@@ -19,9 +19,9 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 HUB_NAME = r"^[\w][\w.-]*(/[\w][\w.-]*)?$"
@@ -30,6 +30,7 @@ REVISION = r"^[\w][\w./-]*$"
 RECIPE_NAME = r"^[\w][\w.-]*$"
 KEEP = r"^(longest|first|column:.+)$"
 BY = r"^(tokens|column:.+)$"
+STATIC = "model2vec:"  # before the name of a static embedding model
 OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 LANGUAGE = r"^[a-z]{2,3}$"
 PATTERN_WORDS = {  # what an error says in place of the expression
@@ -231,16 +232,27 @@ class Dedup(Section):
     """Which row of several stays: longest, first, or column:NAME for the largest figure in a column."""
     max_dropped_fraction: Fraction = 0.9
     """Stop (exit 3) where a larger share of the rows would be dropped."""
+    embedding_folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
-    @field_validator("embedding")
+    @model_validator(mode="before")
     @classmethod
-    def _can_be_a_folder(cls, embedding: str | None) -> str | None:
-        name = (embedding or "").removeprefix("model2vec:")
-        if embedding and not name:
-            raise ValueError("model2vec: needs a model on the Hub or a folder behind it")
-        if name and is_folder_name(name):
-            stays_inside(local_path(name), name)
-        return embedding
+    def _embedding_path(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, dict) and info.context and "embedding_folder" in value:
+            refuse([(("embedding_folder",), "unknown field; write the folder as embedding: /path or ./path")])
+        if not isinstance(value, dict) or not isinstance(value.get("embedding"), str) or "embedding_folder" in value:
+            return value
+        kind = STATIC if value["embedding"].startswith(STATIC) else ""
+        name = value["embedding"].removeprefix(kind)
+        if kind and not name:
+            refuse([(("embedding",), f"found {kind!r}; it needs a model on the Hub or a folder behind it")])
+        if not name or not is_folder_name(name):
+            return value
+        try:
+            path = resolve_path(name, info)
+        except ValueError as error:
+            refuse([(("embedding",), f"found {value['embedding'][:60]!r}; {error}")])
+            raise
+        return {**value, "embedding": f"{kind}folder:{path.name}", "embedding_folder": path}
 
 
 class Decontaminate(Section):

@@ -28,6 +28,7 @@ WORDS = {  # error type → what is allowed, in place of pydantic's words
     "dict_type": "names and values, as in {a: b}",
     "finite_number": "a finite number",
 }
+OFF = ("none", "off", "false")  # what people write for null
 QUOTES = "; put it in quotes, as"
 TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # those of YAML 1.1
 
@@ -89,11 +90,21 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
         fields = list(written_fields(held)) if (held := _model_at(at)) else []
         if "source" in fields:
             return _no_source(value)
-        off = "; leave the line out for the defaults" if value is None else ""
+        off = "; leave the line out for the defaults" if value is None else _null_turns_off(at)
         return f"found {found}; allowed: fields, as in {{{fields[0] if fields else '…'}: …}}{off}"
     if kind == "list_type" and at in (("data",), ("decontaminate", "against")):
         return f"found {found}; allowed: a list, each source in a line that begins with -"
-    return f"found {found}; allowed: {_allowed(error)}"
+    off = _null_turns_off(at) or _null_turns_off(at[:-1]) if str(value).lower() in OFF else ""
+    return f"found {found}; allowed: {_allowed(error)}{off}"
+
+
+def _null_turns_off(at: Location) -> str:
+    """For who writes `pack: none` or `dedup: false`: how that is said."""
+    if not at:
+        return ""
+    holder = _model_at(at[:-1]) if at[1:] else Recipe
+    field = written_fields(holder).get(str(at[-1])) if holder else None
+    return f"; {at[-1]}: null turns it off" if field and type(None) in _members(field.annotation) else ""
 
 
 def _allowed(error: ErrorDetails) -> str:

@@ -73,12 +73,19 @@ BAD = {
     "a model that is no name": (GOOD.replace("builtin:tiny-mistral", "'a b'"), "is no Hub name"),
     "a newer schema": (GOOD.replace("schema: 1", "schema: 2"), "r:1: schema: found 2; allowed: 1"),
     "a path that climbs out": (GOOD + "  - {source: local, path: ../../etc/passwd}\n", "stays inside the recipe's folder"),
-    "an embedding that climbs out": (GOOD + "dedup: {embedding: ../../etc}\n", "r:6: dedup.embedding: '../../etc' climbs out"),
+    "an embedding that climbs out": (GOOD + "dedup: {embedding: ../../etc}\n", "r:6: dedup.embedding: found '../../etc'; '../../etc' climbs out"),
     "an adapter that climbs out": (GOOD + "lora: {start_from: ./../x}\n", "climbs out"),
     "task files that climb out": (GOOD + "evaluate: {task_folder: ../x}\n", "climbs out"),
     "a template that climbs out": (GOOD + "render: {template: ../x.jinja}\n", "r:6: render.template: found '../x.jinja'; '../x.jinja' climbs out"),
     "a micro-batch that does not divide": (GOOD + "runtime: {micro_batch_rows: 3}\n", "does not divide train.batch_rows 16; take one of 1, 2, 4, 8, 16"),
     "packing shorter than its documents": (GOOD + "pack: {length_tokens: 100}\n", "a whole document would not fit"),
+    "packing none with an option of packing": (GOOD + "pack: {method: none, length_tokens: 4096}\n", "r:6: pack.method: found 'none'; allowed: 'bfd'; pack: null turns it off"),
+    "packing as a word": (GOOD + "pack: none\n", "r:6: pack: found 'none'; allowed: fields, as in {method: …}; pack: null turns it off"),
+    "a section that is false": (GOOD + "dedup: false\n", "r:6: dedup: found false; allowed: fields, as in {exact: …}; dedup: null turns it off"),
+    "a copy of what is not quantised": (GOOD + "quantization: null\nruntime: {keep_quantized: always}\n", "r:7: runtime.keep_quantized: there is no 4-bit copy"),
+    "16-bit weights of what is not quantised": (GOOD + "quantization: null\nruntime: {cache_dequantized: true}\n", "r:7: runtime.cache_dequantized: there are no 4-bit weights"),
+    "an internal field of dedup": (GOOD + "dedup: {embedding_folder: /etc}\n", "r:6: dedup.embedding_folder: unknown field; write the folder as embedding"),
+    "a static embedding without a name": (GOOD + "dedup: {embedding: 'model2vec:'}\n", "r:6: dedup.embedding: found 'model2vec:'; it needs a model"),
     "an unsupported export": (GOOD + "export: {gguf: [q9]}\n", "r:6: export.gguf.0: found 'q9'"),
     "a key written twice": (GOOD + "name: again\n", "r:6: name: written twice"),
     "a key written twice deep": (GOOD + "train:\n  epochs: 1\n  epochs: 2\n", "r:8: train.epochs: written twice"),
@@ -213,7 +220,7 @@ ABSENT = {
     "evaluation data": ("decontaminate: {against: [{source: local, path: x}]}\n", "r:6: decontaminate.against.0.path: no such file", ""),
     "a template": ("render: {template: alpca}\n", "r:6: render.template: found 'alpca'; allowed: auto, alpaca, ", "did you mean alpaca?"),
     "a template file": ("render: {template: x.jinja}\n", "r:6: render.template: no such file: ", "x.jinja"),
-    "an encoder's folder": ("dedup: {embedding: ./nope}\n", "r:6: dedup.embedding: found './nope': no such folder", ""),
+    "an encoder's folder": ("dedup: {embedding: ./nope}\n", "r:6: dedup.embedding: no such folder: ", "/nope; allowed: lsa, OWNER/NAME, a folder"),
 }  # fmt: skip
 
 
@@ -479,3 +486,16 @@ STEPS = st.lists(st.sampled_from([*NAMES, "0", "1", "²", "", " "]) | st.text(ma
 def test_any_set_is_applied_or_refused_cleanly(options):
     sets = [o if isinstance(o, str) else f"{'.'.join(o[0])}={o[1]}" for o in options]
     valid_or_refused(GOOD, sets)
+
+
+def test_an_embedding_model_lies_beside_the_recipe_wherever_the_command_is_typed(tmp_path, monkeypatch):
+    encoder, elsewhere = tmp_path / "recipes" / "encoder", tmp_path / "elsewhere"
+    encoder.mkdir(parents=True)
+    elsewhere.mkdir()
+    for kind in ("", "model2vec:"):
+        (tmp_path / "recipes" / "r.yaml").write_text(GOOD + f"dedup: {{embedding: '{kind}./encoder'}}\n")
+        monkeypatch.chdir(elsewhere)
+        loaded = load_recipe(str(tmp_path / "recipes" / "r.yaml"))
+        assert loaded.recipe.dedup.embedding_folder == encoder
+        assert loaded.recipe.dedup.embedding == f"{kind}folder:encoder"  # what a key holds: no place of this machine
+        assert absent(loaded) == []

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.errors import InputError
+from finetune.recipe_data import STATIC
 
 LSA = "lsa"
-STATIC = "model2vec:"
-HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
-def named(embedding: str) -> tuple[str, Path | None]:
-    """A name without a local path, and the folder where it is one: what cannot be a Hub name, or begins like a path."""
-    kind = STATIC if embedding.startswith(STATIC) else ""
-    name = embedding.removeprefix(kind)
-    if name.startswith(("/", "./", "../", "~")) or not HUB_NAME.fullmatch(name):
-        folder = Path(name).expanduser().absolute()
-        return f"{kind}folder:{folder.name}", folder
-    return embedding, None
 
 
 def model_fingerprint(name: str, folder: Path | None) -> Mapping[str, object]:

@@ -112,16 +112,16 @@ def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
     common = np.sort(np.argsort(-frequency, kind="stable")[:SVD_FEATURES])
     weights_common = weights[:, common]
     dimension = min(SVD_DIMENSION, rows, len(common))
-    # The last directions are nearly degenerate: with another number of threads they turn, and entries move by 2e-4.
-    with threadpool_limits(1):
-        _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
-    latent = np.asarray(weights_common @ basis.T, np.float32)
-
     generator = np.random.default_rng(SEED)
     bucket = generator.integers(0, SKETCH_DIMENSION, features)
     sign = generator.choice(np.array([-1, 1], np.float32), features)
     sketch = csr_matrix((sign, (np.arange(features), bucket)), shape=(features, SKETCH_DIMENSION))
-    residual = (weights @ sketch).toarray() - latent @ np.asarray(sketch[common].T @ basis.T, np.float32).T
+    # The last directions are nearly degenerate: with another number of threads they turn, and entries move by 2e-4. A
+    # product's last bits depend on it too, on some processors (seen on an AMD EPYC).
+    with threadpool_limits(1):
+        _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
+        latent = np.asarray(weights_common @ basis.T, np.float32)
+        residual = (weights @ sketch).toarray() - latent @ np.asarray(sketch[common].T @ basis.T, np.float32).T
     return np.hstack([latent, np.float32(RESIDUAL_WEIGHT) * residual]).astype(np.float32, copy=False)
 
 

@@ -201,11 +201,9 @@ def without_folders(text: str, recipe: Recipe) -> str:
     text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
     every = [*recipe.data, *(recipe.decontaminate.against if recipe.decontaminate else [])]
     paths = [s.path for s in every if isinstance(s, LocalSource)]
-    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder)
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder)
     paths += [p for p in named if p is not None]
-    embedding = ((recipe.dedup.embedding if recipe.dedup else None) or "").removeprefix("model2vec:")
-    if embedding.startswith(("/", "~")):
-        paths.append(Path(embedding).expanduser())
     for path in sorted(paths, key=lambda p: -len(str(p))):
         written = [str(path)]
         if path.is_relative_to(Path.home()):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune.backends.embedding_names import LSA, model_fingerprint, named
+from finetune.backends.embedding_names import LSA, model_fingerprint
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Decontaminate, Recipe, Section, Source
@@ -33,8 +33,9 @@ def spec(recipe: Recipe) -> Spec | None:
     section = recipe.decontaminate
     if section is None or section.embedding_threshold is None:
         return None if section is None else Spec(section=section)
-    name, folder = named((recipe.dedup.embedding if recipe.dedup else None) or LSA)
-    return Spec(section=section, embedding=name, folder=folder)
+    if recipe.dedup is None or recipe.dedup.embedding is None:
+        return Spec(section=section, embedding=LSA)
+    return Spec(section=section, embedding=recipe.dedup.embedding, folder=recipe.dedup.embedding_folder)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:

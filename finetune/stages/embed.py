@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.backends.embedding_names import model_fingerprint, named
+from finetune.backends.embedding_names import model_fingerprint
 from finetune.backends.embedding_time import keep_rate
 from finetune.context import Context, Metrics
 from finetune.recipe import Recipe, Section
@@ -29,8 +29,8 @@ def spec(recipe: Recipe) -> Spec | None:
     """Off without near-duplicate removal by vectors."""
     if recipe.dedup is None or recipe.dedup.embedding is None:
         return None
-    name, folder = named(recipe.dedup.embedding)
-    return Spec(embedding=name, field=recipe.dedup.field, folder=folder)
+    dedup = recipe.dedup
+    return Spec(embedding=dedup.embedding, field=dedup.field, folder=dedup.embedding_folder)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
