@@ -383,6 +383,11 @@ def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):  # what transformers asks for
+            raise InputError(
+                f"{folder / 'config.json'} needs the Python code beside it, and none was run; read it, and set "
+                "model.trust_remote_code: true if this machine may run it"
+            ) from error
         raise InputError(
             f"{folder / 'config.json'} describes no causal language model: {_first_line(error)}"
         ) from error

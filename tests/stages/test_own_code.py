@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.backends import hub_loaded, lora_settings, models
 from finetune.backends.streamed_forward import empty_model
+from finetune.errors import InputError
 from finetune.recipe import Lora, Merge, Model
 from finetune.records import read_json, write_json
 from finetune.stages import base, merge
@@ -49,9 +51,11 @@ def with_code(folder: Path, model_type: str) -> Path:
     return folder
 
 
-def finished(root: Path, model_type: str, trust: bool) -> tuple[dict[str, Path], Model, list[str]]:
+def finished(
+    root: Path, model_type: str, trust: bool, given: Path | None = None
+) -> tuple[dict[str, Path], Model, list[str]]:
     """The base stage's folder, an adapter on it, and the merged folder `out`."""
-    folder = with_code(root / "given", model_type)
+    folder = given or with_code(root / "given", model_type)
     model = Model.model_validate({"id": str(folder), "trust_remote_code": trust}, context={"folder": str(root)})
     said: list[str] = []
     for name in ("base", "out"):
@@ -83,6 +87,41 @@ def test_with_trust_the_code_travels(tmp_path: Path) -> None:
     assert not list(hub_loaded._config(out, out, {}))  # read back after a push, without running any of that code
     write_json(inputs["base"] / "config.json", {**read_json(out / "config.json"), "hidden_size": 8})
     assert list(hub_loaded._config(inputs["base"], out, {})) == ["config.json is another"]
+
+
+def armed(folder: Path, ran: Path) -> None:
+    """Have every Python file beside the weights, the tokenizer's too, leave a mark when it is run."""
+    (folder / "tokenization_own.py").write_text("from transformers import PreTrainedTokenizerFast as OwnTokenizer\n")
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(
+        folder / "tokenizer_config.json",
+        {**settings, "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}},
+    )
+    for code in folder.glob("*.py"):
+        code.write_text(f"open({str(ran)!r}, 'a').write(__name__)\n{code.read_text()}")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_runs_where_the_recipe_says_so_and_nowhere_else(trust: bool, tmp_path: Path) -> None:
+    """With trust, so that the mark is known to show a run; without, from the base to the merged model's loading."""
+    ran = tmp_path / "ran"
+    given = with_code(tmp_path / "given", "mistral")
+    armed(given, ran)
+    inputs, model, _ = finished(tmp_path, "mistral", trust, given)
+    lora_settings.check_targets(Lora(), inputs["base"], trust)
+    loaded = models.load_base(model, inputs["base"], context(tmp_path), None, "fp32", "cpu")
+    models.load_tokenizer(inputs["base"])
+    assert type(loaded).__name__ == ("OwnForCausalLM" if trust else "MistralForCausalLM")
+    assert ran.exists() is trust
+
+
+def test_a_base_that_only_its_own_code_knows_is_refused_without_running_it(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    given = with_code(tmp_path / "given", "own_mistral")
+    armed(given, ran)
+    with pytest.raises(InputError, match="trust_remote_code"):
+        finished(tmp_path, "own_mistral", False, given)
+    assert not ran.exists()
 
 
 def test_without_trust_nothing_names_code_that_is_not_there(tmp_path: Path) -> None:
