@@ -1,5 +1,8 @@
 import dataclasses
+import json
 import logging
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -189,3 +192,21 @@ def test_a_folder_without_a_model_is_named(ctx, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="could not be loaded"):
         embed(["a"], "folder:empty", ctx, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("place", ["modules.json", "config.json"])
+def test_code_that_comes_with_an_embedding_model_is_never_run(place, ctx, minilm, tmp_path):
+    """sentence-transformers before 6.0 ran it for any folder (its #3801): pyproject.toml asks for 6 or newer."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(minilm, folder, copy_function=os.symlink)
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import BertModel as Own, BertConfig\n")
+    settings = json.loads((folder / place).read_text())
+    if place == "modules.json":
+        settings[0]["type"] = "own.Own"
+    else:
+        settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.BertConfig", "AutoModel": "own.Own"}}
+    (folder / place).unlink()
+    (folder / place).write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="could not be loaded"):
+        embed(["a"], "folder:model", ctx, folder)
+    assert not ran.exists()
