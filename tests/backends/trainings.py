@@ -30,8 +30,8 @@ def load(base, ctx, tmp_path):
     folder.mkdir()
     model = Model.model_validate(str(base))
     run(Spec(model=model), {}, folder, ctx)
-    return lambda quantization=Quantization(double=False), precision="fp32": models.load_base(  # noqa: B008
-        model, folder, ctx, quantization, precision, "cpu"
+    return lambda quantization=Quantization(double=False), precision="fp32", attention=None: (  # noqa: B008
+        models.load_base(model, folder, ctx, quantization, precision, "cpu", attention)
     )
 
 

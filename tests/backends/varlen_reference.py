@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -38,18 +41,26 @@ def varlen_attn(
         if int(bounds.diff().max()) > longest:
             raise ValueError(f"a document is longer than {longest}")
     scale = size**-0.5 if scale is None else scale
-    left, right = window_size
     outputs = []
-    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
-        q, k, v = (t[start:stop].float().transpose(0, 1) for t in (query, key, value))  # (heads, n, D)
-        k, v = (t.repeat_interleave(heads // t.shape[0], dim=0) for t in (k, v))
+    for (q, k, v), hidden, _ in _documents(query, key, value, cu_seq_q, window_size):
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def _documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, window: tuple[int, int]
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, slice]]:
+    """Of each document: q, k, v (heads, n, D) in fp32, which of its tokens do not see which (n, n), where it lies."""
+    left, right = window
+    for start, stop in pairwise(bounds.tolist()):
+        parts = [t[start:stop].float().transpose(0, 1) for t in (query, key, value)]
+        parts = [t.repeat_interleave(query.shape[1] // t.shape[0], dim=0) for t in parts]
         behind = torch.arange(stop - start)[:, None] - torch.arange(stop - start)[None, :]
         hidden = torch.zeros_like(behind, dtype=torch.bool)
         hidden |= (behind > left) if left >= 0 else hidden
         hidden |= (-behind > right) if right >= 0 else hidden
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf)
-        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs).to(query.dtype)
+        yield parts, hidden, slice(start, stop)
 
 
 def of_torch_2_10(
@@ -92,7 +103,84 @@ def kernel(version: str = "2.12") -> attention.Kernel:
     return attention.adapted(function, inspect.signature(function).parameters)
 
 
-def register() -> str:
+@torch.library.custom_op("finetune_tests::varlen", mutates_args=())
+def _operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    left: int,
+) -> torch.Tensor:
+    return varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+    )
+
+
+@_operator.register_fake
+def _(query: torch.Tensor, *rest: object) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+@torch.library.custom_op("finetune_tests::varlen_gradients", mutates_args=())
+def _gradients(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    left: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = [torch.zeros_like(t) for t in (query, key, value)]
+    for (q, k, v), hidden, place in _documents(query, key, value, bounds, (left, 0)):
+        share = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf).softmax(-1)  # (heads, n, n)
+        given = out[place].float().transpose(0, 1)
+        of_share = given @ v.transpose(1, 2)
+        of_scores = share * (of_share - (of_share * share).sum(-1, keepdim=True)) * scale
+        found = (of_scores @ k, of_scores.transpose(1, 2) @ q, share.transpose(1, 2) @ given)
+        for whole, part in zip(gradients, found, strict=True):
+            grouped = part.unflatten(0, (whole.shape[1], -1)).sum(1)  # query heads of one key head
+            whole[place] = grouped.transpose(0, 1).to(whole.dtype)
+    first, second, third = gradients
+    return first, second, third
+
+
+@_gradients.register_fake
+def _(out: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in inputs[:3])
+
+
+_operator.register_autograd(
+    lambda ctx, out: (*_gradients(out, *ctx.saved_tensors, *ctx.rest), *[None] * 4), setup_context=_keep
+)
+
+
+def operator_kernel() -> attention.Kernel:
+    """The reference as one operator that torch.compile looks at from outside, as it does at torch's own."""
+
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        return _operator(query, key, value, bounds, longest, scale, -1 if window is None else window - 1)
+
+    return kernel
+
+
+def register(*, as_operator: bool = False) -> str:
     """Make it an attention of transformers; its name."""
-    attention.register(NAME, kernel())
+    attention.register(NAME, operator_kernel() if as_operator else kernel())
     return NAME
