@@ -12,8 +12,8 @@ import pytest
 from finetune.leases import BEAT_SECONDS
 from finetune.store import Store
 from tests.e2e.conftest import Workspace
-from tests.e2e.test_deaths import alive, committed
-from tests.e2e.test_deaths import forked as forked
+from tests.e2e.forked import alive, committed
+from tests.e2e.forked import forked as forked
 
 
 @pytest.fixture
