@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.backends import quantized_copy
+from finetune.leases import is_being_built, is_running
 from finetune.pipeline import STAGES, stage_folder
 from finetune.runs import latest_run, read_record
-from finetune.store import Store, is_being_built, is_running
+from finetune.store import Store
 
 
 @dataclass(frozen=True)

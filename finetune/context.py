@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -36,6 +36,29 @@ class SilentBar:
 
     def close(self) -> None:
         """Nothing to take away."""
+
+
+class HeardBar:
+    """A bar that tells one more listener, in words, how far it is."""
+
+    def __init__(self, bar: Bar, tell: Callable[[str], None], label: str, total: int | None) -> None:
+        self._bar, self._tell, self._label, self._total = bar, tell, label, total
+        self._done = 0
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move by `steps`, and tell."""
+        self._done += steps
+        self._tell(f"{position(self._label, self._done, self._total)} {note}".rstrip())
+        self._bar.advance(steps, note)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+def position(label: str, done: int, total: int | None) -> str:
+    """`training 7/100`, or `training 7` where nobody knows how many there will be."""
+    return f"{label} {done}/{total}" if total else f"{label} {done}"
 
 
 @dataclass
@@ -80,6 +103,15 @@ class Context:
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another
     environment: Mapping[str, str] = field(default_factory=dict)  # what the tracker may record; never a secret
+
+    def heard_by(self, tell: Callable[[str], None]) -> Context:
+        """The same, whose lines and progress `tell` hears too: it is called at every step, so it must be quick."""
+
+        def say(line: str) -> None:
+            tell(line)
+            self.say(line)
+
+        return replace(self, say=say, bar=lambda label, total: HeardBar(self.bar(label, total), tell, label, total))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` under a progress bar, and raise Stopped between two of them once a signal has come."""

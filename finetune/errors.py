@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class FinetuneError(Exception):
     """Failed while running. The message is one clear sentence for a person; no traceback is shown."""
@@ -27,3 +29,12 @@ class Stopped(FinetuneError):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}; the same command goes on from here")
         self.exit_status = 128 + signal_number
+
+
+def how_it_ended(status: int) -> str:
+    """What became of a child process, by its return code: `was killed by SIGTERM`, or `failed with status 3`."""
+    if status >= 0:
+        return f"failed with status {status}"
+    known = {s.value: s.name for s in signal.Signals}
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was killed by {known.get(-status, f'signal {-status}')}{hint}"

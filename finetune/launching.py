@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from finetune.errors import FinetuneError, InputError, Stopped
+from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the others, once one has failed; after a signal they may take as long as a checkpoint needs
@@ -74,11 +74,9 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     if received and status == 128 + received[0]:
         raise Stopped(received[0])
     if status < 0:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if -status == signal.SIGKILL and not received else ""
+        how = f"was killed by {signal.Signals(-status).name}" if received else how_it_ended(status)
         raise FinetuneError(
-            f"process {rank + 1} of {processes} was killed by {name}{hint}; the same command goes on from the last "
-            "checkpoint"
+            f"process {rank + 1} of {processes} {how}; the same command goes on from the last checkpoint"
         )
     if status:
         sys.exit(status)

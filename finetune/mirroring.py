@@ -22,10 +22,11 @@ from pydantic import ValidationError
 from finetune.backends.hub_store import ABOUT, README, HubFolder, Remote
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
+from finetune.leases import is_being_built
 from finetune.pipeline import STAGES
 from finetune.records import read_json, replace_bytes, write_json
 from finetune.runs import Run
-from finetune.store import BUILDING, MANIFEST, Manifest, Store, is_being_built
+from finetune.store import BUILDING, MANIFEST, Manifest, Store
 
 POLL_SECONDS, AFTER_FAILURE_SECONDS = 1.0, 60.0
 STAGE_SECONDS = 10.0  # small stages that end within it go together

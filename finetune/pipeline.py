@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from finetune.context import Context, Metrics
 from finetune.environment import describe_environment, peak_memory_bytes
 from finetune.errors import FinetuneError, GateRefused, InputError, Stopped
+from finetune.leases import Lease, is_being_built
 from finetune.recipe import Recipe
 from finetune.runs import Run, StageRecord
 from finetune.stages import (
@@ -36,7 +37,7 @@ from finetune.stages import (
     split,
     train,
 )
-from finetune.store import BUILDING, Hashed, Lease, Manifest, Store, is_being_built, is_full, make_key, output_digest
+from finetune.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
 
 KEPT = "(what was finished is kept; the same command goes on from there)"
 Spec = Any  # each stage's own model; the pipeline only hands it through
@@ -231,20 +232,12 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
         manifest = store.find(folder)  # whoever was waited for may have finished it
         if manifest is None:
-            manifest = _build_leased(step, recipe, store, _noting(ctx, lease), fresh, lease)
+            manifest = _build_leased(step, recipe, store, ctx.heard_by(lease.say), fresh, lease)
     return _finished(step, manifest)
 
 
 def _finished(step: Step, manifest: Manifest) -> Step:
     return dataclasses.replace(step, status="done", manifest=manifest)
-
-
-def _noting(ctx: Context, lease: Lease) -> Context:
-    def say(line: str) -> None:
-        lease.note = line
-        ctx.say(line)
-
-    return dataclasses.replace(ctx, say=say)
 
 
 def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool, lease: Lease) -> Manifest:

@@ -2,8 +2,7 @@
 
 A stage's folder is `ROOT/STAGE/KEY`. Files are written there and synced, and `manifest.json` is written last: a folder
 with a readable manifest is complete, any other is a build in progress or one that died. No rename, link or lock is
-needed, so a mounted Drive or NFS folder will do. A builder owns its folder by a numbered lease file that it keeps
-touching; another run waits for a live lease and takes over a dead one by creating the next number exclusively.
+needed, so a mounted Drive or NFS folder will do. A builder owns its folder by a lease (leases.py).
 """
 
 from __future__ import annotations
@@ -11,14 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shutil
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from finetune import digests
 from finetune.errors import FinetuneError, InputError
+from finetune.leases import Lease, acquire
 
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
-LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
-BEAT_SECONDS = 5.0
 FULL_BYTES = 65536
-LEASE_BYTES = 2048
 
 
 class FileEntry(BaseModel):
@@ -59,52 +50,6 @@ class Manifest(BaseModel):
     seconds: float
     peak_memory_bytes: int
     environment: dict[str, Any]  # versions, git commit, device: recorded, never part of a key
-
-
-@dataclass
-class Lease:
-    """The right to build one folder. `note` is shown to whoever waits."""
-
-    path: Path
-    token: str
-    note: str = ""
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Keep the lease moving, so that another machine sees that this one lives."""
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
-        self._thread.start()
-
-    def _beat(self) -> None:
-        beat = 0
-        while not self._stop.wait(BEAT_SECONDS):
-            beat += 1
-            with contextlib.suppress(OSError):  # a full disk must not kill the build
-                # In place and of one length: no room is needed, and what is there is never cut off.
-                with self.path.open("r+b") as file:
-                    file.write(_lease_bytes(self.token, beat, self.note))
-                    file.flush()
-                    os.fsync(file.fileno())
-
-    def require(self) -> None:
-        """Raise FinetuneError where another run took the folder over, because this process stood still for too long."""
-        others = [p for p in _leases(self.path.parent) if p.name > self.path.name]
-        if others or not self.path.exists():
-            owner = _owner(_read(max(others))) if others else "another run"
-            raise FinetuneError(
-                f"{self.path.parent}: {owner} took this folder over while this process stood still; run again: what it "
-                "finishes is used"
-            )
-
-    def release(self) -> None:
-        """Give the folder back; older, dead leases go first, and a later one is not ours."""
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-        for path in sorted(_leases(self.path.parent)):
-            if path.name <= self.path.name:
-                path.unlink(missing_ok=True)
 
 
 class Hashed:
@@ -170,7 +115,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FinetuneError(f"{folder}: cannot be written: {error.strerror}") from None
-        lease = _acquire(folder, on_wait, check)
+        lease = acquire(folder, on_wait, check)
         lease.start()
         try:
             yield lease
@@ -218,12 +163,6 @@ def is_full(folder: Path) -> bool:
         return False
 
 
-def is_being_built(folder: Path) -> bool:
-    """Whether a lease in the folder may belong to a living process; one of another machine counts as living."""
-    held = sorted(_leases(folder))
-    return bool(held) and not _is_dead(held[-1], _read(held[-1]), {})
-
-
 def make_key(stage: str, version: int, spec: object, fingerprint: object, inputs: Mapping[str, str]) -> str:
     """The content key of a stage: 32 hex digits over everything that may change its output, and nothing else."""
     parts = {"stage": stage, "version": version, "spec": spec, "fingerprint": fingerprint, "inputs": dict(inputs)}
@@ -245,138 +184,6 @@ def hash_file(path: Path) -> str:
         return digests.hash_file(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Lease:
-    token = uuid.uuid4().hex
-    watch: dict[Path, tuple[bytes, float]] = {}
-    said = ""
-    while True:
-        check()
-        held = sorted(_leases(folder))
-        current = held[-1] if held else None
-        before = _read(current) if current else b""
-        if current is None or _is_dead(current, before, watch):
-            number = int(current.name.split(".")[1]) + 1 if current else 1
-            mine = folder / f"lease.{number:06d}.json"
-            if _create(mine, token):
-                # Whoever took a judgement on an older state gives way: the lease judged dead must still be there,
-                # unchanged, and no other may have appeared beside it.
-                others = [p for p in _leases(folder) if p != mine and p not in held]
-                if not others and (current is None or _read(current) == before):
-                    if current is not None:
-                        on_wait(f"{folder.name}: took over from {_owner(before)}, which is gone")
-                    return Lease(mine, token)
-                mine.unlink(missing_ok=True)
-            time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - jitter, so that two that gave way do not meet again
-            continue
-        line = f"waiting for {_owner(before)}"
-        if line != said:
-            on_wait(line)
-            said = line
-        time.sleep(0.25)
-
-
-def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]]) -> bool:
-    now = time.monotonic()  # never the wall clock: it may jump, and two machines never agree on it
-    if path not in watch or watch[path][0] != content:
-        watch[path] = (content, now)
-    try:
-        owner = json.loads(content)
-        me = _identity()
-        if all(owner[k] == me[k] for k in ("host", "boot", "namespace")):
-            return bool(_process_start(int(owner["pid"])) != owner["start"])
-    except (ValueError, KeyError, TypeError):
-        pass  # torn or half-written: judged by whether it still changes
-    return now - watch[path][1] > LEASE_SECONDS
-
-
-def _create(path: Path, token: str) -> bool:
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_lease_bytes(token, 0, ""))
-    except OSError as error:
-        path.unlink(missing_ok=True)  # cut off, it would be taken for a lease of another machine
-        raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
-    return True
-
-
-def _lease_bytes(token: str, beat: int, note: str) -> bytes:
-    text = json.dumps({**_identity(), "token": token, "beat": beat, "note": note[:200]})
-    return text.encode().ljust(LEASE_BYTES)
-
-
-def _leases(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("lease.*.json") if p.name.split(".")[1].isdigit()]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _owner(content: bytes) -> str:
-    try:
-        lease = json.loads(content)
-        note = f": {lease['note']}" if lease.get("note") else ""
-        return f"process {lease['pid']} on {lease['host']}{note}"
-    except (ValueError, KeyError, TypeError):
-        return "another run"
-
-
-def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
-    return _process_start(pid) != ""
-
-
-def _identity() -> dict[str, object]:
-    """Who this process is: enough to tell a live one from a later one that was given the same number."""
-
-    def first_line(path: str) -> str:
-        try:
-            return Path(path).read_text().strip()
-        except OSError:
-            return ""
-
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path: pid:[4026531836]
-    except OSError:
-        namespace = ""
-    pid = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "boot": first_line("/proc/sys/kernel/random/boot_id"),
-        "namespace": namespace,
-        "pid": pid,
-        "start": _process_start(pid),
-    }
-
-
-def _process_start(pid: int) -> str:
-    """Something that differs between two processes of one number; "" if there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        after_name = stat.rpartition(")")[2].split()
-        return "" if after_name[0] in "ZX" else after_name[19]  # a zombie builds nothing; field 22 is starttime
-    except (OSError, IndexError):
-        pass
-    if Path("/proc/self").exists():
-        return ""
-    try:
-        os.kill(pid, 0)  # no /proc (macOS): signal 0 asks whether the process exists
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "alive"
 
 
 def _write_synced(path: Path, text: str) -> None:

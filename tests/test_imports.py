@@ -22,7 +22,8 @@ LAYERS = {  # what each part of the package may import of it, whether at the top
     "recipe_names": set(),
     "recipe_file": {"recipe", "recipe_data", "recipe_errors", "recipe_names", "errors"},
     "context": {"recipe", "errors"},
-    "store": {"errors", "digests"},
+    "leases": {"errors"},
+    "store": {"errors", "digests", "leases"},
     "data": {"data", "recipe", "recipe_rules", "records", "errors"},
     "metrics": {"metrics", "errors"},
     "backends": {

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from finetune.errors import FinetuneError
-from finetune.store import BUILDING, MANIFEST, Manifest, Store, is_being_built, output_digest
+from finetune.leases import is_being_built
+from finetune.store import BUILDING, MANIFEST, Manifest, Store, output_digest
 
 KEYS = ["a" * 32, "b" * 32]
 NAMES = ["rows", "deep/er", "note"]

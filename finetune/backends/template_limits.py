@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from finetune.backends.marking import strip_markers
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError, how_it_ended
 
 MOST_CHARACTERS = 100_000  # the longest that any base has is about 30,000
 PROBE = Path(__file__).with_name("template_probe.py")
@@ -23,6 +23,7 @@ CPU_SECONDS = 5  # for ten short conversations; a template as they are takes a t
 CLOCK_SECONDS = 60  # where the system has no such limit, or the machine is busy
 MEMORY_BYTES = 1 << 29
 ROW_SECONDS, TURNS_PER_SECOND = 10, 1000  # of one conversation; a usual template writes 30,000 turns a second
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if sys.platform != "win32" else ()
 TOO_MUCH = f"it does not end within {CPU_SECONDS} s of work and {MEMORY_BYTES >> 20} MB on conversations of four turns"
 
 
@@ -34,7 +35,8 @@ def check_template(template: str, special: Mapping[str, str], name: str) -> None
     """Try a template out in a process of its own before it is used here.
 
     Raises InputError where it does not end, outgrows the memory, loads other files, does not parse, or does what
-    the sandbox forbids. `name` says in the message which template it is.
+    the sandbox forbids; FinetuneError where somebody else ended that process. `name` says in the message which
+    template it is.
     """
     if len(template) > MOST_CHARACTERS:
         raise InputError(
@@ -60,7 +62,9 @@ def _problem(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return TOO_MUCH
-    if done.returncode < 0:  # ended by the system
+    if -done.returncode in FROM_OUTSIDE:  # says nothing of the template
+        raise FinetuneError(f"the process that tries a chat template out {how_it_ended(done.returncode)}; run again")
+    if done.returncode < 0:  # ended by the system: out of time, or of memory or stack in a library's depths
         return TOO_MUCH
     if done.returncode:
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "no word")

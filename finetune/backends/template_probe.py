@@ -89,7 +89,9 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
         return
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # SIGXCPU comes at the first limit; SIGKILL, which somebody else may have sent too, only at the second.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 

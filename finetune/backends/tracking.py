@@ -5,11 +5,12 @@ Nothing here ever asks on a terminal, and nothing that fails here stops a traini
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets as random_ids
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,19 @@ class Identity:
 class Tracker:
     """Sends the same figures to every tracker the recipe names."""
 
-    def __init__(self, wandb_run: Any | None, board: Any | None) -> None:  # noqa: ANN401 - two third-party handles
-        self._wandb, self._board = wandb_run, board
+    def __init__(
+        self,
+        wandb_run: Any | None,  # noqa: ANN401 - two third-party handles
+        board: Any | None,  # noqa: ANN401
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._wandb, self._board, self._say = wandb_run, board, say
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """One point of every curve."""
-        if self._wandb:
-            self._wandb.log(dict(figures), step=step)
+        with self._outlived() as run:
+            if run:
+                run.log(dict(figures), step=step)
         if self._board:
             for name, value in figures.items():
                 if isinstance(value, (int, float)):
@@ -53,29 +60,41 @@ class Tracker:
 
     def send_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of training rows, to W&B."""
-        if self._wandb and rows:
-            import wandb
+        with self._outlived() as run:
+            if run and rows:
+                import wandb
 
-            columns: list[str | int] = [*rows[0]]
-            table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
-            self._wandb.log({"rows": table}, step=0)
+                columns: list[str | int] = [*rows[0]]
+                table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+                run.log({"rows": table}, step=0)
 
     def send_data(self, files: Sequence[Path]) -> None:
         """The files as one artifact, to W&B; they are not copied first."""
-        if self._wandb:
-            import wandb
+        with self._outlived() as run:
+            if run:
+                import wandb
 
-            artifact = wandb.Artifact("training-data", type="dataset")
-            for file in files:
-                artifact.add_file(str(file), policy="immutable")
-            self._wandb.log_artifact(artifact)
+                artifact = wandb.Artifact("training-data", type="dataset")
+                for file in files:
+                    artifact.add_file(str(file), policy="immutable")
+                run.log_artifact(artifact)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._wandb:
-            self._wandb.finish()
+        with self._outlived() as run:
+            if run:
+                run.finish()
         if self._board:
             self._board.close()
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[Any]:
+        """The W&B run, or None. It is a process of its own, which may be killed: the training goes on without it."""
+        try:
+            yield self._wandb
+        except Exception as error:  # W&B's own, a socket's, asyncio's: none is worth a training
+            self._wandb = None
+            _give_up_wandb(error, self._say)
 
 
 def open_tracker(ctx: Context, beside: Path | None = None, step: int = 0) -> Tracker | None:
@@ -92,6 +111,7 @@ def open_tracker(ctx: Context, beside: Path | None = None, step: int = 0) -> Tra
     return Tracker(
         _open_wandb(ctx, folder, identity) if ctx.tracking.wandb else None,
         _open_board(folder, step) if ctx.tracking.tensorboard else None,
+        ctx.say,
     )
 
 
@@ -163,7 +183,20 @@ def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> Any:  # noqa:
         except wandb.Error as error:  # a key that is not valid, a project that is not one's own
             ctx.say(f"tracking: W&B refused ({str(error).splitlines()[0]}); recorded offline, `wandb sync` sends it")
             mode = "offline"
-    return wandb.init(**settings, mode=mode, settings=_quiet_settings())  # type: ignore[arg-type]
+    try:
+        return wandb.init(**settings, mode=mode, settings=_quiet_settings())  # type: ignore[arg-type]
+    except Exception as error:  # its process died before it could answer, its folder cannot be written
+        _give_up_wandb(error, ctx.say)
+        return None
+
+
+def _give_up_wandb(error: Exception, say: Callable[[str], None]) -> None:
+    import wandb
+
+    words = redact(next(iter(str(error).splitlines()), "")) or type(error).__name__
+    say(f"tracking: W&B failed ({words}); the training goes on without it, and metrics.jsonl holds every figure")
+    with contextlib.suppress(Exception):  # it cannot say goodbye either; but when Python ends it does not try again
+        wandb.teardown()
 
 
 def _quiet_settings() -> Any:  # noqa: ANN401 - wandb's settings

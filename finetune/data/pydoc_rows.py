@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, how_it_ended
 
 MAX_ANSWER_CHARACTERS = 1200
 MAX_TOPIC_CHARACTERS = 1800
@@ -80,7 +80,7 @@ def documentation(executable: str = sys.executable) -> Iterator[Entry]:
     if child.returncode:
         last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise FinetuneError(
-            f"reading the documentation of {executable} failed with status {child.returncode}: "
+            f"the process that reads the documentation of {executable} {how_it_ended(child.returncode)}: "
             f"{last[0] if last else 'it said nothing'}"
         )
     for line in child.stdout.splitlines():

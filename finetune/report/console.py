@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from finetune.context import Bar, SilentBar
+from finetune.context import Bar, SilentBar, position
 
 PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
 
@@ -74,8 +74,8 @@ class PlainBar:
         left = ""
         if self._total and self._done > self._from:
             left = f", {(now - self._start) * (self._total - self._done) / (self._done - self._from):.0f} s left"
-        of = f"/{self._total}" if self._total else ""
-        self._console.print(f"  {self._label} {self._done}{of}{left} {note}".rstrip(), highlight=False, markup=False)
+        where = position(self._label, self._done, self._total)
+        self._console.print(f"  {where}{left} {note}".rstrip(), highlight=False, markup=False)
 
     def close(self) -> None:
         """Nothing stays open."""

@@ -97,6 +97,40 @@ def test_tensorboard_holds_what_metrics_jsonl_holds_also_after_a_resume(load, ba
         assert [p.value for p in points] == pytest.approx([line[name] for line in lines], rel=1e-6)
 
 
+class Gone:
+    """A W&B run whose process was killed."""
+
+    calls = 0
+
+    def log(self, *figures, **step):
+        self.calls += 1
+        raise ConnectionResetError("Connection lost")
+
+
+def test_a_training_goes_on_without_wandb_once_its_process_is_gone():
+    said, run = [], Gone()
+    tracker = tracking.Tracker(run, None, said.append)
+    for step in (1, 2):
+        tracker.log({"loss": 2.0}, step)
+    tracker.send_rows([{"id": "a"}])
+    tracker.close()
+    assert run.calls == 1 and len(said) == 1
+    assert "W&B failed (Connection lost); the training goes on without it, and metrics.jsonl" in said[0]
+
+
+def test_a_training_begins_without_wandb_where_that_cannot(ctx, monkeypatch):
+    import wandb
+
+    def killed(**settings):
+        raise RuntimeError("wandb-core exited with code -9")
+
+    said = []
+    monkeypatch.setattr(wandb, "init", killed)
+    tracker = tracking.open_tracker(replace(ctx, tracking=Tracking(wandb=True), say=said.append))
+    tracker.log({"loss": 2.0}, 1)
+    assert "W&B failed (wandb-core exited with code -9)" in said[-1]
+
+
 def test_without_tensorboard_it_says_so(ctx, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

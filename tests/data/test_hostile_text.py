@@ -19,7 +19,7 @@ from finetune.data.audit import Tally
 from finetune.data.chat import TemplateRefused, turn
 from finetune.data.masks import fuses_with_prompt, last_tokens, token_mask
 from finetune.data.tokens import RowTokenizer, Rules
-from finetune.errors import GateRefused, InputError
+from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.records import Example, Message
 from finetune.stages.filter import Rendering, chat_renderer
 from tests.base_templates import ALL
@@ -62,6 +62,21 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "CPU_SECONDS", 1)
     monkeypatch.setattr(template_limits, "ROW_SECONDS", 1)
     monkeypatch.setattr(template_limits, "TOO_MUCH", template_limits.TOO_MUCH.replace("5 s", "1 s"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such signals")
+def test_a_trial_that_somebody_kills_says_nothing_of_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = tmp_path / "probe.py"
+    probe.write_text("import os; os.kill(os.getpid(), 15)")
+    text = f"{GOOD}{{# tried nowhere else #}}"
+    with monkeypatch.context() as patched:
+        patched.setattr(template_limits, "PROBE", probe)
+        with pytest.raises(FinetuneError, match=r"tries a chat template out was killed by SIGTERM; run again") as error:
+            template_limits.check_template(text, SPECIAL, "mine")
+        assert error.value.exit_status == 1  # not 2: nothing is wrong with the recipe
+    template_limits.check_template(text, SPECIAL, "mine")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is limited on Linux only")

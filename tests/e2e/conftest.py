@@ -29,6 +29,14 @@ evaluate: {max_rows: 12, generations: 2}
 certify: {tokens: 300, min_agreement: 0.1, max_perplexity_ratio: 2}
 runtime: {save_steps: 4}
 """
+EVERY_STAGE = (
+    RECIPE
+    + """\
+decontaminate: {against: [{source: local, path: evaluation.jsonl}]}
+sample: {random: 160}
+export: {gguf: [q8_0], perplexity_rows: 4}
+"""
+)
 
 
 def rows():
@@ -85,7 +93,7 @@ class Workspace:
         return {name: s.get("key") for name, s in self.show()["stages"].items()}
 
 
-def make_workspace(folder):
+def make_workspace(folder, recipe=RECIPE):
     from finetune.backends import tiny_mistral
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +105,8 @@ def make_workspace(folder):
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
-    (folder / "small.yaml").write_text(RECIPE)
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data[40:45]))
+    (folder / "small.yaml").write_text(recipe)
     return Workspace(folder)
 
 
@@ -105,6 +114,12 @@ def make_workspace(folder):
 def pristine(tmp_path_factory):
     """A workspace nobody runs in."""
     return make_workspace(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture(scope="session")
+def pristine_whole(tmp_path_factory):
+    """The same, with a recipe that turns no stage off."""
+    return make_workspace(tmp_path_factory.mktemp("pristine_whole"), EVERY_STAGE)
 
 
 @pytest.fixture(scope="session")

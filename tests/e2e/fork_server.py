@@ -1,11 +1,13 @@
 """Runs of the command line in forked processes, so that many runs pay for the heavy imports once.
 
 Reads one JSON request a line and answers with one: {"start": [arguments], "log": path} → {"pid": n};
-{"wait": pid} → {"status": n}, negative for the signal that killed it. Ends with its stdin.
+{"wait": pid} → {"status": n}, negative for the signal that killed it. A start may add to the run's "environment"; with
+"stop_at" the run stops itself, as by SIGSTOP, once it has said that line. Ends with its stdin.
 """
 
 import json
 import os
+import signal
 import sys
 
 import accelerate
@@ -19,11 +21,23 @@ import transformers
 import trl
 
 from finetune.cli import main
+from finetune.report.console import Screen
 
 IMPORTED = (accelerate, bitsandbytes, datasets, faiss, peft, sklearn, torch, transformers, trl)
 
 
-def start(arguments, log):
+def stop_after(line):
+    say = Screen.say
+
+    def say_and_stop(self, said):
+        say(self, said)
+        if said == line:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    Screen.say = say_and_stop
+
+
+def start(arguments, log, stop_at=None, environment=()):
     pid = os.fork()
     if pid:
         return pid
@@ -34,6 +48,9 @@ def start(arguments, log):
             os.dup2(descriptor, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["finetune", *arguments]
+        os.environ.update(environment)
+        if stop_at is not None:
+            stop_after(stop_at)
         main()
         status = 0
     except SystemExit as left:
@@ -51,7 +68,7 @@ def start(arguments, log):
 for line in sys.stdin:
     request = json.loads(line)
     if "start" in request:
-        answer = {"pid": start(request["start"], request["log"])}
+        answer = {"pid": start(request.pop("start"), **request)}
     else:
         answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
     print(json.dumps(answer), flush=True)

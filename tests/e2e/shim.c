@@ -1,6 +1,6 @@
-/* A mounted Drive, or the worst of NFS, for whatever lies under SHIM_ROOT: no symbolic or hard links, no locks, no rename
-   of a folder. With SHIM_CLOCK set, the wall clock jumps a day to and fro every second. Loaded by LD_PRELOAD; every
-   refusal is counted in the file SHIM_LOG. */
+/* A mounted Drive, or the worst of NFS, for whatever lies under SHIM_ROOT: no symbolic or hard links, no locks (flock,
+   lockf, fcntl), no rename of a folder. With SHIM_CLOCK set, the wall clock jumps a day to and fro every second. Loaded by
+   LD_PRELOAD; every refusal, and every rename of a file, which goes through, is a line of the file SHIM_LOG. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -62,13 +62,38 @@ int linkat(int a, const char *from, int b, const char *to, int flags) {
   return path_under(to) ? refuse("link") : REAL(linkat, a, from, b, to, flags);
 }
 int flock(int fd, int how) { return fd_under(fd) ? refuse("flock") : REAL(flock, fd, how); }
+int lockf(int fd, int how, off_t bytes) { return fd_under(fd) ? refuse("lockf") : REAL(lockf, fd, how, bytes); }
+int lockf64(int fd, int how, off64_t bytes) { return fd_under(fd) ? refuse("lockf") : REAL(lockf64, fd, how, bytes); }
+
+/* Locks of a process and of an open file; on 64 bits F_SETLK64 and F_SETLKW64 are the same numbers. */
+static int locks(int command) {
+  return command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
+}
+/* The third argument is a number, a pointer, or not there: all are passed on as a pointer is. */
+#define FCNTL(name)                                                              \
+  int name(int fd, int command, ...) {                                           \
+    va_list rest;                                                                \
+    va_start(rest, command);                                                     \
+    void *argument = va_arg(rest, void *);                                       \
+    va_end(rest);                                                                \
+    if (locks(command) && fd_under(fd)) return refuse("fcntl");                  \
+    return REAL(name, fd, command, argument);                                    \
+  }
+FCNTL(fcntl)
+FCNTL(fcntl64)
 
 static int is_folder(const char *path) { struct stat s; return stat(path, &s) == 0 && S_ISDIR(s.st_mode); }
+static int refuses_rename(const char *from, const char *to) {
+  if (!path_under(to)) return 0;
+  if (is_folder(from)) return 1;
+  note("rename of a file");
+  return 0;
+}
 int rename(const char *from, const char *to) {
-  return path_under(to) && is_folder(from) ? refuse("rename of a folder") : REAL(rename, from, to);
+  return refuses_rename(from, to) ? refuse("rename of a folder") : REAL(rename, from, to);
 }
 int renameat(int a, const char *from, int b, const char *to) {
-  return path_under(to) && is_folder(from) ? refuse("rename of a folder") : REAL(renameat, a, from, b, to);
+  return refuses_rename(from, to) ? refuse("rename of a folder") : REAL(renameat, a, from, b, to);
 }
 
 static long jump(void) {

@@ -1,93 +1,43 @@
 """A real run, killed over and over at random moments of every stage, ends with the bytes of one that was let alone."""
 
-import json
+import contextlib
 import os
 import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune.pipeline import STAGE_NAMES
-from finetune.store import Store
+from tests.e2e import launches
 from tests.e2e.conftest import Workspace
+from tests.e2e.forked import alive, begun, committed, state, undisturbed
+from tests.e2e.forked import forked as forked
 
 pytestmark = pytest.mark.slow
 KILLS = 54
-MOST_CHAINS = 40
+QUICK = 0.3  # seconds of a stage that a signal sent by the log can come too late for
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 EXITS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143}, signal.SIGINT: {130}, signal.SIGHUP: {129}}
 
 
-class Forked:
-    """Runs in one workspace after another, without importing torch for each."""
-
-    def __init__(self, environment):
-        command = [sys.executable, str(Path(__file__).parent / "fork_server.py")]
-        self.server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def start(self, work, *sets):
-        (work.folder / "log").unlink(missing_ok=True)
-        arguments = ["run", str(work.recipe), *sets, "--artifacts", str(work.folder / "artifacts")]
-        arguments += ["--scratch", str(work.folder / "scratch")]
-        return self.ask(start=arguments, log=str(work.folder / "log"))["pid"]
-
-    def wait(self, pid):
-        return self.ask(wait=pid)["status"]
-
-
-@pytest.fixture(scope="module")
-def forked(pristine):
-    server = Forked(pristine.environment())
-    yield server
-    server.server.stdin.close()
-    server.server.wait()
-
-
-def committed(work):
-    """Every complete stage folder, as (stage, key): its output's digest. Fails where one is not what it says."""
-    store = Store(work.folder / "artifacts", work.folder / "scratch")
-    found = {}
-    for path in [*store.artifacts.glob("*/*/manifest.json"), *store.scratch.glob("*/*/manifest.json")]:
-        manifest = store.find(path.parent)
-        assert manifest is not None, f"{path} is there, but its folder is not complete"
-        assert store.verify(path.parent, manifest) == []
-        found[manifest.stage, manifest.key] = manifest.digest
-    return found
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def begun(work, stage):
-    log = work.folder / "log"
-    return log.exists() and f"{stage} …" in log.read_text()
-
-
 def kill_in(forked, work, stage, delay, number):
-    """Start a run, signal it `delay` seconds into `stage`; returns (whether it was alive then, its exit status)."""
-    pid = forked.start(work)
-    while alive(pid) and not begun(work, stage):
+    """Start a run, signal it `delay` seconds into `stage`, or, with None, where it begins; returns (whether it was
+    alive then, its exit status).
+    """
+    pid = forked.start(work, stop_at=f"{stage} …" if delay is None else None)
+    while alive(pid) and not (begun(work, stage) if delay is not None else state(pid) == "T"):
         time.sleep(0.002)
-    time.sleep(delay)
+    time.sleep(delay or 0)
     was_alive = alive(pid)
     os.kill(pid, number)
+    if was_alive and delay is None:
+        os.kill(pid, signal.SIGCONT)
     sent = time.monotonic()
     status = forked.wait(pid)
     if was_alive:
@@ -95,34 +45,25 @@ def kill_in(forked, work, stage, delay, number):
     return was_alive, status
 
 
-def stage_seconds(forked, pristine, folder):
-    """How long each stage takes in a process whose libraries are imported already."""
-    work = Workspace(folder)
-    shutil.copytree(pristine.folder, folder)
-    assert forked.wait(forked.start(work)) == 0, (folder / "log").read_text()
-    return {stage: s["seconds"] for stage, s in work.show()["stages"].items() if s["status"] == "done"}
-
-
-def unharmed(seconds, tally):
-    """Stages that no signal has come into yet; pack, of milliseconds, may be missed."""
-    return [stage for stage in seconds if stage not in tally and stage != "pack"]
-
-
-def test_more_than_fifty_kills_at_random_points_lose_nothing(forked, pristine, finished, tmp_path):
+def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whole, tmp_path):
     chance = random.Random(20261123)
-    expected = committed(finished)
-    seconds = stage_seconds(forked, pristine, tmp_path / "whole")
+    whole = undisturbed(forked, pristine_whole, tmp_path / "whole")
+    expected = committed(whole)
+    seconds = {stage: s["seconds"] for stage, s in whole.show()["stages"].items()}
+    assert tuple(seconds) == STAGE_NAMES
     tally, left_by, chain = Counter(), Counter(), 0
-    while sum(tally.values()) < KILLS or (unharmed(seconds, tally) and chain < MOST_CHAINS):
+    while not (enough := sum(tally.values()) >= KILLS) or set(tally) != set(STAGE_NAMES):
         chain += 1
         work = Workspace(tmp_path / str(chain))
-        shutil.copytree(pristine.folder, work.folder)
-        for stage in seconds if sum(tally.values()) < KILLS else unharmed(seconds, tally):
+        shutil.copytree(pristine_whole.folder, work.folder)
+        for stage in [s for s in STAGE_NAMES if not enough or s not in tally]:
             for _ in range(chance.choice([1, 1, 2])):
                 if any(work.folder.glob(f"*/{stage}/*/manifest.json")):
                     break  # an earlier run got further than the stage it was to die in
                 number = chance.choice(SIGNALS)
-                hit, status = kill_in(forked, work, stage, chance.uniform(0, seconds[stage]), number)
+                sure = stage not in tally and (seconds[stage] < QUICK or chain > 1)
+                delay = None if sure else chance.uniform(0, seconds[stage])
+                hit, status = kill_in(forked, work, stage, delay, number)
                 text = (work.folder / "log").read_text()
                 assert status in ({*EXITS[number], 0} if hit else {0}), f"{stage} {number} {status}\n{text}"
                 assert "Traceback" not in text, text
@@ -135,7 +76,7 @@ def test_more_than_fifty_kills_at_random_points_lose_nothing(forked, pristine, f
         assert committed(work) == expected  # bitwise: adapter, merged model and everything before them
         shutil.rmtree(work.folder)
     print(f"\n{sum(tally.values())} kills: {dict(tally)}, {dict(left_by)}, {chain} runs finished")
-    assert set(STAGE_NAMES) >= set(tally) and not unharmed(seconds, tally)
+    assert set(tally) == set(STAGE_NAMES)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -155,3 +96,99 @@ def test_the_same_signal_again_leaves_at_once(number, forked, pristine, tmp_path
         assert set(statuses) <= {-number, 128 + number} and len(statuses) < 6, statuses  # saved before it came: again
     pid = forked.start(work, "--set", "train.batch_rows=64")
     assert forked.wait(pid) == 0, (work.folder / "log").read_text()
+
+
+QUANTIZER = """\
+#!{python} -IS
+import shutil, sys, time
+source, target, kind = sys.argv[1:]
+open(target, "wb").write(b"half")
+time.sleep(0.3)  # long enough to be found, and killed
+shutil.copy(source, target)
+"""
+CHILDREN = ("--set", "export.gguf=[q4_k_m]", "--set", "tracking.wandb=true")
+# Those that a run cannot do without: a word of the command line → the stage that ends with it, what it says, the signal
+ENDS = {
+    "pydoc_reader.py": (
+        "ingest",
+        r"the process that reads the documentation of \S+ was killed by SIGKILL \(out of memory\?\): it said nothing",
+        signal.SIGKILL,
+    ),
+    "template_probe.py": (
+        "render",
+        "the process that tries a chat template out was killed by SIGTERM; run again",
+        signal.SIGTERM,
+    ),
+    "llama-quantize": (
+        "export",
+        r"llama-quantize was killed by SIGKILL \(out of memory\?\) while it made q4_k_m; run again",
+        signal.SIGKILL,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder with a slow llama-quantize, and a git and a uname that are killed at once."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name in ("git", "uname"):
+        (folder / name).write_text('#!/bin/sh\n: > "$0.called"\nkill -9 $$\n')
+    (folder / "llama-quantize").write_text(QUANTIZER.format(python=sys.executable))
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    return folder
+
+
+def children(pid):
+    try:
+        return psutil.Process(pid).children()
+    except psutil.Error:
+        return []
+
+
+def child_of(pid, word):
+    """The number of the run's child whose command line holds `word`, as soon as there is one."""
+    while alive(pid):
+        for child in children(pid):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if any(word in part for part in child.cmdline()):
+                    return child.pid
+        time.sleep(0.002)
+    raise AssertionError(f"no {word}")
+
+
+def kill_child(pid, word, number, ready=lambda: True):
+    """Kill that child of a run once it is `ready`."""
+    child = child_of(pid, word)
+    while alive(pid) and not ready():
+        time.sleep(0.002)
+    os.kill(child, number)
+
+
+def test_a_run_whose_children_are_killed_one_by_one_loses_nothing(forked, pristine_whole, programs, tmp_path):
+    """All that a run starts but training processes (tests/e2e/test_processes.py): the reader of Python's documentation,
+    the trial of a chat template, llama-quantize, W&B's process, git and uname.
+    """
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    environment = {"PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    work = Workspace(tmp_path / "work")
+    shutil.copytree(pristine_whole.folder, work.folder)
+    work.recipe.write_text(work.recipe.read_text().replace("data:\n", "data:\n  - {source: pydoc, take: 30}\n"))
+    expected = committed(undisturbed(forked, work, tmp_path / "whole", *CHILDREN, **environment))
+    assert {stage for stage, _ in expected} == set(STAGE_NAMES)
+    for word, (stage, says, number) in ENDS.items():
+        pid = forked.start(work, *CHILDREN, **environment)
+        if stage == "export":  # this run trains, too, and goes on when the process that tracks it dies
+            kill_child(pid, "wandb-core", signal.SIGKILL, ready=lambda: launches.steps_taken(work))
+        kill_child(pid, word, number)
+        status = forked.wait(pid)
+        log = (work.folder / "log").read_text()
+        assert status == 1 and "Traceback" not in log, log
+        assert re.fullmatch(says, log.splitlines()[-1]), log
+        assert not any(work.folder.glob(f"*/{stage}/*/manifest.json"))
+        assert committed(work).items() <= expected.items()
+    assert log.count("tracking: W&B failed") == 1 and "the training goes on without it" in log
+    pid = forked.start(work, *CHILDREN, **environment)
+    assert forked.wait(pid) == 0, (work.folder / "log").read_text()
+    assert committed(work) == expected
+    assert {p.stem for p in programs.glob("*.called")} == {"git", "uname"}  # killed in every run, and missed by none

@@ -1,5 +1,6 @@
 """Several processes that really run, over gloo: `--processes N`, and `accelerate launch` with multi_cpu.yaml."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -97,21 +98,41 @@ def test_four_processes_train_the_adapter_of_one_and_one_process_does_the_rest(b
     assert text.count("merge …") == 1 and curated.show()["stages"]["merge"]["status"] == "done"
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_launch_and_the_next_one_goes_on(curated, by_two):
-    process = launches.begin(curated, launches.ours(curated, 2, *TRAIN))
-    launches.wait_until(lambda: launches.complete(curated) == [4], process)
-    launches.kill(launches.rank_of(process, 1))
+def killed(work, rank, moment):
+    """What a launch of two says of whose processes one is killed, once `moment(launch)` has come."""
+    process = launches.begin(work, launches.ours(work, 2))
+    said = moment(process)
+    launches.kill(launches.rank_of(process, rank))
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+    assert process.returncode == 1 and "Traceback" not in text, text
+    assert f"process {rank + 1} of 2 was killed by SIGKILL (out of memory?); the same command goes on" in text
+    return f"{said}{text}"
+
+
+def saying(line):
+    return lambda process: "".join(itertools.takewhile(lambda said: said != f"{line}\n", process.stdout))
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_end_the_launch_and_the_next_one_goes_on(fresh, by_two):
+    """Where the other one waits, where both train, and where the other has nothing left to do."""
+    work = fresh("work")
+
+    def having(step):
+        return lambda process: launches.wait_until(lambda: launches.complete(work)[-1:] == [step], process) or ""
+
+    killed(work, 0, saying("base …"))
+    text = killed(work, 1, having(4))
     # the other finds out by itself, or is told before it could
     assert "another process of this training is gone" in text or "stopped by signal 15" in text
-    assert "process 2 of 2 was killed by SIGKILL" in text and "Traceback" not in text
-    assert curated.show()["stages"]["train"]["status"] in ("failed", "partial")
-    assert not list(curated.folder.glob("artifacts/train/*/manifest.json"))
-    last = launches.complete(curated)[-1]
-    assert f"goes on from checkpoint-{last}" in launches.finish(curated, launches.ours(curated, 2, *TRAIN))
-    assert launches.adapter(curated).read_bytes() == by_two
+    assert work.show()["stages"]["train"]["status"] in ("failed", "partial")
+    assert "goes on from checkpoint-4" in killed(work, 0, having(8))
+    assert not list(work.folder.glob("artifacts/train/*/manifest.json"))
+    assert "goes on from checkpoint-8" in killed(work, 0, saying("evaluate …"))
+    assert launches.adapter(work).read_bytes() == by_two
+    assert not list(work.folder.glob("artifacts/evaluate/*/manifest.json"))
+    launches.finish(work, launches.ours(work, 2))
+    assert work.show()["stages"]["merge"]["status"] == "done"
 
 
 @pytest.mark.slow

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
 import pytest
 
+from finetune.leases import BEAT_SECONDS
 from finetune.store import Store
 from tests.e2e.conftest import Workspace
-from tests.e2e.test_deaths import alive, begun, committed
-from tests.e2e.test_deaths import forked as forked
+from tests.e2e.forked import alive, committed
+from tests.e2e.forked import forked as forked
 
 
 @pytest.fixture
@@ -45,17 +47,32 @@ def test_four_runs_of_two_recipes_build_each_stage_once(forked, work, finished):
     assert len(runs) == len({json.loads(p.read_text())["run"] for p in runs}) >= 2
 
 
+def stop_between_steps(first, work):
+    """Stop a builder in training, once its lease tells of a step: after a halt longer than a beat, that is at once."""
+
+    def tells():
+        return any(b'"note": "training ' in p.read_bytes() for p in work.folder.glob("artifacts/train/*/lease.*"))
+
+    while alive(first) and not any(p.read_text() for p in work.folder.glob("artifacts/train/*/metrics.jsonl")):
+        time.sleep(0.002)
+    os.kill(first, signal.SIGSTOP)
+    time.sleep(BEAT_SECONDS)
+    os.kill(first, signal.SIGCONT)
+    while alive(first) and not tells():
+        time.sleep(0.002)
+    os.kill(first, signal.SIGSTOP)
+    assert tells(), (work.folder / "log").read_text()
+
+
 @pytest.mark.slow
 def test_a_builder_that_stands_still_is_waited_for_by_name_and_a_dead_one_is_replaced(forked, work):
     first = start(forked, work, "log")
-    while alive(first) and not begun(work, "train"):
-        time.sleep(0.002)
-    os.kill(first, signal.SIGSTOP)
+    stop_between_steps(first, work)
     second = start(forked, work, "log2")
     while alive(second) and not ((log := work.folder / "log2").exists() and "waiting for" in log.read_text()):
         time.sleep(0.01)
     said = (work.folder / "log2").read_text()
-    assert f"train: waiting for process {first} on " in said
+    assert re.search(rf"^train: waiting for process {first} on \S+: training \d+/12\b", said, re.MULTILINE), said
     os.kill(first, signal.SIGKILL)
     assert forked.wait(first) == -9
     assert forked.wait(second) == 0, (work.folder / "log2").read_text()

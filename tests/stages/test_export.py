@@ -197,11 +197,15 @@ def test_k_quants_go_through_llama_quantize(tmp_path: Path, monkeypatch: pytest.
         ("print('main: failed to quantize'); sys.exit(1)", r"failed on q2_k \(status 1\): main: failed to quantize"),
         ("sys.exit(0)", r"failed on q2_k \(status 0\): it said nothing"),
         (
+            "import os; open(target, 'wb').write(b'half'); os.kill(os.getpid(), 9)",
+            r"llama-quantize was killed by SIGKILL \(out of memory\?\) while it made q2_k",
+        ),
+        (
             "data = open(source, 'rb').read(); open(target, 'wb').write(data.replace(b'output_norm', b'output_morn'))",
             "other tensors, another template",
         ),
     ],
-    ids=["fails", "writes nothing", "writes another model"],
+    ids=["fails", "writes nothing", "is killed", "writes another model"],
 )
 def test_a_quantizer_that_fails_is_quoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str

@@ -1,0 +1,236 @@
+"""Who builds a folder: a numbered lease file that its owner keeps touching, in the folder itself.
+
+Another run waits for a live lease, saying for whom and how far that has come, and takes over a dead one by creating the
+next number exclusively. Nothing else is needed of the file system: no lock, link or rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+
+LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
+BEAT_SECONDS = 5.0
+LEASE_BYTES = 2048
+WAIT_SECONDS = 15.0  # how often a run that waits says how far the other one has come
+
+
+@dataclass
+class Lease:
+    """The right to build one folder. `note` is shown to whoever waits."""
+
+    path: Path
+    token: str
+    note: str = ""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Keep the lease moving, so that another machine sees that this one lives."""
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
+        self._thread.start()
+
+    def say(self, line: str) -> None:
+        """Have whoever waits read this from the next beat on; costs nothing."""
+        self.note = line
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._stop.wait(BEAT_SECONDS):
+            beat += 1
+            with contextlib.suppress(OSError):  # a full disk must not kill the build
+                # In place and of one length: no room is needed, and what is there is never cut off.
+                with self.path.open("r+b") as file:
+                    file.write(_lease_bytes(self.token, beat, self.note))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def require(self) -> None:
+        """Raise FinetuneError where another run took the folder over, because this process stood still for too long."""
+        others = [p for p in _leases(self.path.parent) if p.name > self.path.name]
+        if others or not self.path.exists():
+            owner = _owner(_read(max(others))) if others else "another run"
+            raise FinetuneError(
+                f"{self.path.parent}: {owner} took this folder over while this process stood still; run again: what it "
+                "finishes is used"
+            )
+
+    def release(self) -> None:
+        """Give the folder back; older, dead leases go first, and a later one is not ours."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        for path in sorted(_leases(self.path.parent)):
+            if path.name <= self.path.name:
+                path.unlink(missing_ok=True)
+
+
+def acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Lease:
+    """The lease of a folder that is there. `on_wait` gets a line for whom it waits, and one every so often how far that
+    has come; `check` may raise. Raises FinetuneError where the folder cannot be written.
+    """
+    token = uuid.uuid4().hex
+    watch: dict[Path, tuple[bytes, float]] = {}
+    waiting = _Waiting(on_wait)
+    while True:
+        check()
+        held = sorted(_leases(folder))
+        current = held[-1] if held else None
+        before = _read(current) if current else b""
+        if current is None or _is_dead(current, before, watch):
+            number = int(current.name.split(".")[1]) + 1 if current else 1
+            mine = folder / f"lease.{number:06d}.json"
+            if _create(mine, token):
+                # Whoever took a judgement on an older state gives way: the lease judged dead must still be there,
+                # unchanged, and no other may have appeared beside it.
+                others = [p for p in _leases(folder) if p != mine and p not in held]
+                if not others and (current is None or _read(current) == before):
+                    if current is not None:
+                        on_wait(f"{folder.name}: took over from {_owner(before)}, which is gone")
+                    return Lease(mine, token)
+                mine.unlink(missing_ok=True)
+            time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - jitter, so that two that gave way do not meet again
+            continue
+        waiting.look(before)
+        time.sleep(0.25)
+
+
+class _Waiting:
+    """Says for whom a run waits: at once when that is another process, and now and then how far it has come."""
+
+    def __init__(self, on_wait: Callable[[str], None]) -> None:
+        self._on_wait = on_wait
+        self._who = self._note = ""
+        self._last = 0.0
+
+    def look(self, content: bytes) -> None:
+        """Take in the lease as it is now."""
+        who, note = _told(content)
+        if who == self._who and (note == self._note or time.monotonic() - self._last < WAIT_SECONDS):
+            return
+        self._who, self._note, self._last = who, note, time.monotonic()
+        self._on_wait(f"waiting for {_owner(content)}")
+
+
+def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]]) -> bool:
+    now = time.monotonic()  # never the wall clock: it may jump, and two machines never agree on it
+    if path not in watch or watch[path][0] != content:
+        watch[path] = (content, now)
+    try:
+        owner = json.loads(content)
+        me = _identity()
+        if all(owner[k] == me[k] for k in ("host", "boot", "namespace")):
+            return bool(_process_start(int(owner["pid"])) != owner["start"])
+    except (ValueError, KeyError, TypeError):
+        pass  # torn or half-written: judged by whether it still changes
+    return now - watch[path][1] > LEASE_SECONDS
+
+
+def _create(path: Path, token: str) -> bool:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_lease_bytes(token, 0, ""))
+    except OSError as error:
+        path.unlink(missing_ok=True)  # cut off, it would be taken for a lease of another machine
+        raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
+    return True
+
+
+def _lease_bytes(token: str, beat: int, note: str) -> bytes:
+    # A character takes 6 bytes at most: escaped to ASCII, 200 of them would not always fit into the length.
+    text = json.dumps({**_identity(), "token": token, "beat": beat, "note": note[:200]}, ensure_ascii=False)
+    return text.encode("utf-8", "replace").ljust(LEASE_BYTES)
+
+
+def _leases(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("lease.*.json") if p.name.split(".")[1].isdigit()]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _owner(content: bytes) -> str:
+    return ": ".join(part for part in _told(content) if part)
+
+
+def _told(content: bytes) -> tuple[str, str]:
+    """Who holds a lease, and what that process said of itself last."""
+    try:
+        lease = json.loads(content)
+        return f"process {lease['pid']} on {lease['host']}", str(lease.get("note") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "another run", ""
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    return _process_start(pid) != ""
+
+
+def _identity() -> dict[str, object]:
+    """Who this process is: enough to tell a live one from a later one that was given the same number."""
+
+    def first_line(path: str) -> str:
+        try:
+            return Path(path).read_text().strip()
+        except OSError:
+            return ""
+
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path: pid:[4026531836]
+    except OSError:
+        namespace = ""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "boot": first_line("/proc/sys/kernel/random/boot_id"),
+        "namespace": namespace,
+        "pid": pid,
+        "start": _process_start(pid),
+    }
+
+
+def _process_start(pid: int) -> str:
+    """Something that differs between two processes of one number; "" if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        after_name = stat.rpartition(")")[2].split()
+        return "" if after_name[0] in "ZX" else after_name[19]  # a zombie builds nothing; field 22 is starttime
+    except (OSError, IndexError):
+        pass
+    if Path("/proc/self").exists():
+        return ""
+    try:
+        os.kill(pid, 0)  # no /proc (macOS): signal 0 asks whether the process exists
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def is_being_built(folder: Path) -> bool:
+    """Whether a lease in the folder may belong to a living process; one of another machine counts as living."""
+    held = sorted(_leases(folder))
+    return bool(held) and not _is_dead(held[-1], _read(held[-1]), {})
