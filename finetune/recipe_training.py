@@ -231,7 +231,7 @@ class Certify(Section):
     base: Literal["auto", "original", "dequantized"] = "auto"
     """Which weights the adapter is merged into: the published ones, those seen in training, or the measured better."""
     tokens: Annotated[int, Field(ge=64)] = 8192
-    """Held-out tokens that are compared, about."""
+    """Held-out tokens that are read; where fewer than half are compared (long prompts), up to four times as many."""
     min_agreement: Fraction = 0.75
     """Stop (exit 3) where merged and trained model agree on a smaller share of the likeliest next tokens."""
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=10)] = 1.1
