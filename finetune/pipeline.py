@@ -76,7 +76,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
     Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
     Stage("merge", 2, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
-    Stage("export", 2, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
+    Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
