@@ -42,21 +42,22 @@ class _Architecture:
         return (*self.biased, *(module for modules in asked for module in modules))
 
 
-KNOWN = {
-    "MistralForCausalLM": _Architecture(),
-    "LlamaForCausalLM": _Architecture(biased_if={"attention_bias": ATTENTION, "mlp_bias": MLP}),
-    "Qwen2ForCausalLM": _Architecture(biased=ATTENTION[:3]),
-    "Gemma2ForCausalLM": _Architecture(norms=(*NORMS, *AROUND_MLP), biased_if={"attention_bias": ATTENTION}),
+KNOWN = {  # by model_type; the class is named after it
+    "mistral": _Architecture(),
+    "llama": _Architecture(biased_if={"attention_bias": ATTENTION, "mlp_bias": MLP}),
+    "qwen2": _Architecture(biased=ATTENTION[:3]),
+    "gemma2": _Architecture(norms=(*NORMS, *AROUND_MLP), biased_if={"attention_bias": ATTENTION}),
 }
 
 
 def known_layout(config: Mapping[str, Any]) -> Layout | None:
     """The layout that a config.json describes; None where transformers has to be asked."""
-    names = config.get("architectures") or []
+    kind = config.get("model_type")
+    causal = config.get("architectures") == [f"{str(kind).capitalize()}ForCausalLM"]
     said = isinstance(config.get("num_hidden_layers"), int) and isinstance(config.get("tie_word_embeddings"), bool)
-    if len(names) != 1 or names[0] not in KNOWN or not said or "auto_map" in config:
+    if kind not in KNOWN or not causal or not said or "auto_map" in config:
         return None
-    made, layers, tied = KNOWN[names[0]], range(config["num_hidden_layers"]), config["tie_word_embeddings"]
+    made, layers, tied = KNOWN[kind], range(config["num_hidden_layers"]), config["tie_word_embeddings"]
     inside = [f"{module}.weight" for module in (*ATTENTION, *MLP, *made.norms)]
     inside += [f"{module}.bias" for module in made.biases(config)]
     outer = [f"{EMBEDDING}.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.data.training_rows import TokenRow
 
 MAX_LOADED_PARAMETERS = 200_000_000  # transformers takes 4 bytes for each
+MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
 
 
 class Spec(Section):
@@ -158,14 +159,14 @@ def _read_again(
 
 
 def _rows(spec: Spec, path: Path, exact: list[Planned]) -> list[TokenRow]:
-    """The held-out rows to score; of a large model's only so many as the certificate compares."""
+    """The held-out rows to score: for a large model only so many as the certificate compares."""
     from finetune.backends.certification import choose_rows
     from finetune.data.training_rows import read_token_rows
 
     if not spec.export.perplexity_rows:
         return []
     rows = [row for row in read_token_rows(path, spec.export.perplexity_rows) if row.mask[1:].any()]
-    return choose_rows(rows, spec.tokens) if _parameters(exact) >= MAX_LOADED_PARAMETERS else rows
+    return choose_rows(rows, spec.tokens if _parameters(exact) >= MAX_LOADED_PARAMETERS else MANY_TOKENS)
 
 
 def _parameters(planned: list[Planned]) -> int:
