@@ -75,9 +75,9 @@ STAGES: tuple[Stage, ...] = (
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
     ),
     Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
-    Stage("certify", 2, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
+    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
     Stage("merge", 2, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
-    Stage("export", 2, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
+    Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 

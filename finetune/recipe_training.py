@@ -231,7 +231,7 @@ class Certify(Section):
     base: Literal["auto", "original", "dequantized"] = "auto"
     """Which weights the adapter is merged into: the published ones, those seen in training, or the measured better."""
     tokens: Annotated[int, Field(ge=64)] = 8192
-    """Held-out tokens that are compared, about."""
+    """Held-out tokens that are read; where fewer than half are compared (long prompts), up to four times as many."""
     min_agreement: Fraction = 0.75
     """Stop (exit 3) where merged and trained model agree on a smaller share of the likeliest next tokens."""
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=10)] = 1.1
@@ -253,7 +253,7 @@ class Export(Section):
     gguf: Annotated[list[GgufKind], Field(min_length=1)]
     """GGUF files for llama.cpp and Ollama, one a kind; the Modelfile names the first. q…_k… need llama-quantize."""
     perplexity_rows: Annotated[int, Field(ge=0)] = 256
-    """Held-out rows on which the merged model and each file of it are scored, at most; 0 scores none."""
+    """Held-out rows to score merged model and files on, at most; 0: none. A large model: certify.tokens at most."""
 
 
 class Publish(Section):

@@ -51,15 +51,20 @@ def load(folder: Path) -> PreTrainedModel:
 
 def save_adapter(base: Path, folder: Path, seed: int = 1, size: float = 0.05, **lora: Any) -> PeftModel:
     """Save an adapter on `base` with every trainable tensor moved at random; returns the model that carries it."""
+    return adapted(load(base), folder, seed, size, **lora)
+
+
+def adapted(model: PreTrainedModel, folder: Path, seed: int = 1, size: float = 0.05, **lora: Any) -> PeftModel:
+    """The same on a model that is loaded, and is changed."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **lora}
     torch.manual_seed(seed)
-    model: PeftModel = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    carrying: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in carrying.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
-    model.eval().save_pretrained(folder)
-    return model
+    carrying.eval().save_pretrained(folder)
+    return carrying

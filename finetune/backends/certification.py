@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finetune.data.training_rows import TokenRow
 
 POSITIONS = 256
+LONGEST = 4  # times the tokens asked for, where prompts are long and answers short
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
@@ -45,14 +46,33 @@ class Comparison:
 
 
 def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
-    """The first rows that together have at most `tokens` tokens, passing over one that no longer fits; at least one."""
-    chosen: list[TokenRow] = []
+    """The first rows that together have at most `tokens` tokens, passing over one that no longer fits; at least one.
+
+    Where fewer than half of those tokens are supervised, rows are added, those with the largest supervised share
+    first, until as many are or until LONGEST times `tokens` would be read.
+    """
+    chosen: list[int] = []
     room = tokens
-    for row in rows:
+    for i, row in enumerate(rows):
         if len(row.ids) <= room or not chosen:
-            chosen.append(row)
+            chosen.append(i)
             room -= len(row.ids)
-    return chosen
+    compared = sum(_compared(rows[i]) for i in chosen)
+    room += (LONGEST - 1) * tokens
+    taken = set(chosen)
+    for i in sorted(set(range(len(rows))) - taken, key=lambda i: (-_compared(rows[i]) / len(rows[i].ids), i)):
+        if compared >= tokens // 2:
+            break
+        if len(rows[i].ids) <= room:
+            taken.add(i)
+            compared += _compared(rows[i])
+            room -= len(rows[i].ids)
+    return [rows[i] for i in sorted(taken)]
+
+
+def _compared(row: TokenRow) -> int:
+    """Tokens of a row whose likelihood is compared: the supervised ones but for the first of the row."""
+    return int(np.count_nonzero(row.mask[1:]))
 
 
 def lay_out(rows: Sequence[TokenRow], batch_tokens: int = 4096) -> HeldOut:

@@ -159,6 +159,12 @@ def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k, (heads * d, …), from llama.cpp's order (pairs) back to transformers' (two halves)."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
 def write(
     path: Path, header: Header, planned: Sequence[Planned], kind: str, tracked: Iterable[Planned] | None = None
 ) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from finetune.backends.adapter_config import AdapterConfig
 from finetune.backends.checkpoints import TensorRef
 from finetune.errors import InputError
 from finetune.records import read_json
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
 
     from finetune.backends.skeleton import Skeleton
 
@@ -152,7 +151,7 @@ def read_changes(
     """
     raw = read_json(adapter / "adapter_config.json")
     _refuse_unsupported(raw, adapter)
-    config = _config(raw)
+    config = AdapterConfig.of(raw)
     parts = _group(tensors, skeleton)
     _refuse_incomplete(parts, config, skeleton, base)
     changes: dict[str, list[Change]] = {}
@@ -189,15 +188,6 @@ def _refuse_unsupported(raw: dict[str, Any], adapter: Path) -> None:
         raise InputError(f"{where}: use_dora with lora_bias is not supported")
 
 
-def _config(raw: dict[str, Any]) -> LoraConfig:
-    from dataclasses import fields
-
-    from peft import LoraConfig
-
-    known = {f.name for f in fields(LoraConfig)}
-    return LoraConfig(**{k: v for k, v in raw.items() if k in known and k not in ("peft_type", "auto_mapping")})
-
-
 def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
     """Module → part → tensor; every adapter tensor lands in exactly one place."""
     parts: Parts = {}
@@ -215,15 +205,9 @@ def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
     return parts
 
 
-def _refuse_incomplete(parts: Parts, config: LoraConfig, skeleton: Skeleton, base: Iterable[str]) -> None:
+def _refuse_incomplete(parts: Parts, config: AdapterConfig, skeleton: Skeleton, base: Iterable[str]) -> None:
     """Every module that the configuration names carries its tensors, and no other module does."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    named = {
-        module
-        for module, kind in skeleton.kinds.items()
-        if kind != "other" and check_target_module_exists(config, module)
-    }
+    named = {module for module, kind in skeleton.kinds.items() if kind != "other" and config.targets(module)}
     low_rank = {"a", "b", "b_bias", "magnitude", "embedding_a", "embedding_b"}
     carried = {module for module, found in parts.items() if low_rank & set(found)}
     if odd := sorted(named ^ carried):
@@ -245,28 +229,22 @@ def _refuse_incomplete(parts: Parts, config: LoraConfig, skeleton: Skeleton, bas
             raise InputError(f"adapter: modules_to_save names {saved}, but its tensors are not all in the adapter")
 
 
-def _low_rank(module: str, found: dict[str, TensorRef], config: LoraConfig, skeleton: Skeleton) -> LowRank | None:
+def _low_rank(module: str, found: dict[str, TensorRef], config: AdapterConfig, skeleton: Skeleton) -> LowRank | None:
     kind = "embedding_" if "embedding_a" in found else ""
     if f"{kind}a" not in found:
         return None
     a, b = found[f"{kind}a"], found[f"{kind}b"]
-    rank = _pattern(config.rank_pattern, module, config.r)
+    rank = config.rank(module)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"adapter: {module} has A {list(a.shape)} and B {list(b.shape)}; with rank {rank} they must be "
             f"({rank}, in) and (out, {rank})"
         )
-    alpha = _pattern(config.alpha_pattern, module, config.lora_alpha)
-    scale = alpha / (rank**0.5 if config.use_rslora else rank)
-    return LowRank(a, b, scale, cast("Layout", skeleton.kinds[module]), found.get("magnitude"))
+    layout = cast("Layout", skeleton.kinds[module])
+    return LowRank(a, b, config.scale(module), layout, found.get("magnitude"))
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> Any:  # noqa: ANN401 - int rank, float alpha
-    """The first pattern that matches, as peft reads them."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
-
-
-def _rows(module: str, config: LoraConfig, skeleton: Skeleton, delta: TensorRef) -> tuple[int, ...]:
+def _rows(module: str, config: AdapterConfig, skeleton: Skeleton, delta: TensorRef) -> tuple[int, ...]:
     indices = config.trainable_token_indices
     if isinstance(indices, dict):
         rows = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from finetune.backends.known_layouts import known_layout
 from finetune.errors import InputError
 from finetune.records import read_json
 
@@ -28,17 +29,41 @@ class Skeleton:
 def read_skeleton(base: Path, trust_remote_code: bool = False, *, quantized: bool = True) -> Skeleton:
     """The skeleton of the model in `base`; without `quantized` nobody is asked which modules would be (a second less).
 
+    transformers builds the model and is asked, but for the layouts in `known_layouts`: importing it takes seconds.
     Raises InputError when the base is itself quantised, or when transformers renames, fuses or splits its weights on
     load: a name in the file is then no name of the model, and an adapter's tensors cannot be added one by one.
     """
+    config = read_json(base / "config.json")
+    if config.get("quantization_config"):
+        raise InputError(f"{base}: the base is itself quantised; merging needs its 16-bit weights")
+    return _known(config) or _asked(base, trust_remote_code, quantized)
+
+
+def _known(config: Mapping[str, Any]) -> Skeleton | None:
+    """From the configuration's own words, where its layout is one of those known here."""
+    layout = known_layout(config)
+    if layout is None:
+        return None
+    modules = {name.rpartition(".")[0] for name in layout.parameters}
+    holders = {name[:end] for name in modules for end, letter in enumerate(name) if letter == "."}
+    kinds = dict.fromkeys(sorted(modules | holders), "other") | dict.fromkeys(layout.linears, "linear")
+    return Skeleton(
+        kinds={**kinds, "lm_head": "linear", layout.embedding: "embedding"},
+        parameters=layout.parameters,
+        quantized=layout.linears,
+        tied={"lm_head.weight": f"{layout.embedding}.weight"} if layout.tied else {},
+        input_embedding=layout.embedding,
+    )
+
+
+def _asked(base: Path, trust_remote_code: bool, quantized: bool) -> Skeleton:
+    """From the architecture's own class, built without weights."""
     from torch import nn
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.pytorch_utils import Conv1D
 
     from finetune.backends.streamed_forward import empty_model
 
-    if read_json(base / "config.json").get("quantization_config"):
-        raise InputError(f"{base}: the base is itself quantised; merging needs its 16-bit weights")
     model = empty_model(base, trust_remote_code=trust_remote_code)
     if get_model_conversion_mapping(model, add_legacy=False):
         raise InputError(

@@ -94,6 +94,7 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     files = {f"perplexity_gguf_{k}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
     if files:
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
+        files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
     rest = {k: v for k, v in evaluate.items() if k not in first and k != "tasks"}
     tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
     on = []
@@ -105,6 +106,8 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         on.append(
             f"the GGUF files, and the merged model once more beside them, on {number(export['perplexity_rows'])} rows"
         )
+    if files and "agreement" in export:
+        on.append("`agreement_gguf_…`: the share of those rows' next tokens on which file and merged model agree")
     return figures({**first, **files, **rest}) + tasks, "; ".join(on)
 
 

@@ -285,12 +285,13 @@ def merge_section(view: StageView) -> dict[str, Any]:
 def export_section(view: StageView) -> dict[str, Any]:
     """The GGUF files: how far each is from the merged weights when read again, and its perplexity beside theirs."""
     m = view.metrics
-    apart, scores = m.get("reload_difference", {}), m.get("perplexity", {})
+    apart, scores, same = (m.get(key, {}) for key in ("reload_difference", "perplexity", "agreement"))
     rows = []
     for name, count in m.get("bytes", {}).items():
         kind = name.removeprefix("model-").removesuffix(".gguf")
-        difference = number(apart[name]) if name in apart else "not read again"
-        rows.append((name, size(count), difference, number(scores[kind]) if kind in scores else NONE))
+        difference = number(apart[name]) if name in apart else "in blocks" if kind in scores else "not read again"
+        measured = number(scores[kind]) if kind in scores else NONE
+        rows.append((name, size(count), difference, measured, percent(same[kind]) if kind in same else NONE))
     notes = []
     if not m.get("tokenizer_exact", True):
         text = m.get("tokenizer_differs", "some text")
@@ -298,6 +299,8 @@ def export_section(view: StageView) -> dict[str, Any]:
     if "merged" in scores:
         notes.append(f"The merged model's perplexity on the same {m.get('perplexity_rows')} held-out rows: "
                      f"{number(scores['merged'])}.")  # fmt: skip
+    if m.get("not_loaded"):
+        notes.append(f"Read again a tensor at a time, and not by transformers as well: {m['not_loaded']}.")
     if m.get("perplexity_unknown"):
         notes.append(f"Perplexity not measured: {m['perplexity_unknown']}.")
     return {"absent": "" if m else view.absence, "rows": rows, "note": " ".join(notes)}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from finetune.backends.streamed_forward import StreamedModel
 
 
+ENOUGH_TOKENS = 4096  # compared; with fewer, what is measured is said to rest on few
+
+
 class Spec(Section):
     """The certify section, and what is needed to load the model as it was trained and to merge it."""
 
@@ -174,10 +177,12 @@ def _certificate(spec: Spec, dtype: str, found: Mapping[str, Comparison], held_o
 
 
 def _words(figures: Mapping[str, Any], trained: float, tokens: int) -> str:
+    few = f"; measured on {tokens} tokens only: {ENOUGH_TOKENS:,} or more would make its intervals worth reading"
     return (
         f"it agrees with what was trained on {figures['agreement']:.1%} of {tokens} held-out next tokens; "
         f"its perplexity is {figures['perplexity']:.4g} against {trained:.4g} "
         f"(ratio {figures['perplexity_ratio']:.4g}, mean KL {figures['mean_kl']:.2g} nats)"
+        f"{few if tokens < ENOUGH_TOKENS else ''}"
     )
 
 

@@ -11,41 +11,51 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, InputError
-from finetune.recipe import Export, Recipe
+from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.records import read_json, write_bytes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from finetune.backends.gguf_file import Header, Planned
     from finetune.backends.ollama import Chat
     from finetune.data.training_rows import TokenRow
 
-RELOADED = ("f32", "f16", "bf16")  # the kinds that have an exact expectation
-MAX_RELOADED_PARAMETERS = 200_000_000
-SCORED_TOKENS = 4096  # of a batch, padding included
+MAX_LOADED_PARAMETERS = 200_000_000  # transformers takes 4 bytes for each
+MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
 
 
-def spec(recipe: Recipe) -> Export | None:
-    """The formats asked for; None when nothing is exported or merged."""
-    return recipe.export if recipe.merge else None
+class Spec(Section):
+    """The formats asked for, and how many held-out tokens a large model may be scored on."""
+
+    export: Export
+    tokens: int
 
 
-def fingerprint(spec: Export) -> Mapping[str, object]:
+def spec(recipe: Recipe) -> Spec | None:
+    """None when nothing is exported or merged."""
+    if recipe.export is None or recipe.merge is None:
+        return None
+    return Spec(export=recipe.export, tokens=(recipe.certify or Certify()).tokens)
+
+
+def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The program that makes K-quants, where any is asked for: two versions of it write different files."""
     from finetune.backends.llama_cpp import K_QUANTS, quantizer_digests
 
-    return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.gguf) else {}
+    return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.export.gguf) else {}
 
 
-def run(spec: Export, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write model-KIND.gguf for every kind, and a Modelfile for the first.
 
-    `reload_difference` is the largest |weight of the GGUF as transformers reads it - merged weight|, for kinds without
-    blocks; `perplexity` is that of the merged model and of each file, as transformers reads it, on the same held-out
-    rows (exp of nats a supervised token); both for models under 200 M parameters. Raises InputError where the gguf
-    package or llama-quantize is missing, or where the architecture or the tokenizer cannot be told to llama.cpp;
-    FinetuneError where the reloaded weights are others.
+    Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
+    weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
+    each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
+    reads small models too, and must find the same weights; `not_loaded` says why it did not. Raises InputError where
+    the gguf package or llama-quantize is missing, or where the architecture or the tokenizer cannot be told to
+    llama.cpp; FinetuneError where the weights in a file are others.
     """
     from finetune.backends import gguf_file, llama_cpp, models
 
@@ -53,7 +63,7 @@ def run(spec: Export, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     folder = inputs["merge"]
     config: dict[str, Any] = read_json(folder / "config.json")
     gguf_file.architecture(config)
-    kinds: list[str] = list(dict.fromkeys(spec.gguf))
+    kinds: list[str] = list(dict.fromkeys(spec.export.gguf))
     quantizer = llama_cpp.require_quantizer(kinds)
     exact = gguf_file.plan(folder, config, gguf_file.exact_kind(folder))
     plans = {kind: gguf_file.plan(folder, config, kind) for kind in kinds if kind in gguf_file.TYPES}
@@ -115,7 +125,7 @@ def _quantize(
 
 
 def _read_again(
-    spec: Export,
+    spec: Spec,
     inputs: Mapping[str, Path],
     out: Path,
     kinds: Sequence[str],
@@ -124,62 +134,67 @@ def _read_again(
     config: Mapping[str, Any],
     ctx: Context,
 ) -> Metrics:
-    """What each file is as transformers reads it: its distance from the merged weights, and its perplexity."""
+    """How far the weights in each file are from the merged ones, and what that costs on held-out rows."""
+    from finetune.backends import gguf_scoring, models
+    from finetune.backends.gguf_weights import ROUNDED, GgufWeights
+
+    files = {kind: GgufWeights(out / f"model-{kind}.gguf", exact) for kind in kinds}
+    differences = {}
+    not_loaded = _not_loaded(exact, config)
+    for kind, weights in files.items():
+        if not not_loaded:
+            weights.require_same(_loaded(weights.path))
+        if kind in ROUNDED:
+            tracked = ctx.track(plans[kind], f"reading {weights.path.name}", len(exact))
+            differences[weights.path.name] = max(weights.difference(p) for p in tracked)
+    metrics: Metrics = {"reload_difference": differences} if differences else {}
+    metrics |= {"not_loaded": not_loaded} if not_loaded else {}
+    rows = _rows(spec, inputs["render"] / "eval.parquet", exact)
+    if not rows:
+        why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
+        return metrics | {"perplexity_unknown": why}
+    scores = gguf_scoring.score(inputs["merge"], files, rows, models.pick_device(ctx.device), ctx)
+    measured = {"perplexity": scores.perplexity, "agreement": scores.agreement, "mean_kl": scores.mean_kl}
+    return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
+
+
+def _rows(spec: Spec, path: Path, exact: list[Planned]) -> list[TokenRow]:
+    """The held-out rows to score: for a large model only so many as the certificate compares."""
+    from finetune.backends.certification import choose_rows
     from finetune.data.training_rows import read_token_rows
 
-    if unknown := _unreadable(exact, config):
-        ctx.say(f"export: the files are not scored: {unknown}")
-        return {"perplexity_unknown": unknown}
-    rows = read_token_rows(inputs["render"] / "eval.parquet", spec.perplexity_rows) if spec.perplexity_rows else []
-    differences: dict[str, float] = {}
-    perplexity: dict[str, float] = {"merged": _perplexity(_load(inputs["merge"], None, ctx), rows, ctx)} if rows else {}
-    for kind in kinds:
-        path = out / f"model-{kind}.gguf"
-        if not rows and kind not in RELOADED:
-            continue
-        model = _load(out, path.name, ctx)
-        if kind in RELOADED:
-            differences[path.name] = _reload_difference(model, path, plans[kind])
-        if rows:
-            perplexity[kind] = _perplexity(model, rows, ctx)
-    metrics: Metrics = {"reload_difference": differences} if differences else {}
-    if not rows:
-        why = "nothing is held out" if spec.perplexity_rows else "export.perplexity_rows is 0"
-        return metrics | {"perplexity_unknown": why}
-    return metrics | {"perplexity": perplexity, "perplexity_rows": len(rows)}
+    if not spec.export.perplexity_rows:
+        return []
+    rows = [row for row in read_token_rows(path, spec.export.perplexity_rows) if row.mask[1:].any()]
+    return choose_rows(rows, spec.tokens if _parameters(exact) >= MAX_LOADED_PARAMETERS else MANY_TOKENS)
 
 
-def _unreadable(planned: list[Planned], config: Mapping[str, Any]) -> str:
+def _parameters(planned: list[Planned]) -> int:
+    return sum(prod(p.source.shape) for p in planned)
+
+
+def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
     """Why transformers does not read such a file back as it was; "" where it does."""
     from finetune.backends.gguf_file import rope
 
-    if sum(prod(p.source.shape) for p in planned) >= MAX_RELOADED_PARAMETERS:
-        return f"a model over {MAX_RELOADED_PARAMETERS // 10**6} M parameters is not read back"
+    if _parameters(planned) >= MAX_LOADED_PARAMETERS:
+        return f"a model over {MAX_LOADED_PARAMETERS // 10**6} M parameters would take it 4 bytes for each"
     if config["model_type"] != "qwen2" and any(p.name.endswith(".bias") for p in planned):
-        return "transformers has no biases for Llama's GGUF"
+        return "it has no biases for Llama's GGUF"
     if (kind := rope(config)["rope_type"]) != "default":
-        return f"transformers does not read {kind} rotary settings from a GGUF"
+        return f"it does not read {kind} rotary settings from a GGUF"
     return ""
 
 
-def _load(folder: Path, gguf: str | None, ctx: Context) -> Any:  # noqa: ANN401 - PreTrainedModel
-    """A model in fp32, from safetensors or from one GGUF of the folder; the network is not asked."""
+def _loaded(path: Path) -> Mapping[str, torch.Tensor]:
+    """The weights of a file as transformers reads them, fp32; the network is not asked."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.backends.models import pick_device
-
-    source = {} if gguf is None else {"gguf_file": gguf}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **source)
-    return model.to(pick_device(ctx.device)).eval()
-
-
-def _perplexity(model: Any, rows: Sequence[TokenRow], ctx: Context) -> float:  # noqa: ANN401 - PreTrainedModel
-    from finetune.backends.scoring import row_nll
-    from finetune.metrics.perplexity import perplexity
-
-    nll, counts = row_nll(model, rows, SCORED_TOKENS, ctx, "perplexity")
-    return perplexity(nll, counts)
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    return state
 
 
 def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Header:
@@ -235,19 +250,3 @@ def _require_space(out: Path, needed: int) -> None:
             f"export: the GGUF files need {needed / 1e9:.1f} GB in {out} and {free / 1e9:.1f} GB are free; free "
             f"{(needed - free) / 1e9:.1f} GB, or ask for fewer kinds"
         )
-
-
-def _reload_difference(model: Any, path: Path, planned: list[Planned]) -> float:  # noqa: ANN401 - PreTrainedModel
-    """The largest difference from the merged weights; rounding to the file's kind is the only one allowed."""
-    import torch
-
-    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    found = model.state_dict()
-    largest = 0.0
-    for p in planned:
-        merged = p.source.load()
-        there = found[p.source.name].cpu() if p.source.name in found else None
-        if there is None or not torch.equal(there, merged.to(dtypes[p.kind]).float()):
-            raise FinetuneError(f"{path.name}: {p.name} reads back as other weights; this is a mistake in this program")
-        largest = max(largest, float((there - merged.float()).abs().max()))
-    return largest

@@ -36,10 +36,10 @@ ARMS = ("cp", "ours", "stage", "peft")
 
 def stage(root: Path, out: Path, certificate: str) -> None:
     """The merge stage as a run comes to it: certify has imported everything before. Its seconds begin after that."""
-    import finetune.backends.lora_merge  # noqa: F401
-    from finetune.backends.skeleton import read_skeleton
+    import torch  # noqa: F401
 
-    read_skeleton(root / "base")
+    import finetune.stages.merge  # noqa: F401
+
     (root / "begun").write_text(str(time.monotonic()))
     ours(root, out, certificate)
 

@@ -136,6 +136,6 @@ def made_run(root: Path, text: str = "A plain text.", label: str = "rows", recip
     run.done("merge", base=text, dtype=text, tensors=3, changed_tensors=2, bytes=10**6, files=1, peak_anon_bytes=10**5)
     run.done(
         "export", bytes={text: 10**6}, reload_difference={text: 0.0}, tokenizer_exact=False,
-        perplexity={"merged": 3.0, text: 3.5}, perplexity_rows=7,
+        perplexity={"merged": 3.0, text: 3.5}, agreement={text: 0.97}, perplexity_rows=7, not_loaded=text,
     )  # fmt: skip
     return run

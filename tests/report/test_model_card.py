@@ -176,6 +176,7 @@ def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
     asked = recipe(export={"gguf": ["q8_0", "q2_k"]})
     found = {
         "perplexity": {"merged": 4.02, "q8_0": 4.03, "q2_k": 5.5},
+        "agreement": {"q8_0": 0.99, "q2_k": 0.8},
         "perplexity_rows": 24,
         "tokenizer_exact": False,
         "tokenizer_differs": "contractions",
@@ -192,6 +193,8 @@ def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
     for words in (
         "| `perplexity_gguf_q2_k` | 5.5 |",
         "beside them, on 24 rows",
+        "| `agreement_gguf_q2_k` | 0.8 |",
+        "on which file and merged model agree",
         "hf download me/x model-q8_0.gguf Modelfile",
         "llama-cli -m model-q8_0.gguf",
         "ollama create mistral-platypus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from finetune.backends import models
+from finetune.backends.certification import choose_rows
 from finetune.backends.lora_merge import plan_merge
 from finetune.backends.merge_blocks import merged_tensors
 from finetune.backends.round_trip import RoundTrip
-from finetune.data.training_rows import read_token_rows
+from finetune.data.training_rows import TokenRow, read_token_rows
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.recipe import Recipe
+from finetune.report.card_sections import certificate_words
+from finetune.report.model_sections import certificate_section
+from finetune.report.stage_view import StageView
 from finetune.stages import certify
 from tests.stages.finished import context, finish, random_rows, write_rows
 
@@ -178,6 +183,63 @@ def test_tokens_bound_the_rows(tmp_path: Path) -> None:
     write_rows(inputs["render"] / "eval.parquet", [list(range(3, 43))] * 6)
     certificate = run(tmp_path, inputs, certify={**OPEN, "tokens": 100})
     assert (certificate["rows"], certificate["tokens"]) == (2, 2 * 36)
+
+
+def rows_of(count: int, prompt: int, answer: int) -> list[TokenRow]:
+    """Rows of a prompt and an answer of so many tokens."""
+    mask = np.array([0] * prompt + [1] * answer, dtype=bool)
+    return [TokenRow(str(i), np.arange(prompt + answer), mask) for i in range(count)]
+
+
+def compared(rows: list[TokenRow]) -> int:
+    return sum(int(r.mask[1:].sum()) for r in rows)
+
+
+def test_the_budget_that_is_the_default_compares_enough_tokens_where_there_are_so_many() -> None:
+    default = certify.Certify().tokens
+    short_answers, long_answers = rows_of(200, 300, 60), rows_of(200, 40, 200)
+    assert compared(choose_rows(short_answers, default)) >= certify.ENOUGH_TOKENS
+    assert sum(len(r.ids) for r in choose_rows(short_answers, default)) <= 4 * default
+    assert choose_rows(long_answers, default) == long_answers[:34]  # the budget alone is enough
+    mixed = [*rows_of(100, 400, 20), *long_answers]
+    chosen = choose_rows(mixed, default)
+    assert certify.ENOUGH_TOKENS <= compared(chosen) < certify.ENOUGH_TOKENS + 200
+    assert chosen[:19] == mixed[:19]  # those with the longest answers are only added
+    assert all(len(r.ids) == 240 for r in chosen[19:])
+
+
+def test_what_is_read_stays_bounded() -> None:
+    hopeless = rows_of(1000, 500, 2)
+    assert sum(len(r.ids) for r in choose_rows(hopeless, 8192)) <= 4 * 8192
+    assert len(choose_rows(rows_of(1, 5000, 4), 64)) == 1
+
+
+SENTENCE = "measured on 72 tokens only: 4,096 or more would make its intervals worth reading"
+
+
+def test_few_tokens_are_said_wherever_the_certificate_speaks(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    write_rows(inputs["render"] / "eval.parquet", [list(range(3, 43))] * 2)
+    said: list[str] = []
+    (tmp_path / "out").mkdir()
+    ctx = dataclasses.replace(context(tmp_path), say=said.append)
+    spec = certify.spec(recipe())
+    assert spec is not None
+    certify.run(spec, inputs, tmp_path / "out", ctx)
+    certificate = json.loads((tmp_path / "out/certificate.json").read_text())
+    stages = {"certify": StageView("certify", "done", tmp_path / "out", {})}
+    for words in (said[-1], certificate["words"], certificate_words(certificate), certificate_section(stages)["words"]):
+        assert words.rstrip(".").endswith(SENTENCE)
+    with pytest.raises(GateRefused, match="72 tokens only"):
+        run(tmp_path, inputs, "refused", certify={**OPEN, "min_agreement": 1, "base": "original"})
+
+
+def test_enough_tokens_are_worth_no_word(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    rng = np.random.default_rng(0)
+    write_rows(inputs["render"] / "eval.parquet", [rng.integers(3, 128, 204).tolist() for _ in range(24)])
+    certificate = run(tmp_path, inputs, certify={**OPEN, "base": "original"})
+    assert certificate["tokens"] == 24 * 200 and "only" not in certificate["words"]
 
 
 def test_no_usable_row_is_said(tmp_path: Path) -> None:

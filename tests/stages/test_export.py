@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from finetune.backends import gguf_scoring
 from finetune.backends.gguf_file import TYPES
 from finetune.backends.ollama import Pieces, modelfile, read_pieces
+from finetune.backends.scoring import row_nll
 from finetune.context import Metrics
+from finetune.data.training_rows import read_token_rows
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Export, Recipe
 from finetune.recipe_training import GgufKind
@@ -25,7 +32,9 @@ from tests.tiny_tokenizers import build
 pytest.importorskip("gguf")
 
 
-def run(folder: Path, out: Path, *kinds: str, rows: int = 0) -> Metrics:
+def run(
+    folder: Path, out: Path, *kinds: str, rows: int = 0, tokens: int = 8192, say: Callable[[str], None] = lambda _: None
+) -> Metrics:
     """Export a merged folder; with `rows`, random held-out rows of its vocabulary are scored."""
     out.mkdir()
     render = out.with_name(f"{out.name}-render")
@@ -34,7 +43,12 @@ def run(folder: Path, out: Path, *kinds: str, rows: int = 0) -> Metrics:
     rng = np.random.default_rng(0)
     write_rows(render / "eval.parquet", [rng.integers(3, size, 20 + i).tolist() for i in range(rows)])
     asked = Export.model_validate({"gguf": kinds, "perplexity_rows": rows})
-    return export.run(asked, {"merge": folder, "render": render}, out, context(out))
+    return export.run(
+        export.Spec(export=asked, tokens=tokens),
+        {"merge": folder, "render": render},
+        out,
+        dataclasses.replace(context(out), say=say),
+    )
 
 
 def quantizer(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +184,77 @@ def test_perplexity_of_every_file_beside_the_merged_model(tmp_path: Path) -> Non
     assert "perplexity_unknown" not in metrics
 
 
-def test_what_is_not_scored_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_transformers(folder: Path, out: Path, kind: str | None, rows: int) -> float:
+    """The perplexity of a file as transformers reads it and runs it whole."""
+    source = {"pretrained_model_name_or_path": folder} if kind is None else {"gguf_file": f"model-{kind}.gguf"}
+    model = AutoModelForCausalLM.from_pretrained(
+        **{"pretrained_model_name_or_path": out, **source}, dtype=torch.float32
+    )
+    held_out = read_token_rows(out.with_name(f"{out.name}-render") / "eval.parquet", rows)
+    nll, counts = row_nll(model.eval(), held_out, 512, context(out), "")
+    return float(np.exp(nll.sum() / counts.sum()))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2"])
+def test_a_layer_at_a_time_scores_what_transformers_scores(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a large model, on a small one: with the rows of q and k left in llama.cpp's order it would fail."""
+    shape = {"intermediate_size": 128, "tie_word_embeddings": kind == "qwen2"}
+    folder, out = merged(tmp_path / "merge", kind, "bfloat16", **shape), tmp_path / "out"
+    monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
+    metrics: dict[str, Any] = run(folder, out, "bf16", "q8_0", "q5_1", "q4_0", rows=12)
+    assert metrics["not_loaded"].startswith("a model over 0 M parameters")
+    assert metrics["reload_difference"] == {"model-bf16.gguf": 0.0}
+    for name, value in metrics["perplexity"].items():
+        assert value == pytest.approx(by_transformers(folder, out, None if name == "merged" else name, 12), rel=1e-5)
+    shares = [metrics["agreement"][name] for name in ("bf16", "q8_0", "q5_1", "q4_0")]
+    assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 1
+    apart = [metrics["mean_kl"][name] for name in ("bf16", "q8_0", "q5_1", "q4_0")]
+    assert apart == sorted(apart) and abs(apart[0]) < 1e-9
+
+
+def test_rows_left_in_llama_cpps_order_would_be_scored_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.backends import gguf_weights
+
+    folder = merged(tmp_path / "merge")
+    monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
+    right: dict[str, Any] = run(folder, tmp_path / "right", "q8_0", rows=6)
+    monkeypatch.setattr(gguf_weights, "unpermute", lambda weight, heads: weight)
+    wrong: dict[str, Any] = run(folder, tmp_path / "wrong", "q8_0", rows=6)
+    assert abs(wrong["perplexity"]["q8_0"] / right["perplexity"]["q8_0"] - 1) > 1e-3
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf_weights, "unpermute", lambda weight, heads: weight)
+    with pytest.raises(FinetuneError, match=r"attn_[qk]\.weight reads back as other weights"):
+        run(folder, tmp_path / "small", "q8_0")  # transformers reads it too
+
+
+def test_a_large_model_is_scored_on_no_more_tokens_than_its_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = merged(tmp_path / "merge")
+    monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
+    monkeypatch.setattr(gguf_scoring, "WORTH_SAYING_SECONDS", 0.0)
+    said: list[str] = []
+    metrics: dict[str, Any] = run(folder, tmp_path / "out", "q8_0", "q4_0", rows=20, tokens=100, say=said.append)
+    assert metrics["perplexity_rows"] == 4 and metrics["perplexity_tokens"] == 20 + 21 + 22 + 23 - 4 * 4
+    assert any("the merged model and 2 files on 92 tokens, a layer at a time, takes about" in line for line in said)
+
+
+def test_what_transformers_does_not_read_is_scored_all_the_same(tmp_path: Path) -> None:
+    folder = merged(tmp_path / "merge", "llama", attention_bias=True)
+    metrics: dict[str, Any] = run(folder, tmp_path / "out", "f32", rows=4)
+    assert metrics["not_loaded"] == "it has no biases for Llama's GGUF"
+    assert metrics["reload_difference"] == {"model-f32.gguf": 0.0}
+    assert metrics["perplexity"]["f32"] == pytest.approx(metrics["perplexity"]["merged"], rel=1e-6)
+
+
+def test_what_is_not_scored_says_why(tmp_path: Path) -> None:
     folder = merged(tmp_path / "merge")
     metrics = run(folder, tmp_path / "none", "f16")
     assert "perplexity" not in metrics and "perplexity_rows is 0" in str(metrics["perplexity_unknown"])
-    monkeypatch.setattr(export, "MAX_RELOADED_PARAMETERS", 1000)
-    metrics = run(folder, tmp_path / "large", "f16", rows=4)
-    assert "not read back" in str(metrics["perplexity_unknown"]) and "reload_difference" not in metrics
 
 
 def test_k_quants_go_through_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +294,7 @@ def test_a_quantizer_that_fails_is_quoted(
 
 
 def test_another_llama_quantize_is_another_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, plain = Export(gguf=["q8_0", "q4_k_m"]), Export(gguf=["q8_0"])
+    asked, plain = (export.Spec(export=Export(gguf=g), tokens=64) for g in (["q8_0", "q4_k_m"], ["q8_0"]))
     quantizer(tmp_path / "bin", "", monkeypatch)
     first = export.fingerprint(asked)
     assert first and export.fingerprint(asked) == first and export.fingerprint(plain) == {}
@@ -258,5 +336,6 @@ def test_it_is_off_unless_asked_for() -> None:
     recipe = {"name": "tiny", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
     assert export.spec(Recipe.model_validate(recipe)) is None
     asked = Recipe.model_validate({**recipe, "export": {"gguf": ["f16"]}})
-    assert export.spec(asked) == Export(gguf=["f16"])
+    assert export.spec(asked) == export.Spec(export=Export(gguf=["f16"]), tokens=8192)
+    assert export.spec(asked.model_copy(update={"certify": None})) == export.spec(asked)
     assert export.spec(asked.model_copy(update={"merge": None})) is None

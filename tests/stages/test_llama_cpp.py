@@ -48,7 +48,12 @@ def exported(folder: Path, kind: str = "mistral", tokens: str = "byte_level", *f
     (folder / "out").mkdir()
     (folder / "render").mkdir()
     asked = Export.model_validate({"gguf": formats or ["f16"], "perplexity_rows": 0})
-    export.run(asked, {"merge": folder / "merge", "render": folder / "render"}, folder / "out", context(folder))
+    export.run(
+        export.Spec(export=asked, tokens=8192),
+        {"merge": folder / "merge", "render": folder / "render"},
+        folder / "out",
+        context(folder),
+    )
     return folder / "out"
 
 
@@ -105,7 +110,7 @@ def as_llama_cpp_reads(folder: Path, tokenizer: Any) -> tuple[list[str], str]:
     out = folder / "out"
     out.mkdir()
     asked = Export.model_validate({"gguf": ["q8_0"], "perplexity_rows": 0})
-    said = export.run(asked, {"merge": folder, "render": folder}, out, context(out))
+    said = export.run(export.Spec(export=asked, tokens=8192), {"merge": folder, "render": folder}, out, context(out))
     model = llama_cpp.Llama(str(out / "model-q8_0.gguf"), vocab_only=True, verbose=False)
     chats = [(text, f"<s>[INST] {text} [/INST] {text}</s>[INST] {text} [/INST]") for text in sentences()]
     own = tokenizer([chat for _, chat in chats], add_special_tokens=False)["input_ids"]
@@ -157,7 +162,9 @@ def test_k_quants_of_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     chance = random.Random(0)
     write_rows(render / "eval.parquet", [[chance.randrange(3, size) for _ in range(30)] for _ in range(16)])
     asked = Export.model_validate({"gguf": ["q2_k", "q4_k_m", "q6_k", "f16"], "perplexity_rows": 16})
-    metrics: dict[str, Any] = export.run(asked, {"merge": tmp_path / "merge", "render": render}, out, context(out))
+    metrics: dict[str, Any] = export.run(
+        export.Spec(export=asked, tokens=8192), {"merge": tmp_path / "merge", "render": render}, out, context(out)
+    )
     found = metrics["perplexity"]
     away = {kind: abs(found[kind] / found["merged"] - 1) for kind in ("q2_k", "q4_k_m", "q6_k", "f16")}
     assert away["f16"] < away["q6_k"] < away["q4_k_m"] < away["q2_k"]

@@ -33,7 +33,7 @@ def exported(act: Act, tmp_path: Path) -> Path:
     out.mkdir()
     write_tokens(act.folders["render"] / "eval.parquet", [list(range(3 + i, 20 + i)) for i in range(4)])
     inputs = {"merge": act.folders["merge"], "render": act.folders["render"]}
-    export.run(Export.model_validate(GGUF["export"]), inputs, out, context(out))
+    export.run(export.Spec(export=Export.model_validate(GGUF["export"]), tokens=8192), inputs, out, context(out))
     (out / "manifest.json").write_text("{}")
     return out
 
