@@ -27,9 +27,9 @@ class Spec(Section):
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off without near-duplicate removal by vectors."""
-    if recipe.dedup is None or recipe.dedup.embedding is None:
-        return None
     dedup = recipe.dedup
+    if dedup is None or dedup.embedding is None:
+        return None
     return Spec(embedding=dedup.embedding, field=dedup.field, folder=dedup.embedding_folder)
 
 
