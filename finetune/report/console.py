@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from finetune.context import Bar, SilentBar
+from finetune.report.text import size
 
 PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
 
@@ -174,6 +175,6 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
         case "certify":
             return f"{m.get('base')}: agreement {number('agreement', '.1%')}, KL {number('mean_kl', '.2g')}"
         case "merge":
-            return f"peak {number('peak_anon_bytes', ',')} bytes"
+            return f"peak {size(m.get('peak_anon_bytes'))}"
         case _:
             return ""

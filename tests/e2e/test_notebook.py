@@ -228,6 +228,65 @@ def folders_cell(tmp_path, settings, after, **environment):
     return done.stdout
 
 
+@pytest.fixture
+def helper(tmp_path):
+    """Starts the notebook's `finetune()` on a program that stands in for the package."""
+    source = cell("machine").partition("if shutil.which")[0]
+
+    def start(program):
+        (tmp_path / "finetune").mkdir()
+        (tmp_path / "finetune" / "__init__.py").touch()
+        (tmp_path / "finetune" / "__main__.py").write_text(program)
+        return subprocess.Popen(
+            [sys.executable, "-c", f"import os, subprocess, sys\n{source}\nfinetune('run')\nprint('the next cell')"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+
+    return start
+
+
+def test_half_a_line_is_shown_while_the_rest_is_awaited(helper, tmp_path):
+    process = helper(
+        "import pathlib, time\nprint('half a', end='', flush=True)\n"
+        "while not pathlib.Path('seen').exists(): time.sleep(0.01)\nprint(' line é')"
+    )
+    assert process.stdout.read(6) == "half a"
+    (tmp_path / "seen").touch()
+    assert process.communicate(timeout=60)[0] == " line é\nthe next cell\n"
+
+
+SAVES = """
+import signal, sys, time
+stop = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stop.append(128 + number))
+print("training", flush=True)
+while not stop:
+    time.sleep(0.01)
+time.sleep(0.2)
+print("saved", flush=True)
+sys.exit(STATUS)
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "error"),
+    [
+        ("stop[0]", "stopped; run this cell again to go on\nthe next cell\n", ""),
+        ("1", "saved\n", "RuntimeError: finetune run ended with status 1"),
+    ],
+)
+@pytest.mark.parametrize("group", [True, False], ids=["the kernel and its children", "the kernel alone"])
+def test_the_stop_button_is_no_error_but_a_failure_while_saving_is(status, said, error, group, helper):
+    process = helper(SAVES.replace("STATUS", status))
+    assert process.stdout.readline() == "training\n"
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    shown, trouble = process.communicate(timeout=60)
+    assert shown.endswith(said) and error in trouble
+    assert bool(process.returncode) == bool(error)
+
+
 def test_what_is_kept_on_the_hub_needs_no_drive(tmp_path):
     said = folders_cell(tmp_path, ("", False, True, "me/runs"), "assert os.environ['FINETUNE_MIRROR'] == 'me/runs'")
     assert "datasets/me/runs, private" in said and f"{tmp_path}/artifacts" in said
