@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune import shown
 from finetune.errors import InputError
+from finetune.metrics.stop_rate import never_stops
 from finetune.recipe import Recipe
 from finetune.recipe_file import parse_recipe
 from finetune.records import replace_bytes
@@ -126,10 +127,11 @@ def result(stages: Stages) -> dict[str, str]:
     left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics]
     if not done:
         return {"kind": "stopped", "words": "Nothing is finished yet."}
+    loud = " NO ANSWER ENDED BY ITSELF (see Evaluation)." if never_stops(stages["evaluate"].metrics) else ""
     if left:
         words = f"Finished as far as {done[-1].name}; {left[0]} and what follows it has not run."
-        return {"kind": "stopped", "words": words}
-    return {"kind": "done", "words": _outcome(stages)}
+        return {"kind": "stopped", "words": words + loud}
+    return {"kind": "stopped" if loud else "done", "words": _outcome(stages) + loud}
 
 
 def _outcome(stages: Stages) -> str:

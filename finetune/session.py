@@ -17,9 +17,10 @@ from finetune import launching, pipeline
 from finetune.context import Context, StopFlag
 from finetune.environment import describe_environment
 from finetune.errors import FinetuneError, InputError, Stopped
+from finetune.metrics.stop_rate import never_stops
 from finetune.recipe import Recipe
 from finetune.recipe_file import LoadedRecipe, load_recipe, parse_recipe
-from finetune.report.console import Screen, print_table, stage_figure, stage_rows
+from finetune.report.console import Screen, print_error, print_table, stage_figure, stage_rows
 from finetune.runs import Run, read_run
 from finetune.store import Store, make_key
 
@@ -305,5 +306,8 @@ def _print_result(loaded: LoadedRecipe, steps: list[pipeline.Step], record: Run,
     if (report := record.folder / "report.html").is_file():
         print(f"{'report':>20}  {report}")  # noqa: T201
     print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
+    for step in steps:
+        if step.manifest and (words := never_stops(step.manifest.metrics)):
+            print_error(words)  # again, where it is not scrolled away, and in every run that finds it
     if loaded.recipe.model.kind == "builtin":
         print("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201

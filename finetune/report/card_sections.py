@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.backends.card_facts import Facts, Json
 from finetune.backends.hub import Kind
+from finetune.metrics.stop_rate import never_stops
 from finetune.recipe import HubSource, LocalSource, Recipe
 from finetune.report.markdown import Markdown, code, escaped, number
 from finetune.report.text import task_figures
@@ -188,6 +189,8 @@ def limits(kind: Kind, facts: Facts) -> list[str]:
         found.append("No licence was stated for this repository.")
     if not facts.metrics.get("evaluate"):
         found.append("Nothing was measured on held-out rows.")
+    if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
+        found.insert(0, words)
     if kind in ("merged", "gguf") and facts.certificate is None:
         found.append("The merge is not certified.")
     exported = (facts.metrics.get("export") or {}) if kind == "gguf" else {}

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from finetune.context import Bar, SilentBar, position
+from finetune.report.text import size
 from finetune.stages.certify import ENOUGH_TOKENS
 
 PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
@@ -176,7 +177,7 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
             few = f", on {m['tokens']} tokens only" if m.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""
             return f"{m.get('base')}: agreement {number('agreement', '.1%')}, KL {number('mean_kl', '.2g')}{few}"
         case "merge":
-            return f"peak {number('peak_anon_bytes', ',')} bytes"
+            return f"peak {size(m.get('peak_anon_bytes'))}"
         case "export":
             listed = ", ".join(f"{kind} {value:.4g}" for kind, value in (m.get("perplexity") or {}).items())
             return listed and f"perplexity {listed}"

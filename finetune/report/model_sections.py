@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics.stop_rate import never_stops
 from finetune.report import plots
 from finetune.report.stage_view import Stages, StageView
 from finetune.report.text import NONE, clipped, duration, interval, number, percent, size, task_figures
@@ -129,6 +130,7 @@ def evaluation_section(stages: Stages) -> dict[str, Any]:
     samples = read_lines(view.file("samples.jsonl"))
     return {
         "absent": "" if m else view.absence,
+        "never_stops": never_stops(m),
         "intervals": perplexities(m, certificate(stages["certify"])),
         "figures": _evaluation_figures(m),
         "prompt": prompt_use(m),

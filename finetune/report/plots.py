@@ -112,10 +112,11 @@ def lines(
         parts.append(_curve(frame, curve))
     if level is not None:
         y = frame.y(level.value)
-        above = y - 4 if y - TOP > 16 else y + 12
+        crossed = any(y - 16 < frame.y(value) < y for _, value in every)  # a curve runs where its words would stand
+        words = y - 4 if y - TOP > 16 and not crossed else y + 13
         parts.append(
             f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="note" x="{WIDTH - RIGHT - 2}" y="{above:.1f}" text-anchor="end">{_text(level.label)}</text>'
+            f'<text class="note" x="{WIDTH - RIGHT - 2}" y="{words:.1f}" text-anchor="end">{_text(level.label)}</text>'
         )
     return _drawing(label, HEIGHT, parts)
 

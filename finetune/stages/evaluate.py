@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused
+from finetune.metrics.stop_rate import never_stops
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
 from finetune.records import canonical_json, write_bytes, write_json
 
@@ -91,10 +92,8 @@ def _warn(result: Mapping[str, Any], ctx: Context) -> None:
     if ratio is not None and ratio[0] <= 1 <= ratio[1]:
         ends = f"{ratio[0]:.4g} to {ratio[1]:.4g}"
         ctx.say(f"evaluate: perplexity does not tell base and adapter apart (ratio {ends}, which holds 1)")
-    if result["stop_rate"] == 0:
-        ctx.say(
-            "evaluate: not one answer ended by itself: the terminator may not have been learned, or answers are long"
-        )
+    if words := never_stops(result):
+        ctx.say(f"evaluate: {words}")
     interval = result["nll_difference_interval"]
     if interval is None:
         ctx.say("evaluate: one held-out row has no other prompt to be compared with")

@@ -14,16 +14,16 @@ from tests.e2e.conftest import ROOT
 
 TRAIN = ("--until", "train")
 NO_DROPOUT = ("--set", "lora.dropout=0", *TRAIN)  # each process draws its own dropout
-CONFIG = ROOT / "recipes" / "accelerate" / "multi_cpu.yaml"
+CONFIGS = ROOT / "recipes" / "accelerate"
 
 
 def ours(work, processes, *arguments):
     return work.command("run", "small.yaml", "--processes", processes, *arguments)
 
 
-def accelerate(work, processes, *arguments, options=()):
+def accelerate(work, processes, *arguments, options=(), config="multi_cpu"):
     launcher = Path(sys.executable).parent / "accelerate"
-    command = [launcher, "launch", "--config_file", CONFIG, "--num_processes", processes, *options]
+    command = [launcher, "launch", "--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes, *options]
     return list(map(str, [*command, *work.command("run", "small.yaml", *arguments)[1:]]))
 
 
@@ -34,10 +34,10 @@ def begin(work, command, **more):
     )  # fmt: skip
 
 
-def finish(work, command, status=0, **more):
+def finish(work, command, status=0, seconds=240, **more):
     """The output of a launch that must end with `status`."""
     process = begin(work, command, **more)
-    (text,) = outputs([process])
+    (text,) = outputs([process], seconds)
     assert process.returncode == status, f"{process.returncode}\n{text}"
     return text
 

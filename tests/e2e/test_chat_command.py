@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.chat_input import history_file, read_question, remembering
-from finetune.chatting import Conversation, _prompt_ids, printable
+from finetune.chatting import Conversation, Options, _prompt_ids, printable
 from finetune.records import read_json
 
 QUESTION = "What does the tree number 3 do?"
@@ -162,6 +162,38 @@ def test_an_adapter_folder_and_a_comparison_without_base_are_refused(finished, m
     adapter = Path(finished.show()["stages"]["train"]["path"]) / "adapter"
     assert "without its base" in finished.run("chat", adapter, "--prompt", "x", status=2).stderr
     assert "no base" in finished.run("chat", merged, "--prompt", "x", "--compare", "base", status=2).stderr
+
+
+class Buffered(io.StringIO):
+    """A stdout that shows, at each flush, what was written since the last: (tokens made by then, text)."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made, self.shown = made, []
+
+    def flush(self):
+        if text := self.getvalue():
+            self.shown.append((len(self.made), text))
+            self.seek(0)
+            self.truncate()
+
+
+def test_an_answer_is_shown_while_it_is_made(merged, monkeypatch):
+    from finetune.chatting import _exchange, _folder_voice
+    from finetune.report.console import Screen
+
+    made = []  # an entry for each forward pass, and so for each token
+    conversation = Conversation(None, 0)
+    with _folder_voice(Path(merged), Screen(silent=True)) as voice:
+        voice.model.register_forward_hook(lambda *_: made.append(1))
+        screen = Buffered(made)
+        monkeypatch.setattr("sys.stdout", screen)
+        _exchange(voice, conversation, QUESTION, Options(max_new_tokens=60))
+        monkeypatch.undo()
+    assert "".join(text for _, text in screen.shown).strip() == printable(conversation.messages[1]["content"])
+    early = [tokens for tokens, _ in screen.shown if tokens < len(made)]
+    assert early[0] <= 10 < 40 < len(made)  # the first word is read while most of the answer is still to come
+    assert len(early) >= 5
 
 
 def test_the_prompt_is_the_one_that_was_trained(finished, merged):

@@ -1,9 +1,13 @@
-"""Several processes that really run, over gloo: `--processes N`, and `accelerate launch` with multi_cpu.yaml."""
+"""Several processes that really run, over gloo: `--processes N`, and `accelerate launch` with our configurations."""
 
+import importlib.util
 import itertools
 import json
+import os
 import shutil
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,9 +97,49 @@ def test_two_processes_train_the_adapter_of_one(how, fresh):
 
 @pytest.mark.slow
 def test_four_processes_train_the_adapter_of_one_and_one_process_does_the_rest(by_one, curated):
-    text = launches.finish(curated, launches.ours(curated, 4, *NO_DROPOUT[:2], *MORE_ROWS))
+    text = launches.finish(curated, launches.accelerate(curated, 4, *NO_DROPOUT[:2], *MORE_ROWS))
     assert_same_training([by_one, curated], [1, 4], atol=1e-4)
     assert text.count("merge …") == 1 and curated.show()["stages"]["merge"]["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no DeepSpeed: pip install -e '.[deepspeed]'")
+def test_two_processes_under_zero2_train_the_adapter_of_one(fresh):
+    """With AdamW in 32 bits: an 8-bit state is rounded in blocks, and ZeRO's blocks run across matrices."""
+    one, two = fresh("one"), fresh("two")
+    plain = (*NO_DROPOUT, "--set", "train.optimizer=adamw")
+    one.run("run", "small.yaml", *plain)
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # it compiles an operator, minutes long, once
+    command = launches.accelerate(two, 2, *plain, config="deepspeed_zero2")
+    launches.finish(two, command, seconds=500, DS_ACCELERATOR="cpu", XDG_CACHE_HOME=cache)
+    assert_same_training([one, two], [1, 2], atol=1e-5)
+
+
+# Python imports this at its start: rank 1 fails as it looks at its third step, and the other waits for its gradients.
+FAILS = """
+import os, pathlib
+if os.environ.get("RANK") == "1":
+    from finetune.backends import watchdog
+    look = watchdog.Watchdog.look
+    def fails(self, step, *rest):
+        if step == 3:
+            pathlib.Path("raised").touch()
+            raise ValueError("this rank went wrong")
+        return look(self, step, *rest)
+    watchdog.Watchdog.look = fails
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_launch_soon_and_only_its_traceback_is_shown(curated):
+    (curated.folder / "sitecustomize.py").write_text(FAILS)
+    path = os.pathsep.join([str(curated.folder), curated.environment()["PYTHONPATH"]])
+    process = launches.begin(curated, launches.ours(curated, 2, *TRAIN), PYTHONPATH=path)
+    (text,) = launches.outputs([process])
+    ended = time.time()
+    assert process.returncode == 1 and "ValueError: this rank went wrong" in text, text
+    assert text.count("Traceback (most recent call last)") == 1, text
+    assert ended - (curated.folder / "raised").stat().st_mtime < 15, text
 
 
 def killed(work, rank, moment):

@@ -77,6 +77,12 @@ def test_a_run_leaves_a_report_with_the_figures_that_show_has(finished):
     )  # the same run, again
 
 
+def test_a_model_that_never_stops_is_told_at_the_end_of_every_run(finished):
+    assert finished.show()["stages"]["evaluate"]["metrics"]["stop_rate"] == 0  # two answers of a model of 12 steps
+    again = finished.run("run", "small.yaml")
+    assert again.stderr.count("NO ANSWER ENDED BY ITSELF (0 of 2,") == 1
+
+
 def test_a_stopped_run_has_a_report_and_its_rows_stay_text(hostile):
     path = newest(hostile) / "report.html"
     before = path.read_bytes()

@@ -13,7 +13,7 @@ BROWSER = next(
 NO_BROWSER = "no chromium on this machine: apt-get install chromium"
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=1000 --dump-dom"
+    "--disable-component-update --disable-sync --virtual-time-budget=1000"
 ).split()
 
 
@@ -49,7 +49,19 @@ def elements(text: str) -> Elements:
 
 def opened(page: Path, profile: Path) -> Elements:
     """The document after chromium has loaded `page`; `profile` is a new folder of its own."""
-    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", page.as_uri()]
+    said = _run(page, profile, "--dump-dom")
+    assert "<html" in said
+    return elements(said)
+
+
+def printed(page: Path, profile: Path) -> bytes:
+    """The PDF that chromium prints of `page`; `profile` is a new folder of its own."""
+    file = profile.with_suffix(".pdf")
+    _run(page, profile, f"--print-to-pdf={file}", "--no-pdf-header-footer")
+    return file.read_bytes()
+
+
+def _run(page: Path, profile: Path, *options: str) -> str:
+    command = [BROWSER, *FLAGS, *options, f"--user-data-dir={profile}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, errors="replace")
-    assert "<html" in done.stdout, done.stderr
-    return elements(done.stdout)
+    return done.stdout

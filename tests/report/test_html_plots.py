@@ -99,12 +99,13 @@ def test_a_label_is_text_wherever_it_is_written() -> None:
         svg.encode()
 
 
-def test_the_words_of_a_level_stand_above_the_curve_that_runs_under_it() -> None:
-    curve = plots.Line([(float(i), 0.68) for i in range(1, 12)])
+@pytest.mark.parametrize(("measured", "above"), [(0.68, True), (0.78, False)])
+def test_the_words_of_a_level_stand_where_no_curve_runs(measured, above) -> None:
+    curve = plots.Line([(float(i), measured) for i in range(1, 12)])
     svg = plots.lines("memory", [curve], "step", "GB", level=plots.Level(0.75, "predicted"), from_zero=True)
     level = float(re.search(r'class="level"[^>]* y1="([\d.]+)"', svg)[1])
     words = float(re.search(r'class="note"[^>]* y="([\d.]+)"', svg)[1])
-    assert words < level
+    assert (words < level) == above
 
 
 def test_a_number_at_the_edge_is_not_cut() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from finetune import reporting, shown
 from finetune.errors import InputError
-from tests.report.chromium import BROWSER, NO_BROWSER, elements, opened
+from tests.report.chromium import BROWSER, NO_BROWSER, elements, opened, printed
 from tests.report.made_run import RECIPE, MadeRun, example, made_run
 
 HOSTILE = (
@@ -61,6 +61,15 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
         "path: rows.jsonl", "ends by itself", "cut off", "predicted in all",
     ):  # fmt: skip
         assert figure in words, figure
+
+
+def test_a_model_that_never_stops_is_said_at_the_head_and_with_what_to_do(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    assert "NO ANSWER" not in page(run)
+    run.done("evaluate", **{**run.stages["evaluate"]["metrics"], "stop_rate": 0.0})
+    words = text_of(page(run))
+    assert words.index("NO ANSWER ENDED BY ITSELF (see Evaluation)") < words.index("Length of rows")
+    assert "NO ANSWER ENDED BY ITSELF (0 of 6," in words and "train longer (train.epochs" in words
 
 
 def test_the_same_run_gives_the_same_bytes_and_another_figure_gives_others(tmp_path: Path) -> None:
@@ -113,20 +122,33 @@ def test_the_browser_would_have_run_it_unescaped_and_the_policy_alone_stops_it(
 
 
 @pytest.mark.skipif(not BROWSER, reason=NO_BROWSER)
-def test_no_page_is_wider_than_a_phone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("medium", "width"), [("screen", 360), ("print", 688)])  # A4 without its margins: 182 mm
+def test_no_page_is_wider_than_a_phone_or_a_sheet_of_paper(medium: str, width: int, tmp_path: Path) -> None:
     measure = (
         "<script>for (const d of document.querySelectorAll('details')) d.open = true;"
         "parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
     )
     text = page(made_run(tmp_path, "wide" * 100, "source" * 100))
     text = re.sub(r"<meta http-equiv[^\n]*\n", "", text, count=1).replace("</body>", measure)
+    if medium == "print":
+        assert text.count("@media print {") == 1
+        text = text.replace("@media print {", "@media screen {")
     (tmp_path / "inner.html").write_text(text, encoding="utf-8")
     (tmp_path / "outer.html").write_text(
         '<html><title>none</title><script>onmessage = m => document.title = "wide " + m.data</script>'
-        '<iframe src="inner.html" style="width: 360px; height: 800px; border: 0"></iframe></html>'
+        f'<iframe src="inner.html" style="width: {width}px; height: 800px; border: 0"></iframe></html>'
     )
     (title,) = opened(tmp_path / "outer.html", tmp_path / "profile").titles
-    assert int(title.removeprefix("wide ")) <= 360
+    assert int(title.removeprefix("wide ")) <= width
+
+
+@pytest.mark.skipif(not BROWSER, reason=NO_BROWSER)
+def test_a_report_is_printed_on_a_few_pages(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    run.save()
+    pdf = printed(reporting.write_report(run.store, "made"), tmp_path / "profile")
+    pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
+    assert pdf.startswith(b"%PDF-") and 3 <= pages <= 12
 
 
 def test_a_lone_surrogate_and_a_torn_line_do_not_break_the_page(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.backends.card_facts import Facts
@@ -110,6 +110,14 @@ def test_metadata_of_an_adapter() -> None:
             }
         ],
     }
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_model_that_never_stops_has_that_as_its_first_limit(kind: str) -> None:
+    never = {"evaluate": {**METRICS["evaluate"], "stop_rate": 0.0, "generations": 32}}
+    limits = card(kind, metrics={**METRICS, **never}).split("## Limits\n\n- ")[1]
+    assert limits.startswith("NO ANSWER ENDED BY ITSELF (0 of 32,") and "Give a limit of new tokens." in limits
+    assert "NO ANSWER" not in card(kind)
 
 
 def test_metadata_of_a_merged_model() -> None:
@@ -344,6 +352,7 @@ def test_local_folders_are_shortened(tmp_path: Path) -> None:
     assert "…/rows.jsonl" in found and "…/more.jsonl" in found
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_nothing_measured_or_written_breaks_out_of_its_place(name: str, value: str) -> None:
     text = card(metrics={"train": {name: "x" + value}}, recipe_text=f"name: x\n```\n# owned\n````\n{value}")

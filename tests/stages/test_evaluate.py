@@ -233,7 +233,7 @@ def test_names_that_cannot_be_tasks_are_refused(tasks: list[str]) -> None:
     ("figures", "words"),
     [
         ({}, None),
-        ({"stop_rate": 0.0}, "not one answer ended by itself"),
+        ({"stop_rate": 0.0}, "NO ANSWER ENDED BY ITSELF (0 of 4,"),
         ({"nll_difference_interval": [-0.1, 0.2]}, "may have learned their style only"),
         ({"nll_difference_interval": None}, "no other prompt to be compared with"),
         ({"perplexity_ratio_interval": [0.9, 1.1]}, "does not tell base and adapter apart"),
@@ -243,5 +243,5 @@ def test_names_that_cannot_be_tasks_are_refused(tasks: list[str]) -> None:
 def test_what_the_figures_do_not_show_is_said_and_nothing_else(figures: dict[str, Any], words: str | None) -> None:
     said: list[str] = []
     good = {"stop_rate": 0.5, "nll_difference_interval": [0.1, 0.2], "perplexity_ratio_interval": [0.4, 0.6]}
-    evaluate._warn({**good, **figures}, dataclasses.replace(context(Path()), say=said.append))
+    evaluate._warn({**good, "generations": 4, **figures}, dataclasses.replace(context(Path()), say=said.append))
     assert len(said) == (words is not None) and (words or "") in "".join(said)
