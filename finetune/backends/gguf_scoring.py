@@ -69,7 +69,7 @@ def _streamed(merged: Path, weights: Weights, device: str) -> StreamedModel:
 
 
 def _hidden(model: StreamedModel, held_out: HeldOut, label: str, ctx: Context, models: int = 0) -> torch.Tensor:
-    """Final hidden states (P, d) of the supervised positions; `models` is how many of these passes are to come."""
+    """Final hidden states (P, d) of the supervised positions; `models`: how many passes to announce."""
     from finetune.backends.certification import supervised_hidden
     from finetune.backends.streamed_forward import hidden_states
 
@@ -83,9 +83,12 @@ def _timed(layers: Sequence[int], label: str, tokens: int, models: int, ctx: Con
     started = time.monotonic()
     for index in ctx.track(layers, f"perplexity {label}", len(layers)):
         yield index
+        if index or not models:
+            continue
         layer = time.monotonic() - started
-        if index == 0 and layer * len(layers) * models >= WORTH_SAYING_SECONDS:
+        expected = layer * len(layers) * models
+        if expected >= WORTH_SAYING_SECONDS:
             ctx.say(
                 f"export: scoring the merged model and {models - 1} file{'s' * (models != 2)} on {tokens:,} tokens, a "
-                f"layer at a time, takes about {layer * len(layers) * models / 60:.1f} min ({layer:.1f} s a layer)"
+                f"layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
             )

@@ -12,7 +12,7 @@ from finetune.errors import FinetuneError
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ROWS = 4096
+BLOCK_ELEMENTS = 1 << 20
 ROUNDED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # the kinds that have an exact expectation
 
 
@@ -32,13 +32,16 @@ class GgufWeights:
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor of that name, fp32, in memory of its own."""
         import gguf
-        import numpy as np
         import torch
 
         planned = self.planned[name]
         stored = self._stored[planned.name]
-        values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-        weight = torch.from_numpy(np.require(values, np.float32, ["C", "W"])).reshape(planned.source.shape)
+        weight = torch.empty(planned.source.shape, dtype=torch.float32)
+        values = weight.numpy()
+        step = max(1, BLOCK_ELEMENTS // max(1, weight[:1].numel()))
+        for start in range(0, len(values), step):  # gguf's own call on the whole holds it two or three times
+            rows = stored.data[start : start + step]
+            values[start : start + step] = gguf.quants.dequantize(rows, stored.tensor_type)
         return unpermute(weight, planned.heads) if planned.heads else weight
 
     def difference(self, planned: Planned) -> float:
@@ -50,8 +53,9 @@ class GgufWeights:
         there, merged = self(planned.source.name), planned.source.load()
         dtype: torch.dtype = vars(torch)[ROUNDED[planned.kind]]
         largest = 0.0
-        for start in range(0, len(merged), BLOCK_ROWS):
-            found, source = there[start : start + BLOCK_ROWS], merged[start : start + BLOCK_ROWS]
+        step = max(1, BLOCK_ELEMENTS // max(1, merged[:1].numel()))
+        for start in range(0, len(merged), step):
+            found, source = there[start : start + step], merged[start : start + step]
             if not torch.equal(found, source.to(dtype).float()):
                 raise _other_weights(self.path, planned)
             largest = max(largest, float((found - source.float()).abs().max()))

@@ -132,7 +132,7 @@ def assert_as_near(ours: State, theirs: State, exact: State, addends: State) -> 
     Such sums differ by last places, in float32, of the magnitudes they are added up from, which are many of the
     result's own where that is small beside its addends (cancellation: under 1 in 1,000 elements once rounded to 16
     bits, up to a third in float32). There both are held against `exact` (float64): ours may be further from it by
-    at most LAST_PLACES of the addends (2.3 found), and over a tensor is as near on average.
+    at most LAST_PLACES of the addends (2.3 found), and over a tensor is about as near on average.
     """
     for name, value in ours.items():
         other, narrow = theirs[name].to(value.dtype), value.dtype != torch.float32
@@ -141,5 +141,5 @@ def assert_as_near(ours: State, theirs: State, exact: State, addends: State) -> 
         further = ((own - others) / torch.finfo(torch.float32).eps / addends[name].clamp(min=1e-30))[apart]
         assert not apart.any() or float(further.max()) <= LAST_PLACES, f"{name}: {float(further.max()):.3g}"
         if theirs is not exact:
-            assert float(own.mean()) <= float(others.mean()) * 1.25 + 1e-12, f"{name}: {own.mean()}, {others.mean()}"
+            assert float(own.mean()) <= float(others.mean()) * 1.5 + 1e-12, f"{name}: {own.mean()}, {others.mean()}"
         assert int(apart.sum()) <= (1 + apart.numel() // 1000 if narrow else apart.numel() // 2), name
