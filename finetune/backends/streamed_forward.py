@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.backends.freed_memory import give_back
 from finetune.backends.in_order import in_order
 from finetune.backends.trained_precision import autocast
 from finetune.errors import InputError
@@ -124,6 +125,7 @@ class StreamedModel:
             for place, call in enumerate(self._calls):
                 self._states[place] = _first(self.layers[index](self._states[place], **call[index][1]))
         self._drop(names)
+        give_back()
 
     def end(self) -> list[torch.Tensor]:
         """Run what follows the layers; the final hidden states (B, T, d) of each batch."""
@@ -170,6 +172,7 @@ class StreamedModel:
             yield
         finally:
             self._drop(names)
+            give_back()
 
     def _put(self, names: Sequence[str], values: dict[str, torch.Tensor]) -> None:
         """Put `values` in place, each in the dtype of the place; `values` is emptied, as two copies may be too much."""
