@@ -1,8 +1,9 @@
 """Runs of the command line in forked processes, so that many runs pay for the heavy imports once.
 
 Reads one JSON request a line and answers with one: {"start": [arguments], "log": path} → {"pid": n};
-{"wait": pid} → {"status": n}, negative for the signal that killed it. A start may add to the run's "environment"; with
-"stop_at" the run stops itself, as by SIGSTOP, once it has said that line. Ends with its stdin.
+{"wait": pid} → {"status": n}, negative for the signal that killed it. A start may name another file for what the run
+"said" on stderr and a "folder" to run in, and add to its "environment"; with "stop_at" the run stops itself, as by
+SIGSTOP, once it has said that line. Ends with its stdin.
 """
 
 import json
@@ -37,16 +38,16 @@ def stop_after(line):
     Screen.say = say_and_stop
 
 
-def start(arguments, log, stop_at=None, environment=()):
+def start(arguments, log, said=None, folder=None, stop_at=None, environment=()):
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(descriptor, number)
+        for number, path in ((1, log), (2, said or log)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder or os.curdir)
         sys.argv = ["finetune", *arguments]
         os.environ.update(environment)
         if stop_at is not None:

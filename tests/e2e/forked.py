@@ -1,9 +1,12 @@
 """Runs in forked processes of one server, and what can be seen of them from outside."""
 
+import atexit
+import functools
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,22 @@ class Forked:
 
     def wait(self, pid):
         return self.ask(wait=pid)["status"]
+
+    def run(self, command, folder, **environment):
+        """A `subprocess.CompletedProcess` of [python, -m, finetune, …] run in `folder`."""
+        with tempfile.TemporaryDirectory() as outputs:
+            out, err = Path(outputs, "out"), Path(outputs, "err")
+            asked = {"start": command[3:], "log": str(out), "said": str(err), "folder": str(folder)}
+            status = self.wait(self.ask(**asked, environment=environment)["pid"])
+            return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+
+
+@functools.cache
+def shared():
+    """The server of all tests of this process that ask for no environment of their own."""
+    server = Forked(Workspace(Path(tempfile.mkdtemp())).environment())
+    atexit.register(server.server.communicate)  # which closes its stdin
+    return server
 
 
 @pytest.fixture(scope="module")
