@@ -31,6 +31,11 @@ class Stopped(FinetuneError):
         self.exit_status = 128 + signal_number
 
 
+def from_outside(status: int) -> bool:
+    """Whether a child's return code is a signal that somebody sent it, and not its own crash (SIGSEGV, SIGABRT)."""
+    return -status in {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
+
+
 def how_it_ended(status: int) -> str:
     """What became of a child process, by its return code: `was killed by SIGTERM`, or `failed with status 3`."""
     if status >= 0:

@@ -23,6 +23,7 @@ from finetune.errors import FinetuneError
 LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
 BEAT_SECONDS = 5.0
 LEASE_BYTES = 2048
+SOMEBODY = "another run"  # whose lease cannot be read
 WAIT_SECONDS = 15.0  # how often a run that waits says how far the other one has come
 
 
@@ -117,6 +118,8 @@ class _Waiting:
     def look(self, content: bytes) -> None:
         """Take in the lease as it is now."""
         who, note = _told(content)
+        if who == SOMEBODY and (self._who or not content):
+            return  # read while it was written, or after it had gone: the next look tells
         if who == self._who and (note == self._note or time.monotonic() - self._last < WAIT_SECONDS):
             return
         self._who, self._note, self._last = who, note, time.monotonic()
@@ -180,7 +183,7 @@ def _told(content: bytes) -> tuple[str, str]:
         lease = json.loads(content)
         return f"process {lease['pid']} on {lease['host']}", str(lease.get("note") or "")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "another run", ""
+        return SOMEBODY, ""
 
 
 def is_running(pid: int) -> bool:

@@ -212,7 +212,8 @@ def _model_at(at: Location) -> type[BaseModel] | None:
             annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
         else:
             holders = _models(annotation)
-            annotation = written_fields(holders[0])[step].annotation if holders else Any
+            field = next((w[step] for w in map(written_fields, holders) if step in w), None)  # a union has several
+            annotation = field.annotation if field else Any
     return next(iter(_models(annotation)), None)
 
 

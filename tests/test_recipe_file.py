@@ -82,6 +82,8 @@ BAD = {
     "packing none with an option of packing": (GOOD + "pack: {method: none, length_tokens: 4096}\n", "r:6: pack.method: found 'none'; allowed: 'bfd'; pack: null turns it off"),
     "packing as a word": (GOOD + "pack: none\n", "r:6: pack: found 'none'; allowed: fields, as in {method: …}; pack: null turns it off"),
     "a section that is false": (GOOD + "dedup: false\n", "r:6: dedup: found false; allowed: fields, as in {exact: …}; dedup: null turns it off"),
+    "a list of languages with none in it": (GOOD + "filter: {rules: [{rule: language, languages: [none]}]}\n", "r:6: filter.rules.0.languages.0: found 'none'; allowed: a language's code, as in en"),
+    "a phrase that is a truth": (GOOD + "filter: {rules: [{rule: refusals, phrases: [off, false]}]}\n", "r:6: filter.rules.0.phrases.1: found false; allowed: text"),
     "a copy of what is not quantised": (GOOD + "quantization: null\nruntime: {keep_quantized: always}\n", "r:7: runtime.keep_quantized: there is no 4-bit copy"),
     "16-bit weights of what is not quantised": (GOOD + "quantization: null\nruntime: {cache_dequantized: true}\n", "r:7: runtime.cache_dequantized: there are no 4-bit weights"),
     "an internal field of dedup": (GOOD + "dedup: {embedding_folder: /etc}\n", "r:6: dedup.embedding_folder: unknown field; write the folder as embedding"),

@@ -60,10 +60,11 @@ class AdapterConfig:
         wanted = self.layers_to_transform
         if wanted is None or wanted == []:
             return True
-        named = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        before = [rf"(?:^|.*?\.){pattern}" for pattern in named or []] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{start}\.(\d+)\.", module) for start in before)
-        layer = next((int(match[1]) for match in found if match), None)
+        written = self.layers_pattern or []
+        named = [written] if isinstance(written, str) else written
+        before = [rf"(?:^|.*?\.){pattern}" for pattern in named] or [r".*?\.[^.]*"]
+        found = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
+        layer = next((int(match["layer"]) for match in found if match), None)
         return layer in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -45,11 +45,9 @@ class Comparison:
     greedy_second: NDArray[np.int64]
 
 
-def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
-    """The first rows that together have at most `tokens` tokens, passing over one that no longer fits; at least one.
-
-    Where fewer than half of those tokens are supervised, rows are added, those with the largest supervised share
-    first, until as many are or until LONGEST times `tokens` would be read.
+def first_rows(rows: Sequence[TokenRow], tokens: int) -> list[int]:
+    """Numbers of the first rows that together have at most `tokens` tokens, passing over one that no longer fits; at
+    least one.
     """
     chosen: list[int] = []
     room = tokens
@@ -57,8 +55,16 @@ def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
         if len(row.ids) <= room or not chosen:
             chosen.append(i)
             room -= len(row.ids)
+    return chosen
+
+
+def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
+    """The first rows (`first_rows`); where fewer than half of those tokens are supervised, rows are added, those with
+    the largest supervised share first, until as many are or until LONGEST times `tokens` would be read.
+    """
+    chosen = first_rows(rows, tokens)
     compared = sum(_compared(rows[i]) for i in chosen)
-    room += (LONGEST - 1) * tokens
+    room = LONGEST * tokens - sum(len(rows[i].ids) for i in chosen)
     taken = set(chosen)
     for i in sorted(set(range(len(rows))) - taken, key=lambda i: (-_compared(rows[i]) / len(rows[i].ids), i)):
         if compared >= tokens // 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context
+from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,8 @@ def score(merged: Path, files: Mapping[str, Weights], rows: Sequence[TokenRow], 
             compared = compare(expected, first, found, second, held_out.labels)
         scores.perplexity.setdefault("merged", perplexity(per_row(compared.nll_first, held_out), counts))
         scores.perplexity[kind] = perplexity(per_row(compared.nll_second, held_out), counts)
+        if not math.isfinite(scores.perplexity[kind]):
+            raise FinetuneError(f"model-{kind}.gguf: its perplexity is {scores.perplexity[kind]}; take another kind")
         scores.agreement[kind] = agreement(compared.greedy_first, compared.greedy_second)
         scores.mean_kl[kind] = float(compared.kl.mean())
     return scores

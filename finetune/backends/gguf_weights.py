@@ -61,6 +61,14 @@ class GgufWeights:
             largest = max(largest, float((found - source.float()).abs().max()))
         return largest
 
+    def require_finite(self, planned: Sequence[Planned]) -> None:
+        """Read every tensor in blocks, which nothing else has read. Raises FinetuneError where one is not finite."""
+        import torch
+
+        for one in planned:
+            if one.kind not in ROUNDED and not torch.isfinite(self(one.source.name)).all():
+                raise FinetuneError(f"{self.path.name}: {one.name} holds values that are not finite")
+
     def require_same(self, read: Mapping[str, torch.Tensor]) -> None:
         """Raise FinetuneError unless `read`, a state that another reader made of the file, holds the same values."""
         import torch

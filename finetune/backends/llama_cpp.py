@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune.backends.secrets import redact
 from finetune.context import Context
 from finetune.digests import file_digest
-from finetune.errors import FinetuneError, InputError, how_it_ended
+from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
 
 # name in a recipe -> bits a weight, about: for the room on the disk (llama.cpp's own table for a Llama 8B)
 K_QUANTS = {
@@ -70,7 +70,7 @@ def quantize(program: str, source: Path, target: Path, kind: str, ctx: Context) 
         _end(started)
     if status != 0 or not target.is_file():
         target.unlink(missing_ok=True)
-        if status < 0:
+        if from_outside(status):
             raise FinetuneError(f"{PROGRAM} {how_it_ended(status)} while it made {kind}; run again")
         raise FinetuneError(f"{PROGRAM} failed on {kind} (status {status}): {redact(last)[:300] or 'it said nothing'}")
     with target.open("rb+") as file:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from finetune.backends.marking import strip_markers
-from finetune.errors import FinetuneError, InputError, how_it_ended
+from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
 
 MOST_CHARACTERS = 100_000  # the longest that any base has is about 30,000
 PROBE = Path(__file__).with_name("template_probe.py")
@@ -23,7 +23,6 @@ CPU_SECONDS = 5  # for ten short conversations; a template as they are takes a t
 CLOCK_SECONDS = 60  # where the system has no such limit, or the machine is busy
 MEMORY_BYTES = 1 << 29
 ROW_SECONDS, TURNS_PER_SECOND = 10, 1000  # of one conversation; a usual template writes 30,000 turns a second
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if sys.platform != "win32" else ()
 TOO_MUCH = f"it does not end within {CPU_SECONDS} s of work and {MEMORY_BYTES >> 20} MB on conversations of four turns"
 
 
@@ -62,7 +61,7 @@ def _problem(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return TOO_MUCH
-    if -done.returncode in FROM_OUTSIDE:  # says nothing of the template
+    if from_outside(done.returncode):  # says nothing of the template
         raise FinetuneError(f"the process that tries a chat template out {how_it_ended(done.returncode)}; run again")
     if done.returncode < 0:  # ended by the system: out of time, or of memory or stack in a library's depths
         return TOO_MUCH

@@ -177,24 +177,29 @@ def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> Any:  # noqa:
         "dir": str(folder),
         "config": json.loads(redact(json.dumps(dict(ctx.environment), default=str))),
     }
-    if mode == "online":
-        try:
-            return wandb.init(**settings, mode="online", resume="allow", settings=_quiet_settings())
-        except wandb.Error as error:  # a key that is not valid, a project that is not one's own
-            ctx.say(f"tracking: W&B refused ({str(error).splitlines()[0]}); recorded offline, `wandb sync` sends it")
-            mode = "offline"
     try:
+        if mode == "online":
+            try:
+                return wandb.init(**settings, mode="online", resume="allow", settings=_quiet_settings())
+            except wandb.Error as error:  # a key that is not valid, a project that is not one's own
+                ctx.say(f"tracking: W&B refused ({_words(error)}); recorded offline, `wandb sync` sends it")
+                mode = "offline"
         return wandb.init(**settings, mode=mode, settings=_quiet_settings())  # type: ignore[arg-type]
     except Exception as error:  # its process died before it could answer, its folder cannot be written
         _give_up_wandb(error, ctx.say)
         return None
 
 
+def _words(error: Exception) -> str:
+    return redact(next(iter(str(error).splitlines()), "")) or type(error).__name__
+
+
 def _give_up_wandb(error: Exception, say: Callable[[str], None]) -> None:
     import wandb
 
-    words = redact(next(iter(str(error).splitlines()), "")) or type(error).__name__
-    say(f"tracking: W&B failed ({words}); the training goes on without it, and metrics.jsonl holds every figure")
+    say(
+        f"tracking: W&B failed ({_words(error)}); the training goes on without it, and metrics.jsonl holds every figure"
+    )
     with contextlib.suppress(Exception):  # it cannot say goodbye either; but when Python ends it does not try again
         wandb.teardown()
 

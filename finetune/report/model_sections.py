@@ -291,7 +291,7 @@ def export_section(view: StageView) -> dict[str, Any]:
     rows = []
     for name, count in m.get("bytes", {}).items():
         kind = name.removeprefix("model-").removesuffix(".gguf")
-        difference = number(apart[name]) if name in apart else "in blocks" if kind in scores else "not read again"
+        difference = number(apart[name]) if name in apart else "in blocks"
         measured = number(scores[kind]) if kind in scores else NONE
         rows.append((name, size(count), difference, measured, percent(same[kind]) if kind in same else NONE))
     notes = []

@@ -27,7 +27,7 @@ MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
 
 
 class Spec(Section):
-    """The formats asked for, and how many held-out tokens a large model may be scored on."""
+    """The formats asked for, and how many held-out tokens a large model may be scored on (0 where none is)."""
 
     export: Export
     tokens: int
@@ -37,7 +37,8 @@ def spec(recipe: Recipe) -> Spec | None:
     """None when nothing is exported or merged."""
     if recipe.export is None or recipe.merge is None:
         return None
-    return Spec(export=recipe.export, tokens=(recipe.certify or Certify()).tokens)
+    tokens = (recipe.certify or Certify()).tokens if recipe.export.perplexity_rows else 0
+    return Spec(export=recipe.export, tokens=tokens)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -149,8 +150,10 @@ def _read_again(
             differences[weights.path.name] = max(weights.difference(p) for p in tracked)
     metrics: Metrics = {"reload_difference": differences} if differences else {}
     metrics |= {"not_loaded": not_loaded} if not_loaded else {}
-    rows = _rows(spec, inputs["render"] / "eval.parquet", exact)
+    rows = _rows(spec, inputs["render"] / "eval.parquet", exact, ctx)
     if not rows:
+        for kind in kinds:
+            files[kind].require_finite(plans.get(kind, exact))
         why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
         return metrics | {"perplexity_unknown": why}
     scores = gguf_scoring.score(inputs["merge"], files, rows, models.pick_device(ctx.device), ctx)
@@ -158,15 +161,19 @@ def _read_again(
     return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
 
 
-def _rows(spec: Spec, path: Path, exact: list[Planned]) -> list[TokenRow]:
-    """The held-out rows to score: for a large model only so many as the certificate compares."""
-    from finetune.backends.certification import choose_rows
+def _rows(spec: Spec, path: Path, exact: list[Planned], ctx: Context) -> list[TokenRow]:
+    """The held-out rows to score, of so many tokens as a model of its size can be scored on."""
+    from finetune.backends.certification import first_rows
     from finetune.data.training_rows import read_token_rows
 
     if not spec.export.perplexity_rows:
         return []
     rows = [row for row in read_token_rows(path, spec.export.perplexity_rows) if row.mask[1:].any()]
-    return choose_rows(rows, spec.tokens if _parameters(exact) >= MAX_LOADED_PARAMETERS else MANY_TOKENS)
+    most = spec.tokens if _parameters(exact) >= MAX_LOADED_PARAMETERS else MANY_TOKENS
+    chosen = first_rows(rows, most)
+    if len(chosen) < len(rows):
+        ctx.say(f"export: {len(chosen)} of {len(rows)} held-out rows are scored, {most:,} tokens at most")
+    return [rows[i] for i in chosen]
 
 
 def _parameters(planned: list[Planned]) -> int:

@@ -77,6 +77,8 @@ MODULES = [
 @pytest.mark.parametrize(
     "fields",
     [
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ""},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(layers|h)"},
         {"target_modules": ["q_proj", "model.layers.1.mlp.down_proj", "lm_head"]},
         {"target_modules": r".*\.1\..*_proj"},
         {"target_modules": "all-linear"},

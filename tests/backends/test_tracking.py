@@ -118,7 +118,8 @@ def test_a_training_goes_on_without_wandb_once_its_process_is_gone():
     assert "W&B failed (Connection lost); the training goes on without it, and metrics.jsonl" in said[0]
 
 
-def test_a_training_begins_without_wandb_where_that_cannot(ctx, monkeypatch):
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_training_begins_without_wandb_where_that_cannot(mode, ctx, monkeypatch):
     import wandb
 
     def killed(**settings):
@@ -126,6 +127,8 @@ def test_a_training_begins_without_wandb_where_that_cannot(ctx, monkeypatch):
 
     said = []
     monkeypatch.setattr(wandb, "init", killed)
+    monkeypatch.setattr(tracking, "has_wandb_key", lambda: mode == "online")
+    monkeypatch.setattr(tracking, "wandb_mode", lambda environment, has_key: (mode, "as this test says"))
     tracker = tracking.open_tracker(replace(ctx, tracking=Tracking(wandb=True), say=said.append))
     tracker.log({"loss": 2.0}, 1)
     assert "W&B failed (wandb-core exited with code -9)" in said[-1]

@@ -12,7 +12,7 @@ SIZES = {  # (hidden, intermediate, layers, heads, key-value heads), rows, lengt
     "128x8-all-linear": ((128, 256, 8, 4, 2), 1, 128, False, False, None, 0.0),
     "256x4-packed-bf16-dropout": ((256, 704, 4, 4, 2), 1, 192, True, True, PARTIAL, 0.1),
     "512x4-padded": ((512, 1408, 4, 8, 2), 2, 64, False, False, PARTIAL, 0.0),
-    "1024x4-dropout": ((1024, 2816, 4, 8, 2), 1, 256, False, True, None, 0.1),
+    "1024x4-dropout": ((1024, 2816, 4, 8, 2), 1, 64, False, True, None, 0.1),
 }
 
 

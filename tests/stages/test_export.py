@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.backends import gguf_scoring
+from finetune.backends import gguf_scoring, gguf_weights
 from finetune.backends.gguf_file import TYPES
 from finetune.backends.ollama import Pieces, modelfile, read_pieces
 from finetune.backends.scoring import row_nll
@@ -217,8 +217,6 @@ def test_a_layer_at_a_time_scores_what_transformers_scores(
 def test_rows_left_in_llama_cpps_order_would_be_scored_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.backends import gguf_weights
-
     folder = merged(tmp_path / "merge")
     monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
     right: dict[str, Any] = run(folder, tmp_path / "right", "q8_0", rows=6)
@@ -257,6 +255,20 @@ def test_what_is_not_scored_says_why(tmp_path: Path) -> None:
     folder = merged(tmp_path / "merge")
     metrics = run(folder, tmp_path / "none", "f16")
     assert "perplexity" not in metrics and "perplexity_rows is 0" in str(metrics["perplexity_unknown"])
+
+
+def test_a_block_that_is_not_finite_is_found_where_nothing_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = merged(tmp_path / "merge")
+    run(folder, tmp_path / "fine", "q8_0")
+    dequantized = gguf_weights.GgufWeights.__call__
+    monkeypatch.setattr(gguf_weights.GgufWeights, "__call__", lambda self, name: dequantized(self, name) / 0)
+    monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)  # transformers does not read it first
+    with pytest.raises(FinetuneError, match=r"model-q8_0\.gguf: .* holds values that are not finite"):
+        run(folder, tmp_path / "broken", "q8_0")
+    with pytest.raises(FinetuneError, match=r"model-q8_0\.gguf: its perplexity is nan"):
+        run(folder, tmp_path / "scored", "q8_0", rows=4)
 
 
 def test_k_quants_go_through_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
