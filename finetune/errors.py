@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+from pathlib import Path
+
+KEPT = "(what was finished is kept; the same command goes on from there)"
 
 
 class FinetuneError(Exception):
@@ -29,6 +33,18 @@ class Stopped(FinetuneError):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}; the same command goes on from here")
         self.exit_status = 128 + signal_number
+
+
+def disk_full(where: str) -> FinetuneError:
+    """What to say where nothing more fits on the disk; `where` names the folder."""
+    return FinetuneError(f"{where}: no space left on this disk; free some {KEPT}")
+
+
+def not_written(folder: Path, error: OSError) -> FinetuneError:
+    """What to say of a folder that does not take what belongs into it."""
+    if error.errno == errno.ENOSPC:
+        return disk_full(str(folder))
+    return FinetuneError(f"{folder}: cannot be written: {error.strerror or error} {KEPT}")
 
 
 def how_it_ended(status: int) -> str:
