@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+from pathlib import Path
+
+KEPT = "(what was finished is kept; the same command goes on from there)"
 
 
 class FinetuneError(Exception):
@@ -34,6 +38,18 @@ class Stopped(FinetuneError):
 def from_outside(status: int) -> bool:
     """Whether a child's return code is a signal that somebody sent it, and not its own crash (SIGSEGV, SIGABRT)."""
     return -status in {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
+
+
+def disk_full(where: str) -> FinetuneError:
+    """What to say where nothing more fits on the disk; `where` names the folder."""
+    return FinetuneError(f"{where}: no space left on this disk; free some {KEPT}")
+
+
+def not_written(folder: Path, error: OSError) -> FinetuneError:
+    """What to say of a folder that does not take what belongs into it."""
+    if error.errno == errno.ENOSPC:
+        return disk_full(str(folder))
+    return FinetuneError(f"{folder}: cannot be written: {error.strerror or error} {KEPT}")
 
 
 def how_it_ended(status: int) -> str:

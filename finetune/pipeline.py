@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from finetune.context import Context, Metrics
 from finetune.environment import describe_environment, peak_memory_bytes
-from finetune.errors import FinetuneError, GateRefused, InputError, Stopped
+from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
 from finetune.leases import Lease, is_being_built
 from finetune.recipe import Recipe
 from finetune.runs import Run, StageRecord
@@ -39,7 +39,6 @@ from finetune.stages import (
 )
 from finetune.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
 
-KEPT = "(what was finished is kept; the same command goes on from there)"
 Spec = Any  # each stage's own model; the pipeline only hands it through
 
 
@@ -212,7 +211,7 @@ def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
         return "failed", error
     name, no_space = step.stage.name, isinstance(error, OSError) and error.errno == errno.ENOSPC
     if no_space or (step.folder and is_full(step.folder)):  # torch and safetensors have words of their own for it
-        return "failed", FinetuneError(f"{name}: {step.folder}: no space left on this disk; free some {KEPT}")
+        return "failed", disk_full(f"{name}: {step.folder}")
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return "failed", FinetuneError(f"{name}: {where}{error.strerror or error} {KEPT}")

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from finetune.recipe_data import (
     RECIPE_NAME,
+    STATIC,
     Decontaminate,
     Dedup,
     HubSource,
@@ -49,6 +50,7 @@ from finetune.recipe_training import (
 
 __all__ = [
     "BUILTIN_MODELS",
+    "STATIC",
     "Certify",
     "Decontaminate",
     "Dedup",

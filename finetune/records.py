@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -93,8 +93,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file whose readers see the old bytes or the new ones, never half of them."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    write_bytes(part, content)
-    part.replace(path)
+    try:
+        write_bytes(part, content)
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):  # on a full disk half a file would lie there for good, and take room
+            part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import InputError, not_written
 from finetune.records import replace_bytes
 from finetune.store import Manifest
 
@@ -56,6 +58,7 @@ class Run:
         self.name = f"{now}-{digest[:8]}"
         self.folder = self.parent / self.name
         self.begun = False  # whether the folder is there
+        self.refused = False  # whether the disk did not take the record
         self.stages: dict[str, StageRecord] = {}
 
     def note(self, record: StageRecord) -> None:
@@ -63,7 +66,10 @@ class Run:
         self.stages[record.name] = record
 
     def save(self) -> Path:
-        """Write run.json, or, where the newest run holds exactly the same, leave that one as it is."""
+        """Write run.json, or, where the newest run holds exactly the same, leave that one as it is.
+
+        Raises FinetuneError where the disk does not take it; the record before it is whole then.
+        """
         stages = {name: record.as_json() for name, record in self.stages.items()}
         value = {"recipe": self.recipe, "run": self.name, "sets": list(self.sets), "stages": stages}
         newest = latest_run(self.parent)
@@ -73,10 +79,11 @@ class Run:
         if self.write:
             self.begin()
             value["run"] = self.name
-            replace_bytes(self.folder / "recipe.yaml", self.text.encode())
             text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-            replace_bytes(self.folder / "run.json", text.encode())
-            replace_bytes(self.parent / "latest", f"{self.name}\n".encode())
+            with self._disk_faults_told():
+                replace_bytes(self.folder / "recipe.yaml", self.text.encode())
+                replace_bytes(self.folder / "run.json", text.encode())
+                replace_bytes(self.parent / "latest", f"{self.name}\n".encode())
         return self.folder
 
     def begin(self) -> None:
@@ -84,7 +91,7 @@ class Run:
         if self.begun or not self.write:
             return
         name, count = self.name, 1
-        try:
+        with self._disk_faults_told():
             while True:
                 try:
                     (self.parent / name).mkdir(parents=True)
@@ -92,9 +99,15 @@ class Run:
                 except FileExistsError:
                     count += 1
                     name = f"{self.name}-{count}"
-        except OSError as error:
-            raise FinetuneError(f"{self.parent}: cannot be written: {error.strerror}") from None
         self.name, self.folder, self.begun = name, self.parent / name, True
+
+    @contextmanager
+    def _disk_faults_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.refused = True
+            raise not_written(self.parent, error) from None
 
     def _is_told_by(self, folder: Path, stages: dict[str, Any]) -> bool:
         """Whether that run's record says exactly what this one's would."""

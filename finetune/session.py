@@ -70,7 +70,7 @@ def run_recipe(
             )
         finally:
             _save_record(record, screen)
-            if rank == 0 and not stop.signal_number:
+            if rank == 0 and not stop.signal_number and not record.refused:
                 _write_report(store, record, screen)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start)
@@ -79,7 +79,7 @@ def run_recipe(
 def _save_record(record: Run, screen: Screen) -> None:
     """A disk that is full or read-only must neither hide a sentence that matters more nor fail a run that is there."""
     try:
-        if record.stages:
+        if record.stages and not record.refused:  # the error that ends the run says so already
             record.save()
     except (OSError, FinetuneError) as error:
         screen.say(f"the run's record was not written: {error}")

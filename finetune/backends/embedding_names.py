@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.errors import InputError
-from finetune.recipe_data import STATIC
+from finetune.recipe import STATIC
 
 LSA = "lsa"
 

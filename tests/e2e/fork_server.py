@@ -3,13 +3,16 @@
 Reads one JSON request a line and answers with one: {"start": [arguments], "log": path} → {"pid": n};
 {"wait": pid} → {"status": n}, negative for the signal that killed it. A start may name another file for what the run
 "said" on stderr and a "folder" to run in, and add to its "environment"; with "stop_at" the run stops itself, as by
-SIGSTOP, once it has said that line. Ends with its stdin.
+SIGSTOP, once it has said that line, and with "stop_writing", checkpoint-N/FILE, with half of that file of torch's
+written, or, for COMPLETE, all others. Ends with its stdin.
 """
 
+import io
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import accelerate
 import bitsandbytes
@@ -21,6 +24,7 @@ import torch
 import transformers
 import trl
 
+from finetune.backends import trainer_callbacks
 from finetune.cli import main
 from finetune.report.console import Screen
 
@@ -38,7 +42,27 @@ def stop_after(line):
     Screen.say = say_and_stop
 
 
-def start(arguments, log, said=None, folder=None, stop_at=None, environment=()):
+def stop_inside(place):
+    folder, _, name = place.partition("/")
+    save, mark = torch.save, trainer_callbacks.mark_complete
+
+    def save_half(value, target, *more, **options):
+        if isinstance(target, str) and target.endswith(f"/{place}"):
+            whole = io.BytesIO()
+            save(value, whole, *more, **options)
+            Path(target).write_bytes(whole.getvalue()[: whole.tell() // 2])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        save(value, target, *more, **options)
+
+    def mark_later(checkpoint, made_by):
+        if name == trainer_callbacks.COMPLETE and checkpoint.name == folder:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        mark(checkpoint, made_by)
+
+    torch.save, trainer_callbacks.mark_complete = save_half, mark_later
+
+
+def start(arguments, log, said=None, folder=None, stop_at=None, stop_writing=None, environment=()):
     pid = os.fork()
     if pid:
         return pid
@@ -52,6 +76,8 @@ def start(arguments, log, said=None, folder=None, stop_at=None, environment=()):
         os.environ.update(environment)
         if stop_at is not None:
             stop_after(stop_at)
+        if stop_writing is not None:
+            stop_inside(stop_writing)
         main()
         status = 0
     except SystemExit as left:

@@ -29,12 +29,13 @@ class Forked:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, work, *sets, stop_at=None, **environment):
+    def start(self, work, *sets, stop_at=None, stop_writing=None, **environment):
         (work.folder / "log").unlink(missing_ok=True)
         arguments = ["run", str(work.recipe), *sets, "--artifacts", str(work.folder / "artifacts")]
         arguments += ["--scratch", str(work.folder / "scratch")]
         log = str(work.folder / "log")
-        return self.ask(start=arguments, log=log, stop_at=stop_at, environment=environment)["pid"]
+        stops = {"stop_at": stop_at, "stop_writing": stop_writing}
+        return self.ask(start=arguments, log=log, **stops, environment=environment)["pid"]
 
     def wait(self, pid):
         return self.ask(wait=pid)["status"]

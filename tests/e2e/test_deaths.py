@@ -27,6 +27,12 @@ SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 EXITS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143}, signal.SIGINT: {130}, signal.SIGHUP: {129}}
 
 
+@pytest.fixture(scope="module")
+def whole(forked, pristine_whole, tmp_path_factory):
+    """A workspace whose run was let alone. Copy it before changing anything in it."""
+    return undisturbed(forked, pristine_whole, tmp_path_factory.mktemp("undisturbed") / "whole")
+
+
 def kill_in(forked, work, stage, delay, number):
     """Start a run, signal it `delay` seconds into `stage`, or, with None, where it begins; returns (whether it was
     alive then, its exit status).
@@ -46,9 +52,8 @@ def kill_in(forked, work, stage, delay, number):
     return was_alive, status
 
 
-def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whole, tmp_path):
+def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whole, whole, tmp_path):
     chance = random.Random(20261123)
-    whole = undisturbed(forked, pristine_whole, tmp_path / "whole")
     expected = committed(whole)
     seconds = {stage: s["seconds"] for stage, s in whole.show()["stages"].items()}
     assert tuple(seconds) == STAGE_NAMES
@@ -79,6 +84,37 @@ def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whol
         shutil.rmtree(work.folder)
     print(f"\n{sum(tally.values())} kills: {dict(tally)}, {dict(left_by)}, {chain} runs finished")
     assert set(tally) == set(STAGE_NAMES)
+
+
+# Where one run after another is killed while it writes a checkpoint → the checkpoint that the next one goes on from.
+TORN = {"checkpoint-4/optimizer.pt": None, "checkpoint-4/COMPLETE": None, "checkpoint-8/optimizer.pt": 4}
+
+
+def test_kills_inside_the_write_of_a_checkpoint_lose_nothing(forked, whole, tmp_path):
+    """Each for sure: the run stops itself with half of the optimizer's file written, or all files but the marker."""
+    work = Workspace(tmp_path / "work")
+    shutil.copytree(whole.folder, work.folder)
+    shutil.rmtree(work.folder / "artifacts" / "train")
+    expected = committed(whole)
+    for place, left in TORN.items():
+        pid = forked.start(work, "--until", "train", stop_writing=place)
+        while alive(pid) and state(pid) != "T":
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        assert forked.wait(pid) == -9, (work.folder / "log").read_text()
+        (checkpoints,) = work.folder.glob("artifacts/train/*/checkpoints")
+        torn = checkpoints / place  # the file that was being written, or was next
+        assert (torn.parent / "adapter_model.safetensors").is_file() and not (torn.parent / "COMPLETE").exists()
+        assert (torn.parent / "trainer_state.json").exists() == (torn.name == "COMPLETE")  # the last of all others
+        assert torn.name == "COMPLETE" or torn.stat().st_size > 0
+        whole_ones = {int(p.parent.name.rpartition("-")[2]) for p in checkpoints.glob("*/COMPLETE")}
+        assert max(whole_ones, default=None) == left
+        assert not any(work.folder.glob("artifacts/train/*/manifest.json"))
+    pid = forked.start(work, "--until", "train")
+    log = work.folder / "log"
+    assert forked.wait(pid) == 0, log.read_text()
+    assert "train: goes on from checkpoint-4 of 12 steps" in log.read_text()
+    assert committed(work) == expected  # bitwise, the adapter included
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

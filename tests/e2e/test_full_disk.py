@@ -1,16 +1,20 @@
 """A disk that fills up while a stage writes: one sentence, nothing committed, and the same command goes on."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from finetune import pipeline
+from finetune import pipeline, runs
+from finetune.cli import main
 from finetune.context import Context
 from finetune.errors import FinetuneError
 from finetune.recipe_file import load_recipe
+from finetune.records import replace_bytes
 from finetune.runs import Run
 from finetune.store import Store
 from tests.e2e.conftest import Workspace
@@ -38,13 +42,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def build(workspace, store, until=None, say=str):
-    """The steps of a run in this process; its record, which would be on the full disk too, is not written."""
+def build(workspace, store, until=None, say=str, record=None):
+    """The steps of a run in this process; without a `record`, which would be on the full disk too, none is written."""
     recipe = load_recipe(str(workspace.recipe)).recipe
     ctx = Context(store.scratch, recipe.runtime, recipe.tracking, device="cpu", say=say)
-    return pipeline.run(
-        recipe, store, ctx, Run(store.artifacts, recipe.name, "", (), "0" * 8, write=False), until=until
-    )
+    record = record or Run(store.artifacts, recipe.name, "", (), "0" * 8, write=False)
+    return pipeline.run(recipe, store, ctx, record, until=until)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,68 @@ def test_every_stage_that_meets_a_full_disk_says_so_and_goes_on_later(share, sma
         done = build(pristine_whole, store, stage)[-1]
         assert done.manifest is not None and store.verify(done.folder, done.manifest) == []
         assert (done.key, done.manifest.digest) == (expected.key, expected.digest)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+@pytest.mark.parametrize("file", ["recipe.yaml", "run.json", "latest"])
+def test_a_record_that_cannot_be_written_between_two_stages_is_one_sentence(
+    file, error, pristine, tmp_path, monkeypatch, capsys
+):
+    def write(path, content):
+        if path.name == file and any(tmp_path.glob("artifacts/base/*/manifest.json")):
+            raise OSError(error, os.strerror(error))
+        replace_bytes(path, content)
+
+    line = Workspace(tmp_path).command("run", pristine.recipe, "--until", "ingest")
+    monkeypatch.setattr(sys, "argv", line[2:])
+    with monkeypatch.context() as full:
+        full.setattr(runs, "replace_bytes", write)
+        with pytest.raises(SystemExit) as left:
+            main()
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and "Traceback" not in said
+    words = "no space left on this disk; free some" if error == errno.ENOSPC else "cannot be written"
+    assert said.count(words) == 1 and str(tmp_path / "artifacts" / "runs" / "small") in said, said
+    assert "the same command goes on" in said and "was not written" not in said, said
+    (base,) = tmp_path.glob("artifacts/base/*/manifest.json")
+    assert not any(tmp_path.glob("artifacts/ingest/*/manifest.json"))
+    written = base.stat().st_mtime_ns
+    with contextlib.suppress(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "ingest …" in said and "base …" not in said, said
+    assert base.stat().st_mtime_ns == written
+    assert any(tmp_path.glob("artifacts/ingest/*/manifest.json"))
+
+
+class Filling(Run):
+    """A run whose disk fills up as soon as it has finished `stage`."""
+
+    def fill_after(self, stage, leave):
+        self.stage, self.leave = stage, leave
+        return self
+
+    def note(self, record):
+        super().note(record)
+        if (record.name, record.status) == (self.stage, "done"):
+            self.leave(0)
+
+
+def test_a_disk_that_fills_up_between_two_stages_keeps_what_is_there(small_disk, pristine):
+    disk, leave = small_disk
+    store = Store(disk / "artifacts", disk / "scratch")
+    record = Filling(store.artifacts, "small", "", (), "0" * 8, write=True).fill_after("base", leave)
+    with pytest.raises(FinetuneError, match="small: no space left on this disk; free some") as failed:
+        build(pristine, store, "ingest", record=record)
+    assert failed.value.exit_status == 1 and record.refused
+    assert any(disk.glob("artifacts/base/*/manifest.json"))
+    before = runs.read_run(store.artifacts, "small", None)  # whole, as it was written before the disk was full
+    assert before["stages"]["base"]["status"] == "partial"
+    assert not any(record.folder.glob(".*"))  # and no half file takes room
+    leave(None)
+    again = Run(store.artifacts, "small", "", (), "0" * 8, write=True)
+    build(pristine, store, "ingest", record=again)
+    assert again.stages["base"].status == again.stages["ingest"].status == "done"
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_built(small_disk, pristine):
