@@ -22,8 +22,8 @@ def ctx(tmp_path):
     return Context(scratch=tmp_path / "scratch", runtime=Runtime(save_steps=100), tracking=Tracking(), device="cpu")
 
 
-@pytest.fixture
-def load(base, ctx, tmp_path):
+def loader(base, ctx, tmp_path):
+    """A function that loads `base`, pinned, as it is trained."""
     from finetune.stages.base import Spec, run
 
     folder = tmp_path / "pinned"
@@ -33,6 +33,11 @@ def load(base, ctx, tmp_path):
     return lambda quantization=Quantization(double=False), precision="fp32", attention=None: (  # noqa: B008
         models.load_base(model, folder, ctx, quantization, precision, "cpu", attention)
     )
+
+
+@pytest.fixture
+def load(base, ctx, tmp_path):
+    return loader(base, ctx, tmp_path)
 
 
 def documents(count=12):
