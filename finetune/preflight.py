@@ -76,11 +76,11 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     pinned = base.folder if base.manifest else None
     shapes = read_shapes(recipe, pinned)
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
-    needed = dict.fromkeys(("download", "quantized_copy", "merged", "adapter", "training_checkpoints"), 0)
+    needed = dict.fromkeys(("download", "quantized_copy", "merged", "export", "adapter", "training_checkpoints"), 0)
     needed |= memory.disk(shapes, recipe) if shapes else {}
     loads = bool(to_build & set(NEEDS_WEIGHTS))
     durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
-    local = needed["merged"] if "merge" in to_build else 0
+    local = sum(needed[part] for part, stage in (("merged", "merge"), ("export", "export")) if stage in to_build)
     local += needed["download"] if loads and not is_downloaded(recipe, pinned, store.scratch) else 0
     local += needed["quantized_copy"] if loads and not (pinned and quantized_copy.exists(store.scratch, pinned)) else 0
     disks: dict[int, list[tuple[Path, int]]] = {}

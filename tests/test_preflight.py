@@ -87,6 +87,20 @@ def test_roots_on_one_disk_are_added_up(tmp_path, monkeypatch):
         preflight.check_folders(recipe, steps, store)
 
 
+def test_room_for_the_gguf_files_is_asked_for_before_training(tmp_path, monkeypatch):
+    recipe, steps, store = planned("mistral-guanaco", tmp_path, "export.gguf=[q4_k_m]", "merge.dtype=float32")
+    disk = memory.disk(read_shapes(recipe), recipe)
+    assert disk["export"] > disk["merged"] == 4 * read_shapes(recipe).parameters  # the f32 one that it is made from
+    free = {"bytes": sum(disk.values()) + preflight.DURABLE_SLACK}
+    monkeypatch.setattr("finetune.preflight.shutil.disk_usage", lambda path: Usage(0, 0, free["bytes"]))
+    preflight.check_folders(recipe, steps, store)
+    free["bytes"] -= 1
+    with pytest.raises(FinetuneError, match=f"about {(free['bytes'] + 1) / 1e9:.1f} GB needed"):
+        preflight.check_folders(recipe, steps, store)
+    free["bytes"] -= disk["export"] - 1
+    preflight.check_folders(recipe, steps[:-1], store)  # asked for an earlier stage only
+
+
 def test_a_base_that_is_in_the_cache_is_no_download(tmp_path):
     commit = "a" * 40
     recipe, _, store = planned("mistral-guanaco", tmp_path, f"model.revision={commit}")

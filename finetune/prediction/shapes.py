@@ -31,6 +31,7 @@ class Shapes:
     biases: int  # elements of attention biases, all layers
     gated: bool = False
     window: int | None = None  # tokens that a token attends to, where they are fewer than all before it
+    dtype: str = "bfloat16"  # what its weights are stored in, where the configuration says it
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (in, out) of one decoder layer's matrices, which are what gets quantised."""
@@ -94,6 +95,7 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
             biases=layers * (heads + 2 * kv) * head_dim if bias else 0,
             gated=bool(config.get("gated", False)),
             window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
         )
     except (KeyError, TypeError, ValueError):
         return None  # nothing is predicted rather than something wrong
