@@ -155,10 +155,12 @@ def run(
     until: str | None = None,
     fresh: bool = False,
     before_building: Callable[[list[Step]], None] = lambda steps: None,
+    after_building: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
     """Build what is missing, up to `until`; every stage that is there already is only looked at.
 
-    `before_building` is called once, with the plan, before the first stage that must be built: it may refuse.
+    `before_building` is called once, with the plan, before the first stage that must be built, and `after_building`
+    with every stage that was built: either may refuse.
     Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
     """
     outputs: dict[str, Output] = {}
@@ -172,6 +174,7 @@ def run(
                 before_building(plan(recipe, store))
                 checked = True
             step = _build_recorded(step, recipe, store, ctx, record, fresh)
+            after_building(step)
         else:
             record.note(StageRecord.of(step.stage.name, step.status, step.folder, step.manifest))
         _add_output(outputs, step)

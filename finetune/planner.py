@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from finetune.backends.batch import total_steps
 from finetune.backends.embedding_time import describe as embedding_time_in_words
 from finetune.backends.embedding_time import embedding_time
+from finetune.backends.lora_settings import check_modules
 from finetune.errors import InputError
 from finetune.prediction.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
 from finetune.prediction.memory import Training, disk, ram, windowed
-from finetune.prediction.shapes import Shapes, adapter_parameters, read_shapes
+from finetune.prediction.shapes import Shapes, adapter_parameters, read_known_modules, read_shapes
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ def predict(
 ) -> dict[str, Any]:
     """The plan as JSON: stages, access, memory, disk, tokens, steps, time. None stands for what only the data can tell.
 
-    Raises InputError for an unknown device name.
+    Raises InputError for an unknown device name, and for an adapter that the base, as far as it is known, cannot have.
     """
     if device is not None and device.lower() not in DEVICES:
         raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}")
     by_name = {s.stage.name: s for s in steps}
     base = by_name["base"]
-    shapes = read_shapes(recipe, base.folder if base.manifest else None)
+    pinned = base.folder if base.manifest else None
+    if (modules := read_known_modules(recipe, pinned)) is not None:
+        check_modules(recipe.lora, modules)
+    shapes = read_shapes(recipe, pinned)
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "model": recipe.model.id,

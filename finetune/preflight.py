@@ -9,13 +9,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.backends import batch, distribution, harness, llama_cpp, models, quantized_copy, tracking
+from finetune.backends import (
+    batch,
+    distribution,
+    harness,
+    llama_cpp,
+    lora_settings,
+    models,
+    quantized_copy,
+    tracking,
+)
 from finetune.backends.batch import batch_shape
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.pipeline import Step
 from finetune.prediction import memory
 from finetune.prediction.choice import Options, device_like
-from finetune.prediction.shapes import Shapes, read_shapes
+from finetune.prediction.shapes import Shapes, read_known_modules, read_shapes
 from finetune.recipe import HubSource, Recipe
 from finetune.recipe_checks import rule_problem
 from finetune.records import read_json
@@ -46,8 +55,19 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool 
     if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
         harness.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
     if "train" in to_build:
+        check_adapter(recipe, base.folder if base.manifest else None)
         notes += _check_training(recipe, shapes, world, force=force)
     return notes
+
+
+def check_adapter(recipe: Recipe, base: Path | None) -> None:
+    """Refuse a lora section that the base cannot take. `base` is the finished stage's folder; without one the check is
+    made where the modules are known all the same, and otherwise as soon as there is one.
+    """
+    if base is not None:
+        lora_settings.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
+    elif (modules := read_known_modules(recipe)) is not None:
+        lora_settings.check_modules(recipe.lora, modules)
 
 
 def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
@@ -76,11 +96,11 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     pinned = base.folder if base.manifest else None
     shapes = read_shapes(recipe, pinned)
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
-    needed = dict.fromkeys(("download", "quantized_copy", "merged", "adapter", "training_checkpoints"), 0)
+    needed = dict.fromkeys(("download", "quantized_copy", "merged", "export", "adapter", "training_checkpoints"), 0)
     needed |= memory.disk(shapes, recipe) if shapes else {}
     loads = bool(to_build & set(NEEDS_WEIGHTS))
     durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
-    local = needed["merged"] if "merge" in to_build else 0
+    local = sum(needed[part] for part, stage in (("merged", "merge"), ("export", "export")) if stage in to_build)
     local += needed["download"] if loads and not is_downloaded(recipe, pinned, store.scratch) else 0
     local += needed["quantized_copy"] if loads and not (pinned and quantized_copy.exists(store.scratch, pinned)) else 0
     disks: dict[int, list[tuple[Path, int]]] = {}

@@ -29,7 +29,7 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / √r, so that large ranks learn too (arXiv:2312.03732)."""
     dora: bool = False
-    """Learn magnitudes beside directions (arXiv:2402.09353); slower."""
+    """Learn magnitudes beside directions (arXiv:2402.09353); slower, and never fused. Goes with every other field."""
     rank_pattern: dict[str, Count] = {}
     """Another rank for modules whose name matches, as in {down_proj: 32}."""
     alpha_pattern: dict[str, Positive] = {}

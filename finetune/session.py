@@ -64,10 +64,15 @@ def run_recipe(
                 record.begin()
                 owned.enter_context(store.lease(record.folder, screen.say, stop.check))
 
+        def after_building(step: pipeline.Step) -> None:
+            if rank == 0:
+                _check_on_base(loaded.recipe, step, until)
+
         try:
             steps = pipeline.run(
-                loaded.recipe, store, ctx, record, until=until, fresh=fresh, before_building=before_building
-            )
+                loaded.recipe, store, ctx, record, until=until, fresh=fresh,
+                before_building=before_building, after_building=after_building,
+            )  # fmt: skip
         finally:
             _save_record(record, screen)
             if rank == 0 and not stop.signal_number and not record.refused:
@@ -274,6 +279,15 @@ def _preflight(
         preflight.check_folders(recipe, asked, store)
         for note in preflight.check(recipe, asked, ctx.world, force=force):
             ctx.say(note)
+
+
+def _check_on_base(recipe: Recipe, step: pipeline.Step, until: str | None) -> None:
+    """What the preflight could not know before there was a base, which the stages up to train take hours to find."""
+    from finetune import preflight
+
+    last = pipeline.STAGE_NAMES.index(until or pipeline.STAGE_NAMES[-1])
+    if step.stage.name == "base" and last >= pipeline.STAGE_NAMES.index("train"):
+        preflight.check_adapter(recipe, step.folder)
 
 
 def _rejecting(steps: list[pipeline.Step]) -> list[str]:

@@ -1,6 +1,7 @@
 """What can be known before hours are spent: a GPU that is too small, one disk for both roots, a base that is there."""
 
 import collections
+import dataclasses
 import importlib.util
 import json
 from types import SimpleNamespace
@@ -8,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune import pipeline, preflight
+from finetune import pipeline, planner, preflight, session
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.prediction import memory
 from finetune.prediction.shapes import read_shapes
 from finetune.recipe_file import load_recipe
 from finetune.store import Store
+from tests.tiny_models import save_tiny
 
 GB = 10**9
 Usage = collections.namedtuple("Usage", "total used free")
@@ -87,6 +89,20 @@ def test_roots_on_one_disk_are_added_up(tmp_path, monkeypatch):
         preflight.check_folders(recipe, steps, store)
 
 
+def test_room_for_the_gguf_files_is_asked_for_before_training(tmp_path, monkeypatch):
+    recipe, steps, store = planned("mistral-guanaco", tmp_path, "export.gguf=[q4_k_m]", "merge.dtype=float32")
+    disk = memory.disk(read_shapes(recipe), recipe)
+    assert disk["export"] > disk["merged"] == 4 * read_shapes(recipe).parameters  # the f32 one that it is made from
+    free = {"bytes": sum(disk.values()) + preflight.DURABLE_SLACK}
+    monkeypatch.setattr("finetune.preflight.shutil.disk_usage", lambda path: Usage(0, 0, free["bytes"]))
+    preflight.check_folders(recipe, steps, store)
+    free["bytes"] -= 1
+    with pytest.raises(FinetuneError, match=f"about {(free['bytes'] + 1) / 1e9:.1f} GB needed"):
+        preflight.check_folders(recipe, steps, store)
+    free["bytes"] -= disk["export"] - 1
+    preflight.check_folders(recipe, steps[:-1], store)  # asked for an earlier stage only
+
+
 def test_a_base_that_is_in_the_cache_is_no_download(tmp_path):
     commit = "a" * 40
     recipe, _, store = planned("mistral-guanaco", tmp_path, f"model.revision={commit}")
@@ -121,3 +137,42 @@ def test_a_missing_tensorboard_is_refused_before_anything_is_built(tmp_path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else there(name))
     with pytest.raises(InputError, match="tensorboard is not installed"):
         preflight.check(recipe, steps)
+
+
+WRONG = [
+    ("lora.targets=[kk_proj]", "did you mean k_proj"),
+    ("lora.last_layers=99", "99 are more than the"),
+    ("lora.modules_to_save=[q_proj]", "q_proj is a linear module"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), WRONG)
+@pytest.mark.parametrize("name", ["mistral-guanaco", "tiny-pydoc"])
+def test_an_adapter_that_a_known_base_cannot_have_is_refused_before_the_first_stage(name, wrong, said, tmp_path):
+    recipe, steps, _ = planned(name, tmp_path, wrong)
+    with pytest.raises(InputError, match=said):
+        preflight.check_adapter(recipe, None)
+    with pytest.raises(InputError, match=said):
+        planner.predict(recipe, steps)
+    recipe, steps, _ = planned(name, tmp_path, "lora.targets=[q_proj]", "lora.last_layers=2", "lora.dora=true")
+    preflight.check_adapter(recipe, None)
+    planner.predict(recipe, steps)
+
+
+def test_only_a_run_that_trains_is_refused_for_its_adapter(tmp_path):
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, WRONG[0][0])
+    with pytest.raises(InputError, match="no linear module"):
+        preflight.check(recipe, steps)
+    preflight.check(recipe, steps[: pipeline.STAGE_NAMES.index("train")])
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])  # told from config.json; asked of transformers
+def test_a_base_that_nothing_was_known_of_is_asked_once_it_is_there(kind, tmp_path):
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, "model=owner/base", "lora.targets=[kk_proj]")
+    preflight.check_adapter(recipe, None)  # what only the Hub knows is no reason to refuse
+    base = dataclasses.replace(steps[0], folder=save_tiny(tmp_path / "base", kind))
+    with pytest.raises(InputError, match="no linear module named 'kk_proj'"):
+        session._check_on_base(recipe, base, None)
+    session._check_on_base(recipe, base, "pack")
+    session._check_on_base(recipe, dataclasses.replace(base, stage=steps[1].stage), None)
+    session._check_on_base(planned("tiny-pydoc", tmp_path, "lora.targets=[o_proj]")[0], base, None)

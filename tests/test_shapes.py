@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from finetune.backends.base_modules import known_modules
+
 SHAPES = Path(__file__).parent.parent / "recipes" / "shapes"
 PUBLISHED = {  # parameter counts as the Hub shows them for each repository's safetensors
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
@@ -31,6 +33,7 @@ def test_the_architecture_of_these_dimensions_has_the_published_parameters(name:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = read(name)
+    assert known_modules(shape) is not None  # so that an adapter is checked before the base is there
     names = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "vocab_size", "tie_word_embeddings",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.backends.checkpoints import FLOATS, TensorRef, read_folder
 from finetune.backends.gguf_vocabulary import Vocabulary
+from finetune.backends.llama_cpp import K_QUANTS
 from finetune.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Planned:
     @property
     def size_bytes(self) -> int:
         """Bytes of its data in the file, without padding."""
-        _, values, size = TYPES[self.kind]
-        return prod(self.source.shape) // values * size
+        return data_bytes(self.source.shape, self.kind)
 
 
 def require_gguf() -> None:
@@ -108,7 +108,7 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
         if ref.dtype not in FLOATS:
             raise InputError(f"{ref.file}: {name} is {ref.dtype}; a GGUF is written from {', '.join(sorted(FLOATS))}")
         part = target.split(".")[2] if target.startswith("blk.") else ""
-        planned.append(Planned(target, _kind(target, ref.shape, kind), ref, heads.get(part, 0)))
+        planned.append(Planned(target, stored_kind(target, ref.shape, kind), ref, heads.get(part, 0)))
     return sorted(planned, key=lambda p: _order(p.name))
 
 
@@ -138,9 +138,31 @@ def read_facts(path: Path) -> dict[str, Any]:
     }
 
 
+def data_bytes(shape: Sequence[int], kind: str) -> int:
+    """Bytes of a tensor's data in a file, without padding."""
+    _, values, size = TYPES[kind]
+    return prod(shape) // values * size
+
+
 def file_bytes(planned: Iterable[Planned]) -> int:
     """Bytes the file will take at most, with room for the metadata."""
-    return METADATA_BYTES + sum(p.size_bytes + ALIGNMENT for p in planned)
+    return bytes_with_metadata(p.size_bytes for p in planned)
+
+
+def bytes_with_metadata(tensors: Iterable[int]) -> int:
+    """Bytes that a file of tensors of so many bytes takes at most."""
+    return METADATA_BYTES + sum(size + ALIGNMENT for size in tensors)
+
+
+def bytes_of_kinds(kinds: Iterable[str], exact: str, parameters: int, file_of: Callable[[str], int]) -> int:
+    """Bytes of a file of each of `kinds`, and of the `exact` one that K-quants are made from, asked for or not.
+
+    `file_of` gives the bytes of a kind that is written here; a K-quant's are about its bits a weight.
+    """
+    asked = set(kinds)
+    quants = asked & K_QUANTS.keys()
+    written = (asked - quants) | ({exact} if quants else set())
+    return sum(map(file_of, written)) + sum(METADATA_BYTES + int(parameters * K_QUANTS[q] / 8) for q in quants)
 
 
 def tensor_name(name: str) -> str:
@@ -218,7 +240,8 @@ def _data(planned: Planned) -> np.ndarray[Any, Any]:
     return result
 
 
-def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+def stored_kind(name: str, shape: Sequence[int], kind: str) -> str:
+    """What the tensor `name` of the file is stored as in a file of `kind`."""
     if len(shape) == 1:
         return "f32"
     if TYPES[kind][1] > 1 and shape[-1] % TYPES[kind][1]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from finetune.backends.base_modules import Modules, linear_names, read_modules
 from finetune.errors import InputError
 from finetune.recipe import Lora
 
@@ -76,58 +77,55 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
     )
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """Names of the base's linear modules, its head left out; of a model that peft has not touched."""
-    from torch import nn
-
-    head = _head(model)
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-
-
 def layer_count(names: Iterable[str]) -> int:
     """How many decoder layers the modules `names` lie in."""
     return len({layer for n in names if (layer := layer_of(n)) is not None})
 
 
-def _head(model: torch.nn.Module) -> torch.nn.Module | None:
-    from transformers import PreTrainedModel
-
-    return cast("PreTrainedModel", model).get_output_embeddings()
-
-
 def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
+    """`check_modules` on the base in a folder with config.json; no weights are read."""
+    check_modules(lora, read_modules(base, trust_remote_code))
+
+
+def check_modules(lora: Lora, base: Modules) -> None:
     """Refuse a target, pattern or module that names nothing of the base (peft drops it without a word), or that cannot
     be trained so.
 
-    `base` is a folder with config.json; no weights are read. Raises InputError with the nearest name.
+    Raises InputError with the nearest name.
     """
-    from finetune.backends.streamed_forward import empty_model
-
-    model = empty_model(base, trust_remote_code=trust_remote_code)
-    names = linear_names(model)
-    last = sorted({n.rpartition(".")[2] for n in names})
+    names = base.linear
+    last = _last_words(names)
     count = layer_count(names)
     if lora.last_layers is not None and lora.last_layers > count:
         raise InputError(f"lora.last_layers: {lora.last_layers} are more than the {count} layers of the base")
-    where = "" if lora.last_layers is None else f" in the last {lora.last_layers} of {count} layers"
-    for target in lora.targets if isinstance(lora.targets, list) else []:
-        if not any(is_target(lora.model_copy(update={"targets": [target]}), n, count) for n in names):
-            raise InputError(f"lora.targets: no linear module named {target!r}{where}{_near(target, last)}")
-    adapted = [n for n in names if is_target(lora, n, count)]
-    if not adapted:
+    _check_names(lora, names, count)
+    if not any(is_target(lora, n, count) for n in names):
         raise InputError(f"lora.targets: the expression {lora.targets!r} matches no linear module, such as {names[0]}")
-    _check_expression(lora, model, names)
+    _check_expression(lora, base)
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:
             if not any(re.fullmatch(rf"(.*\.)?({pattern})", n) for n in names):
                 raise InputError(f"lora.{field}: {pattern!r} matches no linear module (there is {', '.join(last)})")
-    _check_saved(lora, model, names)
+    _check_saved(lora, base)
 
 
-def _check_expression(lora: Lora, model: torch.nn.Module, linear: Sequence[str]) -> None:
+def _last_words(names: Iterable[str]) -> list[str]:
+    return sorted({n.rpartition(".")[2] for n in names})
+
+
+def _check_names(lora: Lora, names: Sequence[str], layers: int) -> None:
+    where = "" if lora.last_layers is None else f" in the last {lora.last_layers} of {layers} layers"
+    for target in lora.targets if isinstance(lora.targets, list) else []:
+        if not any(is_target(lora.model_copy(update={"targets": [target]}), n, layers) for n in names):
+            near = _near(target, _last_words(names))
+            raise InputError(f"lora.targets: no linear module named {target!r}{where}{near}")
+
+
+def _check_expression(lora: Lora, base: Modules) -> None:
     """An expression that reaches further than linear modules: peft takes it for the whole name of any module."""
     if isinstance(lora.targets, str) and lora.targets != "all-linear":
-        others = [n for n, _ in model.named_modules() if n not in set(linear) and re.fullmatch(lora.targets, n)]
+        linear = set(base.linear)
+        others = [n for n in base.every if n not in linear and re.fullmatch(lora.targets, n)]
         if others:
             raise InputError(
                 f"lora.targets: the expression {lora.targets!r} also matches {others[0]}, which is no linear "
@@ -140,18 +138,18 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"{f'; did you mean {near[0]}?' if near else ''} (there is {', '.join(names)})"
 
 
-def _check_saved(lora: Lora, model: torch.nn.Module, linear: Sequence[str]) -> None:
+def _check_saved(lora: Lora, base: Modules) -> None:
     """Only what holds parameters of its own and is neither adapted nor quantised can be trained whole."""
-    own = {n: m for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
-    able = sorted({n.rpartition(".")[2] for n in own if n not in set(linear)})
+    linear, own = set(base.linear), set(base.own)
+    able = _last_words(own - linear)
     for name in lora.modules_to_save:
-        hits = [n for n in own if n.endswith(name)]
-        if quantized := [n for n in hits if n in set(linear)]:
+        hits = [n for n in base.own if n.endswith(name)]
+        if quantized := [n for n in hits if n in linear]:
             raise InputError(
                 f"lora.modules_to_save: {quantized[0]} is a linear module, which is quantised and frozen: adapt it by "
                 f"lora.targets (whole can be trained: {', '.join(able)})"
             )
-        if not hits or any(n.endswith(name) for n, _ in model.named_modules() if n not in own):
+        if not hits or any(n.endswith(name) for n in base.every if n not in own):
             why = f"no module with weights of its own is named {name!r}{_near(name, able)}"
             raise InputError(f"lora.modules_to_save: {why}")
 

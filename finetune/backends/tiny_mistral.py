@@ -148,6 +148,12 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedToke
     )
 
 
+def layout(size: Size = TINY) -> dict[str, object]:
+    """What its config.json will say of its modules, before there is one."""
+    said = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
+    return {**said, "num_hidden_layers": size.layers}
+
+
 def new_model(size: Size, seed: int) -> MistralForCausalLM:
     """An untrained fp32 model, wired for lookup; the global random state is left as it was."""
     import torch

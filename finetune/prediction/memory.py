@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.backends.gguf_file import ENDS, bytes_of_kinds, bytes_with_metadata, data_bytes, stored_kind
 from finetune.backends.lora_settings import is_saved
 from finetune.backends.quantized_copy import wanted
 from finetune.prediction.activations import MicroBatch, Policy, peak
 from finetune.prediction.shapes import Shapes, decoder, saved_tensors, trained_tensors
-from finetune.recipe import Lora, Quantization, Recipe, Runtime, Train
+from finetune.recipe import Export, Lora, Merge, Quantization, Recipe, Runtime, Train
 
 GIB = 1 << 30
 BLOCK = 64  # bitsandbytes quantises 64 weights with one scale
@@ -175,17 +176,42 @@ def _layer_by_layer(shapes: Shapes) -> int:
 
 
 def disk(shapes: Shapes, recipe: Recipe) -> dict[str, int]:
-    """Bytes by root: scratch holds the download and the merged model, artifacts the adapter and its checkpoints."""
+    """Bytes by root: scratch holds the download, the 4-bit copy, the merged model and its GGUF files, artifacts the
+    adapter and its checkpoints.
+    """
     adapter = adapter_bytes(shapes, recipe.lora)
     optimizer = optimizer_bytes(shapes, recipe.lora, recipe.train.optimizer)
     best = adapter if recipe.train.keep_best else 0
     return {
-        "download": 2 * shapes.parameters if recipe.model.kind == "hub" else 0,
+        "download": _bytes_of(shapes.dtype) * shapes.parameters if recipe.model.kind == "hub" else 0,
         "quantized_copy": weight_bytes(shapes, recipe.quantization) if keeps_copy(shapes, recipe) else 0,
-        "merged": 2 * shapes.parameters if recipe.merge else 0,
+        "merged": _bytes_of(_merged_dtype(shapes, recipe.merge)) * shapes.parameters if recipe.merge else 0,
+        "export": _export_bytes(shapes, recipe.merge, recipe.export) if recipe.merge and recipe.export else 0,
         "adapter": adapter,
         "training_checkpoints": (recipe.runtime.keep_checkpoints + 1) * (adapter + optimizer + best),
     }
+
+
+def _merged_dtype(shapes: Shapes, merge: Merge) -> str:
+    return shapes.dtype if merge.dtype == "auto" else merge.dtype
+
+
+def _bytes_of(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _export_bytes(shapes: Shapes, merge: Merge, export: Export) -> int:
+    """The GGUF files as backends/gguf_file plans them from the merged weights."""
+    exact = {"bfloat16": "bf16", "float16": "f16"}.get(_merged_dtype(shapes, merge), "f32")
+    return bytes_of_kinds(export.gguf, exact, shapes.parameters, lambda kind: _gguf_bytes(shapes, kind))
+
+
+def _gguf_bytes(shapes: Shapes, kind: str) -> int:
+    ends = ("token_embd.weight",) if shapes.tied else ENDS
+    tensors = [(name, (shapes.vocabulary, shapes.hidden)) for name in ends]
+    tensors += [(name, (outer, inner)) for name, (inner, outer) in shapes.linears().items()] * shapes.layers
+    vectors = 4 * (shapes.biases + (2 * shapes.layers + 1) * shapes.hidden)
+    return bytes_with_metadata([vectors, *(data_bytes(shape, stored_kind(n, shape, kind)) for n, shape in tensors)])
 
 
 def keeps_copy(shapes: Shapes, recipe: Recipe) -> bool:

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import tiny_mistral
+from finetune.backends.base_modules import Modules, known_modules
 from finetune.backends.lora_settings import is_saved, is_target, rank_of
 from finetune.prediction.activations import Decoder
 from finetune.prediction.operators import Linear
@@ -31,6 +33,7 @@ class Shapes:
     biases: int  # elements of attention biases, all layers
     gated: bool = False
     window: int | None = None  # tokens that a token attends to, where they are fewer than all before it
+    dtype: str = "bfloat16"  # what its weights are stored in, where the configuration says it
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (in, out) of one decoder layer's matrices, which are what gets quantised."""
@@ -64,14 +67,29 @@ class Shapes:
 
 def read_shapes(recipe: Recipe, base_folder: Path | None = None) -> Shapes | None:
     """From the finished base stage, the local folder, or recipes/shapes; None when only the Hub knows."""
+    config = read_config(recipe, base_folder)
+    return None if config is None else shapes_of(config)
+
+
+def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, Any] | None:
+    """The config.json of the base, or what recipes/shapes keeps of it, from the same places."""
     candidates = [base_folder / "config.json"] if base_folder else []
     if recipe.model.folder:
         candidates.append(recipe.model.folder / "config.json")
     shipped = resource("shapes", recipe.model.id.replace("/", "--") + ".json")
     for path in [*candidates, *([shipped] if shipped else [])]:
         if path.is_file():
-            return shapes_of(json.loads(path.read_text(encoding="utf-8")))
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return config
     return None
+
+
+def read_known_modules(recipe: Recipe, base_folder: Path | None = None) -> Modules | None:
+    """The base's modules, where they can be told now and without transformers."""
+    if base_folder is None and recipe.model.kind == "builtin":
+        return known_modules(tiny_mistral.layout())
+    config = read_config(recipe, base_folder)
+    return None if config is None else known_modules(config)
 
 
 def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
@@ -94,6 +112,7 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
             biases=layers * (heads + 2 * kv) * head_dim if bias else 0,
             gated=bool(config.get("gated", False)),
             window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
         )
     except (KeyError, TypeError, ValueError):
         return None  # nothing is predicted rather than something wrong

@@ -89,15 +89,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 
 def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: list[Planned]) -> int:
-    from finetune.backends.gguf_file import METADATA_BYTES, exact_kind_of, file_bytes
-    from finetune.backends.llama_cpp import K_QUANTS
+    from finetune.backends.gguf_file import bytes_of_kinds, exact_kind_of, file_bytes
 
-    needed = sum(file_bytes(planned) for planned in plans.values())
-    parameters = sum(prod(p.source.shape) for p in exact)
-    bits = [K_QUANTS[kind] for kind in kinds if kind not in plans]
-    if bits and exact_kind_of(exact) not in plans:
-        needed += file_bytes(exact)  # what llama-quantize reads
-    return needed + sum(METADATA_BYTES + int(parameters * b / 8) for b in bits)
+    kind = exact_kind_of(exact)
+    files = {kind: exact, **plans}
+    return bytes_of_kinds(kinds, kind, _parameters(exact), lambda kind: file_bytes(files[kind]))
 
 
 def _quantize(

@@ -12,7 +12,9 @@ import pytest
 
 from finetune.backends import skeleton
 from finetune.backends.adapter_config import AdapterConfig
+from finetune.backends.base_modules import known_modules, modules_of
 from finetune.backends.known_layouts import KNOWN, known_layout
+from finetune.backends.streamed_forward import empty_model
 from tests.stages.finished import finish
 from tests.tiny_models import save_tiny
 
@@ -43,6 +45,19 @@ def test_what_is_known_is_what_transformers_says(tmp_path: Path, name: str) -> N
     assert (known.tied, known.input_embedding) == (asked.tied, asked.input_embedding)
     holding = {m: k for m, k in asked.kinds.items() if any(p.startswith(f"{m}.") for p in asked.parameters)}
     assert known.kinds == {**holding, "lm_head": "linear"}  # what holds no tensor (rotary tables) is left out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_modules_that_are_known_are_those_of_the_class(tmp_path: Path, name: str) -> None:
+    kind, config = CONFIGS[name]
+    base = save_tiny(tmp_path, kind, **SMALL, **config)
+    tied = config.get("tie_word_embeddings", False)
+    known = known_modules({**json.loads((base / "config.json").read_text()), "tie_word_embeddings": tied})
+    assert known is not None
+    asked = modules_of(empty_model(base))
+    assert [sorted(part) for part in (asked.every, asked.linear, asked.own)] == [
+        list(part) for part in (known.every, known.linear, known.own)
+    ]
 
 
 def test_every_known_architecture_is_compared() -> None:

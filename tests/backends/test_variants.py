@@ -12,7 +12,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune.backends import lora_settings, merge_blocks, models, neftune, out_of_memory, sft, start_adapter
+from finetune.backends import (
+    base_modules,
+    lora_settings,
+    merge_blocks,
+    models,
+    neftune,
+    out_of_memory,
+    sft,
+    start_adapter,
+)
 from finetune.backends.checkpoints import plan_shards, write_shards
 from finetune.backends.lora_merge import plan_merge
 from finetune.backends.streamed_forward import empty_model
@@ -69,7 +78,7 @@ def test_a_variant_learns_is_saved_and_is_what_peft_loads(name, load, base, ctx,
     assert lines[-1]["loss"] < lines[0]["loss"]
 
     moved = {n.removeprefix("base_model.model.").split(".lora_")[0].split(".modules_to_save")[0] for n in weights}
-    linear = [n for n in lora_settings.linear_names(load())]
+    linear = [n for n in base_modules.linear_names(load())]
     expected = {n for n in linear if lora_settings.is_target(values.lora, n, 2)}
     expected |= {n for n, _ in load().named_modules() if lora_settings.is_saved(values.lora, n)}
     assert moved == expected

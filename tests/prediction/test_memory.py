@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from finetune.backends import sft
+from finetune.backends import gguf_file, sft
 from finetune.prediction import memory
 from finetune.prediction.memory import Attention, Training
 from finetune.prediction.shapes import decoder, read_shapes, shapes_of, trained_tensors
-from finetune.recipe import Export, Lora, Quantization
+from finetune.recipe import Export, Lora, Merge, Quantization
 from finetune.recipe_file import load_recipe
+from finetune.records import read_json
+from finetune.stages import export
 from tests.prediction.small_models import config, quantized
+from tests.tiny_models import save_tiny
 
 REFERENCE = 13.1e9  # bytes: published for Mistral-7B on a Colab T4, 4 rows at once, every layer recomputed
 
@@ -131,6 +134,25 @@ def test_ram_and_disk():
     assert ram["train"] - memory.PROCESS_BYTES == 2 * 32 * 4 * 2048 * 4096  # every layer's input, in 16 bits
     assert max(memory.ram(shapes, recipe, 4, "full").values()) < 12.7e9  # Colab's
     assert memory.disk(shapes, recipe)["merged"] == 2 * shapes.parameters
+    assert memory.disk(shapes, recipe)["export"] == 0
+    wide = recipe.model_copy(update={"merge": Merge(dtype="float32")})
+    assert memory.disk(shapes, wide)["merged"] == 4 * shapes.parameters
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral tied", "qwen2", "float32"])
+def test_the_room_for_gguf_files_is_what_the_export_stage_asks_for(name, tmp_path):
+    kind, dtype = name.split()[0] if name != "float32" else "mistral", "float32" if name == "float32" else "bfloat16"
+    config = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": "tied" in name}
+    folder = save_tiny(tmp_path, kind, dtype=dtype, **config)
+    config = read_json(folder / "config.json") | {"tie_word_embeddings": "tied" in name}
+    shapes, plain = shapes_of(config), load_recipe("mistral-guanaco").recipe
+    exact = gguf_file.plan(folder, config, gguf_file.exact_kind(folder))
+    for kinds in (["q8_0"], ["q4_0", "f16"], ["q4_k_m"], ["q4_k_m", "q6_k", "bf16", "f32", "q8_0", "q8_0"]):
+        plans = {k: gguf_file.plan(folder, config, k) for k in kinds if k in gguf_file.TYPES}
+        asked = export._bytes_needed(kinds, plans, exact)
+        predicted = memory.disk(shapes, plain.model_copy(update={"export": Export(gguf=kinds)}))["export"]
+        vectors = 32 * len(exact) * (len(set(kinds)) + 1)  # the padding of norms and biases, which are one sum here
+        assert asked - vectors <= predicted <= asked
 
 
 def test_ranks_go_where_the_recipe_says():
