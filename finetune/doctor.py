@@ -27,7 +27,13 @@ OPTIONAL = {  # what one setting asks for
     "wandb": "tracking.wandb",
     "tensorboard": "tracking.tensorboard",
     "zstandard": "data files that end in .zst",
+    "gguf": "export.gguf",
+    "lm-eval": "evaluate.tasks",
+    "py3langid": "the filter rule language",
+    "model2vec": "a dedup.embedding of model2vec:…",
+    "deepspeed": "several GPUs under deepspeed_zero2",
 }
+QUANTIZER = "https://github.com/ggml-org/llama.cpp/releases, or brew install llama.cpp"
 HUB_SECONDS = 4.0
 ROOM_BYTES = 40_000_000_000  # the download of a 7B in 16 bits and its merged model, with some slack
 
@@ -66,7 +72,15 @@ def python_and_packages() -> list[Finding]:
     asked = required_versions()
     core = [package(name, asked.get(name, "")) for name in CORE]
     optional = [package(name, asked.get(name, ""), needed_for) for name, needed_for in OPTIONAL.items()]
-    return [first, *core, *optional]
+    return [first, *core, *optional, quantizer()]
+
+
+def quantizer() -> Finding:
+    """Whether llama.cpp's program for K-quants is there."""
+    from finetune.backends.llama_cpp import PROGRAM
+
+    found = shutil.which(PROGRAM)
+    return Finding(PROGRAM, found or "missing, needed only for export.gguf of q…_k kinds", "" if found else QUANTIZER)
 
 
 def required_versions() -> dict[str, str]:

@@ -15,7 +15,19 @@ def test_examine_prints_versions_device_and_room_and_makes_nothing(tmp_path, cap
     monkeypatch.setattr(doctor, "hub_login", lambda: doctor.Finding("Hub", "not asked"))
     doctor.examine(tmp_path / "artifacts", tmp_path / "scratch")
     shown = capsys.readouterr().out
-    for word in ("python", "torch", "transformers", "GPU", "NF4 works", "memory", "artifacts", "scratch", "W&B"):
+    extras = ("wandb", "gguf", "lm-eval", "py3langid", "model2vec", "deepspeed", "llama-quantize")
+    for word in (
+        "python",
+        "torch",
+        "transformers",
+        "GPU",
+        "NF4 works",
+        "memory",
+        "artifacts",
+        "scratch",
+        "W&B",
+        *extras,
+    ):
         assert word in shown
     assert not list(tmp_path.iterdir())
 

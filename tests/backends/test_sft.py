@@ -220,7 +220,7 @@ def conversations(base):
 
 
 def taught(base, folder, rows):
-    """The base after learning `rows` whole, so that an adapter has something to change; a random one learns by chance."""
+    """The base after learning `rows`, so that an adapter has something to change: a random one learns by chance."""
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(base, folder)

@@ -1,8 +1,12 @@
 """What a terminal shows, and what happens when nobody is there to see it."""
 
+import io
 import subprocess
 import sys
 
+import pytest
+
+from finetune.report import console
 from finetune.report.console import stage_figure
 
 
@@ -33,3 +37,17 @@ def test_a_certificate_on_few_tokens_says_so_in_the_table_and_an_export_its_perp
     assert stage_figure("certify", {**certified, "tokens": 4096}).endswith("KL 0.01")
     assert stage_figure("export", {"perplexity": {"merged": 4.0, "q2_k": 5.5}}) == "perplexity merged 4, q2_k 5.5"
     assert stage_figure("export", {"bytes": {}}) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_live_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypatch):
+    shown = io.StringIO()
+    screen = console.Screen()
+    monkeypatch.setattr(screen, "_console", console.Quiet(file=shown, force_terminal=terminal, width=100))
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    bar = screen.bar("training", 12)
+    bar.advance(7, "loss 2.3")
+    bar.close()
+    text = shown.getvalue()
+    assert "training" in text and "7/12" in text and "loss 2.3" in text
+    assert ("\x1b[" in text) is terminal and ("━" in text) is terminal
