@@ -264,6 +264,17 @@ def test_a_mistake_is_one_sentence_with_its_own_exit_status(clean_work):
     )
 
 
+def test_an_adapter_that_an_unknown_base_cannot_have_is_refused_right_after_the_base_stage(clean_work):
+    config = clean_work.folder / "base" / "config.json"
+    said = json.loads(config.read_text())
+    del said["tie_word_embeddings"]  # left open, so that transformers has to be asked
+    config.write_text(json.dumps(said))
+    refused = clean_work.run("run", "small.yaml", "--set", "lora.targets=[kk_proj]", status=2)
+    assert "lora.targets: no linear module named 'kk_proj'; did you mean k_proj?" in refused.stderr
+    stages = {name: s["status"] for name, s in clean_work.show()["stages"].items()}
+    assert (stages["base"], stages["ingest"]) == ("done", "missing")
+
+
 def test_a_data_file_edited_while_it_is_read_is_not_built_from(clean_work):
     """The key names what the file held before: what was read may be neither the old nor the new."""
     from finetune import pipeline
