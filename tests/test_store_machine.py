@@ -75,7 +75,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), name=st.sampled_from(NAMES), data=st.data())
     def flip_a_byte(self, key, name, data):
         path = self.folder(key) / name
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             return
         content = bytearray(path.read_bytes())
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1
