@@ -14,11 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+from finetune.backends.out_of_memory import SMALLER
 from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 
 POLL_SECONDS = 0.1
@@ -47,9 +50,21 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int]:
 def launch(arguments: Sequence[str], processes: int) -> None:
     """Run `finetune ARGUMENTS` in `processes` processes and wait for them.
 
-    Exits with the status of the process that failed first, whose own message is on the screen already. Raises
-    FinetuneError where a process was killed, Stopped after a signal that every process was told of.
+    Where a GPU was full, they are started again with the smaller micro-batch that its process asked for. Exits with the
+    status of the process that failed first, whose own message is on the screen already. Raises FinetuneError where a
+    process was killed, Stopped after a signal that every process was told of.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "micro_batch_rows"
+        while status := _launch_once(arguments, processes, asked):
+            if not asked.exists():
+                sys.exit(status)
+            arguments = [*arguments, "--set", f"runtime.micro_batch_rows={int(asked.read_text())}"]
+            asked.unlink()
+
+
+def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
+    """The status of the process that failed first; 0 where none did."""
     port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     started: list[subprocess.Popen[bytes]] = []
@@ -64,6 +79,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
                 "LOCAL_WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                SMALLER: str(asked),
             }
             # A session of its own: Ctrl-C in a terminal reaches every process of a group, and then once more from here.
             command = [sys.executable, "-m", "finetune", *arguments]
@@ -78,8 +94,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         raise FinetuneError(
             f"process {rank + 1} of {processes} {how}; the same command goes on from the last checkpoint"
         )
-    if status:
-        sys.exit(status)
+    return status
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune.context import Context
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+SMALLER = "FINETUNE_SMALLER_MICRO_BATCH"  # names the file in which one of several processes asks their launcher for it
 
 
 def halving(
@@ -27,8 +30,9 @@ def halving(
     """`attempt(micro)`, and again with half of it each time the device runs out of memory.
 
     `attempt` goes on from its last complete checkpoint; the generators are as they were at its first call, and the
-    adapter it put into `base` is taken out again. Raises FinetuneError with what to try at a micro-batch of 1, or
-    among several processes: the others wait within a step that this one has left.
+    adapter it put into `base` is taken out again. Raises FinetuneError with what to try at a micro-batch of 1, and
+    among several processes: the others wait within a step that this one has left, so all are started again, with the
+    smaller micro-batch where it was our launcher that started them.
     """
     import torch
 
@@ -41,16 +45,20 @@ def halving(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if micro == 1 or ctx.world > 1:
+            smaller = max((n for n in range(1, micro // 2 + 1) if per_process % n == 0), default=0)
+            words = (
+                f"the device ran out of memory with {micro} rows a micro-batch; going on with {smaller} from the last "
+                f"complete checkpoint (runtime.micro_batch_rows={smaller} begins with it)"
+            )
+            if ctx.world > 1 and smaller and SMALLER in os.environ:
+                Path(os.environ[SMALLER]).write_text(str(smaller), encoding="utf-8")
+                raise FinetuneError(f"train: {words}") from error
+            if ctx.world > 1 or not smaller:
                 raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
         finally:
             _forget_embeddings()
         # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
-        smaller = max(n for n in range(1, micro // 2 + 1) if per_process % n == 0)
-        ctx.say(
-            f"train: the device ran out of memory with {micro} rows a micro-batch; going on with {smaller} from the "
-            f"last complete checkpoint (runtime.micro_batch_rows={smaller} begins with it)"
-        )
+        ctx.say(f"train: {words}")
         micro = smaller
         undress(base)
         gc.collect()

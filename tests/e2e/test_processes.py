@@ -142,6 +142,36 @@ def test_a_rank_that_fails_ends_the_launch_soon_and_only_its_traceback_is_shown(
     assert ended - (curated.folder / "raised").stat().st_mtime < 15, text
 
 
+# Rank 1's device has no room for two rows at once.
+FULL = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from finetune.backends import out_of_memory
+    halving = out_of_memory.halving
+    def full(attempt, base, micro, *rest, **more):
+        def fails(rows):
+            if rows > 1:
+                raise torch.OutOfMemoryError("no room")
+            return attempt(rows)
+        return halving(fails, base, micro, *rest, **more)
+    out_of_memory.halving = full
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_device_is_full_has_all_begin_again_with_a_smaller_micro_batch(curated):
+    (curated.folder / "sitecustomize.py").write_text(FULL)
+    path = os.pathsep.join([str(curated.folder), curated.environment()["PYTHONPATH"]])
+    sets = ["pack=null", "train.batch_rows=4", "train.max_steps=4", "runtime.micro_batch_rows=2"]
+    command = launches.ours(curated, 2, "--until", "train", *(w for s in sets for w in ("--set", s)))
+    text = launches.finish(curated, command, PYTHONPATH=path)
+    assert "process 2: train: the device ran out of memory with 2 rows a micro-batch; going on with 1" in text
+    assert "Traceback" not in text and text.count("4 steps of 4 rows (1 a micro-batch x 2 x 2 processes)") == 1, text
+    trained = curated.show()["stages"]["train"]
+    assert trained["status"] == "done" and trained["metrics"]["micro_batch_rows"] == 1
+
+
 def killed(work, rank, moment):
     """What a launch of two says of whose processes one is killed, once `moment(launch)` has come."""
     process = launches.begin(work, launches.ours(work, 2))
