@@ -100,6 +100,15 @@ def resolve_path(value: str, info: ValidationInfo) -> Path:
     return beside if beside.exists() else Path(context.get("working_folder", ".")).absolute() / path
 
 
+def path_of(field: str, value: str, info: ValidationInfo, written: str | None = None) -> Path:
+    """`resolve_path`, with a refusal that names the field; `written` is what the file has where that is more."""
+    try:
+        return resolve_path(value, info)
+    except ValueError as error:
+        refuse([((field,), f"found {(written or value)[:60]!r}; {error}")])
+        raise
+
+
 def stays_inside(path: Path, written: str) -> None:
     """Refuse a relative path that climbs out."""
     if not path.is_absolute() and ".." in path.parts:
@@ -247,11 +256,7 @@ class Dedup(Section):
             refuse([(("embedding",), f"found {kind!r}; it needs a model on the Hub or a folder behind it")])
         if not name or not is_folder_name(name):
             return value
-        try:
-            path = resolve_path(name, info)
-        except ValueError as error:
-            refuse([(("embedding",), f"found {value['embedding'][:60]!r}; {error}")])
-            raise
+        path = path_of("embedding", name, info, value["embedding"])
         return {**value, "embedding": f"{kind}folder:{path.name}", "embedding_folder": path}
 
 

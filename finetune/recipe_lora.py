@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from finetune.recipe_data import REPOSITORY, REVISION, Count, Pattern, Positive, Section, refuse, resolve_path
+from finetune.recipe_data import REPOSITORY, REVISION, Count, Pattern, Positive, Section, path_of, refuse
 
 
 class Lora(Section):
@@ -51,11 +51,7 @@ class Lora(Section):
             return value
         name = value["start_from"]
         if name.startswith(("/", "./", "~")):
-            try:
-                path = resolve_path(name, info)
-            except ValueError as error:
-                refuse([(("start_from",), f"found {name[:60]!r}; {error}")])
-                raise
+            path = path_of("start_from", name, info)
             return {**value, "start_from": f"folder:{path.name}", "start_folder": path}
         repository, _, revision = name.partition("@")
         if not re.fullmatch(REPOSITORY, repository) or not re.fullmatch(REVISION, revision or "main"):

@@ -22,6 +22,7 @@ from finetune.recipe_data import (
     Positive,
     Revision,
     Section,
+    path_of,
     refuse,
     resolve_path,
 )
@@ -101,11 +102,7 @@ class Render(Section):
         if isinstance(value, dict) and info.context and "template_file" in value:
             refuse([(("template_file",), "unknown field; write the file as template: NAME.jinja")])
         if isinstance(value, dict) and isinstance(value.get("template"), str) and value["template"].endswith(".jinja"):
-            try:
-                path = resolve_path(value["template"], info)
-            except ValueError as error:
-                refuse([(("template",), f"found {value['template'][:60]!r}; {error}")])
-                raise
+            path = path_of("template", value["template"], info)
             return {**value, "template": path.name, "template_file": path}
         return value
 
@@ -209,11 +206,7 @@ class Evaluate(Section):
         if isinstance(value, dict) and info.context and "task_path" in value:
             refuse([(("task_path",), "unknown field; write the folder as task_folder: NAME")])
         if isinstance(value, dict) and isinstance(value.get("task_folder"), str) and "task_path" not in value:
-            try:
-                path = resolve_path(value["task_folder"], info)
-            except ValueError as error:
-                refuse([(("task_folder",), f"found {value['task_folder'][:60]!r}; {error}")])
-                raise
+            path = path_of("task_folder", value["task_folder"], info)
             return {**value, "task_folder": path.name, "task_path": path}
         return value
 
