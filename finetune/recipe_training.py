@@ -246,7 +246,7 @@ class Export(Section):
     gguf: Annotated[list[GgufKind], Field(min_length=1)]
     """GGUF files for llama.cpp and Ollama, one a kind; the Modelfile names the first. q…_k… need llama-quantize."""
     perplexity_rows: Annotated[int, Field(ge=0)] = 256
-    """Held-out rows to score merged model and files on, at most; from 200 M parameters on certify.tokens at most."""
+    """Held-out rows to score merged model and files on, at most (0: none); from 200 M parameters on, certify.tokens."""
 
 
 class Publish(Section):

@@ -103,6 +103,10 @@ def kernel(version: str = "2.12") -> attention.Kernel:
     return attention.adapted(function, inspect.signature(function).parameters)
 
 
+def _sides(window: int | None) -> tuple[int, int]:
+    return (-1 if window is None else window - 1, 0)
+
+
 @torch.library.custom_op("finetune_tests::varlen", mutates_args=())
 def _operator(
     query: torch.Tensor,
@@ -111,10 +115,10 @@ def _operator(
     bounds: torch.Tensor,
     longest: int,
     scale: float,
-    left: int,
+    window: int | None,
 ) -> torch.Tensor:
     return varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=_sides(window), enable_gqa=True
     )
 
 
@@ -137,10 +141,10 @@ def _gradients(
     bounds: torch.Tensor,
     longest: int,
     scale: float,
-    left: int,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = [torch.zeros_like(t) for t in (query, key, value)]
-    for (q, k, v), hidden, place in _documents(query, key, value, bounds, (left, 0)):
+    for (q, k, v), hidden, place in _documents(query, key, value, bounds, _sides(window)):
         share = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf).softmax(-1)  # (heads, n, n)
         given = out[place].float().transpose(0, 1)
         of_share = given @ v.transpose(1, 2)
@@ -163,24 +167,9 @@ _operator.register_autograd(
 )
 
 
-def operator_kernel() -> attention.Kernel:
-    """The reference as one operator that torch.compile looks at from outside, as it does at torch's own."""
-
-    def kernel(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        return _operator(query, key, value, bounds, longest, scale, -1 if window is None else window - 1)
-
-    return kernel
-
-
 def register(*, as_operator: bool = False) -> str:
-    """Make it an attention of transformers; its name."""
-    attention.register(NAME, operator_kernel() if as_operator else kernel())
+    """Make it an attention of transformers; its name. As an operator torch.compile looks at it from outside, as it does
+    at torch's own.
+    """
+    attention.register(NAME, _operator if as_operator else kernel())
     return NAME
