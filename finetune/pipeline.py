@@ -19,6 +19,7 @@ from finetune.environment import describe_environment, peak_memory_bytes
 from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
 from finetune.leases import Lease, is_being_built
 from finetune.recipe import Recipe
+from finetune.recipe_keys import key_form
 from finetune.runs import Run, StageRecord
 from finetune.stages import (
     base,
@@ -101,6 +102,7 @@ class Step:
     manifest: Manifest | None = None
     inputs: Mapping[str, Output] = dataclasses.field(default_factory=dict)
     fingerprint: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    older_version: int | None = None  # the newest earlier version of the stage whose output is in the store
 
 
 def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
@@ -113,11 +115,16 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
     inputs = {need: outputs[need] for need in stage.needs}
     fingerprint = stage.fingerprint(spec)
     digests = {name: output.digest for name, output in inputs.items()}
-    key = make_key(stage.name, stage.version, spec.model_dump(mode="json"), fingerprint, digests)
+    form = key_form(spec)
+    key = make_key(stage.name, stage.version, form, fingerprint, digests)
     folder = store.folder(stage.name, key, large=stage.large)
     manifest = store.find(folder)
     status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
-    return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint)
+    older = None
+    if manifest is None:
+        keys = {v: make_key(stage.name, v, form, fingerprint, digests) for v in range(stage.version - 1, 0, -1)}
+        older = next((v for v, k in keys.items() if store.find(store.folder(stage.name, k, large=stage.large))), None)
+    return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint, older)
 
 
 def plan(recipe: Recipe, store: Store) -> list[Step]:
@@ -255,12 +262,17 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         "recipe": recipe.name,
         "stage": stage.name,
         "key": step.key,
-        "spec": step.spec.model_dump(mode="json"),
+        "spec": key_form(step.spec),
         "fingerprint": dict(step.fingerprint),
         "inputs": digests,
         "launch": ctx.launch,
     }
     (folder / BUILDING).write_text(json.dumps(about, sort_keys=True, indent=1), encoding="utf-8")
+    if step.older_version:
+        ctx.say(
+            f"{stage.name}: the artifact in the store is of an earlier version ({step.older_version}) of this stage; "
+            f"building version {stage.version}"
+        )
     ctx.say(f"{stage.name} …")
     start = time.monotonic()
     hashed = Hashed()
@@ -339,7 +351,7 @@ def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:
 def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> None:
     """A half-finished training of this recipe under another key is worth hours: say what differs, and stop."""
     assert step.folder is not None and step.spec is not None  # noqa: S101
-    now = {"spec": step.spec.model_dump(mode="json"), "fingerprint": dict(step.fingerprint)}
+    now = key_form(step.spec)
     for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
         folder = building.parent
         if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
@@ -352,7 +364,7 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
             continue
         if was.get("recipe") != recipe.name:
             continue
-        changes = _differences(was.get("spec", {}), now["spec"])
+        changes = _differences(was.get("spec", {}), now)
         digests = {name: output.digest for name, output in step.inputs.items()}
         changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
         if fresh:

@@ -44,6 +44,7 @@ def predict(
         "recipe": recipe.name,
         "model": recipe.model.id,
         "stages": {s.stage.name: s.status for s in steps},
+        "older_versions": {s.stage.name: s.older_version for s in steps if s.older_version},
         "access": _access(recipe, shapes),
         "parameters": shapes.parameters if shapes else None,
         **_data_figures(recipe, by_name),
@@ -122,7 +123,10 @@ def describe(result: dict[str, Any]) -> str:
     """The plan for a person."""
     lines = [f"{result['recipe']}  {result['model']}", ""]
     width = max(len(n) for n in result["stages"])
-    lines += [f"  {name:<{width}}  {_status(status)}" for name, status in result["stages"].items()]
+    for name, status in result["stages"].items():
+        older = result["older_versions"].get(name)
+        note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
+        lines.append(f"  {name:<{width}}  {_status(status)}{note}")
     lines += ["", f"  access      {result['access']}"]
     if result["parameters"] is None:
         lines.append("  memory      unknown until the base stage has read its config")
