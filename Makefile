@@ -45,7 +45,7 @@ check: $(VENV)/.ready-check ## lint, format, types and recipes
 	@$(BIN)/finetune validate recipes/*.yaml
 
 docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md anew, from the models
-	@$(BIN)/python -m finetune.reference
+	@$(BIN)/python -m finetune.recipe.reference
 
 home: ## name the place where this package is published, in the notebook and the badges: REPO=OWNER/NAME
 	@test -n "$(REPO)" || { echo "make home REPO=OWNER/NAME" >&2; exit 2; }

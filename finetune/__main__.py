@@ -1,6 +1,6 @@
 """`python -m finetune`, which `accelerate launch -m finetune` needs."""
 
-from finetune.cli import main
+from finetune.cli.main import main
 
 if __name__ == "__main__":
     main()

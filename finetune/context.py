@@ -6,59 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune.errors import Stopped
+from finetune.utils.progress import Bar, HeardBar, SilentBar
 
 if TYPE_CHECKING:
     from finetune.recipe import Runtime, Tracking
 
 T = TypeVar("T")
+
+
 Metrics = dict[str, object]
 """What a stage says of itself: JSON scalars, lists and mappings; bytes are integers, seconds floats."""
-
-
-class Bar(Protocol):
-    """A progress bar that is already on the screen (or prints plain lines now and then)."""
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move by `steps`; `note` is a short figure shown beside the bar."""
-
-    def close(self) -> None:
-        """Take the bar away."""
-
-
-class SilentBar:
-    """A bar that shows nothing."""
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing to move."""
-
-    def close(self) -> None:
-        """Nothing to take away."""
-
-
-class HeardBar:
-    """A bar that tells one more listener, in words, how far it is."""
-
-    def __init__(self, bar: Bar, tell: Callable[[str], None], label: str, total: int | None) -> None:
-        self._bar, self._tell, self._label, self._total = bar, tell, label, total
-        self._done = 0
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move by `steps`, and tell."""
-        self._done += steps
-        self._tell(f"{position(self._label, self._done, self._total)} {note}".rstrip())
-        self._bar.advance(steps, note)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
-
-
-def position(label: str, done: int, total: int | None) -> str:
-    """`training 7/100`, or `training 7` where nobody knows how many there will be."""
-    return f"{label} {done}/{total}" if total else f"{label} {done}"
 
 
 @dataclass
@@ -98,7 +58,7 @@ class Context:
     bar: Callable[[str, int | None], Bar] = lambda label, total: SilentBar()
     stop: StopFlag = field(default_factory=StopFlag)
     hashed: Callable[[Path, str], None] = lambda path, digest: None  # a large file, written, synced, and its xxh3-128
-    device: str = "auto"  # "auto", "cpu" or "cuda"; backends/models.py decides what auto means
+    device: str = "auto"  # "auto", "cpu" or "cuda"; models/loading.py decides what auto means
     rank: int = 0
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another

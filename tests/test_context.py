@@ -1,7 +1,8 @@
 """What a stage is handed: here, that progress is heard by more than the screen."""
 
-from finetune.context import Context, SilentBar
+from finetune.context import Context
 from finetune.recipe import Runtime, Tracking
+from finetune.utils.progress import SilentBar
 
 
 class Counted(SilentBar):

@@ -1,1 +1,1 @@
-"""Pure functions over rows, texts and token ids; nothing above numpy and pyarrow."""
+"""Raw rows in: readers, formats, sources, and the Example record."""

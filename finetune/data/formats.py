@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.records import ROLES, Example, Message, canonical_json
+from finetune.data.records import ROLES, Example, Message
+from finetune.utils.files import canonical_json
 
 RawRow = Mapping[str, object]
 

@@ -1,1 +1,1 @@
-"""What a person reads: tables, the model card, the HTML report."""
+"""report.html of a run."""

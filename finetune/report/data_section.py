@@ -7,8 +7,6 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
-from finetune.records import read_json
-from finetune.report import plots
 from finetune.report.row_lookup import (
     largest_groups,
     question_and_answer,
@@ -18,7 +16,9 @@ from finetune.report.row_lookup import (
     sources_of,
 )
 from finetune.report.stage_view import Stages, rows_before
-from finetune.report.text import clipped, number, percent
+from finetune.utils import svg
+from finetune.utils.files import read_json
+from finetune.utils.format import clipped, number, percent
 
 GROUPS = 10
 SHOWN_OF_A_GROUP = 4
@@ -63,7 +63,7 @@ def funnel(stages: Stages) -> list[dict[str, Any]]:
             "kept": kept,
             "lost": lost,
             "why": why,
-            "bar": plots.bar(f"{name}: {kept:,} rows kept, {lost:,} left out", kept, lost, whole),
+            "bar": svg.bar(f"{name}: {kept:,} rows kept, {lost:,} left out", kept, lost, whole),
         }
         for name, (kept, lost, why) in counts.items()
     ]
@@ -143,7 +143,7 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
             over += place >= len(counts)
             counts[min(place, len(counts) - 1)] += 1
         label = f"{captions[name]}: histogram of {len(values)} rows, at most {max(values, default=0)} tokens"
-        plot = plots.histogram(label, counts, width, "tokens in a row", "rows", limit=limit)
+        plot = svg.histogram(label, counts, width, "tokens in a row", "rows", limit=limit)
         more = f"; {over:,} longer than the axis lie in the last bar" if over else ""
         median = f"median {_at(values, 0.5):,}, longest {max(values, default=0):,} tokens"
         shown[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None

@@ -17,7 +17,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from finetune.report.text import visible
+from finetune.utils.format import visible
 
 PAGES = Path(__file__).parent / "pages"
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.metrics.stop_rate import never_stops
-from finetune.report import plots
+from finetune.eval.metrics import never_stops
 from finetune.report.stage_view import Stages, StageView
-from finetune.report.text import NONE, clipped, duration, interval, number, percent, size, task_figures
+from finetune.utils import svg
+from finetune.utils.format import NONE, clipped, duration, interval, number, percent, size, task_figures
 
 SAMPLES, OPEN_SAMPLES = 24, 4
 LONGEST_TEXT = 700
@@ -57,15 +57,15 @@ def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | No
     if not steps:
         return []
     loss, held = [p for p in points("loss") if math.isfinite(p[1])], points(*HELD_OUT_KEYS)
-    window, run = max(2, len(loss) // 15), plots.thinning(len(loss))
+    window, run = max(2, len(loss) // 15), svg.thinning(len(loss))
     x = "optimiser step"
-    drawn = [plots.Line(loss, "faint"), plots.Line(plots.smoothed(loss, window))]
+    drawn = [svg.Line(loss, "faint"), svg.Line(svg.smoothed(loss, window))]
     thin = "each step" if run == 1 else f"the mean of every {run} steps"
     words = f"Loss of the training batches: thin, {thin}; bold, the mean of the last {window}."
     if held:
-        drawn.append(plots.Line(held, "dots"))
+        drawn.append(svg.Line(held, "dots"))
         words += " Dots: loss on held-out rows."
-    found = [(plots.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
+    found = [(svg.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
     norm = points("grad_norm")
     lost = sum(not math.isfinite(y) for _, y in norm)
     skipped = f" {lost} steps overflowed and are not drawn." if lost else ""
@@ -75,11 +75,11 @@ def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | No
         ("tokens per second", "tokens_per_second", "tokens / s", "Tokens trained on in a second, step by step."),
     ):
         if values := points(name):
-            plot = plots.lines(_range(label, values), [plots.Line(values)], x, unit, from_zero=True)
+            plot = svg.lines(_range(label, values), [svg.Line(values)], x, unit, from_zero=True)
             found.append((plot, words))
     if used := points(*MEMORY_KEYS, scale=1e-9):
-        level = plots.Level(predicted["total"] / 1e9, "predicted for a GPU") if predicted else None
-        plot = plots.lines(_range("memory", used), [plots.Line(used)], x, "memory, GB", level=level, from_zero=True)
+        level = svg.Level(predicted["total"] / 1e9, "predicted for a GPU") if predicted else None
+        plot = svg.lines(_range("memory", used), [svg.Line(used)], x, "memory, GB", level=level, from_zero=True)
         found.append((plot, "Memory while training: the peak so far, step by step."))
     return [(plot, words) for plot, words in found if plot]
 
@@ -108,10 +108,10 @@ def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> d
     parts = sorted(((MEMORY_WORDS.get(k, k), v) for k, v in predicted.items() if k != "total"), key=lambda p: -p[1])
     shown = [(k, v) for k, v in parts if v >= 0.01 * total]
     shown += [("the rest", rest)] if (rest := total - sum(v for _, v in shown)) else []
-    lines = [(k, size(v), plots.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in shown]
-    lines.append(("predicted in all", size(total), plots.bar(f"predicted: {size(total)}", total, 0, whole)))
+    lines = [(k, size(v), svg.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in shown]
+    lines.append(("predicted in all", size(total), svg.bar(f"predicted: {size(total)}", total, 0, whole)))
     if peak:
-        lines.append(("measured peak", size(peak), plots.bar(f"measured: {size(peak)}", peak, 0, whole, "measured")))
+        lines.append(("measured peak", size(peak), svg.bar(f"measured: {size(peak)}", peak, 0, whole, "measured")))
     cpu = (
         ""
         if str(metrics.get("device", "cpu")) != "cpu"
@@ -183,7 +183,7 @@ def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[
     if not rows:
         return None
     label = "Perplexities: " + ", ".join(f"{name} {value:.4g}" for name, value, _, _ in rows)
-    return {"plot": plots.intervals(label, rows, "perplexity (lower is better)"), "note": note}
+    return {"plot": svg.intervals(label, rows, "perplexity (lower is better)"), "note": note}
 
 
 def prompt_use(m: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -193,7 +193,7 @@ def prompt_use(m: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     whole = max(own, other)
     lines = [
-        (label, f"{value:.3f}", plots.bar(f"{label}: {value:.3f} nats per token", value, 0, whole))
+        (label, f"{value:.3f}", svg.bar(f"{label}: {value:.3f} nats per token", value, 0, whole))
         for label, value in (("own prompt", own), ("another row's prompt", other))
     ]
     ends = m.get("nll_difference_interval") or [None, None]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.records import Example
+from finetune.data.records import Example
 
 COUNTED_ROWS = 20_000  # of a larger file every k-th row is counted: a histogram looks the same
 BATCH_ROWS = 10_000
@@ -29,7 +29,7 @@ def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from finetune.records import Message
+    from finetune.data.records import Message
 
     wanted = pa.array(sorted(ids), pa.string())
     found = {}
@@ -47,7 +47,7 @@ def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from finetune.data.near_duplicates import original_id
+    from finetune.dedup.select import original_id
 
     originals = {row_id: original_id(row_id) for row_id in kept}
     table = pq.read_table(pairs)

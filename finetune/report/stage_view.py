@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.store import Manifest
+from finetune.pipeline.store import Manifest
 
 
 @dataclass(frozen=True)

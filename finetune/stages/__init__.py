@@ -1,1 +1,1 @@
-"""One file a stage, in the order of `finetune.pipeline.STAGES`; each reads top to bottom."""
+"""The stages, one file each, in the order of the pipeline."""

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finetune.context import Context, Metrics
-from finetune.digests import file_digest
 from finetune.errors import InputError
 from finetune.recipe import Model, Recipe, Section
-from finetune.records import read_json, write_json
+from finetune.utils.files import file_digest, read_json, write_json
 
 
 class Spec(Section):
@@ -31,13 +30,14 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     if model.folder is not None:
         return {"files": _digests(model.folder)}
     if model.kind == "hub":
-        from finetune.backends.hub import resolve_revision
+        from finetune.hub.client import resolve_revision
 
         return {"revision": resolve_revision(model.id, model.revision)}
-    from finetune.backends import tiny_mistral, tiny_text
     from finetune.data import pydoc_rows
+    from finetune.tiny import model as tiny_model
+    from finetune.tiny import text as tiny_text
 
-    return {"size": asdict(tiny_mistral.TINY), "text": tiny_text.sources(), "left_out": pydoc_rows.fingerprint()}
+    return {"size": asdict(tiny_model.TINY), "text": tiny_text.sources(), "left_out": pydoc_rows.fingerprint()}
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -45,7 +45,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
-    from finetune.backends import models, own_code
+    from finetune.models import loading, remote_code
 
     model, revision, metrics = spec.model, None, {}
     weights: dict[str, str] = {}
@@ -57,20 +57,20 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         weights = {n: d for n, d in _digests(model.folder).items() if ".safetensors" in n}
         source = model.folder
     else:
-        from finetune.backends.hub import resolve_revision
+        from finetune.hub.client import resolve_revision
 
         revision = resolve_revision(model.id, model.revision, scratch=ctx.scratch, say=ctx.say)
-        source = models.hub_snapshot(model, revision, ctx, weights=False)
-    for name in models.MODEL_FILES:
-        models.copy_clean(source / name, out / name)
-    models.copy_tokenizer(source, out)
+        source = loading.hub_snapshot(model, revision, ctx, weights=False)
+    for name in loading.MODEL_FILES:
+        loading.copy_clean(source / name, out / name)
+    loading.copy_tokenizer(source, out)
     if model.trust_remote_code and source != out:
-        own_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
+        remote_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
     if not (out / "config.json").exists():
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
-    parameters = models.count_parameters(source, model.trust_remote_code)
+    parameters = loading.count_parameters(source, model.trust_remote_code)
     config = read_json(out / "config.json")
-    _require_fitting_vocabulary(model.id, len(models.load_tokenizer(out)), config)
+    _require_fitting_vocabulary(model.id, len(loading.load_tokenizer(out)), config)
     pinned = {
         "id": model.id,
         "kind": model.kind,
@@ -84,25 +84,25 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 
 def _train_builtin(seed: int, out: Path, ctx: Context) -> Metrics:
-    from finetune.backends import tiny_mistral
     from finetune.data import pydoc_rows
+    from finetune.tiny import model as tiny_model
 
-    return tiny_mistral.build(out, seed, (entry.doc for entry in pydoc_rows.documentation()), ctx)
+    return tiny_model.build(out, seed, (entry.doc for entry in pydoc_rows.documentation()), ctx)
 
 
 def _digests(folder: Path) -> dict[str, str]:
     """Name → digest of every file in `folder` that makes up the model. Raises InputError where there is no model."""
-    from finetune.backends import models
+    from finetune.models import loading
 
     if not folder.is_dir():
         raise InputError(f"model: there is no folder {folder}")
     if not (folder / "config.json").exists():
         raise InputError(f"model: {folder} holds no config.json; a base is a folder that transformers can load")
-    models.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
-    weights = models.weight_files(folder)
+    loading.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
+    weights = loading.weight_files(folder)
     if not weights:
-        raise InputError(f"model: {folder} lacks a shard that {models.INDEX} names; download or copy it again")
-    small = [folder / n for n in (*models.MODEL_FILES, *models.TOKENIZER_FILES, models.INDEX)]
+        raise InputError(f"model: {folder} lacks a shard that {loading.INDEX} names; download or copy it again")
+    small = [folder / n for n in (*loading.MODEL_FILES, *loading.TOKENIZER_FILES, loading.INDEX)]
     code = sorted(folder.glob("*.py"))
     return {p.name: file_digest(p) for p in [*small, *code, *weights] if p.exists()}
 

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.recipe import Certify, Model, Quantization, Recipe, Section
-from finetune.records import write_json
+from finetune.utils.files import write_json
 
 if TYPE_CHECKING:
-    from finetune.backends.certification import Comparison, HeldOut
-    from finetune.backends.lora_merge import MergePlan
-    from finetune.backends.round_trip import RoundTrip
-    from finetune.backends.streamed_forward import StreamedModel
-
-
-ENOUGH_TOKENS = 4096  # compared; with fewer, what is measured is said to rest on few
+    from finetune.eval.compare import Comparison, HeldOut
+    from finetune.merge.nf4_round_trip import RoundTrip
+    from finetune.merge.plan import MergePlan
+    from finetune.models.layerwise import StreamedModel
 
 
 class Spec(Section):
@@ -54,17 +52,19 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Compare what was trained with each candidate merge on the same rows; refuse one that is too far away."""
-    from finetune.backends import certification, models
-    from finetune.backends.lora_merge import output_dtype, plan_merge
-    from finetune.backends.streamed_forward import hidden_states
+    from finetune.eval import compare
+    from finetune.merge.plan import output_dtype, plan_merge
+    from finetune.models import loading
+    from finetune.models.device import DTYPES, pick_device, pick_precision
+    from finetune.models.layerwise import hidden_states
 
     base, adapter = inputs["base"], inputs["train"] / "adapter"
-    device = models.pick_device(ctx.device)
-    precision, _ = models.pick_precision(spec.precision, device)
-    compute = models.DTYPES[precision]
+    device = pick_device(ctx.device)
+    precision, _ = pick_precision(spec.precision, device)
+    compute = DTYPES[precision]
     seen, trips = _candidates(spec, compute, device)
     dtype = output_dtype(spec.merge_dtype, base)
-    folder = models.ensure_base(spec.model, base, ctx)
+    folder = loading.ensure_base(spec.model, base, ctx)
     # Everything that cannot be merged is refused here, before the slow part.
     plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
     held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
@@ -72,11 +72,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     streamed = [_trained(spec.model, folder, adapter, unmerged, compute, device)]
     streamed += [_merged(spec.model, folder, plan, compute, device) for plan in plans.values()]
     every = hidden_states(streamed, held_out.batches, lambda layers: ctx.track(layers, "certify", len(layers)))
-    trained, *merged = [certification.supervised_hidden(states, held_out) for states in every]
+    trained, *merged = [compare.supervised_hidden(states, held_out) for states in every]
     found = {}
     for name, model, states in zip(plans, streamed[1:], merged, strict=True):
         with streamed[0].head() as first, model.head() as second:
-            found[name] = certification.compare(trained, first, states, second, held_out.labels)
+            found[name] = compare.compare(trained, first, states, second, held_out.labels)
     certificate = _certificate(spec, dtype, found, held_out)
     certificate["round_trip_dtype"] = compute  # merge may run on another machine
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
@@ -88,7 +88,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 def _candidates(spec: Spec, dtype: str, device: str) -> tuple[RoundTrip | None, dict[str, RoundTrip | None]]:
     """How training stored a quantised module's weight (None: as it is in the file), and so for each base to try."""
-    from finetune.backends.round_trip import RoundTrip
+    from finetune.merge.nf4_round_trip import RoundTrip
 
     if spec.quantization is None:
         if spec.certify.base == "dequantized":
@@ -100,8 +100,8 @@ def _candidates(spec: Spec, dtype: str, device: str) -> tuple[RoundTrip | None, 
 
 
 def _held_out(tokens: int, path: Path) -> HeldOut:
-    from finetune.backends.certification import choose_rows, lay_out
-    from finetune.data.training_rows import read_token_rows
+    from finetune.eval.compare import choose_rows, lay_out
+    from finetune.tokenization.token_rows import read_token_rows
 
     rows = [r for r in read_token_rows(path) if r.mask[1:].any()]
     if not rows:
@@ -114,9 +114,9 @@ def _held_out(tokens: int, path: Path) -> HeldOut:
 
 def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
     """The model as it was trained: the base that the adapter saw, and the adapter beside it."""
-    from finetune.backends.checkpoints import torch_dtype
-    from finetune.backends.streamed_adapter import attach_empty
-    from finetune.backends.streamed_forward import StreamedModel, empty_model
+    from finetune.merge.unmerged import attach_empty
+    from finetune.models.layerwise import StreamedModel, empty_model
+    from finetune.utils.safetensors_io import torch_dtype
 
     empty = empty_model(folder, dtype, trust_remote_code=model.trust_remote_code)
     autocast = None if dtype == "float32" else torch_dtype(dtype)
@@ -125,8 +125,8 @@ def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: 
 
 def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:
     """The merged model, its weights made when a layer needs them."""
-    from finetune.backends.merge_blocks import merged_tensor
-    from finetune.backends.streamed_forward import StreamedModel, empty_model
+    from finetune.merge.blocks import merged_tensor
+    from finetune.models.layerwise import StreamedModel, empty_model
 
     empty = empty_model(folder, dtype, trust_remote_code=model.trust_remote_code, untie=plan.untie)
     return StreamedModel(empty, partial(merged_tensor, plan), device)
@@ -134,10 +134,8 @@ def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str
 
 def _certificate(spec: Spec, dtype: str, found: Mapping[str, Comparison], held_out: HeldOut) -> dict[str, Any]:
     """What certificate.json says: six significant digits, so that the last bits of a sum do not change the file."""
-    from finetune.backends.certification import per_row
-    from finetune.metrics.agreement import agreement
-    from finetune.metrics.bootstrap import paired_interval
-    from finetune.metrics.perplexity import perplexity_interval
+    from finetune.eval.compare import per_row
+    from finetune.eval.metrics import agreement, paired_interval, perplexity_interval
 
     tokens = per_row(None, held_out)
     nll = {name: per_row(c.nll_second, held_out) for name, c in found.items()}

@@ -11,11 +11,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune.backends.embedding_names import LSA, model_fingerprint
 from finetune.context import Context, Metrics
+from finetune.data.records import Example, Reject, read_rows, write_rows, write_table
+from finetune.dedup.embedding_names import LSA, model_fingerprint
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Decontaminate, Recipe, Section, Source
-from finetune.records import Example, Reject, read_rows, write_rows, write_table
 
 WORD = re.compile(r"\w+")
 
@@ -42,7 +42,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """What the evaluation data hold (a file's digest, a Hub data set's commit, the Python that is documented), and the
     model whose vectors are compared.
     """
-    from finetune.backends.sources import source_fingerprint
+    from finetune.data.sources import source_fingerprint
 
     found: dict[str, object] = {"against": [source_fingerprint(source) for source in spec.section.against]}
     if spec.embedding is not None:
@@ -111,9 +111,9 @@ def _alike(
     spec: Spec, asked: Mapping[str, str], questions: Sequence[tuple[str, str]], ctx: Context
 ) -> dict[str, Match]:
     """Row id -> the evaluation question that its own comes nearest to, where they reach the threshold."""
-    from finetune.backends.embeddings import embed
-    from finetune.backends.search import exact_search
-    from finetune.data.near_duplicates import links_between
+    from finetune.dedup.embed import embed
+    from finetune.dedup.index import exact_search
+    from finetune.dedup.select import links_between
 
     assert spec.embedding is not None and spec.section.embedding_threshold is not None  # noqa: S101 - the caller asked
     # Together, since LSA makes its vectors of the texts it is given.
@@ -202,7 +202,7 @@ def _turns(row: Example) -> Iterator[tuple[bool, str]]:
 
 
 def _words(text: str) -> list[str]:
-    from finetune.data.near_duplicates import normalised
+    from finetune.data.text import normalised
 
     return WORD.findall(normalised(text))
 
@@ -217,7 +217,7 @@ def _runs(words: list[str], size: int) -> Iterator[str]:
 
 def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Example]:
     """The rows of an evaluation source. Raises InputError for one that cannot be read: it would not be protected."""
-    from finetune.backends.sources import read_source
+    from finetune.data.sources import read_source
 
     _, rows = read_source(source, label, ctx.scratch)
     for row in ctx.track(rows, f"read {label}", total=source.take):

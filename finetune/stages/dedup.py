@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
+from finetune.data.records import Example, read_rows, write_rows, write_table
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Dedup, MinHash, Recipe, Section
-from finetune.records import Example, read_rows, write_rows, write_table
 
 if TYPE_CHECKING:
-    from finetune.data.measures import Cosine
-    from finetune.data.set_similarity import Jaccard
+    from finetune.dedup.jaccard import Jaccard
+    from finetune.dedup.measures import Cosine
 
 MEASURED_FROM = 100_000  # rows; tests compare fewer with brute force
 
@@ -54,8 +54,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """
     import pyarrow as pa
 
-    from finetune.data.near_duplicates import field_text, select, text_key
-    from finetune.data.recall import measured_recall
+    from finetune.data.text import field_text, text_key
+    from finetune.dedup.recall import measured_recall
+    from finetune.dedup.select import select
 
     source = inputs["filter"] / "rows.parquet"
     ids: list[str] = []
@@ -101,16 +102,16 @@ def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) 
     """What else than the same text makes rows alike, in the order in which a dropped row's method is named."""
     measures: list[Cosine | Jaccard] = []
     if spec.minhash is not None:
-        from finetune.data.near_duplicates import field_text
-        from finetune.data.set_similarity import Jaccard, word_sets
+        from finetune.data.text import field_text
+        from finetune.dedup.jaccard import Jaccard, word_sets
 
         texts = (field_text(row, spec.field) for row in ctx.track(read_rows(source), "read words"))
         measures.append(Jaccard(word_sets(texts, spec.minhash.ngram), spec.minhash.threshold))
     if vectors.exists():
         import numpy as np
 
-        from finetune.backends.search import exact_search
-        from finetune.data.measures import Cosine
+        from finetune.dedup.index import exact_search
+        from finetune.dedup.measures import Cosine
 
         new_search = exact_search(ctx.device, rows)
         measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, new_search))

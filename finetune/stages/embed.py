@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.backends.embedding_names import model_fingerprint
-from finetune.backends.embedding_time import keep_rate
 from finetune.context import Context, Metrics
+from finetune.data.records import read_rows, write_table
+from finetune.dedup.embedding_names import model_fingerprint
+from finetune.dedup.embedding_timing import keep_rate
 from finetune.recipe import Recipe, Section
-from finetune.records import read_rows, write_json, write_table
+from finetune.utils.files import write_json
 
 
 class Spec(Section):
@@ -42,8 +43,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json."""
     import numpy as np
 
-    from finetune.backends.embeddings import embed_counted
-    from finetune.data.near_duplicates import field_text
+    from finetune.data.text import field_text
+    from finetune.dedup.embed import embed_counted
 
     ids, texts = [], []
     for row in ctx.track(read_rows(inputs["filter"] / "rows.parquet"), "read rows"):

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused
-from finetune.metrics.stop_rate import never_stops
+from finetune.eval.metrics import never_stops
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
-from finetune.records import canonical_json, write_bytes, write_json
+from finetune.utils.files import canonical_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.backends.scoring import Answer
-    from finetune.data.training_rows import TokenRow
+    from finetune.eval.scoring import Answer
+    from finetune.tokenization.token_rows import TokenRow
 
 
 class Spec(Section):
@@ -46,7 +46,7 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The files of the recipe's own tasks. The harness's tasks are told apart by the versions in the result."""
-    from finetune.backends.harness import digests
+    from finetune.eval.lm_eval import digests
 
     return {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
 
@@ -56,30 +56,33 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     Base and adapter are one model in memory, the adapter switched on and off.
     """
-    from finetune.backends import harness, models, threads
-    from finetune.data.training_rows import read_token_rows
+    from finetune.eval import lm_eval
+    from finetune.models import loading
+    from finetune.models.device import pick_device, pick_precision
+    from finetune.tokenization.token_rows import read_token_rows
+    from finetune.utils import runtime
 
-    device = models.pick_device(ctx.device)
-    precision, _ = models.pick_precision(spec.precision, device)
+    device = pick_device(ctx.device)
+    precision, _ = pick_precision(spec.precision, device)
     rows = read_token_rows(inputs["render"] / "eval.parquet", spec.evaluate.max_rows)
     if not rows:
         raise GateRefused(
             "no held-out row is whole: all were cut at render.max_length_tokens; raise it, or set evaluate: null"
         )
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
-    tokenizer = models.load_tokenizer(inputs["base"])
+    tokenizer = loading.load_tokenizer(inputs["base"])
     settings = spec.evaluate
     # Read before the slow part: a task that cannot be loaded must not cost it.
-    tasks = harness.load(settings.tasks, settings.task_path, spec.seed) if settings.tasks else None
-    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
-    model = models.attach_adapter(base, inputs["train"] / "adapter").eval()
-    with threads.fitting(inputs["base"], device):
+    tasks = lm_eval.load(settings.tasks, settings.task_path, spec.seed) if settings.tasks else None
+    base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
+    model = loading.attach_adapter(base, inputs["train"] / "adapter").eval()
+    with runtime.fitting(inputs["base"], device):
         result, samples = _measure(model, tokenizer, rows, template, spec, ctx)
         if tasks is not None:
-            own = models.load_tokenizer(inputs["base"])  # the harness changes it
+            own = loading.load_tokenizer(inputs["base"])  # the harness changes it
             limit, width = settings.tasks_limit, settings.batch_tokens
-            result["tasks_harness"] = harness.version()
-            result["tasks"] = harness.score(model, own, tasks, limit, width, spec.seed, ctx)
+            result["tasks_harness"] = lm_eval.version()
+            result["tasks"] = lm_eval.score(model, own, tasks, limit, width, spec.seed, ctx)
     write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
     write_json(out / "eval.json", result)
     _warn(result, ctx)
@@ -113,8 +116,8 @@ def _measure(
     ctx: Context,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures, and a line for each sample."""
-    from finetune.backends import scoring
-    from finetune.data.training_rows import under_other_prompts, with_prompt
+    from finetune.eval import scoring
+    from finetune.tokenization.token_rows import under_other_prompts, with_prompt
 
     settings = spec.evaluate
     nll, counts = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (adapter)")
@@ -149,7 +152,7 @@ def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, see
     The ratio's draws are paired (each takes both figures of a row), so it tells the two apart where their own
     intervals overlap.
     """
-    from finetune.metrics.perplexity import perplexity, perplexity_interval, perplexity_ratio_interval
+    from finetune.eval.metrics import perplexity, perplexity_interval, perplexity_ratio_interval
 
     values = {"perplexity_base": perplexity(base, counts), "perplexity_adapter": perplexity(adapter, counts)}
     values["perplexity_ratio"] = values["perplexity_adapter"] / values["perplexity_base"]
@@ -167,7 +170,7 @@ def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, see
 
 def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
     """Nats per token of the answers under their own and under another row's prompt, with a paired interval."""
-    from finetune.metrics.bootstrap import paired_interval
+    from finetune.eval.metrics import paired_interval
 
     if len(true) < 2:
         return {"nll_true": float(true.sum() / counts.sum()), "nll_shuffled": None, "nll_difference_interval": None}
@@ -187,7 +190,7 @@ def _generate(
     batch_tokens: int,
     ctx: Context,
 ) -> tuple[list[Answer], list[Answer]]:
-    from finetune.backends.scoring import greedy
+    from finetune.eval.scoring import greedy
 
     prompts = [r.ids[: r.answer_start] for r in rows]
     limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]

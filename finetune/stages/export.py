@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Certify, Export, Recipe, Section
-from finetune.records import read_json, write_bytes
+from finetune.utils.files import read_json, write_bytes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.backends.gguf_file import Header, Planned
-    from finetune.backends.ollama import Chat
-    from finetune.data.training_rows import TokenRow
+    from finetune.gguf.ollama import Chat
+    from finetune.gguf.writer import Header, Planned
+    from finetune.tokenization.token_rows import TokenRow
 
 MAX_LOADED_PARAMETERS = 200_000_000  # transformers takes 4 bytes for each
 MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
@@ -43,7 +43,7 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The program that makes K-quants, where any is asked for: two versions of it write different files."""
-    from finetune.backends.llama_cpp import K_QUANTS, quantizer_digests
+    from finetune.gguf.llama_cpp import K_QUANTS, quantizer_digests
 
     return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.export.gguf) else {}
 
@@ -58,17 +58,19 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     the gguf package or llama-quantize is missing, or where the architecture or the tokenizer cannot be told to
     llama.cpp; FinetuneError where the weights in a file are others.
     """
-    from finetune.backends import gguf_file, llama_cpp, models
+    from finetune.gguf import llama_cpp
+    from finetune.gguf import writer as gguf_writer
+    from finetune.models import loading
 
-    gguf_file.require_gguf()
+    gguf_writer.require_gguf()
     folder = inputs["merge"]
     config: dict[str, Any] = read_json(folder / "config.json")
-    gguf_file.architecture(config)
+    gguf_writer.architecture(config)
     kinds: list[str] = list(dict.fromkeys(spec.export.gguf))
     quantizer = llama_cpp.require_quantizer(kinds)
-    exact = gguf_file.plan(folder, config, gguf_file.exact_kind(folder))
-    plans = {kind: gguf_file.plan(folder, config, kind) for kind in kinds if kind in gguf_file.TYPES}
-    tokenizer = models.load_tokenizer(folder)
+    exact = gguf_writer.plan(folder, config, gguf_writer.exact_kind(folder))
+    plans = {kind: gguf_writer.plan(folder, config, kind) for kind in kinds if kind in gguf_writer.TYPES}
+    tokenizer = loading.load_tokenizer(folder)
     header = _header(folder, config, tokenizer)
     _require_space(out, _bytes_needed(kinds, plans, exact))
     differs = header.vocabulary.differs
@@ -78,7 +80,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         )
     for kind, planned in plans.items():
         tracked = ctx.track(planned, f"export {kind}", len(planned))
-        gguf_file.write(out / f"model-{kind}.gguf", header, planned, kind, tracked)
+        gguf_writer.write(out / f"model-{kind}.gguf", header, planned, kind, tracked)
     if others := [kind for kind in kinds if kind not in plans]:
         _quantize(quantizer, others, out, header, exact, ctx)
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
@@ -89,7 +91,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 
 def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: list[Planned]) -> int:
-    from finetune.backends.gguf_file import bytes_of_kinds, exact_kind_of, file_bytes
+    from finetune.gguf.writer import bytes_of_kinds, exact_kind_of, file_bytes
 
     kind = exact_kind_of(exact)
     files = {kind: exact, **plans}
@@ -100,18 +102,19 @@ def _quantize(
     program: str, kinds: Sequence[str], out: Path, header: Header, exact: list[Planned], ctx: Context
 ) -> None:
     """Write the K-quants from a GGUF that holds the merged weights exactly, which goes unless it was asked for."""
-    from finetune.backends import gguf_file, llama_cpp
+    from finetune.gguf import llama_cpp
+    from finetune.gguf import writer as gguf_writer
 
-    kind = gguf_file.exact_kind_of(exact)
+    kind = gguf_writer.exact_kind_of(exact)
     asked = out / f"model-{kind}.gguf"
     source = asked if asked.exists() else out / "source.gguf"
     if source != asked:
-        gguf_file.write(source, header, exact, kind, ctx.track(exact, f"export {kind}", len(exact)))
-    before = gguf_file.read_facts(source)
+        gguf_writer.write(source, header, exact, kind, ctx.track(exact, f"export {kind}", len(exact)))
+    before = gguf_writer.read_facts(source)
     for quant in ctx.track(kinds, "llama-quantize", len(kinds)):
         path = out / f"model-{quant}.gguf"
         llama_cpp.quantize(program, source, path, quant, ctx)
-        after = gguf_file.read_facts(path)
+        after = gguf_writer.read_facts(path)
         if after != before:
             raise FinetuneError(
                 f"{path.name}: llama-quantize wrote other tensors, another template or other terminators than it was "
@@ -132,8 +135,9 @@ def _read_again(
     ctx: Context,
 ) -> Metrics:
     """How far the weights in each file are from the merged ones, and what that costs on held-out rows."""
-    from finetune.backends import gguf_scoring, models
-    from finetune.backends.gguf_weights import ROUNDED, GgufWeights
+    from finetune.gguf import scoring
+    from finetune.gguf.reader import ROUNDED, GgufWeights
+    from finetune.models.device import pick_device
 
     files = {kind: GgufWeights(out / f"model-{kind}.gguf", exact) for kind in kinds}
     differences = {}
@@ -152,15 +156,15 @@ def _read_again(
             files[kind].require_finite(plans.get(kind, exact))
         why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
         return metrics | {"perplexity_unknown": why}
-    scores = gguf_scoring.score(inputs["merge"], files, rows, models.pick_device(ctx.device), ctx)
+    scores = scoring.score(inputs["merge"], files, rows, pick_device(ctx.device), ctx)
     measured = {"perplexity": scores.perplexity, "agreement": scores.agreement, "mean_kl": scores.mean_kl}
     return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
 
 
 def _rows(spec: Spec, path: Path, exact: list[Planned], ctx: Context) -> list[TokenRow]:
     """The held-out rows to score, of so many tokens as a model of its size can be scored on."""
-    from finetune.backends.certification import first_rows
-    from finetune.data.training_rows import read_token_rows
+    from finetune.eval.compare import first_rows
+    from finetune.tokenization.token_rows import read_token_rows
 
     if not spec.export.perplexity_rows:
         return []
@@ -178,7 +182,7 @@ def _parameters(planned: list[Planned]) -> int:
 
 def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
     """Why transformers does not read such a file back as it was; "" where it does."""
-    from finetune.backends.gguf_file import rope
+    from finetune.gguf.writer import rope
 
     if _parameters(planned) >= MAX_LOADED_PARAMETERS:
         return f"a model over {MAX_LOADED_PARAMETERS // 10**6} M parameters would take it 4 bytes for each"
@@ -203,8 +207,8 @@ def _loaded(path: Path) -> Mapping[str, torch.Tensor]:
 def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Header:
     from transformers import PreTrainedTokenizerFast
 
-    from finetune.backends.gguf_file import Header
-    from finetune.backends.gguf_vocabulary import read_vocabulary
+    from finetune.gguf.vocabulary import read_vocabulary
+    from finetune.gguf.writer import Header
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: GGUF needs a tokenizer.json, and this tokenizer has none; set export: null")
@@ -227,7 +231,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
 
 def _write_modelfile(out: Path, weights: str, header: Header, tokenizer: PreTrainedTokenizerBase) -> str:
     """Write the Modelfile; says where Ollama has its template from: "modelfile", or "gguf"."""
-    from finetune.backends.ollama import modelfile, read_pieces
+    from finetune.gguf.ollama import modelfile, read_pieces
 
     tokens = header.vocabulary.tokens
     bos = tokens[header.special["bos"]] if header.vocabulary.add_bos else None

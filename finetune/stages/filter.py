@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from finetune.context import Context, Metrics
-from finetune.data import filters
+from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.errors import GateRefused, InputError
+from finetune.filters import basic
 from finetune.recipe import Filter, Recipe, Section
-from finetune.recipe_rules import Own
-from finetune.records import Example, Reject, read_rows, reject_writer, write_rows
+from finetune.recipe.filters import Own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000  # tokenised at once
 
-Count = Callable[[Sequence[Example]], list[int | filters.Verdict]]
+Count = Callable[[Sequence[Example]], list[int | basic.Verdict]]
 """For each row its tokens, or why it has no count."""
 
 
@@ -58,13 +58,13 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> dict[str, object]:
     """The digests of a template and of own rules' files that the recipe names; the base's own is part of the base."""
-    from finetune.backends import own_rules
+    from finetune.filters import custom
 
-    own = {rule.function: own_rules.digest(rule) for rule in spec.rules.rules if isinstance(rule, Own)}
+    own = {rule.function: custom.digest(rule) for rule in spec.rules.rules if isinstance(rule, Own)}
     found: dict[str, object] = {"own_rules": own} if own else {}
     if spec.rendering is None or spec.rendering.template == "auto":
         return found
-    from finetune.backends.templates import fingerprint_of
+    from finetune.tokenization.chat_template import fingerprint_of
 
     return found | fingerprint_of(spec.rendering.template, spec.rendering.template_file)
 
@@ -87,7 +87,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             if count is not None:
                 open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
                 for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
-                    verdicts[i] = filters.tokens_outside(found, least, most) if isinstance(found, int) else found
+                    verdicts[i] = basic.tokens_outside(found, least, most) if isinstance(found, int) else found
             for row, verdict in zip(batch, verdicts, strict=True):
                 if verdict is None:
                     yield row
@@ -107,26 +107,26 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return {"rows_in": seen, "rows_out": rows_out, "rejected": dict(sorted(rejected.items()))}
 
 
-def rules_of(rules: Filter) -> Callable[[Example], filters.Verdict]:
+def rules_of(rules: Filter) -> Callable[[Example], basic.Verdict]:
     """All rules but the token count as one function: the first that leaves a row out names the reason."""
-    from finetune.backends import languages, own_rules
-    from finetune.data.rules import check_of
+    from finetune.filters import custom, language
+    from finetune.filters.registry import check_of
 
     drop = [re.compile(p) for p in rules.drop_matching]
     keep = [re.compile(p) for p in rules.keep_matching]
     users = (rules.min_user_characters, rules.max_user_characters)
     answers = (rules.min_assistant_characters, rules.max_assistant_characters)
-    checks: list[Callable[[Example], filters.Verdict]] = [
-        filters.empty_turn,
-        filters.no_assistant,
-        *([filters.not_alternating] if rules.alternate else []),
-        lambda row: filters.length_outside(row, "user", *users),
-        lambda row: filters.length_outside(row, "assistant", *answers),
-        lambda row: filters.matching(row, drop, keep),
-        *(check_of(rule, own_rules.load, languages.detector) for rule in rules.rules),
+    checks: list[Callable[[Example], basic.Verdict]] = [
+        basic.empty_turn,
+        basic.no_assistant,
+        *([basic.not_alternating] if rules.alternate else []),
+        lambda row: basic.length_outside(row, "user", *users),
+        lambda row: basic.length_outside(row, "assistant", *answers),
+        lambda row: basic.matching(row, drop, keep),
+        *(check_of(rule, custom.load, language.detector) for rule in rules.rules),
     ]
 
-    def judge(row: Example) -> filters.Verdict:
+    def judge(row: Example) -> basic.Verdict:
         return next((verdict for check in checks if (verdict := check(row)) is not None), None)
 
     return judge
@@ -138,14 +138,14 @@ def counter(spec: Spec, base: Path) -> Count:
     raw: the tokens of each turn's text, summed, without special tokens. rendered: the tokens of the whole chat as the
     template writes it; a raw text has no template and is counted raw.
     """
-    from finetune.backends.models import load_tokenizer
+    from finetune.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     if spec.rendering is None:
         return lambda rows: raw_tokens(rows, tokenizer)
     render = chat_renderer(spec.rendering, tokenizer)
 
-    def count(rows: Sequence[Example]) -> list[int | filters.Verdict]:
+    def count(rows: Sequence[Example]) -> list[int | basic.Verdict]:
         texts = [render(row) for row in rows]
         lengths = iter(_lengths([text for text in texts if isinstance(text, str)], tokenizer))
         return [next(lengths) if isinstance(text, str) else text for text in texts]
@@ -153,13 +153,11 @@ def counter(spec: Spec, base: Path) -> Count:
     return count
 
 
-def chat_renderer(
-    rendering: Rendering, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Example], str | filters.Verdict]:
+def chat_renderer(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], str | basic.Verdict]:
     """From a row to its text under the template, or to the reason why the template refuses it."""
-    from finetune.backends.template_limits import check_template
-    from finetune.backends.templates import JinjaRenderer, template_text
-    from finetune.data.chat import chat_of, merge_system, takes_system
+    from finetune.tokenization.chat import chat_of, merge_system, takes_system
+    from finetune.tokenization.chat_template import JinjaRenderer, template_text
+    from finetune.tokenization.template_sandbox import check_template
 
     if rendering.template != "auto":
         template = template_text(rendering.template, rendering.template_file)
@@ -171,21 +169,21 @@ def chat_renderer(
     write = JinjaRenderer(template, tokenizer.special_tokens_map)
     merge = rendering.merge_system and not takes_system(write)
 
-    def render(row: Example) -> str | filters.Verdict:
+    def render(row: Example) -> str | basic.Verdict:
         if row.text is not None:
             return row.text
         chat = chat_of(row.messages)
         try:
             return write(merge_system(chat) if merge else chat)[0]
         except InputError as error:
-            return filters.Drop("template", str(error))
+            return basic.Drop("template", str(error))
 
     return render
 
 
-def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int | filters.Verdict]:
+def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int | basic.Verdict]:
     """Tokens of each row's turns, each tokenised by itself without special tokens, summed."""
-    texts = [list(filters.contents(row)) for row in rows]
+    texts = [list(basic.contents(row)) for row in rows]
     lengths = iter(_lengths([text for turns in texts for text in turns], tokenizer))
     return [sum(islice(lengths, len(turns))) for turns in texts]
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from finetune.backends.sources import read_source, source_fingerprint
 from finetune.context import Context, Metrics
 from finetune.data.formats import listed, unique_labels
+from finetune.data.records import Example, Reject, reject_writer, write_rows
+from finetune.data.sources import read_source, source_fingerprint
 from finetune.errors import InputError
 from finetune.recipe import Recipe, Section, Source
-from finetune.records import Example, Reject, reject_writer, write_rows
 
 HOPELESS_ROWS = 1000  # so many rows of a source refused and none read: the format is wrong, the rest is the same
 SHOWN_ROWS = 3

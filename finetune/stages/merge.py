@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Merge, Model, Quantization, Recipe, Section
-from finetune.records import read_json, write_bytes, write_json
+from finetune.utils.files import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
-    from finetune.backends.round_trip import RoundTrip
+    from finetune.merge.nf4_round_trip import RoundTrip
 
 SMALL_FILES_BYTES = 64_000_000  # tokenizer, template and configurations beside the weights
 
@@ -43,17 +43,18 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
-    from finetune.backends import models, own_code
-    from finetune.backends.checkpoints import plan_shards, write_shards
-    from finetune.backends.lora_merge import output_dtype, plan_merge
-    from finetune.backends.merge_blocks import merged_pieces
+    from finetune.merge.blocks import merged_pieces
+    from finetune.merge.plan import output_dtype, plan_merge
+    from finetune.models import loading, remote_code
+    from finetune.models.device import pick_device
+    from finetune.utils.safetensors_io import plan_shards, write_shards
 
     started = time.monotonic()
     base, adapter = inputs["base"], inputs["train"] / "adapter"
     found = inputs["certify"] / "certificate.json"
     certificate: dict[str, Any] = read_json(found) if found.exists() else {"base": "original"}
     dtype = output_dtype(spec.merge.dtype, base)
-    folder = models.ensure_base(spec.model, base, ctx)
+    folder = loading.ensure_base(spec.model, base, ctx)
     trip = _round_trip(spec, certificate, ctx) if certificate["base"] == "dequantized" else None
     plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code)
     shards = plan_shards(plan.shapes, spec.merge.max_shard_bytes)
@@ -61,13 +62,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     with _peak_anonymous() as peak:
         names = [t.name for t in shards.tensors]
         tracked = ctx.track(names, "merge", len(names))
-        digests = write_shards(out, shards, merged_pieces(plan, tracked, models.pick_device(ctx.device)))
+        digests = write_shards(out, shards, merged_pieces(plan, tracked, pick_device(ctx.device)))
     for name, digest in digests.items():
         ctx.hashed(out / name, digest)
     _write_config(base, out, dtype, plan.untie)
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
-    own_code.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
+    remote_code.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
     if found.exists():
         write_bytes(out / "certificate.json", found.read_bytes())
     return {
@@ -84,12 +85,12 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 def _round_trip(spec: Spec, certificate: Mapping[str, Any], ctx: Context) -> RoundTrip:
     """Through 4 bits and back in the precision that was certified, whatever this machine would choose."""
-    from finetune.backends import models
-    from finetune.backends.round_trip import RoundTrip
+    from finetune.merge.nf4_round_trip import RoundTrip
+    from finetune.models.device import pick_device
 
     if spec.quantization is None:
         raise InputError("the certificate names the dequantized base, but quantization is null; run certify again")
-    device = models.pick_device(ctx.device)
+    device = pick_device(ctx.device)
     return RoundTrip(spec.quantization.type, spec.quantization.double, certificate["round_trip_dtype"], device)
 
 
@@ -115,10 +116,10 @@ def _write_config(base: Path, out: Path, dtype: str, untie: bool) -> None:
 
 def _write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
     """The tokenizer and template that were trained: the adapter's, and the base's where the adapter has none."""
-    from finetune.backends import models
+    from finetune.models import loading
 
-    for name in models.TOKENIZER_FILES:
-        models.copy_clean((adapter if (adapter / name).exists() else base) / name, out / name)
+    for name in loading.TOKENIZER_FILES:
+        loading.copy_clean((adapter if (adapter / name).exists() else base) / name, out / name)
     settings = out / "tokenizer_config.json"
     if (out / "chat_template.jinja").exists() and settings.exists():
         config = read_json(settings)

@@ -35,8 +35,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from finetune.backends.packing import lower_bound, pack
-    from finetune.records import write_table
+    from finetune.data.records import write_table
+    from finetune.tokenization.packing import lower_bound, pack
 
     rows = pq.read_table(inputs["render"] / "train.parquet", columns=["id", "input_ids", "mask"]).combine_chunks()
     ids = rows["id"].to_pylist()

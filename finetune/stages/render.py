@@ -12,10 +12,10 @@ from finetune.recipe import Recipe, Render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.backends.templates import Template
-    from finetune.data.audit import Tally
-    from finetune.data.tokens import RowTokenizer, Rules
-    from finetune.records import Example, Reject
+    from finetune.data.records import Example, Reject
+    from finetune.tokenization.audit import Tally
+    from finetune.tokenization.chat_template import Template
+    from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 
 SAMPLE = 200  # rows that a template is chosen on, and whose prompts are tokenised by themselves
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
@@ -28,7 +28,7 @@ def spec(recipe: Recipe) -> Render:
 
 def fingerprint(spec: Render) -> dict[str, object]:
     """The text of every template that can decide the outcome, so that editing one renders again."""
-    from finetune.backends.templates import fingerprint_of
+    from finetune.tokenization.chat_template import fingerprint_of
 
     return fingerprint_of(spec.template, spec.template_file)
 
@@ -38,13 +38,13 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
 
     Raises GateRefused (with row ids) where training on the result would ruin the model.
     """
-    from finetune.backends.encoding import Encoder, choose_pad
-    from finetune.backends.models import load_tokenizer
-    from finetune.backends.templates import JinjaRenderer, choose_template
-    from finetune.data.audit import check_pad, check_shares
-    from finetune.data.chat import verification_sample
-    from finetune.data.tokens import RowTokenizer
-    from finetune.records import read_rows, reject_writer
+    from finetune.data.records import read_rows, reject_writer
+    from finetune.models.loading import load_tokenizer
+    from finetune.tokenization.audit import check_pad, check_shares
+    from finetune.tokenization.chat import verification_sample
+    from finetune.tokenization.chat_template import JinjaRenderer, choose_template
+    from finetune.tokenization.encoder import Encoder, choose_pad
+    from finetune.tokenization.row_tokenizer import RowTokenizer
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
@@ -95,7 +95,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
 
 
 def _rules(spec: Render, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rules:
-    from finetune.data.tokens import Rules
+    from finetune.tokenization.row_tokenizer import Rules
 
     bos_id = tokenizer.bos_token_id
     return Rules(
@@ -117,9 +117,9 @@ def _write(
     """Render one split to Parquet, a batch at a time; an absent split gives an empty file."""
     import pyarrow.parquet as pq
 
-    from finetune.data.audit import Tally
-    from finetune.data.tokens import table
     from finetune.errors import FinetuneError
+    from finetune.tokenization.audit import Tally
+    from finetune.tokenization.row_tokenizer import table
 
     tally = Tally()
     with pq.ParquetWriter(target, table([]).schema, compression="zstd") as writer:
@@ -141,7 +141,7 @@ def _write(
 
 def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:
     """A row that was left out; its tokens and their limit where it was counted."""
-    from finetune.records import Reject
+    from finetune.data.records import Reject
 
     counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"
     detail = f"under the template {rules.template}{counted}: {reason}"
@@ -150,7 +150,7 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
 
 
 def _batches(source: Path) -> Iterator[list[Example]]:
-    from finetune.records import read_rows
+    from finetune.data.records import read_rows
 
     batch: list[Example] = []
     for row in read_rows(source):
@@ -163,7 +163,7 @@ def _batches(source: Path) -> Iterator[list[Example]]:
 
 
 def _write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
-    from finetune.records import write_bytes, write_json
+    from finetune.utils.files import write_bytes, write_json
 
     folder.mkdir()
     write_bytes(folder / "chat_template.jinja", template.training.encode())
@@ -175,7 +175,7 @@ def _write_template(folder: Path, template: Template, terminators: list[int], pa
 def _write_audit(
     path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, template: Template, proved: int
 ) -> None:
-    from finetune.records import write_json
+    from finetune.utils.files import write_json
 
     content = {
         "splits": {name: tally.as_json() for name, tally in tallies.items()},

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.context import Context, Metrics
+from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import Recipe, Section
-from finetune.records import Example, Reject, read_rows, reject_writer, write_rows
 
 TOKENIZE_ROWS = 1000
 COLUMN = "column:"
@@ -79,7 +79,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     the base's own tokenizer (the contents of all turns, no special tokens), the earlier row on a tie; `diverse` takes
     rows by turns from clusters of their vectors.
     """
-    from finetune.data.near_duplicates import copy_id
+    from finetune.dedup.select import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"
     names = [(row.id, row.source) for row in ctx.track(read_rows(source), "read rows")]
@@ -170,7 +170,7 @@ def _ranked(
     pool: Sequence[Pick], names: Sequence[tuple[str, str]], spec: Spec, inputs: Mapping[str, Path], ctx: Context
 ) -> Ranking:
     """The pool by the recipe's rule, with what the metrics say of the last one that is kept."""
-    from finetune.data.near_duplicates import copy_id
+    from finetune.dedup.select import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"
     if spec.random:
@@ -187,7 +187,7 @@ def _ranked(
 
 def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path, ctx: Context) -> Ranking:
     """First copies by turns from the clusters, then second ones, and so on; the order of the rows does not matter."""
-    from finetune.backends.row_vectors import by_turns, cluster_count, clustered, vectors_of
+    from finetune.dedup.clusters import by_turns, cluster_count, clustered, vectors_of
 
     hashes = [_hash(spec.seed, "diverse", row_id) for row_id in ids]
     rows = sorted({i for i, _ in pool}, key=lambda i: hashes[i])
@@ -206,7 +206,7 @@ def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path
 
 def _token_counts(rows: Path, base: Path, ctx: Context) -> list[float]:
     """Tokens of every row of a rows file, by the tokenizer of a base folder."""
-    from finetune.backends.models import load_tokenizer
+    from finetune.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     counts: list[float] = []

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
+from finetune.data.records import Example, read_rows, write_rows
 from finetune.errors import FinetuneError, GateRefused
 from finetune.recipe import Recipe, Section, Split
-from finetune.records import Example, read_rows, write_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +45,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
     vectors (where there are any) reach group_threshold, also in chains.
     """
-    from finetune.backends.row_vectors import vectors_of
-    from finetune.backends.search import FlatIndex
-    from finetune.data.near_duplicates import groups, original_id, text_key
+    from finetune.data.text import text_key
+    from finetune.dedup.clusters import vectors_of
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.select import groups, original_id
 
     source = inputs["sample"] / "rows.parquet"
     ids: list[str] = []
@@ -148,8 +149,8 @@ def count_leaks(
     threshold: float,
 ) -> int:
     """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched anew."""
-    from finetune.backends.search import FlatIndex
-    from finetune.data.near_duplicates import links_between
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.select import links_between
 
     leaking: set[int] = set()
     for column in keys:

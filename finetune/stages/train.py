@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
-from finetune.records import read_json
+from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,29 +40,36 @@ def spec(recipe: Recipe) -> Spec:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The earlier adapter that is gone on from; the base's files and the rows are inputs."""
-    from finetune.backends import start_adapter
+    from finetune.lora import resume as lora_resume
 
-    return start_adapter.fingerprint(spec.lora)
+    return lora_resume.fingerprint(spec.lora)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
     import os
 
-    from finetune.backends import attention, faster, fused_adapters, lora_settings, models, sft, start_adapter, threads
-    from finetune.data.training_rows import read_rendered, read_token_rows
+    from finetune.lora import config as lora_config
+    from finetune.lora import fused_linear
+    from finetune.lora import resume as lora_resume
+    from finetune.models import attention, loading
+    from finetune.models import compile as models_compile
+    from finetune.models.device import pick_device, pick_precision
+    from finetune.tokenization.token_rows import read_rendered, read_token_rows
+    from finetune.train import trainer as train_trainer
+    from finetune.utils import runtime
 
-    lora_settings.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
-    start = start_adapter.folder_of(spec.lora, ctx)
+    lora_config.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
+    start = lora_resume.folder_of(spec.lora, ctx)
     if start is not None:
-        start_adapter.check(spec.lora, start, inputs["base"], spec.model.id, spec.model.trust_remote_code)
-    device = models.pick_device(ctx.device)
-    precision, why = models.pick_precision(spec.train.precision, device)
+        lora_resume.check(spec.lora, start, inputs["base"], spec.model.id, spec.model.trust_remote_code)
+    device = pick_device(ctx.device)
+    precision, why = pick_precision(spec.train.precision, device)
     ctx.say(f"train: {precision} on {device}: {why}")
     packed = inputs["pack"] / "packed.parquet"
     rows = packed if packed.exists() else read_rendered(inputs["render"] / "train.parquet")
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
-    tokenizer = models.load_tokenizer(inputs["base"])
+    tokenizer = loading.load_tokenizer(inputs["base"])
     tokenizer.pad_token = template["pad_token"]
     remote_code = spec.model.trust_remote_code
     attending = attention.choose(
@@ -70,11 +77,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     )
     varlen = attention.is_varlen(attending)
     policy, micro, worth_fusing = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
-    base = models.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
-    faster.speed_up(base, ctx)
+    base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
+    models_compile.speed_up(base, ctx)
     settings = spec.train
     held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
-    job = sft.Job(
+    job = train_trainer.Job(
         seed=spec.seed,
         lora=spec.lora,
         train=spec.train,
@@ -87,13 +94,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
         held_out=held_out,
         start=start,
-        fused_adapters=fused_adapters.wanted(ctx.runtime.fused_adapters, precision, os.environ, worth=worth_fusing),
+        fused_adapters=fused_linear.wanted(ctx.runtime.fused_adapters, precision, os.environ, worth=worth_fusing),
     )
-    with threads.fitting(inputs["base"], device):
-        result = sft.train(job, base, tokenizer, rows, ctx)
+    with runtime.fitting(inputs["base"], device):
+        result = train_trainer.train(job, base, tokenizer, rows, ctx)
     if ctx.rank == 0:
         pinned = json.loads((inputs["base"] / "base.json").read_text(encoding="utf-8"))
-        sft.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
+        train_trainer.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
         _add_template(inputs["render"] / "template", inputs["base"], out / "adapter", template["pad_token"])
     return {
         "loss": result.loss,
@@ -126,10 +133,10 @@ def _decide(
 
     On a GPU what is `auto` becomes the fastest that fits its free memory; a CPU recomputes for large bases only.
     """
-    from finetune.backends import batch
-    from finetune.prediction.choice import Options, device_like
-    from finetune.prediction.memory import Training
-    from finetune.prediction.shapes import shapes_of
+    from finetune.estimate.choice import Options, device_like, this_gpu
+    from finetune.estimate.memory import Training
+    from finetune.estimate.shapes import shapes_of
+    from finetune.train import batch
 
     asked = ctx.runtime.checkpointing
     shapes = shapes_of(read_json(base / "config.json"))
@@ -144,7 +151,7 @@ def _decide(
         packed=isinstance(rows, Path),
         row_tokens=batch.longest_row(rows),
     )
-    gpu = batch.this_gpu(device, ctx.world)
+    gpu = this_gpu(device, ctx.world)
     options = Options(shapes, run, ctx.world)
     choice = options.best(device_like(*gpu), varlen=varlen)
     ctx.say(f"train: {choice.describe()}")
@@ -153,10 +160,10 @@ def _decide(
 
 def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:
     """The tokenizer and the template that were trained travel with the adapter."""
-    from finetune.backends import models
+    from finetune.models import loading
 
-    models.copy_tokenizer(base, adapter)
-    models.set_pad_token(adapter, pad_token)
+    loading.copy_tokenizer(base, adapter)
+    loading.set_pad_token(adapter, pad_token)
     (adapter / "chat_template.jinja").write_bytes((template / "inference.jinja").read_bytes())
     target = adapter / "template"
     target.mkdir(exist_ok=True)

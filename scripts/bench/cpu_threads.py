@@ -29,27 +29,28 @@ def measure(artifacts: Path, steps: int) -> float:
     """Train for `steps` steps in this process; tokens a second."""
     import torch
 
-    from finetune import pipeline
-    from finetune.backends import models, sft
     from finetune.context import Context
-    from finetune.recipe_file import load_recipe
-    from finetune.store import Store
+    from finetune.models import loading
+    from finetune.pipeline import runner
+    from finetune.pipeline.store import Store
+    from finetune.recipe.load import load_recipe
+    from finetune.train import trainer as train_trainer
 
     recipe = load_recipe("tiny-pydoc", [f"train.max_steps={steps}"]).recipe
     store = Store(artifacts, artifacts.parent / "scratch")
-    found = {s.stage.name: s.folder for s in pipeline.plan(recipe, store) if s.manifest and s.folder}
+    found = {s.stage.name: s.folder for s in runner.plan(recipe, store) if s.manifest and s.folder}
     if threads := os.environ.get("THREADS"):
         torch.set_num_threads(int(threads))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         ctx = Context(scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, device="cpu")
-        base = models.load_base(recipe.model, found["base"], ctx, recipe.quantization, "fp32", "cpu")
-        job = sft.Job(
+        base = loading.load_base(recipe.model, found["base"], ctx, recipe.quantization, "fp32", "cpu")
+        job = train_trainer.Job(
             seed=0, lora=recipe.lora, train=recipe.train, precision="fp32", device="cpu",
             checkpointing="none", checkpoints=out / "checkpoints", metrics_file=out / "metrics.jsonl",
         )  # fmt: skip
         rows = found["pack"] / "packed.parquet"
-        return sft.train(job, base, models.load_tokenizer(found["base"]), rows, ctx).tokens_per_second
+        return train_trainer.train(job, base, loading.load_tokenizer(found["base"]), rows, ctx).tokens_per_second
 
 
 def _spin() -> None:

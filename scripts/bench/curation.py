@@ -43,8 +43,8 @@ from curation_checks import THRESHOLD, judged, notebook, pair_recall, read, run_
 from curation_targets import table
 
 from finetune.context import Context
-from finetune.data.measures import Cosine
-from finetune.data.near_duplicates import select
+from finetune.dedup.measures import Cosine
+from finetune.dedup.select import select
 from finetune.recipe import Runtime, Tracking
 
 FILES = ("instruct-16k", "t0-55k")
@@ -92,8 +92,8 @@ class Bench:
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """As the embed stage makes them."""
-        from finetune.backends.embedding_names import model_fingerprint
-        from finetune.backends.embeddings import embed
+        from finetune.dedup.embed import embed
+        from finetune.dedup.embedding_names import model_fingerprint
 
         if self.args.embedding == "static":
             return embed(texts, "model2vec:folder:static", self.ctx, self.static_folder())
@@ -109,7 +109,7 @@ class Bench:
 
     def quality(self) -> dict[str, Any]:
         """Part quality."""
-        from finetune.backends.search import FlatIndex
+        from finetune.dedup.index import FlatIndex
 
         out: dict[str, Any] = {}
         for name in FILES:
@@ -135,8 +135,8 @@ class Bench:
         """Part encode."""
         from sentence_transformers import SentenceTransformer
 
-        from finetune.backends import encoders
-        from finetune.backends.search import FlatIndex
+        from finetune.dedup import encoders
+        from finetune.dedup.index import FlatIndex
 
         texts = list(dict.fromkeys(t for t in self.outputs(FILES[0]) if t.strip()))
         texts = [texts[k * len(texts) // ENCODED] for k in range(min(ENCODED, len(texts)))]
@@ -172,7 +172,7 @@ class Bench:
 
     def search(self) -> dict[str, Any]:
         """Part search."""
-        from finetune.backends.search import FlatIndex
+        from finetune.dedup.index import FlatIndex
 
         rows, dimension = min(self.args.rows or SEARCHED[0], SEARCHED[0]), SEARCHED[1]
         vectors = np.random.default_rng(0).standard_normal((rows, dimension)).astype(np.float32)
@@ -231,8 +231,8 @@ class Bench:
         """Part semhash."""
         from semhash import SemHash
 
-        from finetune.backends.encoders import static
-        from finetune.backends.search import FlatIndex
+        from finetune.dedup.encoders import static
+        from finetune.dedup.index import FlatIndex
 
         folder = self.static_folder()
         out: dict[str, Any] = {}
@@ -265,7 +265,7 @@ class Bench:
 
     def stages(self) -> dict[str, Any]:
         """Part stages."""
-        from finetune.records import Example, Message, write_rows, write_table
+        from finetune.data.records import Example, Message, write_rows, write_table
 
         out: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=self.args.scratch) as place:

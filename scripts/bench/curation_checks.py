@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from finetune.context import Context
-from finetune.data.measures import Cosine
-from finetune.data.near_duplicates import select
+from finetune.dedup.measures import Cosine
+from finetune.dedup.select import select
 from finetune.recipe import Recipe, Runtime, Tracking
 
 THRESHOLD = 0.9
@@ -44,8 +44,8 @@ def peak_bytes() -> int:
 
 def pair_recall(vectors: np.ndarray) -> dict[str, Any]:
     """Pairs that reach the threshold among different vectors: by the search and by brute force in float64."""
-    from finetune.backends.search import FlatIndex
-    from finetune.data.measures import reaches
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.measures import reaches
 
     measure = Cosine(vectors, THRESHOLD, FlatIndex)
     search = measure.search()
@@ -67,8 +67,8 @@ def pair_recall(vectors: np.ndarray) -> dict[str, Any]:
 
 def judged(vectors: np.ndarray, kept: np.ndarray) -> dict[str, int]:
     """How far a selection keeps the two promises: kept rows and dropped ones that break them."""
-    from finetune.backends.search import FlatIndex
-    from finetune.data.near_duplicates import links_between
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.select import links_between
 
     dropped = np.setdiff1d(np.arange(len(vectors)), kept)
     again = select(range(len(kept)), None, [Cosine(vectors[kept], THRESHOLD, FlatIndex)])
@@ -92,7 +92,7 @@ def notebook(vectors: np.ndarray) -> np.ndarray:
 
 def wording(rows: list[dict[str, str]]) -> dict[str, Any]:
     """Pairs of whole rows that reach the Jaccard threshold, by the join, and by counting for a sample."""
-    from finetune.data.set_similarity import SetSearch, jaccard, word_sets
+    from finetune.dedup.jaccard import SetSearch, jaccard, word_sets
 
     texts = list(dict.fromkeys("\n".join((r["instruction"], r["input"], r["output"])) for r in rows))
     took_sets, sets = seconds(lambda: word_sets(texts, 5))
@@ -121,7 +121,7 @@ def wording(rows: list[dict[str, str]]) -> dict[str, Any]:
 
 def select_wording(sets: Any) -> int:  # noqa: ANN401
     """How many rows the wording step drops."""
-    from finetune.data.set_similarity import Jaccard
+    from finetune.dedup.jaccard import Jaccard
 
     return len(select(range(len(sets)), None, [Jaccard(sets, WORDING)]))
 

@@ -40,8 +40,8 @@ def texts_of(data: Path, rows: int) -> list[str]:
 
 def token_sets(texts: Sequence[str]) -> Iterator[list[str]]:
     """The n-grams of every text, as our sets have them."""
-    from finetune.data.near_duplicates import normalised
-    from finetune.data.set_similarity import WORD_OR_SIGN
+    from finetune.data.text import normalised
+    from finetune.dedup.jaccard import WORD_OR_SIGN
 
     for text in texts:
         words = WORD_OR_SIGN.findall(normalised(text))
@@ -51,7 +51,7 @@ def token_sets(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def ours(texts: list[str]) -> Found:
     """The exact join."""
-    from finetune.data.set_similarity import SetSearch, word_sets
+    from finetune.dedup.jaccard import SetSearch, word_sets
 
     took: dict[str, float] = {}
     took["hash"], sets = seconds(lambda: word_sets(texts, NGRAM))

@@ -26,8 +26,8 @@ PY
 
 tests() {
   timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider --basetemp "$work/tests" --durations=5 \
-    tests/backends/test_attention.py tests/backends/test_models.py tests/backends/test_search.py \
-    tests/backends/test_fused_adapters.py tests/gpu \
+    tests/models/test_attention.py tests/models/test_loading.py tests/dedup/test_index.py \
+    tests/lora/test_fused_linear.py tests/gpu \
     >"$out/gpu_tests.log" 2>&1
   tail -25 "$out/gpu_tests.log"
 }

@@ -3,8 +3,8 @@
     .venv/bin/python scripts/bench/packing.py DATA.jsonl.gz… [--tokenizer v3] [--lengths 1024 2048] [--out packing.json]
 
 Rows are rendered by the template of the tokenizer's family and cut at the length, as the render stage does. `ours` is
-finetune.backends.packing.pack (with its proof of what came out), `trl` is `pack_dataset` with its default batches of
-1,000 rows. Counting bins needs no clock; the seconds are one run each and only tell the scale.
+finetune.tokenization.packing.pack (with its proof of what came out), `trl` is `pack_dataset` with its default batches
+of 1,000 rows. Counting bins needs no clock; the seconds are one run each and only tell the scale.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pyarrow as pa
 import real_rows
 from numpy.typing import NDArray
 
-from finetune.backends.packing import lower_bound, pack
-from finetune.backends.templates import JinjaRenderer, template_text
+from finetune.tokenization.chat_template import JinjaRenderer, template_text
+from finetune.tokenization.packing import lower_bound, pack
 
 
 def rendered_sizes(data: Path, version: str) -> NDArray[np.int64]:

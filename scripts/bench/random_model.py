@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from finetune.backends.checkpoints import TensorShape
+    from finetune.utils.safetensors_io import TensorShape
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (256, 704, 4, 4, 2, 2048),
@@ -32,7 +32,7 @@ def make(folder: Path, size: str) -> int:
     """
     import torch
 
-    from finetune.backends.checkpoints import TensorShape, plan_shards, write_shards
+    from finetune.utils.safetensors_io import TensorShape, plan_shards, write_shards
 
     base, adapter = folder / "base", folder / "train" / "adapter"
     base.mkdir(parents=True)
@@ -96,7 +96,7 @@ def bytes_of(size: str) -> int:
 def _random(tensors: Iterator[TensorShape], deviation: float) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
-    from finetune.backends.checkpoints import torch_dtype
+    from finetune.utils.safetensors_io import torch_dtype
 
     pool = torch.randn(POOL) * deviation
     for tensor in tensors:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from finetune.records import Example, Message
+from finetune.data.records import Example, Message
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = {"v1": "mistral", "v3": "mistral-v3", "tekken": "mistral-tekken"}
@@ -32,9 +32,9 @@ def read(path: Path, most: int | None = None) -> list[Example]:
 def tokenizer(version: str) -> PreTrainedTokenizerFast:
     """One of Mistral's tokenizers, by the files that mistral-common carries (the `test` extra)."""
     sys.path.insert(0, str(ROOT))
-    from finetune.backends.marking import strip_markers
-    from finetune.backends.templates import template_text
-    from tests.mistral_tokenizers import load
+    from finetune.tokenization.chat_template import template_text
+    from finetune.tokenization.generation_markers import strip_markers
+    from tests.helpers.mistral_tokenizers import load
 
     plain = strip_markers(template_text(TEMPLATES[version], None))
     return load(version, plain, prepend="every" if version == "v1" else "first")

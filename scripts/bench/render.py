@@ -24,15 +24,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import real_rows
 
-from finetune.backends.encoding import Encoder
-from finetune.backends.templates import JinjaRenderer, choose_template
 from finetune.context import Context
-from finetune.data.audit import Tally
-from finetune.data.chat import verification_sample
-from finetune.data.tokens import RowTokenizer
+from finetune.data.records import write_rows
 from finetune.recipe import Render, Runtime, Tracking
-from finetune.records import write_rows
 from finetune.stages import render as stage
+from finetune.tokenization.audit import Tally
+from finetune.tokenization.chat import verification_sample
+from finetune.tokenization.chat_template import JinjaRenderer, choose_template
+from finetune.tokenization.encoder import Encoder
+from finetune.tokenization.row_tokenizer import RowTokenizer
 
 
 def seconds(work: Callable[[], object]) -> float:

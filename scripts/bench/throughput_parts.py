@@ -14,9 +14,9 @@ import random_model
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from finetune.backends import attention as varlen
-from finetune.environment import peak_memory_bytes
+from finetune.models import attention as varlen
 from finetune.recipe import Lora
+from finetune.utils.runtime import peak_memory_bytes
 
 LORA = Lora(r=16, alpha=16, dropout=0.0)
 DOCUMENTS_A_ROW = 4
@@ -128,7 +128,7 @@ def base(size: Size, device: str, dtype: torch.dtype, attention: str, *, four_bi
             )
             weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
             layer.weight = weight.to(device)
-            layer.support_avx512bf16_for_cpu = False  # as finetune.backends.models says why
+            layer.support_avx512bf16_for_cpu = False  # as finetune.models.loading says why
             model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True
     if device == "cuda":
@@ -140,15 +140,16 @@ def save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401 - PreTrained
     """An adapter whose B matrices are not zero: with zeros A would have no gradient to compare."""
     from peft import get_peft_model
 
-    from finetune.backends import lora_settings, sft
+    from finetune.lora import config as lora_config
+    from finetune.train import trainer as train_trainer
 
     torch.manual_seed(1)
-    dressed = get_peft_model(model, lora_settings.lora_config(LORA, model))
+    dressed = get_peft_model(model, lora_config.lora_config(LORA, model))
     with torch.no_grad():
         for name, parameter in dressed.named_parameters():
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.01)
-    sft.save_adapter(dressed, folder, "random", None)
+    train_trainer.save_adapter(dressed, folder, "random", None)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

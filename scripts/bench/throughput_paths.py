@@ -57,7 +57,7 @@ class Task:
         """Rows of a micro-batch."""
         if not self.way.packed:
             return PADDED_MICRO
-        from finetune.backends.attention import is_varlen
+        from finetune.models.attention import is_varlen
 
         most = max(1, 16384 // self.size.length) if self.way.large and is_varlen(self.attention) else 1
         return max(n for n in range(1, most + 1) if self.size.rows % n == 0)
@@ -74,10 +74,10 @@ def notebook(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN40
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from finetune.backends import lora_settings
+    from finetune.lora import config as lora_config
 
     prepared = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": True})
-    model = get_peft_model(prepared, lora_settings.lora_config(parts.LORA, base))
+    model = get_peft_model(prepared, lora_config.lora_config(parts.LORA, base))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**_arguments(task, PADDED_MICRO, len(task.data.documents))),
@@ -92,7 +92,7 @@ def trl(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.backends import lora_settings
+    from finetune.lora import config as lora_config
 
     rows = task.size.rows if task.way.packed else len(task.data.documents)
     table = (parts.packed_table if task.way.packed else parts.padded_table)(task.data)
@@ -108,7 +108,7 @@ def trl(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
         args=settings,
         train_dataset=Dataset(table),
         processing_class=parts.tokenizer(),
-        peft_config=lora_settings.lora_config(parts.LORA, base),
+        peft_config=lora_config.lora_config(parts.LORA, base),
     )
     return _train(trainer, task, watch)
 
@@ -143,10 +143,11 @@ def _train(trainer: Any, task: Task, watch: parts.Watch) -> float:  # noqa: ANN4
 
 
 def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
-    """`finetune.backends.sft.train` with its proofs, callbacks, watchdog; the checkpoint at its end is not counted."""
+    """`finetune.train.trainer.train` with its proofs, callbacks, watchdog; the checkpoint at its end is not counted."""
     import pyarrow.parquet as pq
 
-    from finetune.backends import faster, sft
+    from finetune.models import compile as models_compile
+    from finetune.train import trainer as train_trainer
 
     folder = task.folder / "ours"
     shutil.rmtree(folder, ignore_errors=True)
@@ -161,8 +162,8 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=task.device)
     if task.way.liger:
         _liger(base)
-    faster.speed_up(base, ctx)
-    job = sft.Job(
+    models_compile.speed_up(base, ctx)
+    job = train_trainer.Job(
         seed=0,
         lora=parts.LORA,
         train=Train(
@@ -183,7 +184,7 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
         fused_adapters=task.way.fused,
     )
     with watch:
-        result = sft.train(job, base, parts.tokenizer(), folder / "packed.parquet", ctx)
+        result = train_trainer.train(job, base, parts.tokenizer(), folder / "packed.parquet", ctx)
     if result.micro_batch_rows != task.micro:
         raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     with (folder / "metrics.jsonl").open() as lines:

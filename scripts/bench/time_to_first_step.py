@@ -27,7 +27,7 @@ def build(folder: Path, layers: int, hidden: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    from finetune.records import write_json
+    from finetune.utils.files import write_json
 
     if (folder / "base.json").exists():
         return
@@ -48,15 +48,16 @@ def load(folder: Path, scratch: Path, keep: str) -> None:
     """One measurement, in this process: seconds of `load_base`, and of one forward after it."""
     import torch
 
-    from finetune.backends import models
     from finetune.context import Context
+    from finetune.models import loading
+    from finetune.models.device import pick_device
     from finetune.recipe import Model, Quantization, Runtime, Tracking
 
-    device = models.pick_device("auto")
+    device = pick_device("auto")
     runtime = Runtime.model_validate({"keep_quantized": keep})
     ctx = Context(scratch=scratch, runtime=runtime, tracking=Tracking())
     start = time.monotonic()
-    model = models.load_base(Model.model_validate("builtin:tiny-mistral"), folder, ctx, Quantization(), "bf16", device)
+    model = loading.load_base(Model.model_validate("builtin:tiny-mistral"), folder, ctx, Quantization(), "bf16", device)
     loaded = time.monotonic() - start
     with torch.no_grad():
         model(input_ids=torch.arange(5, 69)[None].to(model.device))

@@ -63,7 +63,7 @@ PEAK_FLOPS = 989e12  # of an H100 or H200, dense bf16, by the datasheet
 
 def task_of(asked: argparse.Namespace, way: Way, folder: Path) -> Task:
     """A way on this machine."""
-    from finetune.backends import attention
+    from finetune.models import attention
 
     size = parts.SIZES[asked.model]
     precision = "bf16" if asked.device == "cuda" else "fp32"
@@ -99,15 +99,15 @@ def reference(asked: argparse.Namespace) -> None:
     from peft import get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from finetune.backends import lora_settings
+    from finetune.lora import config as lora_config
 
     task = task_of(asked, LADDER["D"], asked.out)
     base = parts.base(task.size, task.device, torch.float32, "eager")
     parts.save_adapter(base, asked.out / "adapter")
-    from finetune.backends.out_of_memory import undress
+    from finetune.train.oom import undress
 
     undress(base)
-    model = get_peft_model(base, lora_settings.lora_config(parts.LORA, base))
+    model = get_peft_model(base, lora_config.lora_config(parts.LORA, base))
     set_peft_model_state_dict(model, load_file(str(asked.out / "adapter" / "adapter_model.safetensors")))
     total, loss = sum(task.data.supervised), 0.0
     for number, ids in enumerate(task.data.documents):
@@ -192,7 +192,7 @@ def _cell(column: str, value: float | None) -> str:
 
 def pairs(asked: argparse.Namespace) -> dict[str, Any]:
     """Step time of finetune over a plain TRL script's, pair by pair, the order turned round every time."""
-    from finetune.backends.out_of_memory import undress
+    from finetune.train.oom import undress
 
     ways = {"trl": Way("plain", "trl", checkpointing="none"), "finetune": Way("ours", "finetune", checkpointing="none")}
     tasks = {name: task_of(asked, way, asked.out) for name, way in ways.items()}

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench/training_memory.py --model 7b --out DIR [--budget 120]
     .venv/bin/python scripts/bench/training_memory.py --model tiny --device cpu --out DIR     # does it run
 
-One random NF4 base, one process, three steps of `finetune.backends.sft.train` with its proofs for every way to train.
+One random NF4 base, one process, three steps of `finetune.train.trainer.train` with its proofs for every way to train.
 Predicted is all that the allocator hands out: neither CUDA's context nor what the allocator holds and does not fill,
 which are assumptions of the plan and stand in columns of their own. On a CPU the peak is the whole process's.
 """
@@ -24,12 +24,15 @@ import pyarrow.parquet as pq
 import throughput_parts as parts
 import torch
 
-from finetune.backends import attention, faster, sft
-from finetune.backends.out_of_memory import undress
 from finetune.context import Context
-from finetune.prediction import choice, memory
-from finetune.prediction.shapes import shapes_of
+from finetune.estimate import choice
+from finetune.estimate import memory as estimate_memory
+from finetune.estimate.shapes import shapes_of
+from finetune.models import attention
+from finetune.models import compile as models_compile
 from finetune.recipe import Lora, Quantization, Runtime, Tracking, Train
+from finetune.train import trainer as train_trainer
+from finetune.train.oom import undress
 
 STEPS = 3
 REFERENCE = Lora(r=64, alpha=16, dropout=0.1, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"])
@@ -109,14 +112,14 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=device)
     base.activation_checkpointing_disable()  # the way before may have recomputed
     base.set_attn_implementation(attention.VARLEN if way.varlen and cuda else "sdpa")
-    faster.speed_up(base, ctx)
+    models_compile.speed_up(base, ctx)
     longest = max(len(ids) for ids in table["input_ids"].to_pylist())
-    run = memory.Training(way.lora, Quantization(), train, runtime, way.packed, longest)
+    run = estimate_memory.Training(way.lora, Quantization(), train, runtime, way.packed, longest)
     shapes = shapes_of(parts.random_model.config_of(size.shape))
     assert shapes is not None
-    attending = memory.Attention(varlen=way.varlen)
-    planned = memory.training(shapes, run, way.rows, way.policy, attending)
-    job = sft.Job(
+    attending = estimate_memory.Attention(varlen=way.varlen)
+    planned = estimate_memory.training(shapes, run, way.rows, way.policy, attending)
+    job = train_trainer.Job(
         seed=0, lora=way.lora, train=train, precision=precision, device=device, checkpointing=way.policy,
         checkpoints=folder / "checkpoints", metrics_file=folder / "metrics.jsonl", fused_adapters=way.fused,
     )  # fmt: skip
@@ -124,7 +127,7 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     if cuda:
         torch.cuda.empty_cache()
     with Peaks(device, gradients=False) as watch:
-        result = sft.train(job, base, parts.tokenizer(), rows, ctx)
+        result = train_trainer.train(job, base, parts.tokenizer(), rows, ctx)
     if result.micro_batch_rows != way.rows:
         raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     peaks = parts.memory(device)

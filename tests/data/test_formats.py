@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.formats import Decision, FormatError, RowError, decide, parse_llama2, to_example, unique_labels
-from finetune.records import Example, Message
+from finetune.data.records import Example, Message
 
 USER, ANSWER = Message("user", "Hi"), Message("assistant", "Ho")
 

@@ -106,14 +106,14 @@ class Workspace:
 
 
 def make_workspace(folder, recipe=RECIPE):
-    from finetune.backends import tiny_mistral
+    from finetune.tiny import model as tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     data = rows()
     texts = [f"[INST] {r['instruction']} [/INST] {r['output']}" for r in data]
-    tokenizer = tiny_mistral.train_tokenizer(texts, 400)
-    size = tiny_mistral.Size(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=len(tokenizer))
-    model = tiny_mistral.new_model(size, seed=0)
+    tokenizer = tiny_model.train_tokenizer(texts, 400)
+    size = tiny_model.Size(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=len(tokenizer))
+    model = tiny_model.new_model(size, seed=0)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))

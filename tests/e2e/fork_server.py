@@ -24,9 +24,9 @@ import torch
 import transformers
 import trl
 
-from finetune.backends import trainer_callbacks
-from finetune.cli import main
-from finetune.report.console import Screen
+from finetune.cli.main import main
+from finetune.train import callbacks
+from finetune.utils.console import Screen
 
 IMPORTED = (accelerate, bitsandbytes, datasets, faiss, peft, sklearn, torch, transformers, trl)
 
@@ -44,7 +44,7 @@ def stop_after(line):
 
 def stop_inside(place):
     folder, _, name = place.partition("/")
-    save, mark = torch.save, trainer_callbacks.mark_complete
+    save, mark = torch.save, callbacks.mark_complete
 
     def save_half(value, target, *more, **options):
         if isinstance(target, str) and target.endswith(f"/{place}"):
@@ -55,11 +55,11 @@ def stop_inside(place):
         save(value, target, *more, **options)
 
     def mark_later(checkpoint, made_by):
-        if name == trainer_callbacks.COMPLETE and checkpoint.name == folder:
+        if name == callbacks.COMPLETE and checkpoint.name == folder:
             os.kill(os.getpid(), signal.SIGSTOP)
         mark(checkpoint, made_by)
 
-    torch.save, trainer_callbacks.mark_complete = save_half, mark_later
+    torch.save, callbacks.mark_complete = save_half, mark_later
 
 
 def start(arguments, log, said=None, folder=None, stop_at=None, stop_writing=None, environment=()):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.store import Store
+from finetune.pipeline.store import Store
 from tests.e2e.conftest import Workspace
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from finetune import pipeline
 from finetune.context import Context
+from finetune.data.records import Example, read_rows
 from finetune.errors import FinetuneError
-from finetune.recipe_file import parse_recipe
-from finetune.records import Example, read_rows
-from finetune.runs import Run
-from finetune.store import Store
+from finetune.pipeline import runner
+from finetune.pipeline.runs import Run
+from finetune.pipeline.store import Store
+from finetune.recipe.load import parse_recipe
 
 RECIPE = """\
 schema: 1
@@ -70,7 +70,7 @@ class Laboratory:
         ctx = Context(store.scratch, recipe.runtime, recipe.tracking, device="cpu")
         record = Run(store.artifacts, recipe.name, text, (), "0" * 8, write=False)
         try:
-            steps = pipeline.run(recipe, store, ctx, record, until="pack")
+            steps = runner.run(recipe, store, ctx, record, until="pack")
         except FinetuneError:
             failed = [r for r in record.stages.values() if r.status in ("failed", "refused")]
             assert all(r.folder is not None and store.find(r.folder) is None for r in failed)

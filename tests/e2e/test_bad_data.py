@@ -281,7 +281,7 @@ ODD = "a\x00b \x1b[31m \u2028 \u202eright to left\u202c \ufeff e\u0301 🙂 \U00
 
 @pytest.mark.parametrize("typed", [TYPED, ODD], ids=["control_strings", "control_characters"])
 def test_what_a_user_types_becomes_no_control_token_and_decodes_as_it_was(lab: Laboratory, typed: str) -> None:
-    from finetune.backends.models import load_tokenizer
+    from finetune.models.loading import load_tokenizer
 
     done = lab.run(
         lab.put("x.jsonl", [chat(("user", typed), ("assistant", f"I say {typed}!")), FINE]),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat_input import history_file, read_question, remembering
-from finetune.chatting import Conversation, Options, _prompt_ids, printable
-from finetune.records import read_json
+from finetune.cli.chat import Conversation, Options, _prompt_ids, printable
+from finetune.cli.prompt import history_file, read_question, remembering
+from finetune.utils.files import read_json
 
 QUESTION = "What does the tree number 3 do?"
 SHORT = ("--max-new-tokens", "12")
@@ -179,8 +179,8 @@ class Buffered(io.StringIO):
 
 
 def test_an_answer_is_shown_while_it_is_made(merged, monkeypatch):
-    from finetune.chatting import _exchange, _folder_voice
-    from finetune.report.console import Screen
+    from finetune.cli.chat import _exchange, _folder_voice
+    from finetune.utils.console import Screen
 
     made = []  # an entry for each forward pass, and so for each token
     conversation = Conversation(None, 0)
@@ -198,10 +198,10 @@ def test_an_answer_is_shown_while_it_is_made(merged, monkeypatch):
 
 def test_the_prompt_is_the_one_that_was_trained(finished, merged):
     """Token for token what the training rows begin with, and a typed control string stays text."""
-    from finetune.chatting import _folder_voice
-    from finetune.data.training_rows import read_token_rows
-    from finetune.records import read_rows
-    from finetune.report.console import Screen
+    from finetune.cli.chat import _folder_voice
+    from finetune.data.records import read_rows
+    from finetune.tokenization.token_rows import read_token_rows
+    from finetune.utils.console import Screen
 
     stages = finished.show()["stages"]
     rows = {r.id: r for r in read_rows(Path(stages["split"]["path"]) / "train.parquet")}

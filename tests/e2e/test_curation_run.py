@@ -12,7 +12,7 @@ import pytest
 from tests.e2e import platypus
 from tests.e2e.absences import absences, present
 from tests.e2e.in_process import Laboratory
-from tests.report.test_html_report import text_of
+from tests.report.test_page import text_of
 
 NAME = "open-platypus.parquet"
 

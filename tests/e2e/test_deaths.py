@@ -13,7 +13,7 @@ from collections import Counter
 import psutil
 import pytest
 
-from finetune.pipeline import STAGE_NAMES
+from finetune.pipeline.stage_list import STAGE_NAMES
 from tests.e2e import launches
 from tests.e2e.conftest import Workspace
 from tests.e2e.forked import alive, begun, committed, state, undisturbed

@@ -9,14 +9,15 @@ import sys
 
 import pytest
 
-from finetune import pipeline, runs
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.context import Context
 from finetune.errors import FinetuneError
-from finetune.recipe_file import load_recipe
-from finetune.records import replace_bytes
-from finetune.runs import Run
-from finetune.store import Store
+from finetune.pipeline import runner, runs
+from finetune.pipeline.runs import Run
+from finetune.pipeline.stage_list import STAGE_NAMES
+from finetune.pipeline.store import Store
+from finetune.recipe.load import load_recipe
+from finetune.utils.files import replace_bytes
 from tests.e2e.conftest import Workspace
 
 ROOM = 200_000_000
@@ -47,7 +48,7 @@ def build(workspace, store, until=None, say=str, record=None):
     recipe = load_recipe(str(workspace.recipe)).recipe
     ctx = Context(store.scratch, recipe.runtime, recipe.tracking, device="cpu", say=say)
     record = record or Run(store.artifacts, recipe.name, "", (), "0" * 8, write=False)
-    return pipeline.run(recipe, store, ctx, record, until=until)
+    return runner.run(recipe, store, ctx, record, until=until)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def with_room(pristine_whole, tmp_path_factory):
     """The manifest of every stage, built where there was room."""
     folder = tmp_path_factory.mktemp("with_room")
     steps = build(pristine_whole, Store(folder / "artifacts", folder / "scratch"))
-    assert tuple(s.stage.name for s in steps if s.manifest) == pipeline.STAGE_NAMES
+    assert tuple(s.stage.name for s in steps if s.manifest) == STAGE_NAMES
     return {s.stage.name: s.manifest for s in steps}
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune.data.records import Example
 from finetune.errors import GateRefused, InputError
-from finetune.records import Example
 from tests.e2e.in_process import Done, Laboratory
 
 PIECES = (
@@ -131,7 +131,7 @@ def runs(ids: list[int], mask: list[int]) -> Iterator[list[int]]:
 
 def only_answers_are_supervised(done: Done, base: Path, last_only: bool) -> None:
     """The supervised text is, turn by turn, what the assistant said and the terminator, and nothing else."""
-    from finetune.backends.models import load_tokenizer
+    from finetune.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     rows: dict[str, Example] = {r.id: r for r in done.rows("ingest")}

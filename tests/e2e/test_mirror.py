@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from tests import hub_server
 from tests.e2e import launches
 from tests.e2e.conftest import Workspace
+from tests.helpers import hub_server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from finetune.launching import free_port
+from finetune.pipeline.launch import free_port
 from tests.e2e import launches
 from tests.e2e.conftest import ROOT, Workspace
 

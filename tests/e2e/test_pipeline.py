@@ -67,7 +67,7 @@ def test_show_has_every_stage_and_the_promised_metrics(finished):
 def test_a_second_run_builds_nothing_and_imports_no_torch(work):
     before = work.show()
     code = (
-        "import sys; from finetune.cli import main\ntry: main()\n"
+        "import sys; from finetune.cli.main import main\ntry: main()\n"
         "finally: print('heavy:', sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     command = work.command("run", "small.yaml")
@@ -277,11 +277,11 @@ def test_an_adapter_that_an_unknown_base_cannot_have_is_refused_right_after_the_
 
 def test_a_data_file_edited_while_it_is_read_is_not_built_from(clean_work):
     """The key names what the file held before: what was read may be neither the old nor the new."""
-    from finetune import pipeline
     from finetune.context import Context
     from finetune.errors import FinetuneError
-    from finetune.recipe_file import load_recipe
-    from finetune.store import Store
+    from finetune.pipeline import runner
+    from finetune.pipeline.store import Store
+    from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(str(clean_work.recipe)).recipe
     store = Store(clean_work.folder / "artifacts", clean_work.folder / "scratch")
@@ -292,7 +292,7 @@ def test_a_data_file_edited_while_it_is_read_is_not_built_from(clean_work):
                 file.write('{"instruction": "q", "output": "a"}\n')
 
     ctx = Context(scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, say=edit, device="cpu")
-    step = pipeline.plan(recipe, store)[1]
+    step = runner.plan(recipe, store)[1]
     with pytest.raises(FinetuneError, match="changed meanwhile"):
-        pipeline.build(step, recipe, store, ctx)
+        runner.build(step, recipe, store, ctx)
     assert store.find(step.folder) is None

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from tests import hub_server
 from tests.e2e.conftest import Workspace
+from tests.helpers import hub_server
 
 TOKEN = "hf_" + "NotARealToken" * 3
 

@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 
-from finetune import reporting, shown
+from finetune.cli import show as cli_show
 from finetune.errors import InputError
-from finetune.recipe_file import load_recipe
-from finetune.store import Store
+from finetune.pipeline import run_view
+from finetune.pipeline.store import Store
+from finetune.recipe.load import load_recipe
+from finetune.report import page as report_page
 from tests.report.chromium import BROWSER, NO_BROWSER, opened
-from tests.report.test_html_report import HOSTILE, assert_only_ours, text_of
+from tests.report.test_page import HOSTILE, assert_only_ours, text_of
 
 ROWS = 60
 
@@ -53,7 +55,7 @@ def hostile(pristine, tmp_path_factory):
 
 
 def test_a_run_leaves_a_report_with_the_figures_that_show_has(finished):
-    value = shown.read(store_of(finished), "small")
+    value = run_view.read(store_of(finished), "small")
     page = (newest(finished) / "report.html").read_bytes()
     words = text_of(page.decode())
     metrics = {name: stage["metrics"] for name, stage in finished.show()["stages"].items()}
@@ -73,7 +75,7 @@ def test_a_run_leaves_a_report_with_the_figures_that_show_has(finished):
     ):
         assert figure in words, figure
     assert (
-        reporting.render_page("report.jinja", reporting.read_facts(store_of(finished), value)) == page
+        report_page.render_page("report.jinja", report_page.read_facts(store_of(finished), value)) == page
     )  # the same run, again
 
 
@@ -111,11 +113,11 @@ def test_inspect_writes_a_page_of_rows_and_prints_the_same_in_short(hostile, row
     assert "dropped as its duplicate" in text and 'document.title="owned"' in html.unescape(text)
     monkeypatch.chdir(hostile.folder)  # the base is found beside the recipe
     recipe = load_recipe("small.yaml").recipe
-    shown.print_rows(recipe, store_of(hostile), 3)
+    cli_show.print_rows(recipe, store_of(hostile), 3)
     printed = capsys.readouterr().out
     assert "dropped for it: rows <img" in printed and " supervised" in printed
     with pytest.raises(InputError, match="cannot be written"):
-        shown.write_rows_page(recipe, store_of(hostile), 1, hostile.folder / "none" / "x.html")
+        cli_show.write_rows_page(recipe, store_of(hostile), 1, hostile.folder / "none" / "x.html")
 
 
 def test_a_refused_run_has_a_report_with_the_reason(hostile):
@@ -128,7 +130,7 @@ def test_a_refused_run_has_a_report_with_the_reason(hostile):
     words = text_of((folder / "report.html").read_text())
     assert "A gate refused filter: the filter leaves none of 60 rows" in words
     assert "filter.max_length_tokens=1" in words and "dedup has not run." in words
-    assert reporting.write_report(store_of(hostile), f"small@{before.name}") == before / "report.html"
+    assert report_page.write_report(store_of(hostile), f"small@{before.name}") == before / "report.html"
 
 
 @pytest.mark.skipif(not BROWSER, reason=NO_BROWSER)

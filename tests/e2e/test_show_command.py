@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from finetune.cli.show import figure_differences, recipe_differences
 from finetune.recipe import Recipe
-from finetune.shown import figure_differences, recipe_differences
 
 
 def recipe(**sections):
@@ -36,7 +36,7 @@ def test_a_local_file_is_told_though_it_is_in_no_key(tmp_path):
 
 
 def test_figures_have_a_ratio_where_there_is_one():
-    from finetune.pipeline import STAGE_NAMES
+    from finetune.pipeline.stage_list import STAGE_NAMES
 
     def stages(**metrics):
         return {name: {"metrics": metrics if name == "evaluate" else {}} for name in STAGE_NAMES}

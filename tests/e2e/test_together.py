@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from finetune.leases import BEAT_SECONDS
-from finetune.store import Store
+from finetune.pipeline.leases import BEAT_SECONDS
+from finetune.pipeline.store import Store
 from tests.e2e.conftest import Workspace
 from tests.e2e.forked import alive, committed
 from tests.e2e.forked import forked as forked
@@ -142,15 +142,16 @@ def test_what_an_earlier_version_of_a_stage_made_is_never_read(finished, monkeyp
     """Another version is another key: dedup and all that depends on it are missing, what lies before it is there."""
     import dataclasses
 
-    from finetune import pipeline
-    from finetune.recipe_file import load_recipe
+    from finetune.pipeline import runner
+    from finetune.pipeline.stage_list import STAGES
+    from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(str(finished.recipe)).recipe
     store = Store(finished.folder / "artifacts", finished.folder / "scratch")
-    newer = tuple(dataclasses.replace(s, version=99) if s.name == "dedup" else s for s in pipeline.STAGES)
-    assert {s.status for s in pipeline.plan(recipe, store)} == {"done", "off"}
-    monkeypatch.setattr(pipeline, "STAGES", newer)
-    statuses = {s.stage.name: s.status for s in pipeline.plan(recipe, store)}
+    newer = tuple(dataclasses.replace(s, version=99) if s.name == "dedup" else s for s in STAGES)
+    assert {s.status for s in runner.plan(recipe, store)} == {"done", "off"}
+    monkeypatch.setattr(runner, "STAGES", newer)
+    statuses = {s.stage.name: s.status for s in runner.plan(recipe, store)}
     assert statuses["embed"] == "done" and statuses["dedup"] == "missing" and statuses["merge"] == "unknown"
 
 

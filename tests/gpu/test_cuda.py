@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from finetune.backends.attention import LEAST_CAPABILITY, is_varlen
+from finetune.models.attention import LEAST_CAPABILITY, is_varlen
 from tests.e2e.conftest import make_workspace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

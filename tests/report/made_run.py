@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.records import Example, Message, canonical_json, write_json, write_rows, write_table
-from finetune.store import Manifest, Store
+from finetune.data.records import Example, Message, write_rows, write_table
+from finetune.pipeline.store import Manifest, Store
+from finetune.utils.files import canonical_json, write_json
 
 RECIPE = "schema: 1\nname: made\nmodel: builtin:tiny-mistral\ndata:\n  - {source: local, path: rows.jsonl}\n"
 ENVIRONMENT = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune import reporting, shown
-from finetune.records import write_json, write_rows, write_table
+from finetune.data.records import write_rows, write_table
+from finetune.pipeline import run_view
+from finetune.report import page as report_page
 from finetune.report.data_section import funnel, groups
+from finetune.utils.files import write_json
 from tests.report.made_run import MadeRun, example, made_run
-from tests.report.test_html_report import page, text_of
+from tests.report.test_page import page, text_of
 
 
 def grouped(root: Path, sizes: list[int]) -> MadeRun:
@@ -32,7 +34,7 @@ def test_the_ten_largest_groups_come_with_their_texts(tmp_path: Path) -> None:
     sizes = [1, 5, 2, 12, 3, 4, 6, 7, 8, 9, 10, 11]
     run = grouped(tmp_path, sizes)
     words = text_of(page(run))
-    found = groups(reporting._views(run.store, shown.read(run.store, "made")))
+    found = groups(report_page._views(run.store, run_view.read(run.store, "made")))
     assert [group["size"] for group in found] == list(range(12, 2, -1))
     for group in found:
         number = int(group["kept"].removeprefix("rows:"))
@@ -58,7 +60,7 @@ def test_the_funnel_says_why(tmp_path: Path) -> None:
     run.done("decontaminate", rows_in=8, rows_out=5, dropped=3, words=2, embedding=1)
     run.done("sample", rows_in=5, rows_out=4, kept_by={"weight": {"rows": 5}, "top_k": 4, "fewest_tokens": 1234})
     run.save()
-    lines = {line["stage"]: line for line in funnel(reporting._views(run.store, shown.read(run.store, "made")))}
+    lines = {line["stage"]: line for line in funnel(report_page._views(run.store, run_view.read(run.store, "made")))}
     leaked = "2 words in common with the evaluation data, 1 nearly an evaluation question"
     assert (lines["decontaminate"]["lost"], lines["decontaminate"]["why"]) == (3, leaked)
     said = "not chosen: top k 4 and the sources' shares, of 1,234 tokens and more"

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from finetune.context import Context
+from finetune.data.records import write_table
 from finetune.recipe import Runtime, Tracking
-from finetune.records import write_json, write_table
-from tests.tiny_models import VOCABULARY, save_adapter, save_tiny
+from finetune.utils.files import write_json
+from tests.helpers.tiny_models import VOCABULARY, save_adapter, save_tiny
 
 TERMINATORS = [2, 7]
 

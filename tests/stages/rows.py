@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from finetune.context import Context
+from finetune.data.records import Example, Message, read_rows, write_rows
 from finetune.recipe import Recipe, Runtime, Tracking
-from finetune.records import Example, Message, read_rows, write_rows
 
 
 def chat(number, question, answer, source="a", extra=None):

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from finetune.backends import tiny_mistral
 from finetune.context import Context
-from finetune.digests import file_digest
 from finetune.errors import InputError
 from finetune.recipe import Recipe, Runtime, Tracking
-from finetune.records import write_json
 from finetune.stages import base
-from tests.backends.test_tiny_mistral import SMALL
-from tests.hub_server import LoopbackHub, point_client, serve
-from tests.tiny_models import VOCABULARY, save_tiny
+from finetune.tiny import model as tiny_model
+from finetune.utils.files import file_digest, write_json
+from tests.helpers.hub_server import LoopbackHub, point_client, serve
+from tests.helpers.tiny_models import VOCABULARY, save_tiny
+from tests.tiny.test_model import SMALL
 
 
 def recipe(model: Any, **sections: Any) -> Recipe:
@@ -36,7 +35,7 @@ def run(root: Path, model: Any, name: str = "out", **sections: Any) -> tuple[dic
 def folder(tmp_path: Path) -> Path:
     """A model folder as somebody has it on disk, with its history in it."""
     made = save_tiny(tmp_path / "my-model", intermediate_size=128)
-    tokenizer = tiny_mistral.train_tokenizer(["some words to learn"], 300)
+    tokenizer = tiny_model.train_tokenizer(["some words to learn"], 300)
     tokenizer.save_pretrained(made)
     config = json.loads((made / "config.json").read_text())
     write_json(made / "config.json", {**config, "_name_or_path": "/home/me/model", "vocab_size": VOCABULARY})
@@ -142,7 +141,7 @@ def plant(hub: LoopbackHub, folder: Path, more: dict[str, bytes] | None = None) 
 
 
 def test_the_builtin_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_mistral.build, "__defaults__", (SMALL,))
+    monkeypatch.setattr(tiny_model.build, "__defaults__", (SMALL,))
     pinned, metrics = run(tmp_path, "builtin:tiny-mistral")
     out = tmp_path / "out"
     assert pinned["kind"] == "builtin"

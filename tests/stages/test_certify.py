@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.backends import models
-from finetune.backends.certification import choose_rows
-from finetune.backends.lora_merge import plan_merge
-from finetune.backends.merge_blocks import merged_tensors
-from finetune.backends.round_trip import RoundTrip
-from finetune.data.training_rows import TokenRow, read_token_rows
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.eval.compare import ENOUGH_TOKENS, choose_rows
+from finetune.merge.blocks import merged_tensors
+from finetune.merge.nf4_round_trip import RoundTrip
+from finetune.merge.plan import plan_merge
+from finetune.models import loading
+from finetune.publish.card_sections import certificate_words
 from finetune.recipe import Recipe
-from finetune.report.card_sections import certificate_words
 from finetune.report.model_sections import certificate_section
 from finetune.report.stage_view import StageView
 from finetune.stages import certify
+from finetune.tokenization.token_rows import TokenRow, read_token_rows
 from tests.stages.finished import context, finish, random_rows, write_rows
 
 OPEN = {"min_agreement": 0, "max_perplexity_ratio": 10}
@@ -53,8 +53,8 @@ def run(root: Path, inputs: dict[str, Path], name: str = "out", **sections: Any)
 
 def trained_model(inputs: dict[str, Path]) -> Any:
     spec = recipe()
-    base = models.load_base(spec.model, inputs["base"], context(inputs["base"]), spec.quantization, "fp32", "cpu")
-    return models.attach_adapter(base, inputs["train"] / "adapter")
+    base = loading.load_base(spec.model, inputs["base"], context(inputs["base"]), spec.quantization, "fp32", "cpu")
+    return loading.attach_adapter(base, inputs["train"] / "adapter")
 
 
 def merged_model(inputs: dict[str, Path], trip: RoundTrip | None) -> Any:
@@ -198,12 +198,12 @@ def compared(rows: list[TokenRow]) -> int:
 def test_the_budget_that_is_the_default_compares_enough_tokens_where_there_are_so_many() -> None:
     default = certify.Certify().tokens
     short_answers, long_answers = rows_of(200, 300, 60), rows_of(200, 40, 200)
-    assert compared(choose_rows(short_answers, default)) >= certify.ENOUGH_TOKENS
+    assert compared(choose_rows(short_answers, default)) >= ENOUGH_TOKENS
     assert sum(len(r.ids) for r in choose_rows(short_answers, default)) <= 4 * default
     assert choose_rows(long_answers, default) == long_answers[:34]  # the budget alone is enough
     mixed = [*rows_of(100, 400, 20), *long_answers]
     chosen = choose_rows(mixed, default)
-    assert certify.ENOUGH_TOKENS <= compared(chosen) < certify.ENOUGH_TOKENS + 200
+    assert ENOUGH_TOKENS <= compared(chosen) < ENOUGH_TOKENS + 200
     assert chosen[:19] == mixed[:19]  # those with the longest answers are only added
     assert all(len(r.ids) == 240 for r in chosen[19:])
 

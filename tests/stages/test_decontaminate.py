@@ -3,8 +3,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.data.records import Example
 from finetune.errors import GateRefused, InputError
-from finetune.records import Example
 from finetune.stages import decontaminate
 from tests.stages.rows import chat, context, folder, ids, recipe, sentences
 

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.backends import harness, models, tiny_mistral
 from finetune.context import StopFlag
 from finetune.errors import FinetuneError, InputError, Stopped
+from finetune.eval import lm_eval
+from finetune.models import loading
 from finetune.recipe import Recipe
-from finetune.records import write_json
 from finetune.report.model_sections import _evaluation_figures
 from finetune.stages import evaluate
+from finetune.tiny import model as tiny_model
+from finetune.utils.files import write_json
+from tests.helpers.tiny_models import save_adapter, save_tiny
 from tests.stages.finished import TERMINATORS, context, write_rows
-from tests.tiny_models import save_adapter, save_tiny
 
 TASK = """\
 task: colours
@@ -63,7 +65,7 @@ def write_task(folder: Path, shots: int = 0) -> Path:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What evaluate reads: a random base with a real tokenizer, an adapter of random weights, 12 rendered rows."""
     root = tmp_path_factory.mktemp("evaluate")
-    tokenizer = tiny_mistral.train_tokenizer([f"{q['question']} {c}" for q in questions() for c in COLOURS], 320)
+    tokenizer = tiny_model.train_tokenizer([f"{q['question']} {c}" for q in questions() for c in COLOURS], 320)
     base = save_tiny(root / "base", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(base)
     about = {"id": "builtin:tiny-mistral", "kind": "builtin", "revision": None, "dtype": "float32", "parameters": 9}
@@ -153,12 +155,12 @@ def test_a_task_of_ones_own_scores_base_and_adapter(inputs: dict[str, Path], tmp
     folder = write_task(tmp_path / "tasks")
     settings = {"tasks": ["colours"], "task_folder": str(folder), "batch_tokens": 2048}
     found = run(inputs, tmp_path / "one", **settings)
-    assert found["tasks_harness"] == harness.version()
+    assert found["tasks_harness"] == lm_eval.version()
     task = found["tasks"]["colours"]
     assert (task["version"], task["rows"], task["shots"]) == ("3", len(NOUNS), 0)
-    spec, tokenizer = spec_of(), models.load_tokenizer(inputs["base"])
-    base = models.load_base(spec.model, inputs["base"], context(tmp_path), spec.quantization, "fp32", "cpu")
-    model = models.attach_adapter(base, inputs["train"] / "adapter")
+    spec, tokenizer = spec_of(), loading.load_tokenizer(inputs["base"])
+    base = loading.load_base(spec.model, inputs["base"], context(tmp_path), spec.quantization, "fp32", "cpu")
+    model = loading.attach_adapter(base, inputs["train"] / "adapter")
 
     def share() -> float:
         hits = [likeliest(model, tokenizer, q["question"], q["choices"]) == q["label"] for q in questions()]
@@ -170,7 +172,7 @@ def test_a_task_of_ones_own_scores_base_and_adapter(inputs: dict[str, Path], tmp
         assert figures["base"] == pytest.approx(share(), abs=1e-5)
     stopped = dataclasses.replace(context(tmp_path), stop=StopFlag(signal_number=15))
     with pytest.raises(Stopped):  # between two batches
-        harness.score(model, tokenizer, harness.load(["colours"], folder, 0), None, 2048, 0, stopped)
+        lm_eval.score(model, tokenizer, lm_eval.load(["colours"], folder, 0), None, 2048, 0, stopped)
     assert figures["higher_is_better"] is True and figures["adapter_stderr"] > 0
     low, high = figures["difference_interval"]
     assert low <= figures["adapter"] - figures["base"] <= high
@@ -193,12 +195,12 @@ def test_shots_and_a_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_task(tmp_path / "tasks")
-    harness.check(["colours"], folder)  # silent
+    lm_eval.check(["colours"], folder)  # silent
     (folder / "questions.jsonl").unlink()
     with pytest.raises(FinetuneError, match=r"evaluate\.tasks: colours cannot be loaded"):
-        harness.load(["colours"], folder, 0)
-    monkeypatch.setattr(harness, "PACKAGE", "no_such_package")
-    for ask in (lambda: harness.check(["colours"], folder), lambda: harness.load(["colours"], folder, 0)):
+        lm_eval.load(["colours"], folder, 0)
+    monkeypatch.setattr(lm_eval, "PACKAGE", "no_such_package")
+    for ask in (lambda: lm_eval.check(["colours"], folder), lambda: lm_eval.load(["colours"], folder, 0)):
         with pytest.raises(InputError, match=r"lm-evaluation-harness is not installed \(pip install lm-eval"):
             ask()
 
@@ -207,7 +209,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pyte
 def test_an_unknown_task_names_its_neighbours(tmp_path: Path) -> None:
     """Slow: the harness reads its own 14,000 task files."""
     with pytest.raises(InputError, match=r"has no task 'colour'; near it: .*colours.*task_folder has colours"):
-        harness.check(["colour"], write_task(tmp_path / "tasks"))
+        lm_eval.check(["colour"], write_task(tmp_path / "tasks"))
 
 
 def test_the_key_follows_the_task_files(tmp_path: Path) -> None:

@@ -14,20 +14,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.backends import gguf_scoring, gguf_weights
-from finetune.backends.gguf_file import TYPES
-from finetune.backends.ollama import Pieces, modelfile, read_pieces
-from finetune.backends.scoring import row_nll
 from finetune.context import Metrics
-from finetune.data.training_rows import read_token_rows
 from finetune.errors import FinetuneError, InputError
+from finetune.eval.scoring import row_nll
+from finetune.gguf import reader as gguf_reader
+from finetune.gguf import scoring
+from finetune.gguf.ollama import Pieces, modelfile, read_pieces
+from finetune.gguf.writer import TYPES
 from finetune.recipe import Export, Recipe
-from finetune.recipe_training import GgufKind
+from finetune.recipe.training import GgufKind
 from finetune.stages import export
-from tests.base_templates import ALL, kind_of
-from tests.stages.exported import merged
+from finetune.tokenization.token_rows import read_token_rows
+from tests.helpers.base_templates import ALL, kind_of
+from tests.helpers.exported import merged
+from tests.helpers.tiny_tokenizers import build
 from tests.stages.finished import context, write_rows
-from tests.tiny_tokenizers import build
 
 pytest.importorskip("gguf")
 
@@ -96,10 +97,10 @@ def test_canonical_bytes(tmp_path: Path) -> None:
 
 
 def test_weights_that_read_back_as_others_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.backends import gguf_file
+    from finetune.gguf import writer as gguf_writer
 
     folder = merged(tmp_path / "merge")
-    monkeypatch.setattr(gguf_file, "permute", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_writer, "permute", lambda weight, heads: weight)
     with pytest.raises(FinetuneError, match=r"blk\.0\.attn_k\.weight reads back as other weights"):
         run(folder, tmp_path / "out", "f32")
 
@@ -220,11 +221,11 @@ def test_rows_left_in_llama_cpps_order_would_be_scored_otherwise(
     folder = merged(tmp_path / "merge")
     monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
     right: dict[str, Any] = run(folder, tmp_path / "right", "q8_0", rows=6)
-    monkeypatch.setattr(gguf_weights, "unpermute", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_reader, "unpermute", lambda weight, heads: weight)
     wrong: dict[str, Any] = run(folder, tmp_path / "wrong", "q8_0", rows=6)
     assert abs(wrong["perplexity"]["q8_0"] / right["perplexity"]["q8_0"] - 1) > 1e-3
     monkeypatch.undo()
-    monkeypatch.setattr(gguf_weights, "unpermute", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_reader, "unpermute", lambda weight, heads: weight)
     with pytest.raises(FinetuneError, match=r"attn_[qk]\.weight reads back as other weights"):
         run(folder, tmp_path / "small", "q8_0")  # transformers reads it too
 
@@ -234,7 +235,7 @@ def test_a_large_model_is_scored_on_no_more_tokens_than_its_certificate(
 ) -> None:
     folder = merged(tmp_path / "merge")
     monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)
-    monkeypatch.setattr(gguf_scoring, "WORTH_SAYING_SECONDS", 0.0)
+    monkeypatch.setattr(scoring, "WORTH_SAYING_SECONDS", 0.0)
     said: list[str] = []
     metrics: dict[str, Any] = run(folder, tmp_path / "out", "q8_0", "q4_0", rows=20, tokens=100, say=said.append)
     assert metrics["perplexity_rows"] == 4 and metrics["perplexity_tokens"] == 20 + 21 + 22 + 23 - 4 * 4
@@ -262,8 +263,8 @@ def test_a_block_that_is_not_finite_is_found_where_nothing_is_scored(
 ) -> None:
     folder = merged(tmp_path / "merge")
     run(folder, tmp_path / "fine", "q8_0")
-    dequantized = gguf_weights.GgufWeights.__call__
-    monkeypatch.setattr(gguf_weights.GgufWeights, "__call__", lambda self, name: dequantized(self, name) / 0)
+    dequantized = gguf_reader.GgufWeights.__call__
+    monkeypatch.setattr(gguf_reader.GgufWeights, "__call__", lambda self, name: dequantized(self, name) / 0)
     monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)  # transformers does not read it first
     with pytest.raises(FinetuneError, match=r"model-q8_0\.gguf: .* holds values that are not finite"):
         run(folder, tmp_path / "broken", "q8_0")
@@ -321,7 +322,7 @@ def test_another_llama_quantize_is_another_export(tmp_path: Path, monkeypatch: p
 
 
 def test_without_llama_quantize_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.backends.llama_cpp import K_QUANTS, require_quantizer
+    from finetune.gguf.llama_cpp import K_QUANTS, require_quantizer
 
     assert set(get_args(GgufKind)) == {*TYPES, *K_QUANTS}
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -332,12 +333,12 @@ def test_without_llama_quantize_one_line_says_how_to_get_it(tmp_path: Path, monk
 
 
 def test_a_run_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import pipeline, preflight
-    from finetune.store import Store
+    from finetune.pipeline import preflight, runner
+    from finetune.pipeline.store import Store
 
     raw = {"name": "tiny", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
     recipe = Recipe.model_validate({**raw, "export": {"gguf": ["q4_k_m"]}})
-    steps = pipeline.plan(recipe, Store(tmp_path / "artifacts", tmp_path / "scratch"))
+    steps = runner.plan(recipe, Store(tmp_path / "artifacts", tmp_path / "scratch"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="llama-quantize"):
         preflight.check(recipe, steps)

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
+from finetune.data.records import Example, Message, read_rows, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Recipe, Runtime, Tracking
-from finetune.records import Example, Message, read_rows, write_rows
 from finetune.stages import filter as stage
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ ' ' + m['role'] + ' ' + m['content'] }}{% endfor %}"

@@ -1,6 +1,6 @@
 """What ruins a model without an error, a case each: with the fault the run stops, without it the run says nothing.
 
-Only what rows, templates and packing can do; the faults of training have theirs in tests/backends/test_sft.py.
+Only what rows, templates and packing can do; the faults of training have theirs in tests/train/test_trainer.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
-from finetune.data.tokens import TokenizedRow, table
+from finetune.data.records import Example, Message, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Render, Runtime, Tracking
-from finetune.records import Example, Message, read_json, write_rows
 from finetune.stages import pack, render
-from tests.base_templates import ALL
-from tests.tiny_tokenizers import build
+from finetune.tokenization.row_tokenizer import TokenizedRow, table
+from finetune.utils.files import read_json
+from tests.helpers.base_templates import ALL
+from tests.helpers.tiny_tokenizers import build
 
 CARD, CHATML, ZEPHYR, PHI3 = ALL["mistral_card"], ALL["chatml"], ALL["zephyr"], ALL["phi3"]
 GENERATED = "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"

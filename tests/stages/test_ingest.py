@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
+from finetune.data.records import read_rows
 from finetune.errors import InputError
 from finetune.recipe import Recipe, Runtime, Tracking
-from finetune.records import read_rows
 from finetune.stages import ingest
 
 GOOD = {"instruction": "Add", "input": "1, 2", "output": "3", "score": 0.5}

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.backends.lora_merge import plan_merge
-from finetune.backends.merge_blocks import merged_tensors
-from finetune.backends.round_trip import RoundTrip
-from finetune.digests import hash_file
 from finetune.errors import FinetuneError, InputError
+from finetune.merge.blocks import merged_tensors
+from finetune.merge.nf4_round_trip import RoundTrip
+from finetune.merge.plan import plan_merge
 from finetune.recipe import Recipe
 from finetune.stages import merge
+from finetune.utils.files import hash_file
+from tests.helpers.tiny_models import load, save_adapter
 from tests.stages.finished import TERMINATORS, context, finish
-from tests.tiny_models import load, save_adapter
 
 
 def run(root: Path, inputs: dict[str, Path], name: str = "out", **sections: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
-from finetune.data.tokens import TokenizedRow, table
 from finetune.recipe import Recipe, Runtime, Tracking
 from finetune.stages import pack
+from finetune.tokenization.row_tokenizer import TokenizedRow, table
 
 LENGTHS = [30, 10, 12, 20, 2, 7] * 5
 

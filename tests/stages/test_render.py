@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
+from finetune.data.records import Example, Message, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Render, Runtime, Tracking
-from finetune.records import Example, Message, read_json, write_rows
 from finetune.stages import render
-from tests.base_templates import MISTRAL_LATER
-from tests.tiny_tokenizers import build
+from finetune.utils.files import read_json
+from tests.helpers.base_templates import MISTRAL_LATER
+from tests.helpers.tiny_tokenizers import build
 
 
 def rows(count: int, start: int = 0) -> list[Example]:

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from finetune.data.records import write_table
 from finetune.errors import GateRefused, InputError
-from finetune.records import write_json, write_table
 from finetune.stages import sample
-from tests import tiny_tokenizers
+from finetune.utils.files import write_json
+from tests.helpers import tiny_tokenizers
 from tests.stages.rows import chat, context, folder, ids, recipe
 
 ROWS = [chat(i, "q", "word " * (i % 7 + 1), source) for source in ("a", "b") for i in range(1, 51)]

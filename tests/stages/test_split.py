@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.records import read_rows, write_table
 from finetune.errors import FinetuneError, GateRefused
 from finetune.recipe import Split
-from finetune.records import read_rows, write_table
 from finetune.stages import embed, split
 from tests.stages.rows import chat, context, folder, ids, recipe, sentences
 
@@ -129,7 +129,7 @@ def test_leaks_are_counted_and_stop_the_run(tmp_path, monkeypatch):
     assert split.count_leaks(None, [["x", "y", "x"], ["", "", ""]], [0, 1], [2], 0.9) == 1
     rows = [chat(i, f"q{i}", "a") for i in range(1, 11)]
     monkeypatch.setattr(split, "choose", lambda group, names, settings, seed: {group[0]})
-    monkeypatch.setattr("finetune.data.near_duplicates.groups", lambda *a, **k: np.arange(10))
+    monkeypatch.setattr("finetune.dedup.select.groups", lambda *a, **k: np.arange(10))
     with pytest.raises(FinetuneError, match="9 of 9 training rows"):
         built(tmp_path, rows)
 

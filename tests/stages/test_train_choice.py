@@ -6,12 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.backends import batch
 from finetune.context import Context
+from finetune.estimate import choice
 from finetune.recipe import Runtime, Tracking
-from finetune.recipe_file import load_recipe
-from finetune.recipe_names import resource
+from finetune.recipe.load import load_recipe
 from finetune.stages import train
+from finetune.train import batch
+from finetune.utils.resources import resource
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def rows(tmp_path):
 
 def decide(base, rows, device, monkeypatch, gigabytes=0, varlen=True, world=1, **runtime):
     said = []
-    monkeypatch.setattr(batch, "this_gpu", lambda device, world: ("NVIDIA A100", int(gigabytes * 1e9), True))
+    monkeypatch.setattr(choice, "this_gpu", lambda device, world: ("NVIDIA A100", int(gigabytes * 1e9), True))
     spec = train.spec(load_recipe("zephyr-7b-qlora").recipe)
     ctx = Context(scratch=base, runtime=Runtime(**runtime), tracking=Tracking(), say=said.append, world=world)
     policy, micro, worth_fusing = train._decide(spec, base, rows, device, ctx, varlen=varlen)

@@ -1,1 +1,0 @@
-"""Every third-party training or network library, one concern a file."""

@@ -1,0 +1,249 @@
+"""`finetune doctor`: what this machine has, what it lacks, and the command that mends it. Changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import netrc
+import os
+import platform
+import shutil
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+from finetune.utils.console import print_table
+
+PYTHON = (3, 11)
+CORE = (  # what `finetune run` cannot do without
+    "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "sentence-transformers",
+    "faiss-cpu", "scikit-learn", "huggingface_hub", "tokenizers", "safetensors", "pydantic", "pyarrow", "numpy",
+    "jinja2", "xxhash",
+)  # fmt: skip
+OPTIONAL = {  # what one setting asks for
+    "wandb": "tracking.wandb",
+    "tensorboard": "tracking.tensorboard",
+    "zstandard": "data files that end in .zst",
+    "gguf": "export.gguf",
+    "lm-eval": "evaluate.tasks",
+    "py3langid": "the filter rule language",
+    "model2vec": "a dedup.embedding of model2vec:…",
+    "deepspeed": "several GPUs under deepspeed_zero2",
+}
+QUANTIZER = "https://github.com/ggml-org/llama.cpp/releases, or brew install llama.cpp"
+HUB_SECONDS = 4.0
+ROOM_BYTES = 40_000_000_000  # the download of a 7B in 16 bits and its merged model, with some slack
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. `broken`: no run can end well before this is mended."""
+
+    what: str
+    found: str
+    mend: str = ""
+    broken: bool = False
+
+
+def examine(artifacts: Path, scratch: Path) -> None:
+    """Print the table. Raises FinetuneError, after it, where a core package is missing or does not work."""
+    findings = [
+        *python_and_packages(),
+        *devices(),
+        memory(),
+        disk("artifacts", artifacts, "--artifacts"),
+        disk("scratch", scratch, "--scratch", ROOM_BYTES),
+        hub_login(),
+        wandb_key(),
+    ]
+    print_table("this machine", ["", "found", "to mend it"], [[f.what, f.found, f.mend] for f in findings])
+    if broken := [f for f in findings if f.broken]:
+        raise FinetuneError("\n".join(f"{f.what}: {f.found}; {f.mend}" for f in broken))
+
+
+def python_and_packages() -> list[Finding]:
+    """The versions of Python and of every package, against what this one asks for."""
+    version, needed = platform.python_version(), ".".join(map(str, PYTHON))
+    old = sys.version_info < PYTHON
+    first = Finding("python", version, f"make PYTHON=/path/to/python{needed} setup" if old else "", broken=old)
+    asked = required_versions()
+    core = [package(name, asked.get(name, "")) for name in CORE]
+    optional = [package(name, asked.get(name, ""), needed_for) for name, needed_for in OPTIONAL.items()]
+    return [first, *core, *optional, quantizer()]
+
+
+def quantizer() -> Finding:
+    """Whether llama.cpp's program for K-quants is there."""
+    from finetune.gguf.llama_cpp import PROGRAM
+
+    found = shutil.which(PROGRAM)
+    return Finding(PROGRAM, found or "missing, needed only for export.gguf of q…_k kinds", "" if found else QUANTIZER)
+
+
+def required_versions() -> dict[str, str]:
+    """Package → the versions that finetune asks for; empty where finetune itself is not installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("finetune") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {r.name: str(r.specifier) for r in map(Requirement, lines)}
+
+
+def package(name: str, asked: str, needed_for: str | None = None) -> Finding:
+    """Whether a package is there in a version that fits; `needed_for` is given for one that is not core."""
+    from packaging.specifiers import SpecifierSet
+
+    core = needed_for is None
+    mend = f'{sys.executable} -m pip install "{name}{asked}"'
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = "missing" if core else f"missing, needed only for {needed_for}"
+        return Finding(name, found, mend, broken=core)
+    if not SpecifierSet(asked).contains(version, prereleases=True):
+        return Finding(name, f"{version}, but {asked} is asked for", mend, broken=core)
+    return Finding(name, version)
+
+
+def devices() -> list[Finding]:
+    """Every GPU with the precision that training would choose on it, or that there is none; and whether NF4 works."""
+    try:
+        import torch
+
+        from finetune.models.device import pick_precision
+    except (ImportError, OSError) as error:  # OSError: a shared library that it needs
+        return [Finding("torch works", f"no: {_first_line(error)}", "rm -rf .venv && make setup", True)]
+    if not torch.cuda.is_available():
+        return [_no_gpu(torch.__version__, torch.version.cuda), _quantises("cpu")]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
+        precision, _ = pick_precision("auto", f"cuda:{i}")
+        about = (
+            f"{properties.name}, {_gb(free)} of {_gb(total)} free, compute capability {properties.major}."
+            f"{properties.minor}, trains in {precision}"
+        )
+        found.append(Finding(f"GPU {i}", about))
+    return [*found, _quantises("cuda")]
+
+
+def _no_gpu(version: str, cuda: str | None) -> Finding:
+    if shutil.which("nvidia-smi") and cuda is None:
+        mend = f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+        return Finding("GPU", f"a driver is there, but torch {version} is built for CPUs only", mend)
+    if cuda is not None and shutil.which("nvidia-smi"):
+        return Finding(
+            "GPU", f"none that torch {version} can use (CUDA_VISIBLE_DEVICES? driver too old?)", "nvidia-smi"
+        )
+    return Finding("GPU", "none: fp32 on the CPU, enough for builtin:tiny-mistral and for --until pack")
+
+
+def _quantises(device: str) -> Finding:
+    """Four bits there and back: the part of an installation that breaks most often is bitsandbytes' own library."""
+    import torch
+
+    mend = f"{sys.executable} -m pip install --force-reinstall --no-deps bitsandbytes"
+    try:
+        from finetune.utils.quiet import quiet
+
+        with quiet():
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+            value = torch.linspace(-1, 1, 4096, device=device)
+            back = dequantize_4bit(*quantize_4bit(value, quant_type="nf4"))
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Finding("NF4 works", f"no: {_first_line(error)}", mend, broken=True)
+    worst = float((back - value).abs().max())
+    if not worst < 0.2:  # half of NF4's widest gap is 0.15 of the block's largest value
+        return Finding("NF4 works", f"no: {worst:.2f} off on {device}", mend, broken=True)
+    return Finding("NF4 works", f"yes, on {device}")
+
+
+def memory() -> Finding:
+    """Cores and main memory; of a container, its own limit."""
+    cores = os.cpu_count() or 1
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no cgroup, or the word max
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    free = ""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = f"{_gb(min(available, total))} of "
+    return Finding("memory", f"{free}{_gb(total)}{' free' if free else ''}, {cores} cores")
+
+
+def disk(what: str, root: Path, option: str, wanted: int = 0) -> Finding:
+    """Room and the right to write where `root` lies or would be made; nothing is made."""
+    root = root.absolute()
+    there = next(p for p in (root, *root.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding(what, f"{root} cannot be written", f"{option} FOLDER")
+    free = shutil.disk_usage(there).free
+    mend = f"{option} FOLDER, for a 7B: {_gb(wanted)}" if free < wanted else ""
+    return Finding(what, f"{_gb(free)} free in {root}", mend)
+
+
+def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
+    """Whose account the Hub's client would use. The token is read by that client alone and never shown."""
+    try:
+        from huggingface_hub import constants, get_token
+    except ImportError:
+        return Finding("Hub", "unknown without huggingface_hub")
+    if get_token() is None:
+        return Finding("Hub", "not logged in: enough for open models and data", "hf auth login")
+    where = "HF_TOKEN" if environment.get("HF_TOKEN") else "a saved token"
+    if constants.is_offline_mode():
+        return Finding("Hub", f"{where} is there, not tried: HF_HUB_OFFLINE is set")
+    answer: list[Finding] = []
+    # A name that does not resolve can take longer than a request's own limit, so the wait is limited from outside.
+    worker = threading.Thread(target=lambda: answer.append(_who(where)), daemon=True, name="whoami")
+    worker.start()
+    worker.join(HUB_SECONDS + 1)
+    return answer[0] if answer else Finding("Hub", f"{where} is there; offline: no answer in {HUB_SECONDS:.0f} s")
+
+
+def _who(where: str) -> Finding:
+    import httpx2
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    try:
+        url = f"{constants.ENDPOINT}/api/whoami-v2"
+        reply = get_session().get(url, headers=build_hf_headers(), timeout=HUB_SECONDS)
+        status = reply.status_code
+        name = reply.json().get("name", "") if status == 200 else ""
+    except (httpx2.TransportError, OSError) as error:
+        return Finding("Hub", f"{where} is there; offline: {type(error).__name__}")
+    except ValueError:  # not JSON
+        return Finding("Hub", f"{where} is there; {constants.ENDPOINT} does not answer like the Hub")
+    if name:
+        return Finding("Hub", f"logged in as {name} ({where})")
+    if status == 401:
+        return Finding("Hub", f"not logged in: the Hub does not accept {where}", "hf auth login")
+    return Finding("Hub", f"{where} is there; the Hub answered with status {status}")
+
+
+def wandb_key(environment: Mapping[str, str] = os.environ) -> Finding:
+    """Whether Weights & Biases would find a key, as it looks itself: the environment, then netrc."""
+    if environment.get("WANDB_API_KEY"):
+        return Finding("W&B", "key present (WANDB_API_KEY)")
+    file = Path(environment.get("NETRC") or Path.home() / ".netrc")
+    host = environment.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+    with suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(file).authenticators(host):
+            return Finding("W&B", f"key present ({file})")
+    return Finding("W&B", "no key: tracking.wandb: true records offline", "wandb login")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,273 @@
+"""`finetune init`: a short recipe for a model, some data and a GPU, validated before it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+
+from finetune.errors import InputError
+from finetune.estimate.choice import DEVICES, Options
+from finetune.estimate.memory import Training
+from finetune.estimate.shapes import read_shapes
+from finetune.pipeline.recipe_checks import absent
+from finetune.recipe import LocalSource, Recipe
+from finetune.recipe.data import local_path
+from finetune.recipe.load import load_recipe, parse_recipe
+from finetune.utils.files import canonical_json, read_json
+from finetune.utils.resources import resource
+
+Ask = Callable[[str, str], str]
+"""Asks a person: the question and the answer that an empty line stands for."""
+
+DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
+DEFAULT_DEVICE = "t4"
+LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the longest that fits is taken
+LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
+FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)(\.gz|\.zst)?$")
+# Names by which publishers tell a model with a chat template from a bare one.
+CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
+TINY = (  # recipes/tiny-pydoc.yaml tells why
+    "filter: {max_length_tokens: 448}",
+    "render: {max_length_tokens: 512}",
+    "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}",
+)
+LORA = "lora: {r: 16, alpha: 32}"
+TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
+COMMENTS = {  # by what a line begins with
+    "schema:": "the version of this format",
+    "name:": "runs lie in artifacts/runs/NAME",
+    "model:": "the base; its revision is pinned when it is first read",
+    "data:": "a line a source; weight: 2 takes its rows twice",
+    "  - {source: local": "its format was found by its columns",
+    "  - {source: hub": "split: train, format: auto, where not written",
+    "  - {source: pydoc": "rows made of Python's own documentation",
+    "filter:": "rejects.parquet says why a row is left out",
+    "render:": "tokens of a row; GPU memory grows with them",
+    "lora:": "r: the adapter's size; alpha / r scales it",
+    "train:": "a step learns from batch_rows, on any number of GPUs",
+}
+COMMENT_COLUMN = 58
+
+
+def ask_terminal(question: str, default: str) -> str:
+    """Ask on the terminal; a question without a default is asked until it is answered."""
+    import typer
+
+    return str(typer.prompt(question, default=default or None)).strip()
+
+
+def write_recipe(
+    name: str | None,
+    model: str | None,
+    data: str | None,
+    device: str | None,
+    out: Path | None,
+    *,
+    force: bool = False,
+    ask: Ask | None = None,
+) -> str:
+    """Write the recipe and return what to tell the person: its text, where it lies, what comes next.
+
+    `ask` is None where nobody can be asked; then a missing answer raises InputError, as do a model, data or a device
+    that cannot be, and a file that is there already.
+    """
+    missing = [f"--{n}" for n, v in (("name", name), ("model", model), ("data", data)) if v is None]
+    if missing and ask is None:
+        raise InputError(f"finetune init can ask only on a terminal; give {', '.join(missing)}")
+    if ask is not None:
+        model = model or ask("base model (OWNER/NAME on the Hub, a folder, builtin:tiny-mistral)", DEFAULT_MODEL)
+        data = data or ask("data (a .jsonl, .json, .csv or .parquet file, OWNER/NAME on the Hub, or pydoc)", "")
+        if device is None and not model.startswith("builtin:"):
+            device = ask(f"GPU to fit ({', '.join(DEVICES)}, or cpu)", DEFAULT_DEVICE)
+        name = name or ask("name of the recipe", suggested_name(data))
+    assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
+    path = _path("out" if out else "name", str(out or _default_path(name)))
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--out {path}: a recipe's file ends in .yaml")
+    if path.exists() and not force:
+        raise InputError(f"{path} is there already; --force writes over it, --out names another")
+    text, notes = recipe_text(name, model, data, device or DEFAULT_DEVICE, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    if problems := absent(load_recipe(str(path))):
+        raise InputError("\n".join(problems))
+    called = path.stem if path.parent == Path("recipes") else path
+    lines = [text, *notes, f"wrote {path}", f"next: finetune plan {called}, then finetune run {called}"]
+    return "\n".join(lines)
+
+
+def recipe_text(name: str, model: str, data: str, device: str, path: Path) -> tuple[str, list[str]]:
+    """The validated recipe that will lie at `path`, in 15 lines at most, and notes for the person.
+
+    Raises InputError where a value cannot be, or nothing of this model fits the device.
+    """
+    if device.lower() not in (*DEVICES, "cpu"):
+        raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}, cpu")
+    source, form, notes = _source(data, path)
+    where = _written_model(model, path)
+    head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", f"  - {source}"]
+    if model.startswith("builtin:"):
+        lines = [*head, *TINY]
+        _parse(lines, path)
+        own = {"train:": "a rate for a small model: a 7B takes 2e-4"}
+        return _text("any machine with 2 cores and 4 GB of memory; no GPU", lines, path, own), notes
+    bare = _parse(head, path)
+    template, note = ("", "") if form == "text" else _template(bare, where)
+    best, positions = "", _positions(bare)
+    for length in [n for n in LENGTHS if n <= positions] or [positions]:
+        lines = [*head, f"render: {{{template}max_length_tokens: {length}}}", LORA, TRAIN]
+        fits, best = _fits(_parse(lines, path), device.lower())
+        if fits:
+            return _text(best, lines, path, {"render:": note} if note else {}), notes
+    raise InputError(best)
+
+
+def suggested_name(data: str) -> str:
+    """A recipe name made of the data's: `my rows.jsonl.gz` gives my-rows."""
+    stem = FILE.sub("", data.rstrip("/").rpartition("/")[2])
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "mine"
+
+
+def _default_path(name: str) -> Path:
+    folder = Path("recipes")
+    return (folder if folder.is_dir() else Path()) / f"{name}.yaml"
+
+
+def _text(hardware: str, lines: list[str], path: Path, own: Mapping[str, str]) -> str:
+    """The file: what editors check it by, what it was made for, and each line with what it means."""
+    comments = {**COMMENTS, **own}
+    explained = [
+        next((f"{line:<{COMMENT_COLUMN}}  # {why}" for start, why in comments.items() if line.startswith(start)), line)
+        for line in lines
+    ]
+    return "\n".join([*_schema_line(path), f"# Hardware: {hardware}.", *explained]) + "\n"
+
+
+def _schema_line(path: Path) -> list[str]:
+    """Where editors find the schema: relative within one checkout, else as a URI of this machine."""
+    schema = resource("schema.json")
+    if schema is None:
+        return []
+    schema, folder = schema.absolute(), path.absolute().parent
+    where = schema.as_uri()
+    if folder.is_relative_to(schema.parent.parent) and ".." not in folder.parts:
+        where = os.path.relpath(schema, folder)
+        where = where if where.startswith(".") else f"./{where}"
+    return [f"# yaml-language-server: $schema={where}"]
+
+
+def _parse(lines: list[str], path: Path) -> Recipe:
+    return parse_recipe("\n".join(lines), path)
+
+
+def _source(data: str, path: Path) -> tuple[str, str, list[str]]:
+    """The line of the recipe, the format ("" where it is not known yet), and what was found in the file."""
+    if data == "pydoc":
+        return "{source: pydoc}", "messages", []
+    file = _path("data", data)
+    if not (file.exists() or FILE.search(data) or data.startswith((".", "/", "~")) or data.count("/") > 1):
+        return f"{{source: hub, id: {_scalar(data)}}}", "", [f"{data}: its format is found when it is read"]
+    from finetune.data.sources import read_source
+
+    local = LocalSource(source="local", path=file.absolute())
+    decision, _ = read_source(local, file.name, Path())
+    found = f"{file.name}: format {decision.format}, since {decision.why}"
+    notes = [found + (f"; not used: {', '.join(decision.unused)}" if decision.unused else "")]
+    where = _written_path(file, path)
+    return f"{{source: local, path: {_scalar(where)}, format: {decision.format}}}", decision.format, notes
+
+
+def _path(option: str, text: str) -> Path:
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise InputError(f"--{option} {text[:60]}: {error}") from None
+
+
+def _written_path(file: Path, recipe: Path) -> str:
+    """As a recipe may name it: beside itself, under the working folder, else absolute."""
+    for folder in (recipe.absolute().parent, Path().absolute()):
+        if file.absolute().is_relative_to(folder) and ".." not in file.absolute().parts:
+            return file.absolute().relative_to(folder).as_posix()
+    return str(file.absolute())
+
+
+def _written_model(model: str, recipe: Path) -> str:
+    """A folder so that the recipe's own rules take it for one; any other name as it is."""
+    folder = _path("model", model)
+    if model.startswith("builtin:") or not (folder.is_dir() or model.startswith((".", "/", "~"))):
+        return model
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"--model {model}: {'it holds no config.json' if folder.is_dir() else 'there is no such folder'}"
+        )
+    where = _written_path(folder, recipe)
+    return where if where.startswith("/") else f"./{where}"
+
+
+def _template(recipe: Recipe, name: str) -> tuple[str, str]:
+    """`template: …, ` where the base has or seems to have none of its own, and the comment that says so."""
+    folder = recipe.model.folder
+    if folder is not None:
+        settings = folder / "tokenizer_config.json"
+        own = (folder / "chat_template.jinja").is_file() or (
+            settings.is_file() and read_json(settings).get("chat_template")
+        )
+        return ("", "") if own else ("template: alpaca, ", "this base has no chat template of its own")
+    if CHATTY.search(name):
+        return "", ""
+    return "template: alpaca, ", "by its name no chat model; if it has a template: auto"
+
+
+def _positions(recipe: Recipe) -> int:
+    """The longest row that a base in a local folder was made for; of any other base we take the usual length."""
+    if recipe.model.folder is None:
+        return LENGTHS[0]
+    found = read_json(recipe.model.folder / "config.json").get("max_position_embeddings")
+    return found if isinstance(found, int) and found >= 16 else LENGTHS[0]
+
+
+def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
+    """Whether training fits the device (yes, where the shapes are not known here), and the sentence about it."""
+    shapes = read_shapes(recipe)
+    hub = recipe.model.id
+    if shapes is None:
+        return True, f"meant for {_named(device)}; `finetune plan` tells once the base's config has been read"
+    if device == "cpu":
+        what = f"{shapes.parameters / 1e9:.1f} billion parameters"
+        if shapes.parameters >= LARGEST_ON_CPU:
+            return (
+                False,
+                f"--device cpu: {hub} has {what}, which would take weeks; give a GPU: {', '.join(DEVICES)}",
+            )
+        return True, "a CPU is enough"
+    options = Options(shapes, Training.of(recipe))
+    choice = options.best(DEVICES[device])
+    needed = choice.total
+    length = recipe.render.max_length_tokens
+    if choice.fits:
+        return True, f"{_named(device)}; {needed / 1e9:.1f} GB predicted for rows of {length:,} tokens"
+    larger = [name for name, gpu in DEVICES.items() if options.best(gpu).fits]
+    hint = f"take {', '.join(larger)}" if larger else "no single GPU we know holds it"
+    return False, f"--device {device}: {hub} needs {needed / 1e9:.1f} GB even for rows of {length} tokens; {hint}"
+
+
+def _named(device: str) -> str:
+    if device == "cpu":
+        return "a CPU"
+    return f"one {device.upper()} ({DEVICES[device].memory_bytes / 1e9:.1f} GB usable)"
+
+
+def _scalar(text: str) -> str:
+    """`text` as YAML that reads back as this text, also between braces."""
+    plain = re.fullmatch(r"[A-Za-z_./~][\w./~:-]*", text) and not text.endswith(":")
+    if plain and isinstance(yaml.safe_load(text), str) and text.lower() not in ("null", "true", "false", "~"):
+        return text
+    return canonical_json(text)

@@ -1,0 +1,293 @@
+"""The command line: parse, call, print. No logic, and heavy imports only inside the handlers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import FinetuneError
+from finetune.utils.resources import complete_recipe
+
+app = typer.Typer(
+    help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.", autocompletion=complete_recipe
+    ),
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the recipe.")]
+Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
+Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
+SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
+MIRROR = os.environ.get("FINETUNE_MIRROR") or None
+
+
+@app.command()
+def validate(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE…", help="Paths or names.", autocompletion=complete_recipe)
+    ],
+    sets: Sets = None,
+) -> None:
+    """Check recipes: every error, with file, line and field."""
+    from finetune.errors import InputError
+    from finetune.pipeline.recipe_checks import absent
+    from finetune.recipe.load import load_recipe
+
+    problems = []
+    for name in recipes:
+        try:
+            loaded = load_recipe(name, sets or [])
+            if missing := absent(loaded):
+                raise InputError("\n".join(missing))
+            typer.echo(f"{loaded.path}: fine ({loaded.recipe.name})")
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    as_json: AsJson = False,
+    device: Annotated[str | None, typer.Option(help="Plan for another GPU: t4, l4, a100-40, h100 …")] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
+    from finetune.pipeline import plan as pipeline_plan
+    from finetune.pipeline import runner
+    from finetune.pipeline.store import Store
+    from finetune.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, sets or [])
+    steps = runner.plan(loaded.recipe, Store(artifacts, scratch))
+    result = pipeline_plan.predict(loaded.recipe, steps, device, scratch)
+    typer.echo(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+    fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and begin anew.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Train in this many processes, one a GPU.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Keep what is finished in this private Hub repository, and go on from it."
+        ),
+    ] = MIRROR,
+) -> None:
+    """Run a recipe: every stage that is not there yet, or whose inputs changed."""
+    from finetune.cli.run import launch_recipe, run_recipe
+
+    if processes > 1:
+        launch_recipe(
+            recipe,
+            processes,
+            until=until,
+            sets=sets or [],
+            artifacts=artifacts,
+            scratch=scratch,
+            fresh=fresh,
+            force=force,
+            mirror=mirror,
+        )
+        return
+    run_recipe(
+        recipe,
+        until=until,
+        sets=sets or [],
+        artifacts=artifacts,
+        scratch=scratch,
+        fresh=fresh,
+        force=force,
+        mirror=mirror,
+    )
+
+
+@app.command()
+def show(
+    run: RunName,
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="A second run to compare with.")] = None,
+    as_json: AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Rehash every file.")] = False,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """What a run made: statuses, figures, folders."""
+    from finetune.cli import show as cli_show
+    from finetune.pipeline import run_view
+    from finetune.pipeline.store import Store
+
+    store = Store(artifacts, scratch)
+    values = [run_view.read(store, name) for name in ([run, other] if other else [run])]
+    problems = [p for v in values for p in run_view.verify(store, v)] if verify else []
+    if as_json:
+        public = [run_view.public(v) for v in values]
+        typer.echo(json.dumps(public[0] if len(public) == 1 else public, indent=1, ensure_ascii=False))
+    else:
+        cli_show.print_runs(values)
+    if problems:
+        raise FinetuneError("\n".join(problems))
+    if verify:
+        typer.echo("every file is as it was committed", err=True)
+
+
+@app.command()
+def inspect(
+    recipe: RecipeName,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows: 5, or 50 on a page.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Rendered rows as the model sees them, the supervised text coloured."""
+    from finetune.cli import show as cli_show
+    from finetune.pipeline.store import Store
+    from finetune.recipe.load import load_recipe
+
+    loaded, store = load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch)
+    if html is None:
+        cli_show.print_rows(loaded, store, rows or 5)
+    else:
+        cli_show.write_rows_page(loaded, store, rows or 50, html)
+        typer.echo(html)
+
+
+@app.command()
+def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
+    """Write report.html into a run's folder, anew where it is there already, and print its path."""
+    from finetune.pipeline.store import Store
+    from finetune.report.page import write_report
+
+    typer.echo(write_report(Store(artifacts, scratch), run))
+
+
+@app.command()
+def publish(
+    run: RunName,
+    repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Push the adapter or the merged model to the Hub, then verify what was pushed."""
+    from finetune.cli.publish import publish_run
+
+    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch)
+
+
+@app.command()
+def clean(
+    keep: Annotated[int, typer.Option(min=1, help="Runs of each recipe whose stages stay.")] = 1,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Drop what none of the newest runs of any recipe uses, after listing it."""
+    from finetune.cli import clean as cleaning
+    from finetune.pipeline.store import Store
+
+    store = Store(artifacts, scratch)
+    unused = cleaning.unused(store, keep)
+    if not unused:
+        typer.echo("nothing to clean")
+        return
+    for item in unused:
+        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
+    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
+        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
+        typer.echo(f"{cleaning.remove([item for item in unused if item.folder in still]):,} bytes freed")
+    else:
+        typer.echo("nothing deleted; add --yes")
+
+
+@app.command()
+def chat(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE[@RUN]|FOLDER",
+            help="A run's adapter, or a merged model.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
+    compare: Annotated[str | None, typer.Option(metavar="base", help="Answer without the adapter, too.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Talk to what was trained: the adapter of a run on its 4-bit base, or a merged model."""
+    from finetune.cli import chat as chatting
+
+    options = chatting.Options(max_new_tokens, temperature, seed, system, compare)
+    chatting.chat(name, prompt, options, artifacts, scratch)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Option(help="The recipe's name.")] = None,
+    model: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub, a folder, or builtin:tiny-mistral.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE|ID", help="A file, or OWNER/NAME on the Hub.")] = None,
+    device: Annotated[str | None, typer.Option(help="The GPU to fit: t4, l4, a100-40, h100 …; or cpu")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="Default: recipes/NAME.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
+) -> None:
+    """Write a recipe; asks for what is not given."""
+    from finetune.cli.init import ask_terminal, write_recipe
+
+    ask = ask_terminal if sys.stdin.isatty() else None
+    typer.echo(write_recipe(name, model, data, device, out, force=force, ask=ask))
+
+
+@app.command()
+def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
+    """What this machine has and lacks, and how to mend it."""
+    from finetune.cli.doctor import examine
+
+    examine(artifacts, scratch)
+
+
+def main() -> None:
+    """Run the command line; errors are sentences, and the exit status says of which kind."""
+    try:
+        app()
+    except FinetuneError as error:
+        from finetune.pipeline.launch import message
+        from finetune.utils.console import print_error
+
+        if text := message(error, os.environ):
+            print_error(text)
+        sys.exit(error.exit_status)

@@ -1,0 +1,184 @@
+"""One command's work around the pipeline: roots, signals, progress, the run's record, the closing table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from finetune.cli.session import make_context, signals_handled
+from finetune.context import Context
+from finetune.errors import FinetuneError, InputError
+from finetune.eval.metrics import never_stops
+from finetune.pipeline import launch, runner
+from finetune.pipeline.runs import Run
+from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
+from finetune.pipeline.store import Store, make_key
+from finetune.recipe import Recipe
+from finetune.recipe.load import LoadedRecipe, load_recipe
+from finetune.report.stage_table import stage_figure, stage_rows
+from finetune.utils.console import Screen, print_error, print_table
+
+
+def run_recipe(
+    name: str,
+    *,
+    until: str | None,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    fresh: bool,
+    force: bool = False,
+    mirror: str | None = None,
+) -> None:
+    """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
+    if until is not None:
+        stage_named(until)
+    # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
+    # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    rank, world = launch.ranks(os.environ)
+    loaded = load_recipe(name, sets)
+    screen = Screen(silent=rank != 0)
+    store = Store(artifacts, scratch)
+    record = _record(loaded, store, write=rank == 0)
+    start = time.monotonic()
+    with signals_handled(screen, launched=world > 1) as stop, ExitStack() as owned:
+        ctx = make_context(loaded.recipe, store, screen, stop, record.name, rank, world)
+
+        if mirror and rank == 0:
+            from finetune.pipeline.mirror import mirrored
+
+            owned.enter_context(mirrored(mirror, store, record, ctx, fresh=fresh))
+
+        def before_building(steps: list[runner.Step]) -> None:
+            _preflight(loaded.recipe, steps, until, store, ctx, force=force)
+            if rank == 0:  # while the lease lives, `clean` leaves alone what this run has found or made
+                record.begin()
+                owned.enter_context(store.lease(record.folder, screen.say, stop.check))
+
+        def after_building(step: runner.Step) -> None:
+            if rank == 0:
+                _check_on_base(loaded.recipe, step, until)
+
+        try:
+            steps = runner.run(
+                loaded.recipe, store, ctx, record, until=until, fresh=fresh,
+                before_building=before_building, after_building=after_building,
+            )  # fmt: skip
+        finally:
+            _save_record(record, screen)
+            if rank == 0 and not stop.signal_number and not record.refused:
+                _write_report(store, record, screen)
+    if rank == 0:
+        _print_result(loaded, steps, record, time.monotonic() - start)
+
+
+def _save_record(record: Run, screen: Screen) -> None:
+    """A disk that is full or read-only must neither hide a sentence that matters more nor fail a run that is there."""
+    try:
+        if record.stages and not record.refused:  # the error that ends the run says so already
+            record.save()
+    except (OSError, FinetuneError) as error:
+        screen.say(f"the run's record was not written: {error}")
+
+
+def _write_report(store: Store, record: Run, screen: Screen) -> None:
+    """The run's page, unless it is there: a run that found everything finished reads nothing again."""
+    if not (record.folder / "run.json").is_file() or (record.folder / "report.html").exists():
+        return
+    try:
+        from finetune.report.page import write_report
+
+        write_report(store, f"{record.recipe}@{record.name}")
+    except Exception as error:  # whatever it is, the run itself is none the worse for it
+        screen.say(f"the report could not be written: {error} (`finetune report {record.recipe}` tries again)")
+
+
+def launch_recipe(
+    name: str,
+    processes: int,
+    *,
+    until: str | None,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    fresh: bool,
+    force: bool = False,
+    mirror: str | None = None,
+) -> None:
+    """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
+    if launch.ranks(os.environ)[1] > 1:
+        raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
+    load_recipe(name, sets)  # a mistake in it is said once, and here
+    arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
+    arguments += ["--until", until] if until else []
+    arguments += ["--mirror", mirror] if mirror else []
+    arguments += [name for name, asked in (("--fresh", fresh), ("--force", force)) if asked]
+    launch.launch([*arguments, *(f"--set={s}" for s in sets)], processes)
+
+
+def _record(loaded: LoadedRecipe, store: Store, *, write: bool) -> Run:
+    digest = make_key("recipe", 1, loaded.recipe.model_dump(mode="json"), {}, {})
+    return Run(store.artifacts, loaded.recipe.name, loaded.text, loaded.sets, digest, write=write)
+
+
+def _preflight(
+    recipe: Recipe, steps: list[runner.Step], until: str | None, store: Store, ctx: Context, *, force: bool
+) -> None:
+    from finetune.pipeline import preflight
+
+    if ctx.rank == 0:
+        last = STAGE_NAMES.index(until) if until else len(steps)
+        asked = steps[: last + 1]
+        preflight.check_folders(recipe, asked, store)
+        for note in preflight.check(recipe, asked, ctx.world, force=force):
+            ctx.say(note)
+
+
+def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None:
+    """What the preflight could not know before there was a base, which the stages up to train take hours to find."""
+    from finetune.pipeline import preflight
+
+    last = STAGE_NAMES.index(until or STAGE_NAMES[-1])
+    if step.stage.name == "base" and last >= STAGE_NAMES.index("train"):
+        preflight.check_adapter(recipe, step.folder)
+
+
+def _rejecting(steps: list[runner.Step]) -> list[str]:
+    """The stages that left rows out, each of which its rejects.parquet names."""
+    files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
+    return [name for name, file in files.items() if file and file.rows]
+
+
+def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float) -> None:
+    rows = []
+    for step in steps:
+        m = step.manifest
+        if m is None:
+            rows.append([step.stage.name, "", "", "off"])
+            continue
+        rows.append([m.stage, stage_rows(m.stage, m.metrics), f"{m.seconds:.1f}", stage_figure(m.stage, m.metrics)])
+    print_table(f"{loaded.recipe.name}  {record.name}", ["stage", "rows", "seconds", "figure"], rows)
+    folders = {s.stage.name: s.folder for s in steps if s.manifest}
+    for label, stage, inside in (
+        ("merged model", "merge", ""),
+        ("adapter", "train", "adapter"),
+        ("rows", "dedup", "rows.parquet"),
+        *(("why a row is absent", stage, "rejects.parquet") for stage in _rejecting(steps)),
+        ("duplicates", "dedup", "pairs.parquet"),
+        ("samples", "evaluate", "samples.jsonl"),
+        ("certificate", "certify", "certificate.json"),
+    ):
+        if folder := folders.get(stage):
+            print(f"{label:>20}  {folder / inside if inside else folder}")  # noqa: T201 - the command's result
+    if (report := record.folder / "report.html").is_file():
+        print(f"{'report':>20}  {report}")  # noqa: T201
+    print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
+    for step in steps:
+        if step.manifest and (words := never_stops(step.manifest.metrics)):
+            print_error(words)  # again, where it is not scrolled away, and in every run that finds it
+    if loaded.recipe.model.kind == "builtin":
+        print("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201

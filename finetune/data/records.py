@@ -1,0 +1,161 @@
+"""Message, Example and the row files that every stage reads and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROLES = ("system", "user", "assistant", "tool")
+REJECTED_CHARACTERS = 200  # of a row that is left out, so that a person knows it again
+ROW_GROUP_CHARACTERS = 1 << 24  # what a Parquet file is read and written by; long rows make groups of fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `extra` is canonical JSON of what else the turn carries (tool_calls, name), or None."""
+
+    role: str
+    content: str
+    extra: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training row.
+
+    `id` is `SOURCE:N`, N the 1-based number of the row in its source, so that a person can find it again.
+    `messages` is empty for a raw-text row; `text` is None for every other row.
+    `extra` is canonical JSON of the scalar columns that the format did not use (a score, a licence), or None.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    extra: str | None = None
+
+    def joined(self, *roles: str) -> str:
+        """The contents of all turns with one of `roles`, joined by newlines; a raw row's whole text."""
+        if self.text is not None:
+            return self.text
+        return "\n".join(m.content for m in self.messages if m.role in roles)
+
+    def column(self, name: str) -> Any:  # noqa: ANN401 - a scalar of whatever type the data file had
+        """The scalar that column `name` had in the source, or None."""
+        return json.loads(self.extra).get(name) if self.extra else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that a step left out: which, by which rule, and why; where a figure decided, that figure and its limit."""
+
+    id: str
+    source: str
+    reason: str
+    detail: str
+    text: str = field(default="")
+    value: float | None = None
+    limit: float | None = None
+
+    @classmethod
+    def of(cls, row: Example, reason: str, detail: str, value: float | None = None, limit: float | None = None) -> Self:
+        """The reject for a row that was read, with the beginning of its text."""
+        return cls(row.id, row.source, reason, detail, row.joined(*ROLES)[:REJECTED_CHARACTERS], value, limit)
+
+
+def rows_schema() -> pa.Schema:
+    """The columns of every `rows.parquet`."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("messages", pa.list_(message)),
+            ("text", pa.string()),
+            ("extra", pa.string()),
+        ]
+    )
+
+
+def write_rows(path: Path, rows: Iterable[Example], chunk: int = 10_000) -> int:
+    """Write `rows` to Parquet; returns their number.
+
+    No more than `chunk` rows are held at a time, and no more than ROW_GROUP_CHARACTERS of text and one row.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count = characters = 0
+    with pq.ParquetWriter(path, rows_schema(), compression="zstd") as writer:
+        batch: list[dict[str, object]] = []
+        for row in rows:
+            batch.append(_as_dict(row))
+            count += 1
+            characters += len(row.text or "") + len(row.extra or "") + sum(len(m.content) for m in row.messages)
+            if len(batch) == chunk or characters >= ROW_GROUP_CHARACTERS:
+                writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+                batch, characters = [], 0
+        writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+    return count
+
+
+def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
+    """The rows of a file that `write_rows` wrote, in order, one row group and `chunk` rows of memory at a time."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # which would read all row groups ahead
+        for batch in file.iter_batches(batch_size=chunk):
+            for row in batch.to_pylist():
+                yield Example(
+                    id=row["id"],
+                    source=row["source"],
+                    messages=tuple(Message(**m) for m in row["messages"]),
+                    text=row["text"],
+                    extra=row["extra"],
+                )
+
+
+def write_table(
+    path: Path, columns: Mapping[str, Sequence[object]], types: Mapping[str, pa.DataType] | None = None
+) -> None:
+    """Write named columns of equal length to Parquet; `types` fixes a column's type where it could be all null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {name: pa.array(values, (types or {}).get(name)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), path, compression="zstd")
+
+
+@contextmanager
+def reject_writer(path: Path, chunk: int = 10_000) -> Iterator[Callable[[Reject], None]]:
+    """Within this block a function that writes one reject; no more than `chunk` of them are held in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [(name, pa.string()) for name in ("id", "source", "reason", "detail", "text")]
+    schema = pa.schema([*texts, ("value", pa.float64()), ("limit", pa.float64())])
+    batch: list[dict[str, object]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def write(reject: Reject) -> None:
+            batch.append(asdict(reject))
+            if len(batch) == chunk:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch.clear()
+
+        yield write
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def _as_dict(row: Example) -> dict[str, object]:
+    messages = [{"role": m.role, "content": m.content, "extra": m.extra} for m in row.messages]
+    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text, "extra": row.extra}

@@ -1,0 +1,1 @@
+"""Exact, Jaccard and cosine duplicates, and the embeddings and clusters they need."""

@@ -1,0 +1,152 @@
+"""One unit vector a text: TF-IDF with latent semantics (`lsa`, no model needed), or a model's (`encoders.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.dedup.embedding_names import LSA, STATIC
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from finetune.context import Context
+
+WORD_OR_SIGN = r"\w+|[^\w\s]"  # punctuation counts: `a < b` and `a <= b` are two different answers
+HASHED_FEATURES = 2**20
+SVD_FEATURES = 30_000  # the most frequent ones; the rare ones, which tell two texts apart, are all in the sketch
+SVD_DIMENSION = 128
+SKETCH_DIMENSION = 256
+RESIDUAL_WEIGHT = 0.5
+SEED = 0  # of the algorithm, not of the recipe: another seed would only be another approximation of the same cosines
+
+
+def embed(
+    texts: Sequence[str],
+    name: str,
+    ctx: Context,
+    folder: Path | None = None,
+    made_by: Mapping[str, object] | None = None,
+) -> NDArray[np.float32]:
+    """Vectors of `texts`: (N, d) float32, every row of length 1, or all zero for a text of whitespace only.
+
+    Args and Raises as `embed_counted`.
+    """
+    return embed_counted(texts, name, ctx, folder, made_by)[0]
+
+
+def embed_counted(
+    texts: Sequence[str],
+    name: str,
+    ctx: Context,
+    folder: Path | None = None,
+    made_by: Mapping[str, object] | None = None,
+) -> tuple[NDArray[np.float32], int]:
+    """Vectors of `texts`, as `embed`, and how many texts had to be embedded for them: not copies, nor kept ones.
+
+    Args:
+        texts: what to embed; equal texts get equal vectors.
+        name: `lsa`, `model2vec:` and a static model on the Hub, or a sentence-transformers model on the Hub.
+        ctx: where the Hub cache lies, which device to use, progress and stop flag.
+        folder: the model's folder when it is a local one; `name` then only labels it.
+        made_by: the digests or the revision of the model, under which a sentence-transformers model's vectors are kept
+            for other runs; None keeps none.
+
+    Raises:
+        InputError: the model is neither here nor to be had.
+    """
+    if not texts:
+        return np.zeros((0, 1), np.float32), 0
+    vectors, made = np.zeros((len(texts), 1), np.float32), 0
+    unique = {text: None for text in texts if text.strip()}
+    if unique:
+        # Each text once: copies then are copies bit by bit, whatever batch they would have been in.
+        rows = {text: row for row, text in enumerate(unique)}
+        found, made = _found(list(unique), name, ctx, folder, made_by)
+        vectors = np.zeros((len(texts), found.shape[1]), np.float32)
+        filled = [i for i, text in enumerate(texts) if text in rows]
+        vectors[filled] = _unit(found)[[rows[texts[i]] for i in filled]]
+    return vectors, made
+
+
+def _found(
+    texts: list[str], name: str, ctx: Context, folder: Path | None, made_by: Mapping[str, object] | None
+) -> tuple[NDArray[np.float32], int]:
+    from finetune.dedup import encoders
+
+    if name == LSA and folder is None:
+        return lsa(texts), len(texts)
+    if name.startswith(STATIC):
+        return encoders.static(texts, name.removeprefix(STATIC), ctx, folder), len(texts)
+    return encoders.sentences(texts, name, ctx, folder, made_by)
+
+
+def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
+    """TF-IDF of words and word pairs in 384 dimensions: 128 of latent semantics, 256 sketching all that they leave out.
+
+    A truncated SVD alone (Deerwester et al. 1990; randomised, Halko et al. 2011) keeps a quarter of the energy, and
+    after scaling to length 1 texts that differ only in the rest come out equal: of its pairs at 0.95 fewer than half
+    are near-duplicates. So the residual x - VVᵀx goes along as a count sketch (Charikar et al. 2002), which keeps inner
+    products in expectation, at half its length: wording has to agree too, but a changed word weighs less than in
+    TF-IDF itself.
+
+    Args:
+        texts: N texts, each with some character that is no whitespace.
+
+    Returns:
+        (N, 384) float32, not scaled; fewer dimensions when there are fewer words.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.utils.extmath import randomized_svd
+    from threadpoolctl import threadpool_limits
+
+    weights = _tf_idf(texts)
+    rows, features = weights.shape
+    if features <= SVD_DIMENSION + SKETCH_DIMENSION:
+        return np.asarray(weights.toarray(), np.float32)
+    frequency = np.bincount(weights.indices, minlength=features)
+    common = np.sort(np.argsort(-frequency, kind="stable")[:SVD_FEATURES])
+    weights_common = weights[:, common]
+    dimension = min(SVD_DIMENSION, rows, len(common))
+    generator = np.random.default_rng(SEED)
+    bucket = generator.integers(0, SKETCH_DIMENSION, features)
+    sign = generator.choice(np.array([-1, 1], np.float32), features)
+    sketch = csr_matrix((sign, (np.arange(features), bucket)), shape=(features, SKETCH_DIMENSION))
+    # The last directions are nearly degenerate: with another number of threads they turn, and entries move by 2e-4. A
+    # product's last bits depend on it too, on some processors (seen on an AMD EPYC).
+    with threadpool_limits(1):
+        _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
+        latent = np.asarray(weights_common @ basis.T, np.float32)
+        residual = (weights @ sketch).toarray() - latent @ np.asarray(sketch[common].T @ basis.T, np.float32).T
+    return np.hstack([latent, np.float32(RESIDUAL_WEIGHT) * residual]).astype(np.float32, copy=False)
+
+
+def _tf_idf(texts: Sequence[str]) -> csr_matrix:
+    """(N, F) float32, rows of length 1: sublinear term frequency × inverse document frequency of features that occur.
+
+    Hashed, because a vocabulary of all word pairs outgrows the texts, and one cut to the frequent ones forgets exactly
+    the words by which two texts differ.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+    counter = HashingVectorizer(
+        token_pattern=WORD_OR_SIGN,
+        ngram_range=(1, 2),
+        n_features=HASHED_FEATURES,
+        alternate_sign=False,
+        norm=None,
+        dtype=np.float32,
+    )
+    counts = counter.transform(texts)
+    used = np.unique(counts.indices)
+    return TfidfTransformer(sublinear_tf=True).fit_transform(counts[:, used]).tocsr()
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows scaled to length 1; a row of zeros stays one."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)

@@ -1,0 +1,127 @@
+"""Vectors by the digest of their text, kept in scratch: after a change of the filter only new rows are embedded.
+
+`scratch/embeddings/KEY/*.parquet`, KEY for what made the vectors. A shard is written once under a name of its own and
+put in place by a rename, so processes never write the same file; the same text in two shards has the same meaning.
+Everything here can be made again: a shard that cannot be read is removed, and the oldest go once there is too much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.utils.files import canonical_json
+
+DIGEST_BYTES = 16
+MAX_BYTES = 8 << 30  # of all models together: five million vectors of 384 numbers
+MAX_SHARDS = 2000
+ABANDONED_SECONDS = 86_400
+
+
+class EmbeddingCache:
+    """The vectors that one model made."""
+
+    def __init__(self, scratch: Path, made_by: Mapping[str, object], say: Callable[[str], None]) -> None:
+        """The cache of what `made_by` names: whatever changes a vector (the model's digest or revision, the precision).
+
+        `say` is told of shards that could not be read or written.
+        """
+        name = hashlib.blake2b(canonical_json(dict(made_by)).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        self._root = scratch / "embeddings"
+        self._folder = self._root / name
+        self._say = say
+
+    def find(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Which of `texts` (by place, ascending) have a vector, and those vectors (M, d); each text counts once."""
+        places = {text_digest(text): i for i, text in enumerate(texts)}
+        rows: list[int] = []
+        found: list[NDArray[np.float32]] = []
+        for shard in sorted(self._folder.glob("*.parquet")):
+            read = self._read(shard)
+            if read is None or (found and read[1].shape[1] != found[0].shape[1]):
+                continue
+            digests, vectors = read
+            here = [(k, places.pop(d)) for k, d in enumerate(digests) if d in places]
+            if here:
+                found.append(vectors[[k for k, _ in here]])
+                rows += [place for _, place in here]
+        if not rows:
+            return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+        order = np.argsort(rows)
+        return np.array(rows, np.int64)[order], np.concatenate(found)[order]
+
+    def keep(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Add a shard with the vectors (N, d) of `texts`. A disk that will not take it costs only the next run time."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        digests = pa.array([text_digest(text) for text in texts], pa.binary(DIGEST_BYTES))
+        wide = np.ascontiguousarray(vectors, np.float32)
+        packed = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(4 * wide.shape[1]), len(wide), [None, pa.py_buffer(wide.data)]
+        )
+        temporary = self._folder / f".{uuid.uuid4().hex}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            table = pa.table({"digest": digests, "vector": packed})
+            pq.write_table(table, temporary, compression="none", use_dictionary=False, write_page_checksum=True)
+            temporary.replace(temporary.with_name(f"{temporary.name[1:]}.parquet"))
+        except OSError as error:
+            self._say(f"embeddings cannot be kept for the next run: {error.strerror or error}")
+            with suppress(OSError):
+                temporary.unlink()
+            return
+        self._bound()
+
+    def _read(self, shard: Path) -> tuple[list[bytes], NDArray[np.float32]] | None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(shard, page_checksum_verification=True).combine_chunks()
+            kept = table.column("vector").combine_chunks()
+            vectors = np.frombuffer(kept.buffers()[1], np.float32, offset=0).reshape(len(table), -1)
+            if not np.isfinite(vectors).all():
+                raise ValueError("a vector is not finite")
+            os.utime(shard)  # what is used is not the oldest
+            return table.column("digest").to_pylist(), vectors
+        except FileNotFoundError:
+            return None  # another process found it to be the oldest
+        except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._say(f"kept embeddings in {shard} cannot be read and are made again: {why}")
+            shard.unlink(missing_ok=True)
+            return None
+
+    def _bound(self) -> None:
+        """Remove the longest unused shards, of any model, while there are too many or too large ones."""
+        shards = []
+        for left in self._root.glob("*/.*"):  # by a process that was killed while it wrote
+            with suppress(OSError):
+                if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                    left.unlink()
+        for path in self._root.glob("*/*.parquet"):
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # gone meanwhile
+            shards.append((stat.st_mtime_ns, stat.st_size, path))
+        total, count = sum(size for _, size, _ in shards), len(shards)
+        for _, size, path in sorted(shards):
+            if total <= MAX_BYTES and count <= MAX_SHARDS:
+                return
+            path.unlink(missing_ok=True)
+            total, count = total - size, count - 1
+
+
+def text_digest(text: str) -> bytes:
+    """16 bytes for a text as it is: what looks the same to an exact duplicate may not to a model."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,180 @@
+"""Vectors of texts by a model: sentence-transformers (kept for other runs), or a static one of model2vec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.dedup.embedding_names import STATIC
+from finetune.errors import InputError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from finetune.context import Context
+    from finetune.dedup.embedding_cache import EmbeddingCache
+
+TEXTS_PER_CALL = 2048  # between two looks at the stop flag
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # a CPU's cache holds no more; a GPU wants many
+KEEP_TEXTS = 4096  # embedded before they are kept: at most this many are lost with a killed process
+
+
+def sentences(
+    texts: list[str], name: str, ctx: Context, folder: Path | None, made_by: Mapping[str, object] | None
+) -> tuple[NDArray[np.float32], int]:
+    """Vectors (N, d) of a sentence-transformers model, in 16 bits on a GPU; `texts` are different and not empty.
+
+    Those that an earlier run kept under `made_by` are not made again; the number of the others is returned, too.
+
+    Raises:
+        InputError: the model is neither here nor to be had.
+    """
+    from finetune.dedup.embedding_cache import EmbeddingCache
+    from finetune.models.device import pick_device
+
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"dedup.embedding: there is no folder {folder}")
+    device = pick_device(ctx.device)
+    cache = None
+    known, vectors = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+    if made_by is not None:
+        cache = EmbeddingCache(ctx.scratch, {"made_by": dict(made_by), "device": device.partition(":")[0]}, ctx.say)
+        known, vectors = cache.find(texts)
+    out = np.zeros((len(texts), vectors.shape[1]), np.float32)
+    out[known] = vectors
+    missing = np.setdiff1d(np.arange(len(texts)), known)
+    if len(known):
+        ctx.say(f"embed: {len(known):,} of {len(texts):,} texts were embedded before")
+    if not len(missing):
+        return out, 0
+    model = _load(name, ctx, folder, device)
+    pending: list[tuple[list[int], NDArray[np.float32]]] = []
+    planned = batches(model, [texts[i] for i in missing], BATCH_TOKENS[device.partition(":")[0]])
+    for batch in ctx.track(planned, "embed", total=len(planned)):
+        rows = missing[batch].tolist()
+        made = model.encode([texts[i] for i in rows], batch_size=len(rows), show_progress_bar=False)
+        pending.append((rows, np.asarray(made, np.float32)))
+        if sum(len(r) for r, _ in pending) >= KEEP_TEXTS:
+            out = _settled(out, pending, texts, cache)
+    return _settled(out, pending, texts, cache), len(missing)
+
+
+def static(texts: list[str], name: str, ctx: Context, folder: Path | None) -> NDArray[np.float32]:
+    """Vectors (N, d) of a static model: the mean of its tokens' vectors (model2vec), some hundred times as fast.
+
+    Raises:
+        InputError: model2vec is not installed, or the model is neither here nor to be had.
+    """
+    try:
+        from model2vec import StaticModel
+    except ImportError as error:
+        raise InputError(
+            f"dedup.embedding: {STATIC}{name} needs a package that is not installed: pip install model2vec"
+        ) from error
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"dedup.embedding: there is no folder {folder}")
+    try:
+        place = folder or _downloaded(name, ctx)
+        # Whole texts: a mean over the first 512 tokens would call two long answers with one beginning the same.
+        model = StaticModel.from_pretrained(place, max_length=None, force_download=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"dedup.embedding: {name!r} could not be loaded as a model2vec model ({error}); give a Hub name that this "
+            "machine can reach, or the folder of a downloaded model"
+        ) from error
+    parts = []
+    starts = range(0, len(texts), TEXTS_PER_CALL)
+    for start in ctx.track(starts, "embed", total=len(starts)):
+        chunk = texts[start : start + TEXTS_PER_CALL]
+        parts.append(np.asarray(model.encode(chunk, use_multiprocessing=False), np.float32))
+    return np.concatenate(parts)
+
+
+def _downloaded(name: str, ctx: Context) -> Path:
+    from huggingface_hub import snapshot_download
+
+    from finetune.hub.client import resolve_revision
+
+    revision = resolve_revision(name, None, "model", ctx.scratch, ctx.say)
+    return Path(snapshot_download(name, revision=revision, cache_dir=ctx.scratch / "hub"))
+
+
+def _load(name: str, ctx: Context, folder: Path | None, device: str) -> SentenceTransformer:
+    import torch
+    from huggingface_hub import constants
+    from sentence_transformers import SentenceTransformer
+
+    from finetune.hub.client import resolve_revision
+
+    cuda = device.startswith("cuda")
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    revision = None if folder else resolve_revision(name, None, "model", ctx.scratch, ctx.say)
+    try:
+        return SentenceTransformer(
+            str(folder or name),
+            device=device,
+            revision=revision,
+            cache_folder=str(ctx.scratch / "hub"),
+            local_files_only=folder is not None or constants.is_offline_mode(),
+            model_kwargs={"dtype": half if cuda else torch.float32, "use_safetensors": True},  # never a pickle
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"dedup.embedding: {name!r} could not be loaded as a sentence-transformers model ({error}); "
+            "give a Hub name that this machine can reach, the folder of a downloaded model, or lsa"
+        ) from error
+
+
+def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> list[list[int]]:
+    """Places in `texts`, longest first, in batches of at most `budget` tokens, padding included (or of one text).
+
+    Texts of like length waste no padding, memory runs out at once or never, and a run that goes on after a batch makes
+    the very batches the first run would have made.
+    """
+    lengths = np.fromiter(_token_counts(model, texts), np.int64, len(texts))
+    order = np.argsort(-lengths, kind="stable").tolist()
+    found = []
+    start = 0
+    while start < len(order):
+        stop = start + max(1, budget // max(1, int(lengths[order[start]])))
+        found.append(order[start:stop])
+        start = stop
+    return found
+
+
+def _token_counts(model: SentenceTransformer, texts: Sequence[str]) -> Iterator[int]:
+    """Tokens of each text as the model will see it; characters where its tokenizer is of another kind."""
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = model.tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        yield from map(len, texts)
+        return
+    limit = model.max_seq_length
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        ids = tokenizer(list(texts[start : start + TEXTS_PER_CALL]), padding=False, verbose=False)["input_ids"]
+        yield from (min(len(row), limit) if limit else len(row) for row in ids)
+
+
+def _settled(
+    out: NDArray[np.float32],
+    pending: list[tuple[list[int], NDArray[np.float32]]],
+    texts: Sequence[str],
+    cache: EmbeddingCache | None,
+) -> NDArray[np.float32]:
+    """`out` with the pending vectors in it, which are kept for other runs, too."""
+    if not pending:
+        return out
+    rows = [row for batch, _ in pending for row in batch]
+    vectors = np.concatenate([part for _, part in pending])
+    if not out.shape[1]:
+        out = np.zeros((len(out), vectors.shape[1]), np.float32)
+    out[rows] = vectors
+    if cache is not None:
+        cache.keep([texts[row] for row in rows], vectors)
+    pending.clear()
+    return out

@@ -1,0 +1,167 @@
+"""Exact inner-product search: FAISS on a CPU, blocked torch products on a GPU (faiss-cpu has none there)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import faiss
+    import torch
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+MAX_PAIRS = 8_000_000  # pairs a chunk is meant to hold (12 bytes each inside FAISS)
+MIN_QUERIES = 128  # below this BLAS loses its speed
+MAX_QUERIES = 4096  # FAISS's own block; with 145 at a time it took ten times the processor time over 55 k rows
+GPU_COLUMNS = 65_536
+GPU_FROM_ROWS = 20_000  # fewer are compared in seconds; starting torch and a GPU takes as long
+
+
+def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchIndex]:
+    """What makes an empty index for vectors of a dimension: on the GPU where there is one and `rows` are many.
+
+    `device` is a context's: `auto`, `cpu` or `cuda`. Raises InputError where it asks for a GPU that is not there.
+    """
+    if device == "cpu" or rows < GPU_FROM_ROWS:
+        return FlatIndex
+    from finetune.models.device import pick_device
+
+    found = pick_device(device)
+    return FlatIndex if found == "cpu" else lambda dimension: TorchIndex(dimension, found)
+
+
+class _Queries:
+    """How many queries make a chunk: few at first, more while they find little, fewer where they find much.
+
+    A chunk of 128 that finds all of 60,000 rows is as large as one of 4,096 that finds 2,000 each.
+    """
+
+    def __init__(self) -> None:
+        self._size = MIN_QUERIES
+
+    def parts(self, count: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of one chunk after another; `found` is to be told of each."""
+        start = 0
+        while start < count:
+            stop = min(start + self._size, count)
+            yield start, stop
+            start = stop
+
+    def found(self, queries: int, pairs: int) -> None:
+        """What the last chunk held."""
+        room = MAX_PAIRS * queries // (2 * max(1, pairs))  # the next may be twice as full
+        self._size = max(MIN_QUERIES, min(4 * self._size, room, MAX_QUERIES))
+
+
+class FlatIndex:
+    """All pairs above a score, with no limit on neighbours; holds the vectors it was given once.
+
+    FAISS's `range_search` compares tiles and never builds the whole score matrix, so a search costs rows × dimension
+    of memory plus the pairs it found. A `Search` of `finetune.dedup.measures`.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        """An empty index for vectors of `dimension` numbers."""
+        import faiss
+
+        self._index: faiss.IndexFlatIP = faiss.IndexFlatIP(dimension)
+        self._queries = _Queries()
+
+    def __len__(self) -> int:
+        """How many vectors it holds."""
+        return int(self._index.ntotal)
+
+    def add(self, vectors: NDArray[np.float32]) -> None:
+        """Append `vectors` (N, d) float32; they get the next row numbers."""
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
+        """Every (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j.
+
+        `queries` is (Q, d) float32. Chunks end between two queries.
+        """
+        if not len(self):
+            return
+        for start, stop in self._queries.parts(len(queries)):
+            block = np.ascontiguousarray(queries[start:stop], dtype=np.float32)
+            limits, scores, found = self._index.range_search(block, score)
+            counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
+            self._queries.found(stop - start, len(found))
+            yield _in_order([(np.repeat(np.arange(start, stop), counts), found, scores)])
+
+
+class TorchIndex:
+    """`FlatIndex` on a torch device: the same pairs, but for the last digits of their products."""
+
+    def __init__(self, dimension: int, device: str) -> None:
+        """An empty index for vectors of `dimension` numbers."""
+        import torch
+
+        self._device = device
+        self._parts = [torch.empty((0, dimension), device=device)]
+        self._count = 0
+        self._queries = _Queries()
+
+    def __len__(self) -> int:
+        """How many vectors it holds."""
+        return self._count
+
+    def add(self, vectors: NDArray[np.float32]) -> None:
+        """Append `vectors` (N, d) float32; they get the next row numbers."""
+        self._parts.append(self._there(vectors))
+        self._count += len(vectors)
+        while len(self._parts) > 1 and len(self._parts[-2]) <= 2 * len(self._parts[-1]):
+            self._parts[-2:] = [_stacked(self._parts[-2:])]
+
+    def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
+        """Every (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j."""
+        if not len(self):
+            return
+        for start, stop in self._queries.parts(len(queries)):
+            block = self._there(queries[start:stop])
+            found: list[Pairs] = []
+            first = 0
+            for part in self._parts:
+                for low in range(0, len(part), GPU_COLUMNS):
+                    found += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
+                first += len(part)
+            self._queries.found(stop - start, sum(len(i) for i, _, _ in found))
+            yield _in_order(found)
+
+    def _above(self, block: torch.Tensor, part: torch.Tensor, score: float, start: int, first: int) -> list[Pairs]:
+        import torch
+
+        # TF32 would be off by 1e-3, more than the band within which scores are looked at again.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            products = block @ part.T
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        i, j = torch.nonzero(products > score, as_tuple=True)
+        if not len(i):
+            return []
+        return [((i + start).cpu().numpy(), (j + first).cpu().numpy(), products[i, j].cpu().numpy())]
+
+    def _there(self, vectors: NDArray[np.float32]) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self._device)
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.cat(parts)
+
+
+def _in_order(found: list[Pairs]) -> Pairs:
+    """The pairs of one chunk as one, sorted by query and then by row."""
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    i, j, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((j, i))
+    return i[order], j[order], scores[order]

@@ -1,0 +1,262 @@
+"""Rows as sets of word n-grams, and all pairs of them whose Jaccard similarity reaches a threshold, exactly.
+
+Pairs are found by prefix filtering (AllPairs, Bayardo et al. 2007; PPJoin, Xiao et al. 2008). With the n-grams of every
+row in one order, rarest first, two sets x and y of Jaccard similarity t or more share one among the first
+|x| - ⌈t·|x|⌉ + 1 of x and the first |y| - ⌈t·|y|⌉ + 1 of y, for they have at least t·max(|x|, |y|) in common. Every
+candidate is then counted out, so nothing is approximate but one thing: an n-gram is known by 64 bits of a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.text import normalised
+from finetune.dedup.measures import Rows, Scores
+
+WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")  # punctuation counts: `a < b` and `a <= b` are two different answers
+CHUNK_WORDS = 1 << 20
+MAX_CANDIDATES = 4_000_000  # looked at together; 16 bytes each
+SLACK = 1e-9  # t·|x| in float64 must not round a set out of its own prefix
+Tokens = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """N sets. N-grams are numbered by frequency, rarest first; those of one set alone are only counted, never stored.
+
+    Attributes:
+        tokens: (M,) the stored n-grams of all sets one after the other, ascending within a set.
+        starts: (N + 1,) where each set's begin in `tokens`.
+        sizes: (N,) how many n-grams each set has, stored or not.
+        kinds: how many different n-grams are stored at all.
+    """
+
+    tokens: Tokens
+    starts: Rows
+    sizes: Rows
+    kinds: int
+
+    def __len__(self) -> int:
+        """How many sets."""
+        return len(self.sizes)
+
+    def take(self, rows: Rows) -> Sets:
+        """The sets of `rows`, in that order."""
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        return Sets(self.tokens[ranges(self.starts[rows], lengths)], starts, self.sizes[rows], self.kinds)
+
+
+def word_sets(texts: Iterable[str], ngram: int) -> Sets:
+    """The set of runs of `ngram` words or signs in each text (NFKC, case folded); a shorter text is one run as a whole.
+
+    A text without words is the empty set, which is like no other.
+    """
+    codes: dict[str, int] = {}
+    hashes: list[NDArray[np.uint64]] = []
+    owners: list[NDArray[np.int32]] = []
+    batch: list[list[int]] = []
+    first = pending = count = 0
+    for count, text in enumerate(texts, start=1):
+        words = WORD_OR_SIGN.findall(normalised(text))
+        batch.append([codes[w] if w in codes else codes.setdefault(w, _code(w)) for w in words])
+        pending += len(words)
+        if pending >= CHUNK_WORDS:
+            _add_runs(batch, first, ngram, hashes, owners)
+            batch, first, pending = [], count, 0
+    _add_runs(batch, first, ngram, hashes, owners)
+    return _numbered(np.concatenate(hashes), np.concatenate(owners), count)
+
+
+def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
+    """|x ∩ y| / |x ∪ y| of set i[k] of `left` with set j[k] of `right`, float64, for every k; `i` is ascending."""
+    common = np.zeros(len(i), np.int64)
+    here = np.zeros(max(left.kinds, 1), bool)
+    lengths = right.starts[j + 1] - right.starts[j]
+    bounds = np.flatnonzero(np.r_[True, i[1:] != i[:-1], True]) if len(i) else np.zeros(0, np.int64)
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        own = left.tokens[left.starts[i[start]] : left.starts[i[start] + 1]]
+        here[own] = True
+        step = max(1, MAX_CANDIDATES // max(1, int(lengths[start:stop].max())))
+        for low in range(start, stop, step):
+            part = slice(low, min(low + step, stop))
+            found = here[right.tokens[ranges(right.starts[j[part]], lengths[part])]]
+            ends = np.concatenate([[0], np.cumsum(found)])
+            edges = np.concatenate([[0], np.cumsum(lengths[part])])
+            common[part] = ends[edges[1:]] - ends[edges[:-1]]
+        here[own] = False
+    scores: Scores = common / np.maximum(left.sizes[i] + right.sizes[j] - common, 1)
+    return scores
+
+
+class SetSearch:
+    """All added sets whose Jaccard similarity with a query reaches a threshold; sets come bit by bit.
+
+    Holds every added set once, and a posting (8 bytes) for each n-gram of its prefix.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        """An empty search for similarities of at least `threshold`, in (0, 1]."""
+        self._threshold = threshold
+        self._parts: list[Sets] = []
+        self._postings: list[tuple[Tokens, NDArray[np.int32]]] = []  # (n-gram, ascending; set), the longest list first
+        self._count = 0
+
+    def add(self, sets: Sets) -> None:
+        """Append `sets`; they get the next numbers, from 0."""
+        owner, tokens = self._prefixes(sets)
+        self._push(tokens, (owner + self._count).astype(np.int32))
+        self._parts.append(sets)
+        self._count += len(sets)
+        while len(self._parts) > 1 and len(self._parts[-2].tokens) <= 2 * len(self._parts[-1].tokens):
+            self._parts[-2:] = [_joined(self._parts[-2], self._parts[-1])]
+
+    def pairs(self, queries: Sets, score: float) -> Iterator[tuple[Rows, Rows, Scores]]:
+        """Every (query i, added set j, Jaccard similarity) of at least `score`, sorted, never dividing a query.
+
+        `score` is the threshold given before or more.
+        """
+        owner, tokens = self._prefixes(queries)
+        spans = [(np.searchsorted(t, tokens), np.searchsorted(t, tokens, "right"), s) for t, s in self._postings]
+        cost = np.zeros(len(queries) + 1, np.int64)
+        for low, high, _ in spans:
+            cost[1:] += np.bincount(owner, high - low, minlength=len(queries)).astype(np.int64)
+        total = np.cumsum(cost)
+        start = 0
+        while start < len(queries):
+            stop = max(start + 1, int(np.searchsorted(total, total[start] + MAX_CANDIDATES, "right")) - 1)
+            some = slice(*np.searchsorted(owner, [start, stop]))
+            i, j = self._candidates(queries, owner[some], [(low[some], high[some], s) for low, high, s in spans])
+            yield from self._verified(queries, i, j, score)
+            start = stop
+
+    def _verified(self, queries: Sets, i: Rows, j: Rows, score: float) -> Iterator[tuple[Rows, Rows, Scores]]:
+        found = np.zeros(len(i), np.float64)
+        base = 0
+        for part in self._parts:
+            here = np.flatnonzero((j >= base) & (j < base + len(part)))
+            found[here] = jaccard(queries, i[here], part, j[here] - base)
+            base += len(part)
+        reach = found >= score
+        if reach.any():
+            yield i[reach], j[reach], found[reach]
+
+    def _candidates(
+        self, queries: Sets, owner: Rows, spans: list[tuple[Rows, Rows, NDArray[np.int32]]]
+    ) -> tuple[Rows, Rows]:
+        """The pairs that share an n-gram of their prefixes and are near enough in size, each once."""
+        found = [np.zeros(0, np.int64)]
+        for low, high, sets in spans:
+            j = sets[ranges(low, high - low)].astype(np.int64)
+            i = np.repeat(owner, high - low)
+            a, b = queries.sizes[i], self._sizes()[j]
+            fits = np.minimum(a, b) >= self._threshold * np.maximum(a, b) - SLACK
+            found.append(i[fits] * self._count + j[fits])
+        unique = np.unique(np.concatenate(found))
+        return unique // max(self._count, 1), unique % max(self._count, 1)
+
+    def _sizes(self) -> Rows:
+        return np.concatenate([part.sizes for part in self._parts])
+
+    def _prefixes(self, sets: Sets) -> tuple[Rows, Tokens]:
+        """(set, n-gram) of every prefix, but for n-grams of one set alone: they come first and lead nowhere."""
+        stored = sets.starts[1:] - sets.starts[:-1]
+        prefix = sets.sizes - np.ceil(self._threshold * sets.sizes - SLACK).astype(np.int64) + 1
+        lengths = np.clip(prefix - (sets.sizes - stored), 0, stored)
+        return np.repeat(np.arange(len(sets)), lengths), sets.tokens[ranges(sets.starts[:-1], lengths)]
+
+    def _push(self, tokens: Tokens, sets: NDArray[np.int32]) -> None:
+        """Add postings; lists of like length are merged, so that there are few and each number is moved few times."""
+        while True:
+            order = np.argsort(tokens, kind="stable")
+            tokens, sets = tokens[order], sets[order]
+            if not self._postings or len(self._postings[-1][0]) > 2 * len(tokens):
+                break
+            before, owners = self._postings.pop()
+            tokens, sets = np.concatenate([before, tokens]), np.concatenate([owners, sets])
+        self._postings.append((tokens, sets))
+
+
+@dataclass(frozen=True)
+class Jaccard:
+    """The measure for `near_duplicates.select`: rows are alike from a Jaccard similarity of `threshold` on."""
+
+    sets: Sets
+    threshold: float
+    name: str = "minhash"
+    band: float = 0.0  # scores are exact
+
+    def search(self) -> SetSearch:
+        """An empty search."""
+        return SetSearch(self.threshold)
+
+    def features(self, rows: Rows) -> Sets:
+        """What the search compares."""
+        return self.sets.take(rows)
+
+    def settled(self, a: Rows, b: Rows, scores: Scores) -> Scores:
+        """The scores, which need no second look."""
+        return scores
+
+
+def _code(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the result hangs on every bit of `x`."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _add_runs(
+    batch: list[list[int]], first: int, ngram: int, hashes: list[NDArray[np.uint64]], owners: list[NDArray[np.int32]]
+) -> None:
+    """Append each different run of each text of `batch`, the first of which is row `first`."""
+    lengths = np.array([len(words) for words in batch], np.int64)
+    words = np.fromiter((w for row in batch for w in row), np.uint64, int(lengths.sum()))
+    ends = np.cumsum(lengths)
+    runs = np.where(lengths > 0, np.maximum(lengths - ngram + 1, 1), 0)
+    at = ranges(ends - lengths, runs)
+    row = np.repeat(np.arange(len(batch)), runs)
+    code = np.zeros(len(at), np.uint64)
+    for k in range(ngram):
+        inside = at + k < ends[row]  # a text shorter than `ngram` is one run of all its words
+        code[inside] = _mixed(code[inside] * np.uint64(0x9E3779B97F4A7C15) + words[at[inside] + k])
+    order = np.lexsort((code, row))
+    code, row = code[order], row[order]
+    new = np.ones(len(code), bool)
+    new[1:] = (code[1:] != code[:-1]) | (row[1:] != row[:-1])
+    hashes.append(code[new])
+    owners.append((row[new] + first).astype(np.int32))
+
+
+def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) -> Sets:
+    sizes = np.bincount(owners, minlength=rows).astype(np.int64)
+    _, kind, frequency = np.unique(hashes, return_inverse=True, return_counts=True)
+    rank = np.empty(len(frequency), np.int32)
+    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
+    alone = int((frequency == 1).sum())
+    shared = frequency[kind] > 1
+    tokens, owners = rank[kind[shared]] - np.int32(alone), owners[shared]
+    tokens = tokens[np.lexsort((tokens, owners))]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=rows))]).astype(np.int64)
+    return Sets(tokens, starts, sizes, len(frequency) - alone)
+
+
+def ranges(starts: Rows, lengths: Rows) -> Rows:
+    """starts[0], starts[0] + 1, …, for lengths[0] numbers, then the same from starts[1], and so on."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _joined(a: Sets, b: Sets) -> Sets:
+    starts = np.concatenate([a.starts, b.starts[1:] + a.starts[-1]])
+    return Sets(np.concatenate([a.tokens, b.tokens]), starts, np.concatenate([a.sizes, b.sizes]), a.kinds)

@@ -1,0 +1,117 @@
+"""How much of what repeats a kept row was dropped: counted on a sample, against every kept row, without a search.
+
+The searches are exact, so the answer is 1; it is counted for large data, where nobody can look, because a claim that is
+not measured is worth little.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.dedup.jaccard import Jaccard, Sets, ranges
+from finetune.dedup.measures import SCORE_DECIMALS, Cosine, Rows
+
+SAMPLED = 1000
+COLUMNS = 4096  # kept rows compared together
+
+Twins = NDArray[np.bool_]
+
+
+class Repeats(Protocol):
+    """Which of `rows` (n,) are like one of `kept` (m,) that is another row, by comparing each with each."""
+
+    def __call__(self, rows: Rows, kept: Rows) -> Twins:
+        """(n,) bool."""
+
+
+def measured_recall(
+    order: Sequence[int],
+    dropped: set[int],
+    keys: Sequence[Hashable] | None,
+    measures: Sequence[Cosine | Jaccard],
+    sampled: int = SAMPLED,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float | int | None]]:
+    """For each method: of the sampled rows that repeat a kept row by it, the share that was dropped.
+
+    Args:
+        order: the row numbers that were looked at.
+        dropped: those that were dropped, by whatever method.
+        keys: the key of every row number, or None where equal keys did not count.
+        measures: the other methods.
+        sampled: how many rows are compared with all kept ones, evenly spread over the row numbers.
+        check: called between blocks; may raise to stop.
+
+    Returns:
+        Method → {"sampled", "repeats": how many of them repeat a kept row, "recall": None where none does}.
+    """
+    rows = np.sort(np.asarray(order, np.int64))
+    kept = rows[~np.isin(rows, np.fromiter(dropped, np.int64))]
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(sampled, len(rows))).astype(np.int64))]
+    gone = np.isin(some, np.fromiter(dropped, np.int64))
+    methods: dict[str, Repeats] = {}
+    if keys is not None:
+        methods["exact"] = lambda rows, kept: _same_key(keys, rows, kept)
+    for measure in measures:
+        methods[measure.name] = _of(measure)
+    found: dict[str, dict[str, float | int | None]] = {}
+    for name, repeats in methods.items():
+        check()
+        twin = repeats(some, kept)
+        share = float(gone[twin].mean()) if twin.any() else None
+        found[name] = {"sampled": len(some), "repeats": int(twin.sum()), "recall": share}
+    return found
+
+
+def _of(measure: Cosine | Jaccard) -> Repeats:
+    if isinstance(measure, Cosine):
+        return lambda rows, kept: _cosine(measure, rows, kept)
+    return lambda rows, kept: _jaccard(measure, rows, kept)
+
+
+def _same_key(keys: Sequence[Hashable], rows: Rows, kept: Rows) -> Twins:
+    counts = Counter(keys[row] for row in kept.tolist())
+    there = set(kept.tolist())
+    return np.array([bool(keys[r]) and counts[keys[r]] > (r in there) for r in rows.tolist()], bool)
+
+
+def _cosine(measure: Cosine, rows: Rows, kept: Rows) -> Twins:
+    def unit(some: Rows) -> NDArray[np.float64]:
+        wide = measure.vectors[some].astype(np.float64)
+        lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+        scaled: NDArray[np.float64] = wide / np.where(lengths > 0, lengths, 1)
+        return scaled
+
+    queries, found = unit(rows), np.zeros(len(rows), bool)
+    for start in range(0, len(kept), COLUMNS):
+        part = kept[start : start + COLUMNS]
+        reach = np.round(queries @ unit(part).T, SCORE_DECIMALS) >= measure.threshold
+        reach &= rows[:, None] != part[None, :]
+        found |= reach.any(axis=1)
+    return found
+
+
+def _jaccard(measure: Jaccard, rows: Rows, kept: Rows) -> Twins:
+    """By counting, for each row, the n-grams that every kept row has in common with it: no prefix, no size filter."""
+    others = measure.sets.take(kept)
+    holder = np.repeat(np.arange(len(kept), dtype=np.int32), others.starts[1:] - others.starts[:-1])
+    order = np.argsort(others.tokens, kind="stable")
+    tokens, holder = others.tokens[order], holder[order]
+    queries = measure.sets.take(rows)
+    found = np.zeros(len(rows), bool)
+    for place, own in enumerate(_each(queries)):
+        low, high = (np.searchsorted(tokens, own, side) for side in ("left", "right"))
+        common = np.bincount(holder[ranges(low, high - low)], minlength=len(kept))
+        scores = common / np.maximum(queries.sizes[place] + others.sizes - common, 1)
+        found[place] = bool(((scores >= measure.threshold) & (kept != rows[place])).any())
+    return found
+
+
+def _each(sets: Sets) -> Iterator[NDArray[np.int32]]:
+    for start, stop in zip(sets.starts[:-1].tolist(), sets.starts[1:].tolist(), strict=True):
+        yield sets.tokens[start:stop]

@@ -1,0 +1,287 @@
+"""Exact and near-duplicates: which rows go, why, and which rows must stay together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.dedup.measures import Best, Cosine, Measure, NewSearch, Rows, Scores, Search, Vectors, nonzero, reaches
+
+COPY = re.compile(r"~\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A dropped row, the kept row it repeats (both as row numbers), their score, and by which method."""
+
+    dropped: int
+    kept: int
+    score: float
+    method: str = "embedding"
+
+
+def copy_id(row_id: str, number: int) -> str:
+    """The id of the `number`-th copy of a row; the first is the row itself."""
+    return row_id if number == 1 else f"{row_id}~{number}"
+
+
+def original_id(row_id: str) -> str:
+    """The id of the row that `row_id` is a copy of, or `row_id`."""
+    return COPY.sub("", row_id)
+
+
+def exact_duplicates(keys: Sequence[Hashable], order: Iterable[int]) -> list[Pair]:
+    """Rows whose key repeats that of a row earlier in `order`; an empty key (`""`, None) repeats nothing."""
+    first: dict[Hashable, int] = {}
+    pairs = []
+    for row in order:
+        kept = first.setdefault(keys[row], row)
+        if kept != row and keys[row]:
+            pairs.append(Pair(row, kept, 1.0, "exact"))
+    return pairs
+
+
+def select(
+    order: Sequence[int] | Rows,
+    keys: Sequence[Hashable] | None,
+    measures: Sequence[Measure],
+    block_rows: int = 1024,
+    check: Callable[[], None] = lambda: None,
+) -> list[Pair]:
+    """Greedy selection: rows are taken in `order`, one is dropped exactly when a row kept before it is like it.
+
+    Alike are two rows with the same key, or that reach the threshold of one of `measures`. So no two kept rows are
+    alike by any of them, and every dropped row is paired with a kept one: that with the same key ("exact"), else the
+    best-scoring by the first measure that has one, the earlier in `order` on a tie. The result does not depend on
+    `block_rows`.
+
+    Args:
+        order: the row numbers to look at, each once, those to be preferred first; other rows are left out.
+        keys: a key for every row number, or None; an empty key (`""`, None) is like no other.
+        measures: what else makes rows alike.
+        block_rows: rows looked at together. Memory is the features of the kept rows plus a block's pairs.
+        check: called between blocks; may raise to stop.
+
+    Returns:
+        One Pair per dropped row, in `order`.
+    """
+    rows = np.asarray(order, dtype=np.int64)
+    known: Sequence[Hashable] = keys if keys is not None else [None] * (int(rows.max(initial=-1)) + 1)
+    searches = [m.search() for m in measures]
+    kept = np.empty(len(rows), np.int64)  # row numbers in the order they were added to the searches
+    count = 0
+    by_key: dict[Hashable, int] = {}  # of the kept rows
+    pairs: list[Pair] = []
+    for start in range(0, len(rows), block_rows):
+        check()
+        block = rows[start : start + block_rows]
+        best = [Best(block, m) for m in measures]
+        fresh = np.array([p for p, r in enumerate(block.tolist()) if known[r] not in by_key], np.int64)
+        for found, measure, search in zip(best, measures, searches, strict=True):
+            for i, j, scores in search.pairs(measure.features(block[fresh]), measure.threshold - measure.band):
+                found.take(fresh[i], kept[j], scores)
+            fresh = fresh[found.row[fresh] < 0]
+        chosen = fresh[_greedy(block[fresh], known, measures)]
+        twins = _twins_by_key(block, chosen, known, by_key)
+        left = np.array([p for p in range(len(block)) if p not in twins], np.int64)
+        left = left[~np.isin(left, chosen)]
+        for found, measure, search in zip(best, measures, searches, strict=True):
+            _take_earlier(found, measure, block, chosen, left)
+            left = left[found.row[left] < 0]
+            search.add(measure.features(block[chosen]))
+        kept[count : count + len(chosen)] = block[chosen]
+        count += len(chosen)
+        pairs += _named(block, twins, measures, best)
+    return pairs
+
+
+def near_duplicates(
+    vectors: Vectors,
+    order: Sequence[int] | Rows,
+    threshold: float,
+    new_search: NewSearch,
+    block_rows: int = 1024,
+    check: Callable[[], None] = lambda: None,
+) -> list[Pair]:
+    """`select` by cosine alone: `vectors` (N, d) float32, rows of length 1 or 0, and `threshold` in (0, 1].
+
+    Raises:
+        ValueError: rows are neither unit nor zero, or not finite.
+    """
+    return select(order, None, [Cosine(vectors, threshold, new_search)], block_rows, check)
+
+
+def groups(
+    vectors: Vectors | None,
+    keys: Iterable[Sequence[Hashable]],
+    threshold: float,
+    new_search: NewSearch,
+    block_rows: int = 1024,
+    check: Callable[[], None] = lambda: None,
+) -> Rows:
+    """The group of every row: rows are linked by an equal key or by a cosine at or above `threshold`, also in chains.
+
+    Only a table of N parents is held, never the links, so a chain or a clique of any size costs no more memory.
+
+    Args:
+        vectors: (N, d) float32 unit or zero rows, or None to link by keys only.
+        keys: lists of N keys each (say, texts); an empty key links nothing.
+        threshold: cosine in (0, 1] from which two rows belong together.
+        new_search: makes an empty exact search.
+        block_rows: rows compared together.
+        check: called between blocks; may raise to stop.
+
+    Returns:
+        (N,) int64, for every row the smallest row number in its group.
+
+    Raises:
+        ValueError: as `near_duplicates`, or the lengths differ.
+    """
+    lists = list(keys)
+    sizes = {len(k) for k in lists} | ({len(vectors)} if vectors is not None else set())
+    if len(sizes) != 1:
+        raise ValueError(f"vectors and keys must be of one length, not {sorted(sizes)}")
+    forest = _Forest(sizes.pop())
+    for column in lists:
+        twins = exact_duplicates(column, range(len(column)))
+        forest.join(_numbers(p.dropped for p in twins), _numbers(p.kept for p in twins))
+    if vectors is None or not len(vectors):
+        return forest.roots()
+    measure = Cosine(vectors, threshold, new_search)
+    alive = np.flatnonzero(nonzero(vectors))
+    # Rows with the very same vector are one node: a group of 50,000 copies would else have 1.25 billion links.
+    same = exact_duplicates([vectors[r].tobytes() for r in alive], range(len(alive)))
+    copies = _numbers(p.dropped for p in same)
+    forest.join(alive[copies], alive[_numbers(p.kept for p in same)])
+    nodes = np.delete(alive, copies)
+    search = measure.search()
+    for start in range(0, len(nodes), block_rows):
+        check()
+        block = nodes[start : start + block_rows]
+        search.add(vectors[block])
+        for i, j, scores in search.pairs(vectors[block], threshold - measure.band):
+            forest.join_similar(measure, block[i], nodes[j], scores)
+    return forest.roots()
+
+
+def links_between(left: Vectors, right: Vectors, threshold: float, new_search: NewSearch) -> tuple[Rows, Rows, Scores]:
+    """The rows of `left` (N, d) that reach `threshold` with some row of `right` (M, d), that row, and their cosine.
+
+    For each such row of `left` the best row of `right` is named, the first on a tie. Zero rows reach nothing.
+
+    Raises:
+        ValueError: as `near_duplicates`.
+    """
+    a, b = np.flatnonzero(nonzero(left)), np.flatnonzero(nonzero(right))
+    measure = Cosine(np.concatenate([left[a], right[b]]), threshold, new_search)
+    search = measure.search()
+    search.add(right[b])
+    best = Best(np.arange(len(a)), measure)
+    for i, j, scores in search.pairs(left[a], threshold - measure.band):
+        best.take(i, len(a) + j, scores)
+    hits = np.flatnonzero(best.row >= 0)
+    return a[hits], b[best.row[hits] - len(a)], best.score[hits]
+
+
+def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:
+    """Look, for the places `left` of a block, at the places `chosen` before each."""
+    if not len(chosen) or not len(left):
+        return
+    inside = measure.search()
+    inside.add(measure.features(block[chosen]))
+    for i, j, scores in inside.pairs(measure.features(block[left]), measure.threshold - measure.band):
+        earlier = chosen[j] < left[i]
+        found.take(left[i[earlier]], block[chosen[j[earlier]]], scores[earlier])
+
+
+def _twins_by_key(block: Rows, chosen: Rows, keys: Sequence[Hashable], by_key: dict[Hashable, int]) -> dict[int, int]:
+    """Place in the block -> the row with its key that was kept before it; `by_key` takes in the chosen ones."""
+    keeps = set(chosen.tolist())
+    twins = {}
+    for place, row in enumerate(block.tolist()):
+        if place in keeps:
+            if keys[row]:
+                by_key[keys[row]] = row
+        elif keys[row] in by_key:
+            twins[place] = by_key[keys[row]]
+    return twins
+
+
+def _named(block: Rows, twins: dict[int, int], measures: Sequence[Measure], best: Sequence[Best]) -> list[Pair]:
+    """The pair of every dropped row of a block."""
+    pairs = []
+    for place, row in enumerate(block.tolist()):
+        if place in twins:
+            pairs.append(Pair(row, twins[place], 1.0, "exact"))
+            continue
+        for measure, found in zip(measures, best, strict=True):
+            if found.row[place] >= 0:
+                pairs.append(Pair(row, int(found.row[place]), float(found.score[place]), measure.name))
+                break
+    return pairs
+
+
+def _numbers(rows: Iterable[int]) -> Rows:
+    return np.fromiter(rows, np.int64)
+
+
+def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -> Rows:
+    """Which of a few rows (n,) the greedy rule keeps among themselves: their places, in order."""
+    dropped_by: list[list[int]] = [[] for _ in range(len(rows))]
+    for measure in measures:
+        search: Search = measure.search()
+        features = measure.features(rows)
+        search.add(features)
+        for i, j, scores in search.pairs(features, measure.threshold - measure.band):
+            later = i > j
+            i, j, scores = i[later], j[later], scores[later]
+            reach = reaches(measure, rows[i], rows[j], scores)
+            for row, earlier in zip(i[reach].tolist(), j[reach].tolist(), strict=True):
+                dropped_by[row].append(earlier)
+    keep = np.zeros(len(rows), bool)
+    seen: set[Hashable] = set()
+    for place, earlier_places in enumerate(dropped_by):
+        key = keys[rows[place]]
+        keep[place] = key not in seen and not any(keep[e] for e in earlier_places)
+        if keep[place] and key:
+            seen.add(key)
+    return np.flatnonzero(keep)
+
+
+class _Forest:
+    """Union-find over row numbers, by whole arrays of links; the root is the smallest row of a group."""
+
+    def __init__(self, rows: int) -> None:
+        self._parent = np.arange(rows)
+
+    def roots(self) -> Rows:
+        """(N,) the root of every row; also shortens every path to one step."""
+        while True:
+            shorter = self._parent[self._parent]
+            if np.array_equal(shorter, self._parent):
+                return self._parent.copy()
+            self._parent = shorter
+
+    def join(self, a: Rows, b: Rows) -> None:
+        """Link row `a[k]` with row `b[k]` for every k.
+
+        Each round hangs every root under the smallest root it has a link to, which at least halves the groups that
+        still have links between them: a clique of a million links takes a handful of rounds, and so does a chain.
+        """
+        while len(a):
+            roots = self.roots()
+            a, b = roots[a], roots[b]
+            a, b = a[a != b], b[a != b]
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def join_similar(self, measure: Measure, i: Rows, j: Rows, scores: Vectors) -> None:
+        """Link the pairs that reach the threshold; a pair that is in one group already is not scored again."""
+        sure = scores > measure.threshold + measure.band
+        self.join(i[sure], j[sure])
+        roots = self.roots()
+        unsure = np.flatnonzero(~sure & (roots[i] != roots[j]))
+        reach = unsure[reaches(measure, i[unsure], j[unsure], scores[unsure])]
+        self.join(i[reach], j[reach])

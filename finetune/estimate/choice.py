@@ -1,0 +1,209 @@
+"""The fastest micro-batch and checkpointing policy that fit a GPU, and how fast that is.
+
+A step's time is its arithmetic at a share of the datasheet's rate, and what is moved: every micro-batch dequantises the
+base once a pass, and is launched kernel by kernel, which is why fewer and larger ones are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from finetune.estimate import memory as estimate_memory
+from finetune.estimate.activations import POLICIES, Policy
+from finetune.estimate.memory import GROUPED, Attention, Training
+from finetune.estimate.shapes import Shapes, trained_tensors
+
+GIB = 1 << 30
+PADDED_ROWS = 4  # at once, at most: more are padded to ever longer ones
+ASSUMED_UTILISATION = 0.35
+LAYER_SECONDS = 0.010  # of a micro-batch, at least: launching its kernels (0.34 s for a 7B's 32 layers beside an H200)
+HOST_BANDWIDTH = 12e9  # assumed: bytes/s between GPU and pinned RAM, PCIe 3
+MARGIN = 0.05  # of the memory is left free where there is a choice
+VARLEN_TOKENS = 65_536  # of a micro-batch: beyond, nothing is gained
+
+
+@dataclass(frozen=True)
+class Device:
+    """Usable memory in bytes, dense 16-bit FLOP/s and bytes/s of memory by the datasheet, and whether it is sm80."""
+
+    memory_bytes: int
+    flops: float
+    bandwidth: float
+    ampere: bool = True
+
+
+DEVICES = {
+    "t4": Device(int(14.7 * GIB), 65e12, 320e9, ampere=False),
+    "l4": Device(int(22.0 * GIB), 121e12, 300e9),
+    "a10g": Device(int(22.0 * GIB), 70e12, 600e9),
+    "rtx3090": Device(int(23.6 * GIB), 71e12, 936e9),
+    "rtx4090": Device(int(23.6 * GIB), 165e12, 1008e9),
+    "a100-40": Device(int(39.4 * GIB), 312e12, 1555e9),
+    "a100-80": Device(int(79.2 * GIB), 312e12, 2039e9),
+    "h100": Device(int(79.2 * GIB), 989e12, 3350e9),
+    "h200": Device(int(139.8 * GIB), 989e12, 4800e9),
+}
+
+
+def device_like(name: str, memory_bytes: int, ampere: bool) -> Device:
+    """The device of this name as the driver says it, with the memory it really has; an unknown one is as an A10G."""
+    plain = name.lower().replace(" ", "")
+    keys = sorted(DEVICES, key=len, reverse=True)
+    words = {key: key.partition("-")[0] for key in keys}
+    known = next((DEVICES[key] for key in keys if words[key] in plain), DEVICES["a10g"])
+    return replace(known, memory_bytes=memory_bytes, ampere=ampere)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train, and what it takes."""
+
+    rows: int
+    policy: Policy
+    parts: Mapping[str, int]  # bytes, by what holds them
+    tokens_per_second: float
+    fits: bool
+    budget_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the highest moment."""
+        return sum(self.parts.values())
+
+    def describe(self) -> str:
+        """One line for a person."""
+        rows = f"{self.rows} row{'s' if self.rows > 1 else ''} at once"
+        how = "" if self.fits else ", too few"
+        return (
+            f"{rows} and checkpointing {self.policy}: {self.total / 1e9:.1f} GB predicted at the peak of the "
+            f"{self.budget_bytes / 1e9:.1f} GB there are{how}"
+        )
+
+
+class Options:
+    """Every way to run a training: rows by policies, with its bytes. `rows` and `policies` narrow what may be taken."""
+
+    def __init__(self, shapes: Shapes, run: Training, world: int = 1) -> None:
+        self.shapes, self.run, self.world = shapes, run, world
+        self._parts: dict[tuple[int, Policy, Attention], dict[str, int]] = {}
+
+    def parts(self, rows: int, policy: Policy, attention: Attention) -> dict[str, int]:
+        """Bytes by what holds them."""
+        key = rows, policy, attention
+        if key not in self._parts:
+            self._parts[key] = estimate_memory.training(self.shapes, self.run, rows, policy, attention, self.world)
+        return self._parts[key]
+
+    def rows(self, *, varlen: bool) -> list[int]:
+        """Rows a micro-batch may have: those asked for, else divisors of a process's share of the batch."""
+        asked, share = self.run.runtime.micro_batch_rows, max(1, self.run.train.batch_rows // self.world)
+        if asked != "auto":
+            return [int(asked)]
+        most = PADDED_ROWS
+        if self.run.packed:  # a dense mask over all packed rows together grows with the square of their tokens
+            most = max(1, VARLEN_TOKENS // self.run.row_tokens) if varlen else 1
+        return [n for n in range(1, min(most, share) + 1) if share % n == 0]
+
+    def policies(self) -> Sequence[Policy]:
+        """Those that may be taken: the one asked for, or all."""
+        asked = self.run.runtime.checkpointing
+        every = [p for p in POLICIES if p != "offload" or not self.run.runtime.compile]
+        return every if asked == "auto" else (asked,)
+
+    def best(self, device: Device, *, varlen: bool | None = None) -> Choice:
+        """The fastest that fits the device and runtime.memory_budget_gb with a margin; else what takes least."""
+        if varlen is None:
+            varlen = device.ampere and self.run.packed and self.run.train.precision != "fp32"
+        attention = Attention(varlen=varlen, grouped=device.ampere)
+        budget = device.memory_bytes
+        if self.run.runtime.memory_budget_gb is not None:
+            budget = min(budget, int(self.run.runtime.memory_budget_gb * 1e9))
+        ways = [(rows, policy) for rows in self.rows(varlen=varlen) for policy in self.policies()]
+        rates = {way: tokens_per_second(self.shapes, self.run, device, *way, attention) for way in ways}
+        room, fewest = (1 - MARGIN) * budget, min(rows for rows, _ in ways)
+        too_many: dict[Policy, int] = {}  # rows of a policy that do not fit: more take more
+        for rows, policy in sorted(ways, key=lambda way: -rates[way]):
+            for tried in (fewest, rows):  # a policy that does not fit at all is known by its fewest rows
+                if tried < too_many.get(policy, tried + 1) and self._total(tried, policy, attention) > room:
+                    too_many[policy] = tried
+            if rows < too_many.get(policy, rows + 1):
+                return self._chosen(rows, policy, attention, rates[rows, policy], budget)
+        least = min(self.policies(), key=lambda policy: self._total(fewest, policy, attention))
+        return self._chosen(fewest, least, attention, rates[fewest, least], budget)
+
+    def worth_fusing(self, choice: Choice) -> bool:
+        """Whether the GPU, and not launching kernels, takes a micro-batch's time: a fused adapter is a few long kernels
+        behind more Python (7 % faster at 16 k tokens on an H200, slower at 2 k; docs/lab-notes.md).
+        """
+        seconds = choice.rows * self.run.row_tokens / choice.tokens_per_second
+        return seconds >= 2 * LAYER_SECONDS * self.shapes.layers
+
+    def _total(self, rows: int, policy: Policy, attention: Attention) -> int:
+        return sum(self.parts(rows, policy, attention).values())
+
+    def _chosen(self, rows: int, policy: Policy, attention: Attention, rate: float, budget: int) -> Choice:
+        fits = self._total(rows, policy, attention) <= budget
+        return Choice(rows, policy, self.parts(rows, policy, attention), rate, fits, budget)
+
+
+def recomputed(policy: Policy, layers: int) -> tuple[float, float]:
+    """Shares of the layers' matrix products, and of their attention, that are computed a second time."""
+    if policy == "none":
+        return 0.0, 0.0
+    if policy.startswith("every_"):
+        share = -(-layers // int(policy.removeprefix("every_"))) / layers
+        return share, share
+    return 1.0, 0.0 if policy == "selective" else 1.0
+
+
+def flops_per_token(
+    shapes: Shapes, run: Training, length: int, policy: Policy = "none", *, dense: bool = False
+) -> float:
+    """Of the layers: forward 2N, backward 2N (the base is frozen: no weight gradients), and what is recomputed. Of
+    the head 6N, as its logits are computed again in backward; of the adapter 6N. Attention: 2 forward, 5 backward, each
+    times heads x head_dim x length (causal; twice that under a dense mask), as in FlashAttention-2 (arXiv:2307.08691).
+    """
+    products, attention = recomputed(policy, shapes.layers)
+    head, adapter = shapes.vocabulary * shapes.hidden, sum(trained_tensors(shapes, run.lora))
+    scores = shapes.layers * shapes.heads * shapes.head_dim * length * (2 if dense else 1)
+    return (
+        (4 + 2 * products) * shapes.quantized_parameters
+        + 6 * head
+        + (6 + 2 * products) * adapter
+        + (7 + 2 * attention) * scores
+    )
+
+
+def tokens_per_second(
+    shapes: Shapes, run: Training, device: Device, rows: int, policy: Policy, attention: Attention = GROUPED
+) -> float:
+    """Tokens a second of one GPU, when every row is as long as rows get."""
+    length = run.row_tokens
+    batch = estimate_memory.micro_batch(shapes, run, rows, policy, attention, held=True)
+    tokens, dense = rows * length, batch.mask or batch.scores
+    per_token = flops_per_token(shapes, run, batch.length if batch.mask else length, policy, dense=dense)
+    seconds = max(tokens * per_token / (ASSUMED_UTILISATION * device.flops), LAYER_SECONDS * shapes.layers)
+    if run.quantization and not run.runtime.cache_dequantized:
+        passes = 2 + recomputed(policy, shapes.layers)[0]
+        seconds += passes * 4.5 * shapes.quantized_parameters / device.bandwidth  # read 4 bits, write 16, read them
+    if policy == "offload":
+        seconds += 2 * 2 * shapes.layers * tokens * shapes.hidden / HOST_BANDWIDTH
+    return tokens / seconds
+
+
+def this_gpu(device: str, world: int) -> tuple[str, int, bool]:
+    """The GPU's name, the bytes a training may have of it, and whether it is sm80 or newer.
+
+    Those are what is free, and what this process's own context takes already. Among several processes it is all of the
+    GPU: they must come to the same choice.
+    """
+    import torch
+
+    from finetune.estimate.memory import CONTEXT_BYTES
+    from finetune.models.device import gpu_index
+
+    index = gpu_index(device)
+    free, total = torch.cuda.mem_get_info(index)
+    room = total if world > 1 else min(total, free + CONTEXT_BYTES)
+    return torch.cuda.get_device_name(index), room, torch.cuda.get_device_capability(index) >= (8, 0)

@@ -1,0 +1,1 @@
+"""NLL, generation, model comparison, lm-eval, bootstrap, metrics."""

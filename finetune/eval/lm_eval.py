@@ -1,0 +1,285 @@
+"""Benchmarks of lm-evaluation-harness (the extra `harness`): base and adapter answer the same documents.
+
+One model is held: the base is the same weights with the adapter switched off. Tasks come with the harness or lie in a
+folder of the recipe's own; a task there may name its data relative to that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.context import Context
+from finetune.errors import FinetuneError, InputError
+from finetune.utils.files import file_digest
+from finetune.utils.progress import Bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGE = "lm_eval"
+INSTALL = "evaluate.tasks: lm-evaluation-harness is not installed (pip install lm-eval, or pip install '.[harness]')"
+ROW_TOKENS = 512  # what a row of a batch is taken to hold: a document's length is not known beforehand
+BOOTSTRAP = 1000  # draws for the standard error of a figure that is no mean
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """Loaded tasks. `tasks` holds the harness's own task objects by name, `groups` the groups they belong to."""
+
+    loaded: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        """The tasks by name."""
+        return self.loaded["tasks"]
+
+
+def digests(folder: Path | None) -> dict[str, str]:
+    """The xxh3-128 of every file of a task folder, by its path inside. Raises InputError where there is no folder."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise InputError(f"evaluate.task_folder: {folder} is no folder")
+    files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    return {p.relative_to(folder).as_posix(): file_digest(p) for p in sorted(files)}
+
+
+def check(names: Sequence[str], folder: Path | None) -> None:
+    """Raise InputError where the harness is not installed or knows no task, group or tag of one of these names."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise InputError(INSTALL)
+    _manager(names, folder)
+
+
+def version() -> str:
+    """The harness's version, which tells how its tasks are defined."""
+    return importlib.metadata.version(PACKAGE)
+
+
+def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
+    """The tasks with their documents, which may be downloaded now.
+
+    Raises InputError for a name that is not known, FinetuneError where a task's definition or data cannot be read.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise InputError(INSTALL)
+    from datasets.exceptions import DatasetsError
+
+    random.seed(seed)  # some tasks shuffle their documents as they are read
+    with _hushed():
+        manager = _manager(names, folder)
+        try:
+            with contextlib.chdir(folder or "."):  # data_files of a task are beside it
+                loaded = manager.load(list(names))
+        except (DatasetsError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            first = str(error).strip().splitlines()
+            said = first[0] if first else type(error).__name__
+            raise FinetuneError(f"evaluate.tasks: {', '.join(names)} cannot be loaded: {said}") from error
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return Benchmarks(loaded)
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 - TaskManager, imported late
+    """What knows the tasks; the harness's own 14,000 are looked through only where a name is not in the folder."""
+    from lm_eval.tasks import TaskManager
+
+    include = str(folder.absolute()) if folder else None
+    own: list[str] = []
+    with _hushed():
+        if include:
+            manager = TaskManager(include_path=include, include_defaults=False)
+            own = list(manager.all_tasks)
+            if set(names) <= set(own):
+                return manager
+        manager = TaskManager(include_path=include)
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            there = f"; evaluate.task_folder has {', '.join(own[:10]) or 'none that can be read'}" if folder else ""
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise InputError(f"evaluate.tasks: lm-evaluation-harness {version()} has no task {name!r}{hint}{there}")
+    return manager
+
+
+@contextlib.contextmanager
+def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
+    """Errors of the harness pass; its advice does not."""
+    from finetune.utils.quiet import quiet
+
+    logger = logging.getLogger(PACKAGE)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def score(
+    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Benchmarks,
+    limit: int | None,
+    batch_tokens: int,
+    seed: int,
+    ctx: Context,
+) -> dict[str, Any]:
+    """For each task or group its version, rows, shots, and each metric with the adapter and without.
+
+    A metric is {"base", "base_stderr", "adapter", "adapter_stderr", "higher_is_better", "difference_interval"}: the
+    standard errors are the harness's own (null where it has none), the last is the 95 % interval of adapter - base over
+    the same documents (paired bootstrap; null for a group, and for what is no mean over documents). `tokenizer` is
+    changed (it gets a pad token), so it must not be used for anything else. `limit` documents of each task, or all.
+    """
+    rows = max(1, batch_tokens // ROW_TOKENS)
+    adapter = _run(model, tokenizer, benchmarks, limit, rows, seed, ctx, "tasks (adapter)")
+    with model.disable_adapter():
+        base = _run(model, tokenizer, benchmarks, limit, rows, seed, ctx, "tasks (base)")
+    return {name: _compared(name, base, adapter) for name in _shown(adapter)}
+
+
+def _run(
+    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Benchmarks,
+    limit: int | None,
+    rows: int,
+    seed: int,
+    ctx: Context,
+    label: str,
+) -> dict[str, Any]:
+    """What the harness says of the model as it is now."""
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    for task in benchmarks.tasks.values():
+        task.set_fewshot_seed(seed)  # both models see the same examples
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    bar = ctx.bar(label, None)
+    try:
+        with _hushed():
+            found = evaluate(
+                lm=_watched(model, tokenizer, rows, ctx, bar),
+                task_dict=dict(benchmarks.loaded),
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=True,
+            )
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise FinetuneError(f"evaluate.tasks: lm-evaluation-harness failed: {error}") from error
+    finally:
+        bar.close()
+    return dict(found)
+
+
+def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> Any:  # noqa: ANN401 - late imports
+    """The model as the harness takes it, stopping between two batches once a signal has come."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):
+        """Shows our bar instead of the harness's own."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+            ctx.stop.check()
+            bar.advance()
+            return super()._model_call(*inputs, **options)
+
+        def _model_generate(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+            ctx.stop.check()
+            bar.advance()
+            return super()._model_generate(*inputs, **options)
+
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=rows)
+
+
+def _shown(found: Mapping[str, Any]) -> list[str]:
+    """Tasks and groups that have figures; a task inside a group that sums it up is told by the group."""
+    inside: set[str] = set()
+    todo = list(found.get("groups", {}))
+    while todo:
+        children = found["group_subtasks"].get(todo.pop(), [])
+        inside.update(children)
+        todo += children
+    return sorted(n for n, values in found["results"].items() if n not in inside and _figures(values))
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics among a task's values, keyed as the harness does: "acc,none"."""
+    keys = [k for k in values if "," in k and not k.split(",")[0].endswith("_stderr")]
+    return {k: float(values[k]) for k in keys if isinstance(values[k], (int, float))}
+
+
+def _compared(name: str, base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {}
+    before, after = base["results"][name], adapter["results"][name]
+    for key, value in sorted(_figures(after).items()):
+        metric, _, filtered = key.partition(",")
+        metrics[metric if filtered == "none" else f"{metric} ({filtered})"] = {
+            "base": _six(before[key]),
+            "base_stderr": _six(before.get(f"{metric}_stderr,{filtered}")),
+            "adapter": _six(value),
+            "adapter_stderr": _six(after.get(f"{metric}_stderr,{filtered}")),
+            "higher_is_better": adapter["higher_is_better"].get(name, {}).get(metric),
+            "difference_interval": _difference(name, metric, filtered, base, adapter),
+        }
+    counted = adapter["n-samples"].get(name)
+    stated = adapter["versions"].get(name)
+    return {
+        "version": None if stated is None else str(stated),
+        "rows": int(counted["effective"] if counted else after.get("sample_len", 0)),
+        "shots": adapter["n-shot"].get(name),
+        "metrics": metrics,
+    }
+
+
+def _difference(
+    name: str, metric: str, filtered: str, base: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> list[float | None] | None:
+    """The ends of the paired interval of adapter - base."""
+    import numpy as np
+
+    from finetune.eval.metrics import paired_interval
+
+    pair = []
+    for found in (adapter, base):
+        samples = [s for s in found["samples"].get(name, []) if s["filter"] == filtered and metric in s]
+        values = [s[metric] for s in sorted(samples, key=lambda s: s["doc_id"])]
+        if len(values) < 2 or not all(isinstance(v, (bool, int, float, np.number)) for v in values):
+            return None
+        pair.append(np.array(values, dtype=np.float64))
+        if not np.isclose(pair[-1].mean(), found["results"][name][f"{metric},{filtered}"]):
+            return None  # no mean over documents: a resampled mean would be of something else
+    interval = paired_interval(pair[0], pair[1], np.ones(len(pair[0])))
+    return [_six(interval.low), _six(interval.high)]
+
+
+def _six(value: object) -> float | None:
+    """Six significant digits, so that the last bits of a sum do not change the file; None for no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(f"{value:.6g}")

@@ -1,0 +1,209 @@
+"""Forward passes without gradients: the likelihood of held-out rows, and greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.context import Context
+from finetune.errors import FinetuneError
+from finetune.tokenization.token_rows import TokenRow
+
+if TYPE_CHECKING:
+    import torch
+
+POSITIONS = 1024  # that meet the vocabulary at once
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy generation. `finish` is "stop" (a terminator came, not part of `ids`) or "length"."""
+
+    ids: list[int]
+    finish: str
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, none over `batch_tokens` when padded (a longer row is alone)."""
+    batch: list[int] = []
+    for i in np.argsort(np.asarray(lengths), kind="stable"):
+        if batch and (len(batch) + 1) * lengths[int(i)] > batch_tokens:  # sorted: the newest is the longest
+            yield batch
+            batch = []
+        batch.append(int(i))
+    if batch:
+        yield batch
+
+
+def row_nll(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    rows: Sequence[TokenRow],
+    batch_tokens: int,
+    ctx: Context,
+    label: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: the summed negative log-likelihood of its supervised tokens (nats), and their number."""
+    import torch
+
+    nll = np.zeros(len(rows), dtype=np.float64)
+    counts = np.array([int(r.mask[1:].sum()) for r in rows], dtype=np.int64)
+    todo = list(batches([len(r.ids) for r in rows], batch_tokens))
+    with torch.inference_mode():
+        for batch in ctx.track(todo, label, len(todo)):
+            sums = _batch_nll(model, *padded([rows[i] for i in batch]))
+            nll[batch] = sums.double().cpu().numpy()
+    return nll, counts
+
+
+def padded(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows laid side by side, (B, T): token ids and attention mask int64, and which tokens are supervised, bool."""
+    import torch
+
+    shape = len(rows), max(len(r.ids) for r in rows)
+    ids, attention = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+    wanted = torch.zeros(shape, dtype=torch.bool)
+    for k, row in enumerate(rows):
+        n = len(row.ids)
+        ids[k, :n] = torch.from_numpy(row.ids)
+        attention[k, :n] = 1
+        wanted[k, :n] = torch.from_numpy(row.mask)
+    return ids, attention, wanted
+
+
+def _batch_nll(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """(B,) fp32 sums over the supervised positions of (B, T) rows."""
+    import torch
+
+    ids, attention, wanted = (t.to(model.device) for t in (ids, attention, wanted))
+    losses = token_nll(model, ids, attention, wanted)
+    keep = wanted[:, 1:]
+    row = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(keep)[keep]
+    return torch.zeros(len(ids), dtype=torch.float32, device=ids.device).index_add_(0, row, losses)
+
+
+def token_nll(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """(P,) fp32: nats of every token of (B, T) rows that is `wanted`, in their order; a row's first is never scored.
+
+    Logits are made POSITIONS at a time and only where a token is wanted: those of 8,192 positions of a vocabulary of
+    128,000 would take 4 GB. They are made within the model's own forward, where its head is called, so that weights
+    which FSDP shares out are there; what the forward does to logits afterwards (Gemma's cap, Cohere's scale) is done to
+    each part by the same forward.
+    """
+    import torch
+
+    from finetune.models.layerwise import head_logits
+
+    causal = model.get_base_model() if _is_adapted(model) else model
+    keep, targets = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
+    parts: list[torch.Tensor] = []
+
+    def score(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hook.remove()  # the forwards below come through the same head
+        hidden = given[0][:, :-1][keep]  # (P, d)
+        for start in range(0, len(targets), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            logits = head_logits(causal, hidden[part]).float()
+            parts.append(torch.nn.functional.cross_entropy(logits, targets[part], reduction="none"))
+        return (given[0][:, :1], *given[1:])
+
+    hook = causal.get_output_embeddings().register_forward_pre_hook(score)
+    try:
+        model(input_ids=ids, attention_mask=attention, use_cache=False)
+    finally:
+        hook.remove()
+    if len(targets) and not parts:
+        raise FinetuneError(f"{type(causal).__name__} makes its logits without its head; its rows cannot be scored")
+    return torch.cat(parts) if parts else torch.zeros(0, device=ids.device)
+
+
+def _is_adapted(model: object) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def greedy(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    terminators: Sequence[int],
+    pad_id: int,
+    ctx: Context,
+    batch_tokens: int = 16384,
+) -> list[Answer]:
+    """Greedy answers to prompts of token ids, each of at most its own `limits` new tokens.
+
+    `batch_tokens` bounds prompts and answers of a batch together, padded: the key-value cache grows with it.
+    """
+    answers: list[Answer | None] = [None] * len(prompts)
+    groups = list(batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], batch_tokens))
+    for group in ctx.track(groups, "generating", len(groups)):
+        new = _generate(model, [prompts[i] for i in group], [limits[i] for i in group], terminators, pad_id, ctx)
+        for i, ids in zip(group, new, strict=True):
+            answers[int(i)] = _cut(ids, limits[int(i)], set(terminators))
+    return [a for a in answers if a is not None]
+
+
+def _generate(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    terminators: Sequence[int],
+    pad_id: int,
+    ctx: Context,
+) -> list[list[int]]:
+    import torch
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for k, prompt in enumerate(prompts):  # padded on the left, so that the next token follows the prompt
+        ids[k, width - len(prompt) :] = torch.from_numpy(prompt)
+        attention[k, width - len(prompt) :] = 1
+    device = model.device
+    allowed = torch.tensor(limits, device=device)
+
+    class OwnLimit(StoppingCriteria):
+        """Each row ends at its own limit; a signal ends all."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+            ctx.stop.check()
+            return (input_ids.shape[1] - width) >= allowed
+
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=int(max(limits)),
+        eos_token_id=list(terminators),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=attention.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([OwnLimit()]),
+        )
+    return [row[width:].tolist() for row in out.cpu()]
+
+
+def _cut(ids: list[int], limit: int, terminators: set[int]) -> Answer:
+    for n, token in enumerate(ids[:limit]):
+        if token in terminators:
+            return Answer(ids[:n], "stop")
+    return Answer(ids[:limit], "length")

@@ -1,0 +1,1 @@
+"""Row filters and the registry that names them."""

@@ -1,0 +1,1 @@
+"""Write GGUF, read it back, score it; llama.cpp and Ollama."""

@@ -1,0 +1,97 @@
+"""Every GGUF file beside the merged model on the same held-out tokens, with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.context import Context
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.eval.compare import HeldOut
+    from finetune.models.layerwise import StreamedModel, Weights
+    from finetune.tokenization.token_rows import TokenRow
+
+WORTH_SAYING_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured on `tokens` supervised tokens of `rows` rows, by the name of the kind, `merged` first.
+
+    `agreement`: share of positions where the file's likeliest next token is the merged model's; `mean_kl`: nats.
+    """
+
+    perplexity: dict[str, float]
+    agreement: dict[str, float]
+    mean_kl: dict[str, float]
+    rows: int
+    tokens: int
+
+
+def score(merged: Path, files: Mapping[str, Weights], rows: Sequence[TokenRow], device: str, ctx: Context) -> Scores:
+    """Score the model in the folder `merged`, and the same model with the weights of each of `files`, in fp32.
+
+    Held in memory are two layers, the hidden states of `rows`, and two heads.
+    """
+    from finetune.eval.compare import compare, lay_out, per_row
+    from finetune.eval.metrics import agreement, perplexity
+    from finetune.utils.safetensors_io import read_folder
+
+    held_out, refs = lay_out(rows), read_folder(merged)
+    counts = per_row(None, held_out)
+    own = _streamed(merged, lambda name: refs[name].load(), device)
+    expected = _hidden(own, held_out, "merged", ctx, models=1 + len(files))
+    scores = Scores({}, {}, {}, held_out.rows, len(held_out.labels))
+    for kind, weights in files.items():
+        model = _streamed(merged, weights, device)
+        found = _hidden(model, held_out, kind, ctx)
+        with own.head() as first, model.head() as second:
+            compared = compare(expected, first, found, second, held_out.labels)
+        scores.perplexity.setdefault("merged", perplexity(per_row(compared.nll_first, held_out), counts))
+        scores.perplexity[kind] = perplexity(per_row(compared.nll_second, held_out), counts)
+        if not math.isfinite(scores.perplexity[kind]):
+            raise FinetuneError(f"model-{kind}.gguf: its perplexity is {scores.perplexity[kind]}; take another kind")
+        scores.agreement[kind] = agreement(compared.greedy_first, compared.greedy_second)
+        scores.mean_kl[kind] = float(compared.kl.mean())
+    return scores
+
+
+def _streamed(merged: Path, weights: Weights, device: str) -> StreamedModel:
+    from finetune.models.layerwise import StreamedModel, empty_model
+
+    return StreamedModel(empty_model(merged), weights, device)
+
+
+def _hidden(model: StreamedModel, held_out: HeldOut, label: str, ctx: Context, models: int = 0) -> torch.Tensor:
+    """Final hidden states (P, d) of the supervised positions; `models`: how many passes to announce."""
+    from finetune.eval.compare import supervised_hidden
+    from finetune.models.layerwise import hidden_states
+
+    tokens = sum(batch.numel() for batch in held_out.batches)
+    track = partial(_timed, label=label, tokens=tokens, models=models, ctx=ctx)
+    return supervised_hidden(hidden_states([model], held_out.batches, track)[0], held_out)
+
+
+def _timed(layers: Sequence[int], label: str, tokens: int, models: int, ctx: Context) -> Iterator[int]:
+    """The layers under a progress bar; after the first, how long all the passes will take, where that is long."""
+    started = time.monotonic()
+    for index in ctx.track(layers, f"perplexity {label}", len(layers)):
+        yield index
+        if index or not models:
+            continue
+        layer = time.monotonic() - started
+        expected = layer * len(layers) * models
+        if expected >= WORTH_SAYING_SECONDS:
+            ctx.say(
+                f"export: scoring the merged model and {models - 1} file{'s' * (models != 2)} on {tokens:,} tokens, a "
+                f"layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
+            )

@@ -1,0 +1,352 @@
+"""A merged model as one GGUF file for llama.cpp, Ollama and LM Studio, written one tensor at a time.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Mistral is llama.cpp's `llama`, whose rotary
+embedding turns neighbouring dimensions (2i, 2i + 1) together where transformers turns (i, i + d/2): the rows of q and k
+change places. Qwen2's rotary embedding is that of transformers, so its rows stay.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import InputError
+from finetune.gguf.llama_cpp import K_QUANTS
+from finetune.gguf.vocabulary import Vocabulary
+from finetune.utils.safetensors_io import FLOATS, TensorRef, read_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ARCHITECTURES = {"MistralForCausalLM": "llama", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+# name in the file -> (number of the ggml type, values a block, bytes a block)
+TYPES = {
+    "f32": (0, 1, 4), "f16": (1, 1, 2), "bf16": (30, 1, 2),
+    "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34),
+}  # fmt: skip
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+PARTS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+ENDS = ("token_embd.weight", "output.weight")
+METADATA_BYTES = 8_000_000
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the file says beside its weights."""
+
+    config: Mapping[str, Any]  # config.json
+    vocabulary: Vocabulary
+    special: Mapping[str, int]  # "bos", "eos", "pad", "unk" -> token id, those there are
+    terminators: tuple[int, ...]  # every token that ends an answer; the first is eos
+    template: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of the file."""
+
+    name: str
+    kind: str  # one of TYPES
+    source: TensorRef
+    heads: int  # heads whose rows change places; 0 leaves them
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data in the file, without padding."""
+        return data_bytes(self.source.shape, self.kind)
+
+
+def require_gguf() -> None:
+    """Raise InputError unless the `gguf` package is there."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise InputError("export.gguf needs the gguf package: pip install gguf") from error
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the architecture of a config.json. Raises InputError for one we do not convert."""
+    names = config.get("architectures") or ["none named"]
+    if names[0] not in ARCHITECTURES:
+        raise InputError(f"no GGUF of {names[0]} is written here, only of {', '.join(ARCHITECTURES)}; set export: null")
+    return ARCHITECTURES[names[0]]
+
+
+def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
+    """Every tensor of the file, known from shapes alone, in the order of the layers.
+
+    One dimension stays f32, as llama.cpp wants it. Under a quantised kind a row that 32 does not divide is f16, and
+    under q4 and q5 the embedding and the head are q8_0: llama.cpp keeps them finer too. Raises InputError for a tensor
+    without a place.
+    """
+    permuted = architecture(config) == "llama"
+    heads = {"attn_q": config["num_attention_heads"] if permuted else 0}
+    heads["attn_k"] = (config.get("num_key_value_heads") or config["num_attention_heads"]) if permuted else 0
+    planned = []
+    for name, ref in read_folder(folder).items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # of older files; every reader computes it
+        target = tensor_name(name)
+        if ref.dtype not in FLOATS:
+            raise InputError(f"{ref.file}: {name} is {ref.dtype}; a GGUF is written from {', '.join(sorted(FLOATS))}")
+        part = target.split(".")[2] if target.startswith("blk.") else ""
+        planned.append(Planned(target, stored_kind(target, ref.shape, kind), ref, heads.get(part, 0)))
+    return sorted(planned, key=lambda p: _order(p.name))
+
+
+def exact_kind(folder: Path) -> str:
+    """The kind that holds the weights of a folder as they are: bf16 or f16 where all are that, else f32."""
+    found = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
+    return {"BF16": "bf16", "F16": "f16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+def exact_kind_of(planned: Sequence[Planned]) -> str:
+    """The kind that a plan without blocks was made for."""
+    return next((p.kind for p in planned if len(p.source.shape) > 1), "f32")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a finished file says of itself: `tensors` (name → shape), `template`, `terminators` (token ids)."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ends = [reader.get_field(f"tokenizer.ggml.{name}") for name in names]
+    template = reader.get_field("tokenizer.chat_template")
+    return {
+        "tensors": {t.name: [int(n) for n in t.shape] for t in reader.tensors},
+        "template": template.contents() if template else None,
+        "terminators": [int(end.contents()) for end in ends if end],
+    }
+
+
+def data_bytes(shape: Sequence[int], kind: str) -> int:
+    """Bytes of a tensor's data in a file, without padding."""
+    _, values, size = TYPES[kind]
+    return prod(shape) // values * size
+
+
+def file_bytes(planned: Iterable[Planned]) -> int:
+    """Bytes the file will take at most, with room for the metadata."""
+    return bytes_with_metadata(p.size_bytes for p in planned)
+
+
+def bytes_with_metadata(tensors: Iterable[int]) -> int:
+    """Bytes that a file of tensors of so many bytes takes at most."""
+    return METADATA_BYTES + sum(size + ALIGNMENT for size in tensors)
+
+
+def bytes_of_kinds(kinds: Iterable[str], exact: str, parameters: int, file_of: Callable[[str], int]) -> int:
+    """Bytes of a file of each of `kinds`, and of the `exact` one that K-quants are made from, asked for or not.
+
+    `file_of` gives the bytes of a kind that is written here; a K-quant's are about its bits a weight.
+    """
+    asked = set(kinds)
+    quants = asked & K_QUANTS.keys()
+    written = (asked - quants) | ({exact} if quants else set())
+    return sum(map(file_of, written)) + sum(METADATA_BYTES + int(parameters * K_QUANTS[q] / 8) for q in quants)
+
+
+def tensor_name(name: str) -> str:
+    """The GGUF name of a transformers tensor. Raises InputError where there is none."""
+    if name in OUTER:
+        return OUTER[name]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None or match[2] not in PARTS:
+        raise InputError(f"the tensor {name} has no place in a GGUF of this architecture; set export: null")
+    return f"blk.{match[1]}.{PARTS[match[2]]}.{match[3]}"
+
+
+def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k, (heads * d, …), from transformers' order (two halves) to llama.cpp's (pairs)."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k, (heads * d, …), from llama.cpp's order (pairs) back to transformers' (two halves)."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(
+    path: Path, header: Header, planned: Sequence[Planned], kind: str, tracked: Iterable[Planned] | None = None
+) -> None:
+    """Write the file, holding one tensor at a time; synced to disk. The same model is the same bytes.
+
+    `tracked` is `planned` once more, under a progress bar. Raises InputError where a value does not fit into f16.
+    """
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, architecture(header.config))
+    _describe(writer, header, kind, sum(prod(p.source.shape) for p in planned))
+    factors = _rope_factors(header.config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for p in planned:
+        number = gguf.GGMLQuantizationType(TYPES[p.kind][0])
+        writer.add_tensor_info(p.name, p.source.shape, np.dtype(np.float32), p.size_bytes, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for p in planned if tracked is None else tracked:
+            writer.write_tensor_data(_data(p))
+    finally:
+        writer.close()
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _data(planned: Planned) -> np.ndarray[Any, Any]:
+    """The tensor's bytes in the file."""
+    import gguf
+    import torch
+
+    weight = planned.source.load()
+    if planned.heads:
+        weight = permute(weight, planned.heads)
+    if planned.kind == "bf16":  # numpy has no bfloat16; torch rounds to the nearest even, as llama.cpp does
+        return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    if planned.kind == "f16":
+        weight = weight.to(torch.float16)
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"{planned.source.name} holds values beyond f16 (65504); export bf16 or f32 instead")
+        return weight.contiguous().numpy()
+    values = weight.to(torch.float32).contiguous().numpy()
+    number = gguf.GGMLQuantizationType(TYPES[planned.kind][0])
+    result: np.ndarray[Any, Any] = gguf.quants.quantize(values, number)
+    return result
+
+
+def stored_kind(name: str, shape: Sequence[int], kind: str) -> str:
+    """What the tensor `name` of the file is stored as in a file of `kind`."""
+    if len(shape) == 1:
+        return "f32"
+    if TYPES[kind][1] > 1 and shape[-1] % TYPES[kind][1]:
+        return "f16"
+    return "q8_0" if kind.startswith(("q4", "q5")) and name in ENDS else kind
+
+
+def _order(name: str) -> tuple[int, str]:
+    if name.startswith("blk."):
+        return int(name.split(".")[1]) + 1, name
+    return (0, name) if name.startswith("token") else (1 << 30, name)
+
+
+def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+    """Every key of the metadata, from what lies in the merged folder: no date, no path, no program."""
+    config, arch = header.config, architecture(header.config)
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_type("model")
+    writer.add_name(f"{config['model_type']}-{parameters / 1e9:.3g}B")
+    writer.add_file_type(FILE_TYPES[kind])
+    if kind.startswith("q"):
+        writer.add_quantization_version(2)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    if arch == "llama":
+        writer.add_rope_dimension_count(width)
+    _describe_rope(writer, config)
+    _describe_vocabulary(writer, header)
+
+
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`)."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    found.setdefault("rope_type", found.get("type", "default"))
+    return found
+
+
+def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+    import gguf
+
+    settings = rope(config)
+    kind = settings["rope_type"]
+    writer.add_rope_freq_base(settings["rope_theta"])
+    if kind not in ("default", "llama3", "linear", "yarn"):
+        raise InputError(f"no GGUF is written of rope_type {kind}, only of default, linear, llama3 and yarn")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(settings["factor"])
+    if kind == "yarn":
+        original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
+    """What llama.cpp divides Llama-3.1's rotary frequencies by, (d/2,) float32; None for other models.
+
+    The formula is transformers' `_compute_llama3_parameters`, written as a divisor.
+    """
+    import numpy as np
+
+    settings = rope(config)
+    if settings["rope_type"] != "llama3":
+        return None
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    low, high, factor = settings["low_freq_factor"], settings["high_freq_factor"], settings["factor"]
+    factors = []
+    for i in range(0, width, 2):
+        turns = settings["original_max_position_embeddings"] * settings["rope_theta"] ** (-i / width) / (2 * math.pi)
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+def _describe_vocabulary(writer: Any, header: Header) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+    vocabulary, special = header.vocabulary, header.special
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    adders = {"bos": writer.add_bos_token_id, "pad": writer.add_pad_token_id, "unk": writer.add_unk_token_id}
+    for name, add in adders.items():
+        if name in special:
+            add(special[name])
+    # the format has three keys for a token that ends an answer; llama.cpp stops at each of them
+    ends = header.terminators or ((special["eos"],) if "eos" in special else ())
+    keys = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for token, add in zip(ends, keys, strict=False):
+        add(token)
+    if header.template:
+        writer.add_chat_template(header.template)

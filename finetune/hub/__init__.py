@@ -1,0 +1,1 @@
+"""Hugging Face Hub client: revisions, access, push, errors, a private repository as a folder."""

@@ -1,0 +1,303 @@
+"""The Hugging Face Hub: pin a revision, ask for access, push a folder and prove that it arrived.
+
+A token is read by huggingface_hub alone and never passes through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from finetune.errors import FinetuneError, InputError
+from finetune.hub.errors import LOG_IN, retried, sentences, tokens_page
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+T = TypeVar("T")
+RepoType = Literal["model", "dataset"]
+Kind = Literal["adapter", "merged", "gguf", "dataset"]
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ASK_SECONDS = 10.0  # huggingface_hub's client waits for ever unless told
+# What a loader would pick up in a repository, by the kind of push it belongs to.
+OWN = {
+    "adapter": re.compile(r"adapter_model\.(safetensors|bin)"),
+    "merged": re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"),
+    "gguf": re.compile(r"model-\w+\.gguf"),
+    "dataset": re.compile(r"data/(train|eval)\.parquet"),
+}
+OTHER_ROWS = re.compile(r".+\.(parquet|arrow|jsonl|csv)(\.gz|\.zst)?")  # in a data set's repository
+
+
+def resolve_revision(
+    repo_id: str,
+    revision: str | None,
+    repo_type: RepoType = "model",
+    scratch: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """The 40-digit commit that `revision` (default: main) of a repository names.
+
+    A commit is returned as it is, without network. Otherwise the Hub is asked and its answer kept in the local cache's
+    refs (`scratch/hub`, or the default cache), which stand in when the Hub cannot be reached or is down.
+
+    Raises:
+        InputError: the repository or revision does not exist, or this account may not read it.
+        FinetuneError: the Hub cannot be reached and the cache does not know the revision.
+    """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+
+    named = revision or "main"
+    default = Path(constants.HF_HUB_CACHE)
+    caches = [default] if scratch is None else [scratch / "hub", default]
+    problem = "HF_HUB_OFFLINE is set"
+    if not constants.is_offline_mode():
+        try:
+            with sentences(f"read revision {named!r} of", repo_id, repo_type):
+                api = HfApi()
+                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ASK_SECONDS)
+        except InputError:
+            raise
+        except FinetuneError as error:
+            problem = str(error)
+        else:
+            sha = info.sha or ""
+            if not COMMIT.fullmatch(sha):
+                raise FinetuneError(f"the Hub named no commit for revision {named!r} of {repo_type} {repo_id}")
+            _keep_ref(_ref(caches[0], repo_id, repo_type, named), sha)
+            return sha
+    for cache in caches:
+        ref = _ref(cache, repo_id, repo_type, named)
+        if ref.is_file() and COMMIT.fullmatch(sha := ref.read_text(encoding="ascii", errors="replace").strip()):
+            say(f"{repo_type} {repo_id}: {problem}; going on with revision {named!r} as last seen, {sha[:12]}")
+            return sha
+    raise FinetuneError(
+        f"cannot tell which commit revision {named!r} of {repo_type} {repo_id} is: {problem}, and the local cache does "
+        "not know it; connect once, or write the 40-digit commit as the revision"
+    )
+
+
+def check_read(repo_id: str, repo_type: RepoType = "model") -> str | None:
+    """Whether this account may download a repository: None if so, a note if that could not be found out.
+
+    Raises:
+        InputError: it does not exist, is private, or is gated and its terms are not accepted yet.
+    """
+    return _checked("read", repo_id, repo_type, lambda: _ask(f"/api/{repo_type}s/{repo_id}/auth-check"))
+
+
+def check_write(repo_id: str) -> str | None:
+    """Whether this account may push to a model repository: None if so, a note if that could not be found out.
+
+    Nothing is created: the token's role and the role in the organisation are read, and where the repository exists the
+    Hub is asked about it.
+
+    Raises:
+        InputError: no token, a token for reading only, or no right to write in that namespace.
+    """
+    return _checked("push to", repo_id, "model", lambda: _require_write(repo_id))
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    kind: Kind,
+    private: bool = True,
+    message: str = "Upload model",
+    say: Callable[[str], None] = lambda line: None,
+    wait: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Push every file of `folder` to a repository, then compare what the Hub lists with what lies here.
+
+    Rows (`kind` dataset) go to a data set's repository, the rest to a model's. It is created if need be; no commit is
+    made when nothing differs. Weights or rows of an earlier push that this one does not replace are deleted: a loader
+    prefers a stale `model.safetensors` to new shards.
+
+    Returns:
+        {"repo", "kind", "url", "commit", "new_commit", "private", "removed": [path], "bytes", "files": [{"path",
+        "bytes", "sha256" (or "git_sha1" where the Hub keeps the file in git)}]}.
+
+    Raises:
+        InputError: 401, 403, 404; invalid metadata; a public repository instead of a private one; other weights there.
+        FinetuneError: 409; 429, 5xx or a dropped connection after bounded retries; a file that differs on the Hub.
+    """
+    from huggingface_hub import HfApi
+
+    def again(call: Callable[[], T]) -> T:
+        return retried(call, say, wait)
+
+    api, repo_type = HfApi(), repo_type_of(kind)
+
+    with sentences("push to", repo_id, repo_type):
+        again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+        info = again(lambda: api.repo_info(repo_id, repo_type=repo_type))
+        _require_private(private, info.private, repo_id)
+        stale = _stale_files(folder, kind, repo_id, again(lambda: tree_of(api, repo_id, repo_type, "main")))
+        what: dict[str, Any] = {"folder_path": folder, "commit_message": message, "delete_patterns": stale or None}
+        commit = again(lambda: api.upload_folder(repo_id=repo_id, repo_type=repo_type, **what))
+        listed = again(lambda: tree_of(api, repo_id, repo_type, commit.oid))
+    files = _compared(folder, repo_id, commit.oid, listed, stale)
+    return {
+        "repo": repo_id,
+        "kind": kind,
+        "url": f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}",
+        "commit": commit.oid,
+        "new_commit": commit.oid != info.sha,
+        "private": bool(info.private),
+        "removed": stale,
+        "bytes": sum(f["bytes"] for f in files),
+        "files": files,
+    }
+
+
+def repo_type_of(kind: Kind) -> RepoType:
+    """Where a kind of push goes."""
+    return "dataset" if kind == "dataset" else "model"
+
+
+def _ref(cache: Path, repo_id: str, repo_type: RepoType, revision: str) -> Path:
+    """Where huggingface_hub's cache keeps the commit of a revision."""
+    return cache / "--".join([f"{repo_type}s", *repo_id.split("/")]) / "refs" / revision
+
+
+def _keep_ref(ref: Path, sha: str) -> None:
+    with suppress(OSError):  # a cache that is full or read-only only costs the next run a question
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(sha, encoding="ascii")
+
+
+def _ask(path: str) -> Any:  # noqa: ANN401 - JSON
+    """GET a path of the Hub with a time limit, which HfApi's own methods for these paths do not have."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    answer = get_session().get(constants.ENDPOINT + path, headers=build_hf_headers(), timeout=ASK_SECONDS)
+    hf_raise_for_status(answer)
+    return answer.json() if answer.content else None
+
+
+def _checked(action: str, repo_id: str, repo_type: RepoType, check: Callable[[], object]) -> str | None:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return f"access to {repo_type} {repo_id} could not be checked: HF_HUB_OFFLINE is set"
+    try:
+        with sentences(action, repo_id, repo_type):
+            check()
+    except InputError:
+        raise
+    except FinetuneError as error:
+        return f"access could not be checked: {error}"
+    return None
+
+
+def _require_write(repo_id: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if get_token() is None:
+        raise InputError(f"cannot push to {repo_id}: no Hub token found; {LOG_IN}")
+    account = _ask("/api/whoami-v2")
+    namespace = repo_id.split("/")[0] if "/" in repo_id else account["name"]
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    role, grants = token.get("role"), token.get("fineGrained") or {}
+    if role == "read" or (role == "fineGrained" and not _fine_grained_writes(grants, namespace, repo_id)):
+        raise InputError(
+            f"cannot push to {repo_id}: the Hub token may not write there; give it that at {tokens_page()}"
+        )
+    if namespace != account["name"]:
+        roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
+        if namespace not in roles:
+            raise InputError(
+                f"cannot push to {repo_id}: {account['name']} is not a member of {namespace}; set publish.repo to "
+                f"{account['name']}/{repo_id.split('/')[-1]}"
+            )
+        if roles[namespace] == "read":
+            raise InputError(f"cannot push to {repo_id}: {account['name']} may only read in {namespace}")
+    try:
+        _ask(f"/api/models/{repo_id}/auth-check/write")
+    except HfHubHTTPError as error:
+        # Not there: the push will create it. Not asked: a mirror may lack this endpoint.
+        if error.response.status_code != 404:
+            raise
+
+
+def _fine_grained_writes(grants: dict[str, Any], namespace: str, repo_id: str) -> bool:
+    """Whether a fine-grained token's scopes name write access to the repository or to its namespace."""
+    if "repo.write" in grants.get("global", []):
+        return True
+    scopes = ((s.get("entity") or {}, s.get("permissions", [])) for s in grants.get("scoped", []))
+    return any(e.get("name") in (namespace, repo_id) and "repo.write" in may for e, may in scopes)
+
+
+def tree_of(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
+    """Every file of a revision, with its size and hash."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+    return [e for e in entries if isinstance(e, RepoFile)]
+
+
+def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFile]) -> list[str]:
+    paths = sorted(f.path for f in listed)
+    others = [pattern for name, pattern in OWN.items() if name != kind] + [OTHER_ROWS] * (kind == "dataset")
+    foreign = [p for p in paths if not OWN[kind].fullmatch(p) and any(o.fullmatch(p) for o in others)]
+    if foreign:
+        raise InputError(
+            f"{repo_id} holds {foreign[0]}, which does not belong to the {kind} to be pushed, and a loader would find "
+            "both: name another repository, or delete it there first"
+        )
+    return [p for p in paths if OWN[kind].fullmatch(p) and not (folder / p).exists()]
+
+
+def _require_private(wanted: bool, found: bool | None, repo_id: str) -> None:
+    if wanted and found is False:
+        raise InputError(
+            f"{repo_id} exists and is public, but publish.private is true: make it private in its settings on the "
+            "Hub, write `private: false`, or name another repository"
+        )
+
+
+def _compared(
+    folder: Path, repo_id: str, commit: str, listed: Iterable[RepoFile], removed: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Every local file with the hash that the Hub lists for it, after proving that they are equal."""
+    remote = {f.path: f for f in listed}
+    files = []
+    wrong = [f"{name} should be gone" for name in removed if name in remote]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        there = remote.get(name)
+        if there is None:
+            wrong.append(f"{name} is missing")
+            continue
+        hashed, expected = ("sha256", there.lfs.sha256) if there.lfs else ("git_sha1", there.blob_id)
+        found = hub_digest(path, size, hashed)
+        if there.size != size or found != expected:
+            wrong.append(f"{name} has {size} bytes, {hashed} {found[:12]}; there {there.size}, {expected[:12]}")
+        files.append({"path": name, "bytes": size, hashed: found})
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise FinetuneError(
+            f"what {repo_id} holds at {commit[:12]} is not what was pushed: {'; '.join(wrong[:3])}{more}; push again, "
+            "and do not use that commit"
+        )
+    return files
+
+
+def hub_digest(path: Path, size: int, kind: str) -> str:
+    """The sha256 of a file, or its git blob id: sha1 over `blob SIZE NUL CONTENT` (git-hash-object)."""
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

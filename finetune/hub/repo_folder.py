@@ -1,0 +1,139 @@
+"""A private data set's repository on the Hub as a folder: list it, fetch files and prove them, commit many at once.
+
+It is a data set's because rows and optimizer states are not a model; it must be private because rows are in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune.errors import FinetuneError, InputError
+from finetune.hub.client import hub_digest, tree_of
+from finetune.hub.errors import LOG_IN, retried, sentences
+
+T = TypeVar("T")
+REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+ABOUT = "README.md"
+README = b"""---
+viewer: false
+---
+Stages and training checkpoints of `finetune run --mirror`. The same command on another machine goes on from them.
+Older checkpoints stay in this repository's history and count as storage: delete the repository once the run is done.
+"""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One file as the Hub lists it: `size` in bytes; `kind` is sha256, or git_sha1 where it is kept in git."""
+
+    size: int
+    kind: str
+    digest: str
+
+    def equals(self, content: Path | bytes) -> bool:
+        """Whether a local file, or a text, has these bytes."""
+        if isinstance(content, Path):
+            size = content.stat().st_size
+            return size == self.size and hub_digest(content, size, self.kind) == self.digest
+        if self.kind == "sha256":
+            return hashlib.sha256(content).hexdigest() == self.digest
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == self.digest
+
+
+class HubFolder:
+    """The files of one repository. Every method raises InputError for 401, 403, 404, and FinetuneError for the rest."""
+
+    def __init__(self, repo_id: str, wait: Callable[[float], None] = time.sleep) -> None:
+        if not REPO.fullmatch(repo_id):
+            raise InputError(f"--mirror: found {repo_id!r}; allowed is OWNER/NAME")
+        self.repo_id, self._wait, self._commit = repo_id, wait, "main"
+
+    def open(self) -> None:
+        """Make the repository if need be. Raises InputError where it is public: rows must not go there."""
+        from huggingface_hub import HfApi, get_token
+
+        if get_token() is None:
+            raise InputError(f"--mirror needs a token that may write: {LOG_IN}")
+        api = HfApi()
+        with _quietly(), sentences("keep artifacts in", self.repo_id, "dataset"):
+            self._again(lambda: api.create_repo(self.repo_id, repo_type="dataset", private=True, exist_ok=True))
+            info = self._again(lambda: api.repo_info(self.repo_id, repo_type="dataset"))
+        if info.private is False:
+            raise InputError(
+                f"--mirror: data set {self.repo_id} is public, and training rows would be read by anyone: make it "
+                "private in its settings on the Hub, or name another"
+            )
+
+    def listed(self) -> dict[str, Remote]:
+        """Path → file, of the newest commit; `fetch` reads from that one."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with _quietly(), sentences("list", self.repo_id, "dataset"):
+            info = self._again(lambda: api.repo_info(self.repo_id, repo_type="dataset"))
+            self._commit = info.sha or "main"
+            entries = self._again(lambda: tree_of(api, self.repo_id, "dataset", self._commit))
+        return {
+            e.path: Remote(e.size, *(("sha256", e.lfs.sha256) if e.lfs else ("git_sha1", e.blob_id))) for e in entries
+        }
+
+    def fetch(self, files: Mapping[str, Remote], into: Path) -> None:
+        """Download files to `into`/path. Raises FinetuneError where one is not what the listing says."""
+        from huggingface_hub import hf_hub_download
+
+        for name, remote in files.items():
+            get = partial(hf_hub_download, self.repo_id, name, repo_type="dataset", revision=self._commit)
+            with _quietly(), sentences(f"fetch {name} of", self.repo_id, "dataset"):
+                self._again(partial(get, local_dir=into))
+            if not remote.equals(into / name):
+                raise FinetuneError(f"{self.repo_id}: {name} came with other bytes than the Hub lists")
+
+    def send(self, files: Mapping[str, Path | bytes], gone: Sequence[str], message: str) -> None:
+        """Add `files` and delete `gone` in one commit: whoever lists the repository sees all of it or nothing.
+
+        A commit that landed though its answer was lost is sent again; what it deleted the Hub then no longer knows.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        again = False
+
+        def commit() -> object:
+            # built anew for each attempt: an addition that was committed cannot be used again
+            nonlocal again
+            adds = [CommitOperationAdd(n, f if isinstance(f, bytes) else str(f)) for n, f in files.items()]
+            there = self.listed() if again and gone else gone
+            again = True
+            operations: list[Any] = [*adds, *(CommitOperationDelete(n) for n in gone if n in there)]
+            return HfApi().create_commit(self.repo_id, operations, commit_message=message, repo_type="dataset")
+
+        with _quietly(), sentences("push to", self.repo_id, "dataset"):
+            self._again(commit)
+
+    def _again(self, call: Callable[[], T]) -> T:
+        return retried(call, lambda line: None, self._wait)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The client's own bars and warnings would run through the lines of the run, which goes on meanwhile."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            enable_progress_bars()

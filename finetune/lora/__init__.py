@@ -1,0 +1,1 @@
+"""LoRA settings in peft's terms, continuing an adapter, the fused layer."""

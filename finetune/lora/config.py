@@ -1,0 +1,180 @@
+"""The recipe's lora section on a given base: which modules it means, in peft's words, and what cannot work."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from finetune.errors import InputError
+from finetune.models.architecture import Modules, linear_names, read_modules
+from finetune.recipe import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+SAVED = ".modules_to_save."  # in the name of a parameter that is trained whole
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the decoder layer that module `name` is in: the first number in it, as peft reads it."""
+    found = re.match(r"(?:.*?\.)?[^.]+\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def is_target(lora: Lora, name: str, layers: int) -> bool:
+    """Whether the linear module `name` of a base with so many decoder layers is adapted (never ask for the head)."""
+    if lora.last_layers is not None:
+        layer = layer_of(name)
+        if layer is None or layer < layers - lora.last_layers:
+            return False
+    if isinstance(lora.targets, list):
+        return any(name == t or name.endswith(f".{t}") for t in lora.targets)
+    return lora.targets == "all-linear" or re.fullmatch(lora.targets, name) is not None
+
+
+def is_saved(lora: Lora, name: str) -> bool:
+    """Whether module `name` is trained whole; peft compares the ends of names, so that `norm` is every norm."""
+    return any(name.endswith(saved) for saved in lora.modules_to_save)
+
+
+def rank_of(lora: Lora, name: str) -> int:
+    """The rank of module `name`: the first pattern that matches, in the order peft saves them."""
+    ranks = (r for k, r in sorted(lora.rank_pattern.items()) if re.fullmatch(rf"(.*\.)?({k})", name))
+    return next(ranks, lora.r)
+
+
+def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
+    """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base."""
+    from peft import LoraConfig
+
+    targets, layers = lora.targets, None
+    if lora.last_layers is not None:
+        if model is None:
+            raise InputError("lora.last_layers: the base's layers are counted on its model, and there is none")
+        names = linear_names(model)
+        count = layer_count(names)
+        layers = list(range(count - lora.last_layers, count))
+        if targets == "all-linear":  # which peft does not take together with layers
+            targets = sorted({n.rpartition(".")[2] for n in names if is_target(lora, n, count)})
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=cast("int", int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        modules_to_save=sorted(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        # peft takes the first pattern that matches and sorts them when it saves: sorted here, training agrees
+        rank_pattern=dict(sorted(lora.rank_pattern.items())),
+        alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """How many decoder layers the modules `names` lie in."""
+    return len({layer for n in names if (layer := layer_of(n)) is not None})
+
+
+def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
+    """`check_modules` on the base in a folder with config.json; no weights are read."""
+    check_modules(lora, read_modules(base, trust_remote_code))
+
+
+def check_modules(lora: Lora, base: Modules) -> None:
+    """Refuse a target, pattern or module that names nothing of the base (peft drops it without a word), or that cannot
+    be trained so.
+
+    Raises InputError with the nearest name.
+    """
+    names = base.linear
+    last = _last_words(names)
+    count = layer_count(names)
+    if lora.last_layers is not None and lora.last_layers > count:
+        raise InputError(f"lora.last_layers: {lora.last_layers} are more than the {count} layers of the base")
+    _check_names(lora, names, count)
+    if not any(is_target(lora, n, count) for n in names):
+        raise InputError(f"lora.targets: the expression {lora.targets!r} matches no linear module, such as {names[0]}")
+    _check_expression(lora, base)
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", n) for n in names):
+                raise InputError(f"lora.{field}: {pattern!r} matches no linear module (there is {', '.join(last)})")
+    _check_saved(lora, base)
+
+
+def _last_words(names: Iterable[str]) -> list[str]:
+    return sorted({n.rpartition(".")[2] for n in names})
+
+
+def _check_names(lora: Lora, names: Sequence[str], layers: int) -> None:
+    where = "" if lora.last_layers is None else f" in the last {lora.last_layers} of {layers} layers"
+    for target in lora.targets if isinstance(lora.targets, list) else []:
+        if not any(is_target(lora.model_copy(update={"targets": [target]}), n, layers) for n in names):
+            near = _near(target, _last_words(names))
+            raise InputError(f"lora.targets: no linear module named {target!r}{where}{near}")
+
+
+def _check_expression(lora: Lora, base: Modules) -> None:
+    """An expression that reaches further than linear modules: peft takes it for the whole name of any module."""
+    if isinstance(lora.targets, str) and lora.targets != "all-linear":
+        linear = set(base.linear)
+        others = [n for n in base.every if n not in linear and re.fullmatch(lora.targets, n)]
+        if others:
+            raise InputError(
+                f"lora.targets: the expression {lora.targets!r} also matches {others[0]}, which is no linear "
+                "module; narrow it, as in .*mlp\\.(gate|up|down)_proj"
+            )
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{f'; did you mean {near[0]}?' if near else ''} (there is {', '.join(names)})"
+
+
+def _check_saved(lora: Lora, base: Modules) -> None:
+    """Only what holds parameters of its own and is neither adapted nor quantised can be trained whole."""
+    linear, own = set(base.linear), set(base.own)
+    able = _last_words(own - linear)
+    for name in lora.modules_to_save:
+        hits = [n for n in base.own if n.endswith(name)]
+        if quantized := [n for n in hits if n in linear]:
+            raise InputError(
+                f"lora.modules_to_save: {quantized[0]} is a linear module, which is quantised and frozen: adapt it by "
+                f"lora.targets (whole can be trained: {', '.join(able)})"
+            )
+        if not hits or any(n.endswith(name) for n in base.every if n not in own):
+            why = f"no module with weights of its own is named {name!r}{_near(name, able)}"
+            raise InputError(f"lora.modules_to_save: {why}")
+
+
+def restore_saved(model: torch.nn.Module) -> None:
+    """Give what is trained whole the base's own values again: TRL rounds it to bf16 on a quantised model."""
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            own = dict(module.original_module.named_parameters())
+            with torch.no_grad():
+                for name, parameter in module.modules_to_save["default"].named_parameters():
+                    parameter.copy_(own[name])
+
+
+def saved_parameters(lora: Lora, base: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what is trained whole, in a model that peft has wrapped, worked out from the base's own."""
+    from peft.utils import ModulesToSaveWrapper
+
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in base.named_modules():
+        original = module.original_module if isinstance(module, ModulesToSaveWrapper) else None
+        if original is not None and is_saved(lora, name):
+            for leaf, parameter in original.named_parameters():
+                found[f"base_model.model.{name}{SAVED}default.{leaf}"] = tuple(parameter.shape)
+    return found

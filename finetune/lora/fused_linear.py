@@ -1,0 +1,193 @@
+"""A 4-bit linear layer and its LoRA adapter as one operator: the adapter's product is added inside the base's.
+
+peft runs base, copy, A, B, scaling and sum one after the other, each a pass over (tokens x width) in memory. Here B's
+product accumulates into the base's result (`addmm_`), and A's part of the gradient into the input's. The idea is
+Unsloth's (`kernels/fast_lora.py`). The operator is opaque to `torch.compile`, which so cannot decide to keep the
+dequantised matrix from forward to backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
+
+from finetune.models.compile import KeptLinear4bit
+
+
+def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth: bool) -> bool:
+    """Whether adapters are fused: `asked` is runtime.fused_adapters; auto does in 16 bits, where it is `worth` it.
+
+    Not under FSDP, which shares the matrices out.
+    """
+    if asked != "auto":
+        return asked == "on"
+    shared_out = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return worth and precision != "fp32" and not shared_out
+
+
+def use(config: LoraConfig) -> None:
+    """Have peft make `FusedLinear4bit` of 4-bit layers, by its interface for layers of one's own."""
+    config._register_custom_module({Linear4bit: FusedLinear4bit})
+
+
+class FusedLinear4bit(AdaptedLinear4bit):
+    """peft's adapted 4-bit layer, in one operator where it is one plain LoRA adapter; else as peft runs it."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - peft's
+        """(…, in_features) → (…, out_features), in the type of `x`."""
+        base: Any = self.get_base_layer()
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        plain = len(names) == 1 and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
+        if not plain or x.dtype != base.compute_dtype or not x.numel():
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
+        (name,) = names
+        dropout: Any = self.lora_dropout[name]
+        dropped = dropout(x) if self.training and isinstance(dropout, torch.nn.Dropout) else None
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        a, b = (factors[name].weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
+        out, _ = adapted_linear(x, dropped, *_stored(base), bias, a, b, float(self.scaling[name]))
+        return out
+
+
+def _stored(base: Any) -> tuple[torch.Tensor, list[torch.Tensor], int, int, str]:  # noqa: ANN401 - Linear4bit
+    """What an operator can be given of a matrix: its weights, scales, block sizes and the name of the 4-bit type."""
+    if isinstance(base, KeptLinear4bit):
+        return base.kept, [], 0, 0, ""
+    state = base.weight.quant_state
+    scales, nested = [state.absmax, state.code], 0
+    if state.nested:
+        scales += [state.offset, state.state2.absmax, state.state2.code]
+        nested = state.state2.blocksize
+    return base.weight, scales, state.blocksize, nested, state.quant_type
+
+
+def _matrix(
+    weight: torch.Tensor,
+    scales: list[torch.Tensor],
+    block: int,
+    nested: int,
+    kind: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(out_features, in_features) in `dtype`, from what `_stored` gave."""
+    if not scales:
+        return weight
+    absmax, code, *second = scales
+    offset, state2 = None, None
+    if second:
+        offset, absmax2, code2 = second
+        state2 = QuantState(absmax2, code=code2, blocksize=nested, dtype=torch.float32)
+    state = QuantState(absmax, torch.Size(shape), code, block, kind, dtype, offset, state2)
+    return dequantize_4bit(weight, state)
+
+
+@torch.library.custom_op("finetune::adapted_linear", mutates_args=())
+def adapted_linear(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    weight: torch.Tensor,
+    scales: list[torch.Tensor],
+    block: int,
+    nested: int,
+    kind: str,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x·Wᵀ + bias + scaling · (x·Aᵀ)·Bᵀ, (…, out); and x·Aᵀ, (T, r), for the backward.
+
+    x (…, in), `dropped` the same after dropout (None: there is none), W from `_stored`, A (r, in), B (out, r).
+    """
+    flat = x.flatten(0, -2)
+    with torch.autocast(x.device.type, enabled=False):  # all is in the type of `x`
+        matrix = _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), x.dtype)
+        out = torch.nn.functional.linear(flat, matrix, bias)
+        del matrix
+        low = (flat if dropped is None else dropped.flatten(0, -2)) @ a.T
+        out.addmm_(low, b.T, alpha=scaling)
+    return out.view(*x.shape[:-1], b.shape[0]), low
+
+
+@adapted_linear.register_fake
+def _(x, dropped, weight, scales, block, nested, kind, bias, a, b, scaling):  # noqa: ANN001, ANN202
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
+
+
+@torch.library.custom_op("finetune::adapted_linear_backward", mutates_args=())
+def adapted_linear_backward(
+    gradient: torch.Tensor,
+    weight: torch.Tensor,
+    scales: list[torch.Tensor],
+    block: int,
+    nested: int,
+    kind: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    of_input: bool,
+    apart: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of `gradient` (…, out): those of x (…, in), of `dropped` (…, in) where it is kept `apart`, of x·Aᵀ (T, r).
+
+    What is not asked for is empty. Without dropout A's part of x's gradient is added to the base's.
+    """
+    flat, shape = gradient.flatten(0, -2), (*gradient.shape[:-1], a.shape[1])
+    given, dropped = gradient.new_empty(0), gradient.new_empty(0)
+    with torch.autocast(gradient.device.type, enabled=False):
+        low = (flat @ b).mul_(scaling)
+        if of_input:
+            given = flat @ _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), gradient.dtype)
+            if not apart:
+                given.addmm_(low, a)
+            given = given.view(shape)
+        if apart:
+            dropped = (low @ a).view(shape)
+    return given, dropped, low
+
+
+@adapted_linear_backward.register_fake
+def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, apart):  # noqa: ANN001, ANN202
+    shape, none = (*gradient.shape[:-1], a.shape[1]), (0,)
+    made = [gradient.new_empty(shape if asked else none) for asked in (of_input, apart)]
+    return *made, gradient.new_empty(gradient.numel() // gradient.shape[-1], a.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
+    x, dropped, weight, scales, block, nested, kind, _, a, b, scaling = inputs
+    ctx.set_materialize_grads(False)  # nobody uses x·Aᵀ: no zeros for it
+    ctx.save_for_backward(x if dropped is None else dropped, output[1], weight, a, b, *scales)
+    ctx.block, ctx.nested, ctx.kind, ctx.scaling = block, nested, kind, scaling
+
+
+def _backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    given, low, weight, a, b, *scales = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_x, of_dropped, of_low = adapted_linear_backward(
+        gradient,
+        weight,
+        scales,
+        ctx.block,
+        ctx.nested,
+        ctx.kind,
+        a,
+        b,
+        ctx.scaling,
+        *ctx.needs_input_grad[:2],
+    )
+    of_a = of_low.T @ given.flatten(0, -2)
+    of_b = (gradient.flatten(0, -2).T @ low).mul_(ctx.scaling)
+    given_back = (g if needed else None for g, needed in zip((of_x, of_dropped), ctx.needs_input_grad, strict=False))
+    frozen = None, [None] * len(scales), None, None, None, None  # weight to bias
+    return *given_back, *frozen, of_a, of_b, None
+
+
+adapted_linear.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,130 @@
+"""An earlier adapter that training goes on from: found, compared with the recipe, loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.context import Context
+from finetune.errors import InputError
+from finetune.recipe import Lora
+from finetune.utils.files import file_digest, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ON_HUB = r"\w[\w.-]*/\w[\w.-]*"
+COMPARED = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "modules_to_save", "bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+
+
+def fingerprint(lora: Lora) -> Mapping[str, object]:
+    """What a stage's key holds of it: the digests of a folder's files, or the commit on the Hub."""
+    if lora.start_from is None:
+        return {}
+    if lora.start_folder is not None:
+        return {"start_from": {name: file_digest(_file(lora.start_folder, name)) for name in (CONFIG, WEIGHTS)}}
+    from finetune.hub.client import resolve_revision
+
+    name, _, revision = lora.start_from.partition("@")
+    return {"start_from": resolve_revision(name, revision or None)}
+
+
+def folder_of(lora: Lora, ctx: Context) -> Path | None:
+    """The folder that holds the adapter, downloaded if it must be; None where the recipe names none."""
+    if lora.start_from is None or lora.start_folder is not None:
+        return lora.start_folder
+    from huggingface_hub import snapshot_download
+
+    from finetune.hub.client import resolve_revision
+    from finetune.hub.errors import sentences
+
+    name, _, revision = lora.start_from.partition("@")
+    commit = resolve_revision(name, revision or None, scratch=ctx.scratch, say=ctx.say)
+    with sentences("download", name, "model"):
+        return Path(
+            snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=[CONFIG, WEIGHTS])
+        )
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise InputError(f"lora.start_from: {folder} holds no {name}; an adapter is a folder that peft has saved")
+    return folder / name
+
+
+def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool) -> None:
+    """Refuse, before any weight of the base is read, an adapter that is not the recipe's kind on the recipe's base.
+
+    `base` is a folder with config.json. Raises InputError naming the first thing that differs; names of bases are
+    compared where both are the Hub's.
+    """
+    from peft import get_peft_model
+
+    from finetune.lora.config import lora_config
+    from finetune.models.layerwise import empty_model
+
+    named = read_json(_file(folder, CONFIG)).get("base_model_name_or_path")
+    on_hub = all(isinstance(n, str) and re.fullmatch(ON_HUB, n) for n in (named, base_id))
+    if on_hub and named != base_id:
+        raise InputError(
+            f"lora.start_from: the adapter in {folder.name} was trained on {named}, the recipe's model is {base_id}"
+        )
+    model = empty_model(base, trust_remote_code=trust_remote_code)
+    _fitting(get_peft_model(model, lora_config(lora, model), low_cpu_mem_usage=True), folder)
+
+
+def load(model: PeftModel, folder: Path) -> None:
+    """Give `model`, dressed as the recipe says, the weights in `folder`, in fp32. Raises InputError as `check` does."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, {n: t.float() for n, t in _fitting(model, folder).items()})
+
+
+def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, each of which has its place in `model`: nothing is stretched, cut or left out."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    _compare_settings(read_json(_file(folder, CONFIG)), model.peft_config["default"].to_dict(), folder)
+    stored = load_file(str(_file(folder, WEIGHTS)))
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if odd := sorted(own.keys() ^ stored.keys()):
+        where = "is not in the adapter" if odd[0] in own else "is in the adapter and has no place"
+        raise InputError(
+            f"lora.start_from: {odd[0]} {where} ({len(odd)} such tensors): lora.targets must be the adapter's"
+        )
+    for name, tensor in sorted(stored.items()):
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"lora.start_from: {name} is {list(tensor.shape)} in the adapter and {list(own[name].shape)} here; "
+                "is it the right base, and the same rank?"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"lora.start_from: {name} in {folder.name} holds a value that is no number")
+    return stored
+
+
+def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -> None:
+    if theirs.get("peft_type") != "LORA":
+        raise InputError(f"lora.start_from: {folder.name} holds an adapter of type {theirs.get('peft_type')}, not LORA")
+    for name in COMPARED:
+        one, other = theirs.get(name), ours.get(name)
+        if _plain(one) != _plain(other):
+            raise InputError(
+                f"lora.start_from: {name} is {one} in the adapter and {other} in the recipe; make them agree"
+            )
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
+    """One form for what means the same: nothing set, and lists in any order."""
+    if not value or value == "none":
+        return None
+    return sorted(value) if isinstance(value, list | set | tuple) else value

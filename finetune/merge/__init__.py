@@ -1,0 +1,1 @@
+"""Plan and write base + adapter, a tensor at a time."""

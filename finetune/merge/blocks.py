@@ -1,0 +1,220 @@
+"""Make the tensors of a merged model a block of rows at a time: read, change, round, in a few threads.
+
+The delta is computed in fp32, added in fp32 and rounded once. Each thread works on blocks of its own with one thread of
+torch: the operations are short, and threads that share one wait for each other whenever the machine is busy. So the
+bits do not depend on how many there are, either.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from finetune.errors import FinetuneError
+from finetune.utils.prefetch import in_order
+from finetune.utils.runtime import single_thread
+from finetune.utils.safetensors_io import ITEM_BYTES, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.merge.deltas import Edit
+    from finetune.merge.plan import MergePlan, Target
+
+BLOCK_ELEMENTS = 1 << 20  # 4 MB in fp32
+MOST_THREADS = 9
+AHEAD = 3  # blocks read, made or waiting to be written beyond one a thread
+
+
+def merged_pieces(
+    plan: MergePlan, names: Iterable[str], device: str = "cpu", *, once: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors of the merged model, each as one or more pieces of whole rows, on the CPU, in output dtype.
+
+    A piece's memory is used again once the next piece is asked for. The products are made on `device`; the rest of the
+    bits do not depend on it. `once`: the base is not read again soon, so the page cache need not keep it.
+    Raises FinetuneError when a value is not finite (a broken adapter, or fp16 too narrow for the base).
+    """
+    import torch
+
+    threads = min(torch.get_num_threads() + 1, MOST_THREADS)
+    slots = [_Slot() for _ in range(threads + AHEAD)]
+
+    def blocks() -> Iterator[_Block]:
+        """Each source's factors are loaded while the blocks of the one before it are made."""
+        count = 0
+        for source, following in _with_next(_Source(plan.targets[name], device, once) for name in names):
+            todo = [] if following is None else [None]
+            for rows in [*todo, *source.blocks()]:
+                owner = source if rows is not None else following
+                assert owner is not None  # noqa: S101
+                yield _Block(owner, rows, slots[count % len(slots)])
+                count += 1
+
+    with single_thread():
+        for made in in_order(_Block.make, blocks(), threads, len(slots)):
+            if made is not None:
+                yield made
+
+
+def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
+    """One whole tensor of the merged model, on the CPU, in its output dtype, in memory of its own.
+
+    Raises FinetuneError as `merged_pieces` does.
+    """
+    import torch
+
+    target = plan.targets[name]
+    source, slot = _Source(target), _Slot()
+    value = torch.empty(target.shape.shape, dtype=torch_dtype(target.dtype))
+    for rows in source.blocks():
+        made = _Block(source, rows, slot).make()
+        assert made is not None  # noqa: S101
+        (value[rows] if value.dim() else value).copy_(made[1])
+    return value
+
+
+def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of the merged model, one in memory at a time."""
+    for name in plan.targets:
+        yield name, merged_tensor(plan, name)
+
+
+class _Slot:
+    """Memory for one block, kept between blocks: fresh pages would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._raw = torch.empty(0, dtype=torch.uint8)
+        self._part = torch.empty(0, dtype=torch.float32)
+
+    def raw(self, size: int) -> torch.Tensor:
+        """The bytes as they are in the file, later those to be written: (size,) uint8."""
+        import torch
+
+        if len(self._raw) < size:
+            self._raw = torch.empty(size, dtype=torch.uint8)
+        return self._raw[:size]
+
+    def part(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The values being changed, fp32."""
+        import torch
+
+        if len(self._part) < prod(shape):
+            self._part = torch.empty(prod(shape), dtype=torch.float32)
+        return self._part[: prod(shape)].view(shape)
+
+
+@dataclass
+class _Source:
+    """A tensor to be made, and what its changes need in memory: loaded once, by whichever thread comes first."""
+
+    target: Target
+    device: str = "cpu"
+    once: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _edits: list[Edit] | None = None
+    _scales: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the base; a scalar counts as one row."""
+        return self.target.base.shape or (1,)
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows that are made together; a tensor without elements is one empty block."""
+        target, count = self.target, self.shape[0]
+        trip = target.round_trip
+        by_rows = all(c.by_rows for c in target.changes)
+        if trip is not None:
+            by_rows = by_rows and trip.by_rows(self.shape[-1], target.transposed)
+        step = max(1, BLOCK_ELEMENTS // max(1, prod(self.shape[1:]))) if by_rows else max(1, count)
+        for start in range(0, max(1, count), step):
+            yield slice(start, min(start + step, count))
+
+    def ready(self) -> list[Edit]:
+        """Load the adapter's tensors, and the scales of a base that goes through 4 bits twice."""
+        with self._lock:
+            if self._edits is None:
+                trip = self.target.round_trip
+                if trip is not None and trip.double and trip.by_rows(self.shape[-1], self.target.transposed):
+                    slot = _Slot()
+                    self._scales = trip.scales(self.read(rows, slot, once=False)[1] for rows in self.blocks())
+                self._edits = [change.loaded(self.device) for change in self.target.changes]
+        return self._edits
+
+    def read(self, rows: slice, slot: _Slot, *, once: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of these rows in `slot`, and a view of them as what they are."""
+        base = self.target.base
+        row_bytes = prod(self.shape[1:]) * ITEM_BYTES[base.dtype]
+        raw = slot.raw((rows.stop - rows.start) * row_bytes)
+        base.read_into(raw, rows.start * row_bytes, once=once)
+        return raw, raw.view(torch_dtype(base.dtype)).view(rows.stop - rows.start, *self.shape[1:])
+
+    def through_4_bits(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
+        """These rows as training saw them."""
+        trip = self.target.round_trip
+        if trip is None:
+            return value
+        if self._scales is None:
+            return trip.apply(value, self.target.transposed)
+        width = value.shape[-1] // 64
+        return trip.apply(value, stored_scales=self._scales[rows.start * width : rows.stop * width])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor to be made; without rows, only what its blocks will need."""
+
+    source: _Source
+    rows: slice | None
+    slot: _Slot
+
+    def make(self) -> tuple[str, torch.Tensor] | None:
+        """The tensor's name and the merged rows, in the slot's memory."""
+        import torch
+
+        source, target, rows = self.source, self.source.target, self.rows
+        edits = source.ready()
+        if rows is None:
+            return None
+        raw, value = source.read(rows, self.slot, once=source.once)
+        dtype = torch_dtype(target.dtype)
+        if edits or target.round_trip or value.dtype != dtype:
+            part = self.slot.part(tuple(value.shape)).copy_(source.through_4_bits(value, rows))
+            moved = part.to(source.device)
+            with torch.no_grad():
+                for edit in edits:
+                    edit(moved, rows)
+            if dtype == torch.float32:
+                value = part if moved is part else part.copy_(moved)
+            else:  # no wider than what was read: fp32 alone is
+                value = raw[: part.numel() * dtype.itemsize].view(dtype).view(part.shape).copy_(moved)
+        if value.is_floating_point() and not _finite(value):
+            raise FinetuneError(
+                f"{target.name} is not finite in the merged model ({target.dtype}); with merge.dtype float16 take "
+                "bfloat16, otherwise the adapter or the base is broken"
+            )
+        return target.name, value.view(target.base.shape) if not target.base.shape else value
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """Whether every element is finite: a sum that is finite settles it, several times as fast as looking at each."""
+    import torch
+
+    return bool(torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all())
+
+
+def _with_next(sources: Iterable[_Source]) -> Iterator[tuple[_Source, _Source | None]]:
+    """Each source with the one that follows it."""
+    before: _Source | None = None
+    for source in sources:
+        if before is not None:
+            yield before, source
+        before = source
+    if before is not None:
+        yield before, None

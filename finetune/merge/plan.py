@@ -1,0 +1,135 @@
+"""Plan from shapes alone what each tensor of the merged model is made of; `merge_blocks` then makes it.
+
+The rules for each kind of adapter tensor are those of peft's forward, not of its `merge`, which adds the bias of LoRA's
+B unscaled on 4-bit layers (peft 0.21.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import InputError
+from finetune.merge.deltas import Change, ReplaceRows, read_changes
+from finetune.models.skeleton import read_skeleton
+from finetune.utils.files import read_json
+from finetune.utils.safetensors_io import (
+    FLOATS,
+    TensorRef,
+    TensorShape,
+    dtype_code,
+    read_file,
+    read_folder,
+)
+
+if TYPE_CHECKING:
+    from finetune.merge.nf4_round_trip import RoundTrip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor of the merged model: from which base tensor, changed how, written in which dtype."""
+
+    name: str
+    base: TensorRef
+    changes: tuple[Change, ...]
+    dtype: str  # safetensors code
+    round_trip: RoundTrip | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> TensorShape:
+        """What will be written."""
+        return TensorShape(self.name, self.dtype, self.base.shape)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of the merged model, by name; `untie` when the head no longer is the embedding."""
+
+    targets: Mapping[str, Target]
+    untie: bool
+
+    @property
+    def shapes(self) -> list[TensorShape]:
+        """What will be written, in the base's order."""
+        return [t.shape for t in self.targets.values()]
+
+
+def plan_merge(
+    base: Path, adapter: Path, dtype: str, round_trip: RoundTrip | None = None, trust_remote_code: bool = False
+) -> MergePlan:
+    """Read only headers and configurations, and say what each tensor of the merged model is made of.
+
+    `base` holds config.json and safetensors, `adapter` what peft's `save_pretrained` wrote; `dtype` is a plain name
+    ("bfloat16"). With `round_trip` the weights that bitsandbytes quantises, and no other, come from 4 bits.
+    Raises InputError, before anything is written, for whatever cannot be merged exactly; each adapter tensor is used
+    once and each base tensor written once.
+    """
+    skeleton = read_skeleton(base, trust_remote_code, quantized=round_trip is not None)
+    refs = read_folder(base)
+    if strange := sorted(skeleton.parameters - set(refs) - set(skeleton.tied)):
+        raise InputError(
+            f"{base}: the weights lack {strange[0]} ({len(strange)} of the model's tensors in all); "
+            "they were saved by another class or are incomplete"
+        )
+    changes = read_changes(read_file(adapter / "adapter_model.safetensors"), adapter, skeleton, refs)
+    sources, untie = _resolve_ties(refs, changes, skeleton.tied)
+    if lost := sorted(set(changes) - set(sources)):
+        raise InputError(f"{adapter}: changes {lost[0]}, which the base in {base} does not have; is it the right base?")
+    code = dtype_code(dtype)
+    targets = {}
+    for name, ref in sources.items():
+        module = name.removesuffix(".weight")
+        quantized = round_trip if name.endswith(".weight") and module in skeleton.quantized else None
+        targets[name] = Target(
+            name=name,
+            base=ref,
+            changes=changes.get(name, ()),
+            dtype=code if ref.dtype in FLOATS else ref.dtype,
+            round_trip=quantized,
+            transposed=skeleton.kinds.get(module) == "conv1d",
+        )
+    return MergePlan(targets, untie)
+
+
+def output_dtype(setting: str, base: Path) -> str:
+    """The dtype of the merged model, a plain name: what the recipe says, and for "auto" what the base is stored in."""
+    return str(read_json(base / "base.json")["dtype"]) if setting == "auto" else setting
+
+
+def _resolve_ties(
+    refs: Mapping[str, TensorRef], changes: dict[str, tuple[Change, ...]], tied: Mapping[str, str]
+) -> tuple[dict[str, TensorRef], bool]:
+    """Which base tensor each written tensor comes from, and whether a tied head has to be written for itself.
+
+    peft trains a copy where it changes one side of a tied pair, so the sides differ afterwards; but trainable tokens
+    on the embedding alone are shared with the head. `changes` gains the head's share of such rows.
+    """
+    sources = dict(refs)
+    untie = False
+    for head, embedding in tied.items():
+        if head in refs and not _same(refs[head], refs[embedding]):
+            raise InputError(f"config.json ties {head} to {embedding}, but the weights hold two different tensors")
+        on_embedding, on_head = changes.get(embedding, ()), changes.get(head, ())
+        rows_only = [isinstance(c, ReplaceRows) for c in (*on_embedding, *on_head)]
+        if any(rows_only) and not (on_embedding and all(rows_only)):
+            raise InputError(
+                f"the adapter changes the tied {embedding} and {head} in different ways, one of them by "
+                "trainable_token_indices; that is not supported: name the tokens for the embedding only"
+            )
+        if any(rows_only) and not on_head:
+            if head in refs:
+                changes[head] = on_embedding
+        elif on_embedding or on_head:
+            untie = True
+            sources[head] = replace(refs[embedding], name=head)
+    return sources, untie
+
+
+def _same(first: TensorRef, second: TensorRef) -> bool:
+    import torch
+
+    return first.shape == second.shape and torch.equal(first.load(), second.load())

@@ -1,0 +1,64 @@
+"""The model as it was trained, for a streamed forward: peft's own modules on an empty model, weights by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import InputError
+from finetune.merge.blocks import merged_tensor
+from finetune.merge.deltas import PREFIX
+from finetune.merge.plan import MergePlan
+from finetune.models.precision import widen_saved
+from finetune.utils.safetensors_io import read_file
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from finetune.models.layerwise import Weights
+
+INSIDE = (".token_adapter.base_layer", ".base_layer", ".original_module")  # where peft's modules keep the base's own
+
+
+def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weights:
+    """Put the adapter's modules into `model` (from `empty_model`), unmerged; where its weights come from.
+
+    The base's weights are those of `plan` before its changes: through 4 bits where it says so, as training stored them
+    (bitsandbytes multiplies by the weight it dequantises, so a plain layer with those values is the same model). The
+    adapter's tensors are in fp32, as they were trained. Raises InputError where one has no place in the model.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.inference_mode = True
+    for name, target in plan.targets.items():
+        if target.round_trip is not None:
+            model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_as_in_four_bits)
+    attached = get_peft_model(model, config, low_cpu_mem_usage=True).eval()
+    widen_saved(attached)
+    own = dict(attached.named_parameters(remove_duplicate=False))
+    saved = get_peft_model_state_dict(attached, state_dict=own, save_embedding_layers=False)
+    keys = {id(parameter): key for key, parameter in saved.items()}
+    places = {n: keys.get(id(p), PREFIX + n) for n, p in model.named_parameters(remove_duplicate=False)}
+    stored = read_file(adapter / "adapter_model.safetensors")
+    if lost := sorted(set(stored) - set(places.values())):
+        raise InputError(f"{adapter}: nothing in the base takes the adapter tensor {lost[0]}")
+    bare = MergePlan({n: replace(t, changes=()) for n, t in plan.targets.items()}, plan.untie)
+
+    def weights(name: str) -> torch.Tensor:
+        if places[name] in stored:
+            return stored[places[name]].load()
+        for part in INSIDE:
+            name = name.replace(part, "")
+        return merged_tensor(bare, name)
+
+    return weights
+
+
+def _as_in_four_bits(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """A 4-bit layer answers in the type it was asked in (`Linear4bit.forward`), whatever it computes in: where what
+    was trained whole makes the stream fp32, autocast's own answer would be in 16 bits, and so the sum with the adapter.
+    """
+    return output.to(given[0].dtype)

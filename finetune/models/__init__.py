@@ -1,0 +1,1 @@
+"""Load a base: device, precision, 4-bit weights, attention, architecture, layer-wise forward."""

@@ -1,0 +1,49 @@
+"""Which device and which precision a run computes in."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from finetune.errors import InputError
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def pick_device(ctx_device: str) -> str:
+    """`cpu` or `cuda` for what the context says (`auto` takes the GPU where there is one). Raises InputError."""
+    import torch
+
+    if ctx_device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if ctx_device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"device {ctx_device!r} was asked for, but torch {torch.__version__} sees no GPU; use cpu or auto"
+        )
+    return ctx_device
+
+
+def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> tuple[Precision, str]:
+    """The precision to compute in, and the sentence that says why. Raises InputError for fp16 on a CPU."""
+    import torch
+
+    if device == "cpu":
+        if precision == "fp16":
+            raise InputError("precision fp16 needs a GPU; on a CPU use auto, fp32 or bf16")
+        if precision == "auto":
+            return "fp32", "a CPU computes exactly in fp32, and few are faster in bf16"
+        return precision, "the recipe asks for it"
+    major, minor = torch.cuda.get_device_capability(gpu_index(device))
+    name = f"{torch.cuda.get_device_name(gpu_index(device))} (sm{major}{minor})"
+    if precision == "auto":
+        if major >= 8:
+            return "bf16", f"{name} multiplies bf16 in its tensor cores"
+        return "fp16", f"{name} has no bf16 tensor cores"
+    slow = "" if precision != "bf16" or major >= 8 else f", though {name} has to emulate bf16, which is slow"
+    return precision, f"the recipe asks for it{slow}"
+
+
+def gpu_index(device: str) -> int:
+    """The number of the GPU this process uses: the launcher's LOCAL_RANK, unless the device names one."""
+    return int(device.split(":")[1]) if ":" in device else int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,349 @@
+"""Loading of base models: devices, precision, tokenizers, weights, NF4 and adapters. Nothing else loads a base."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.context import Context
+from finetune.errors import FinetuneError, InputError
+from finetune.hub.errors import retried, sentences
+from finetune.models import precision as trained_precision
+from finetune.models import quantized_cache
+from finetune.models.attention import prepared
+from finetune.models.device import Precision, gpu_index
+from finetune.utils.files import file_digest, read_json, write_bytes, write_json
+from finetune.utils.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetune import recipe
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",  # transformers no longer writes it, but llama.cpp and others read it
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = ("config.json", "generation_config.json")
+INDEX = "model.safetensors.index.json"
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a base folder; the network is not asked."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FinetuneError(f"{base} holds no tokenizer that transformers can read: {_first_line(error)}") from error
+
+
+def copy_tokenizer(base: Path, target: Path) -> None:
+    """Copy the tokenizer files of `base`, byte by byte, save for local paths."""
+    for name in TOKENIZER_FILES:
+        copy_clean(base / name, target / name)
+
+
+def copy_clean(source: Path, target: Path) -> None:
+    """Copy a small file if it is there; a JSON file loses the path it was once loaded from."""
+    if not source.is_file():
+        return
+    content = source.read_bytes()
+    if source.name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        value = json.loads(content)
+        if "_name_or_path" in value or "name_or_path" in value:
+            kept = {k: v for k, v in value.items() if k not in ("_name_or_path", "name_or_path")}
+            content = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    write_bytes(target, content)
+
+
+def set_pad_token(folder: Path, pad_token: str) -> None:
+    """Write `pad_token` into the tokenizer files of `folder`, as the token that was padded with in training."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    write_json(path, {**config, "pad_token": pad_token})
+    special = folder / "special_tokens_map.json"
+    if special.exists():
+        write_json(special, {**read_json(special), "pad_token": pad_token})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model in `folder`; empty where one is missing or there are none.
+
+    Raises InputError where the index names a file outside the folder: it comes with a download, and is data.
+    """
+    if (folder / INDEX).exists():
+        names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
+        if outside := sorted(n for n in names if not n.endswith(".safetensors") or Path(n).name != n):
+            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is no safetensors file of this folder")
+        shards = sorted(folder / name for name in names)
+        return shards if all(s.exists() for s in shards) else []
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else []
+
+
+def refuse_without_safetensors(where: str, names: Sequence[str]) -> None:
+    """Raise InputError unless the file list `names` holds a model in safetensors."""
+    if "model.safetensors" in names or INDEX in names:
+        return
+    pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
+    found = f"only pickled weights ({pickled[0]}), which can run any code" if pickled else "no weights"
+    raise InputError(f"{where} holds {found}; a base needs model.safetensors, or shards with {INDEX}")
+
+
+def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:
+    """The folder that holds config.json and the safetensors of the revision pinned in `base`.
+
+    For a Hub model that is a snapshot in `scratch/hub`, downloaded again if it is gone; for a builtin, `base` itself.
+    Raises InputError where a local folder is not the one that was pinned, FinetuneError where a download fails.
+    """
+    pinned = read_json(base / "base.json")
+    if model.kind == "builtin":
+        return base
+    if model.folder is not None:
+        for name, digest in sorted(pinned["weights"].items()):
+            path = model.folder / name
+            if not path.exists() or file_digest(path) != digest:
+                raise InputError(
+                    f"{path} is not the file this run began with; put it back, or run again from the start"
+                )
+        return model.folder
+    return hub_snapshot(model, pinned["revision"], ctx, weights=True)
+
+
+def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: bool) -> Path:
+    """The local folder of a Hub model at the commit `revision`, with its weights or with the small files only.
+
+    Raises InputError where the Hub has no such model, or none in safetensors, FinetuneError where it cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    small = [*MODEL_FILES, *TOKENIZER_FILES, *(["*.py"] if model.trust_remote_code else [])]
+    # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor what lies in subfolders.
+    wanted = [*small, "model*.safetensors", INDEX] if weights else small
+    snapshot = partial(
+        snapshot_download,
+        model.id,
+        revision=revision,
+        cache_dir=ctx.scratch / "hub",
+        allow_patterns=wanted,
+        ignore_patterns=["*/*"],
+    )
+    try:
+        present = Path(snapshot(local_files_only=True))
+        if (present / "config.json").exists() and (weight_files(present) or not weights):
+            return present
+    except LocalEntryNotFoundError:
+        pass  # also where it is there in part
+    ctx.say(f"base: {'downloading' if weights else 'reading'} {model.id} at {revision[:12]}")
+    with sentences("download", model.id, "model"):
+        names = retried(lambda: HfApi().list_repo_files(model.id, revision=revision), ctx.say, time.sleep)
+        refuse_without_safetensors(f"{model.id} at {revision[:12]}", names)
+        folder = Path(retried(snapshot, ctx.say, time.sleep))
+    if weights and not weight_files(folder):
+        raise FinetuneError(f"the download of {model.id} is incomplete in {folder}; run the same command again")
+    return folder
+
+
+def load_base(
+    model: recipe.Model,
+    base: Path,
+    ctx: Context,
+    quantization: recipe.Quantization | None,
+    compute_dtype: Precision,
+    device: str,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` says so, the rest in
+    `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU. `attention` is a name of
+    models/attention; None takes what every device has.
+
+    Raises FinetuneError where the files and the architecture do not agree on every weight.
+    """
+    import transformers
+
+    # transformers' own annotations know neither the report nor these constructors
+    auto: Any = transformers.AutoModelForCausalLM
+    quantize: Any = transformers.BitsAndBytesConfig
+    dtype = _torch_dtype(compute_dtype)
+    options: dict[str, Any] = {}
+    copy = _copy_of(model, base, ctx, quantization, compute_dtype)
+    ready = copy is not None and quantized_cache.find(*copy, ctx)
+    folder = copy[0] if copy and ready else ensure_base(model, base, ctx)
+    if quantization is not None and not ready:
+        options["quantization_config"] = quantize(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.type,
+            bnb_4bit_use_double_quant=quantization.double,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        with quiet():
+            loaded, report = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": f"cuda:{gpu_index(device)}" if device.startswith("cuda") else device},
+                attn_implementation=prepared(attention, folder, trust_remote_code=model.trust_remote_code),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
+    _require_all_weights(model.id, report)
+    if copy and not ready and ctx.rank == 0:
+        with quiet():
+            quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
+    if quantization is not None:
+        _keep_weights_unpacked(loaded)
+    frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
+    return frozen
+
+
+def _copy_of(
+    model: recipe.Model, base: Path, ctx: Context, quantization: recipe.Quantization | None, compute_dtype: Precision
+) -> tuple[Path, dict[str, Any]] | None:
+    """Where a 4-bit copy of this base is kept, and what it is one of; None where none is. Code from a repository would
+    not travel with it.
+    """
+    parameters = int(read_json(base / "base.json").get("parameters", 0))
+    if quantization is None or model.trust_remote_code:
+        return None
+    if not quantized_cache.wanted(ctx.runtime.keep_quantized, parameters):
+        return None
+    return quantized_cache.locate(ctx.scratch, base, quantization, compute_dtype)
+
+
+def _torch_dtype(precision: Precision) -> torch.dtype:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def _require_all_weights(name: str, report: dict[str, Any]) -> None:
+    """Refuse what transformers only warns of: it fills what is missing with random numbers."""
+    wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, report[kind]))[0]}" for kind in report if report[kind]]
+    if wrong:
+        raise FinetuneError(
+            f"the weights of {name} are not those its config.json describes ({'; '.join(wrong)}); "
+            "download them again or mend the folder"
+        )
+
+
+def _keep_weights_unpacked(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    In eval mode its `Linear4bit.forward` rewrites the weights into a layout that only its inference kernel reads.
+    Backward and `dequantize_4bit` go on reading the old layout, so after one evaluation most gradients are wrong while
+    the loss looks normal. Without the flag, evaluation dequantises like training does.
+    """
+    for _, module in _linear4bit(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def _linear4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit)]
+
+
+def quantized_modules(model: torch.nn.Module) -> set[str]:
+    """Names of the modules whose weights bitsandbytes holds in 4 bits, as `model.named_modules()` has them."""
+    return {name for name, _ in _linear4bit(model)}
+
+
+def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of a `Linear4bit`, (out_features, in_features) fp32, as its forward sees it.
+
+    bitsandbytes dequantises to the dtype the model was loaded in and so did training; the rounding is kept here.
+    Raises FinetuneError for a module that is not in 4 bits, or whose weights were repacked.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    if not isinstance(module, Linear4bit) or not isinstance(module.weight, Params4bit):
+        raise FinetuneError(f"{type(module).__name__} holds no 4-bit weight")
+    state = module.weight.quant_state
+    if vars(state).get("packing_format_for_cpu"):
+        raise FinetuneError(
+            "a 4-bit weight was repacked for CPU inference and is no longer readable; load the base again"
+        )
+    weight: torch.Tensor = dequantize_4bit(module.weight.data, state)
+    return weight.reshape(module.out_features, module.in_features).to(torch.float32)
+
+
+def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
+    """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained.
+
+    Raises FinetuneError where a key of the adapter is missing or has no place: peft only warns, and a module without
+    its adapter answers like the base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = adapter_dir / "adapter_model.safetensors"
+    if not file.exists():
+        raise FinetuneError(f"{adapter_dir} holds no adapter_model.safetensors")
+    try:
+        with quiet():
+            attached = PeftModel.from_pretrained(model, adapter_dir, torch_device=str(model.device))
+    except (RuntimeError, ValueError) as error:
+        raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {_first_line(error)}") from error
+    with safe_open(file, "pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+    keys = set(tensors)
+    places = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
+    missing, extra = sorted(places - keys), sorted(keys - places)
+    if missing or extra:
+        raise FinetuneError(
+            f"the adapter in {adapter_dir} is not complete for this base: {len(missing)} keys missing, "
+            f"{len(extra)} without a place ({(missing + extra)[0]})"
+        )
+    trained_precision.as_trained(attached, tensors)
+    attached.eval()
+    return attached
+
+
+def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:
+    """Parameters of the architecture that config.json describes, without allocating any. Raises InputError."""
+    import torch
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):  # what transformers asks for
+            raise InputError(
+                f"{folder / 'config.json'} needs the Python code beside it, and none was run; read it, and set "
+                "model.trust_remote_code: true if this machine may run it"
+            ) from error
+        raise InputError(
+            f"{folder / 'config.json'} describes no causal language model: {_first_line(error)}"
+        ) from error
+    return sum(p.numel() for p in model.parameters())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

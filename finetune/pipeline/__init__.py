@@ -1,0 +1,1 @@
+"""Stage list and runner, content-addressed store, run records, preflight, plan, launch, mirror."""

@@ -1,0 +1,176 @@
+"""Several processes of one run on this machine: start them, hand signals on, end with what the first failure said.
+
+`accelerate launch` starts the same processes, and is what FSDP, ZeRO and several machines need; its own launcher turns
+every exit status into 1 and ends in a traceback. Started from here, a run of N processes ends as a run of one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
+from finetune.train.oom import SMALLER
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 15.0  # for the others, once one has failed; after a signal they may take as long as a checkpoint needs
+FLOOR_SECONDS = 10.0  # an interpreter with torch in it takes seconds to end on a busy machine
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def ranks(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The rank of this process and their number, as accelerate, torchrun and `launch` hand them down.
+
+    Raises InputError where accelerate was asked for several processes and started one, which it does without a word
+    for `--cpu --num_processes 2` and for `distributed_type: MULTI_CPU`: it then sets an address and no rank.
+    """
+    if "WORLD_SIZE" in environment:
+        return int(environment.get("RANK", "0")), int(environment["WORLD_SIZE"])
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
+        raise InputError(
+            "accelerate was asked for several processes and started one: it does so for --cpu and for "
+            "distributed_type MULTI_CPU. Use --config_file recipes/accelerate/multi_cpu.yaml, or finetune run "
+            "--processes N"
+        )
+    return 0, 1
+
+
+def launch(arguments: Sequence[str], processes: int) -> None:
+    """Run `finetune ARGUMENTS` in `processes` processes and wait for them.
+
+    Where a GPU was full, they are started again with the smaller micro-batch that its process asked for. Exits with the
+    status of the process that failed first, whose own message is on the screen already. Raises FinetuneError where a
+    process was killed, Stopped after a signal that every process was told of.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "micro_batch_rows"
+        while status := _launch_once(arguments, processes, asked):
+            if not asked.exists():
+                sys.exit(status)
+            arguments = [*arguments, "--set", f"runtime.micro_batch_rows={int(asked.read_text())}"]
+            asked.unlink()
+
+
+def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
+    """The status of the process that failed first; 0 where none did."""
+    port = free_port()
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    started: list[subprocess.Popen[bytes]] = []
+    with _handing_on(started) as received:
+        for rank in range(processes):
+            environment = {
+                "OMP_NUM_THREADS": threads,
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                SMALLER: str(asked),
+            }
+            # A session of its own: Ctrl-C in a terminal reaches every process of a group, and then once more from here.
+            command = [sys.executable, "-m", "finetune", *arguments]
+            started.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            if received:
+                started[-1].send_signal(received[0])
+        rank, status = _wait(started, received)
+    if received and status == 128 + received[0]:
+        raise Stopped(received[0])
+    if status < 0:
+        how = f"was killed by {signal.Signals(-status).name}" if received else how_it_ended(status)
+        raise FinetuneError(
+            f"process {rank + 1} of {processes} {how}; the same command goes on from the last checkpoint"
+        )
+    return status
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int, int]:
+    """Wait for all; after the first failure the others are told to stop, and killed if they do not. After a signal they
+    may take as long as they need: rank 0 may be sending what the others have helped to save.
+
+    Returns the rank and status of the first failure. Of several seen at once, a killed process is the cause and an
+    error of another its effect.
+    """
+    failed = (0, 0)
+    deadline = 0.0
+    while True:
+        statuses = [p.poll() for p in started]
+        if not failed[1]:
+            seen = [(status, rank) for rank, status in enumerate(statuses) if status]
+            if seen:
+                status, rank = min(seen)
+                failed, deadline = (rank, status), time.monotonic() + GRACE_SECONDS
+                _send(started, signal.SIGTERM)
+        elif time.monotonic() > deadline and not received:
+            _send(started, signal.SIGKILL)
+        if None not in statuses:
+            return failed
+        time.sleep(POLL_SECONDS)
+
+
+def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+@contextmanager
+def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM go to every process; the same again ends them at once. Yields the signals received."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _send(started, signal.SIGKILL if number in received else number)
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A port nobody listens on, below those that Linux gives to outgoing connections (from 32768 on): torch takes it
+    only seconds later, and by then one of those may have come to lie on it.
+    """
+    while True:
+        port = random.randrange(20000, 30000)  # noqa: S311 - two launches at once must not try the same ones in turn
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
+def stop_with_launcher() -> None:
+    """Have Linux send this process SIGTERM when its launcher dies: a killed launcher leaves no orphan on a GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def message(error: FinetuneError, environment: Mapping[str, str]) -> str:
+    """What this process has to say of its failure; empty where it is not its place.
+
+    What is wrong with a recipe is wrong in every process: rank 0 says it, the launch ends, and the others are stopped
+    before they repeat it. What only a higher rank knows is said after a moment, with its number.
+    """
+    rank = int(environment.get("RANK", "0"))
+    if rank == 0:
+        return str(error)
+    if isinstance(error, Stopped):
+        return ""
+    time.sleep(FLOOR_SECONDS)
+    return f"process {rank + 1}: {error}"

@@ -1,0 +1,194 @@
+"""Bytes, tokens, steps and seconds a recipe will need, from shapes alone: no weights, no network, no torch.
+
+Rates are the datasheets' dense 16-bit figures; what is assumed of them is said beside each prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.dedup.embedding_timing import describe as embedding_time_in_words
+from finetune.dedup.embedding_timing import embedding_time
+from finetune.errors import InputError
+from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
+from finetune.estimate.memory import Training, disk, ram, windowed
+from finetune.estimate.shapes import Shapes, adapter_parameters, read_known_modules, read_shapes
+from finetune.lora.config import check_modules
+from finetune.recipe import Recipe
+from finetune.train.batch import total_steps
+
+if TYPE_CHECKING:
+    from finetune.pipeline.runner import Step
+
+DEFAULT_DEVICE = "t4"  # whose bytes are broken down where none is named
+
+
+def predict(
+    recipe: Recipe, steps: Sequence[Step], device: str | None = None, scratch: Path = Path("scratch")
+) -> dict[str, Any]:
+    """The plan as JSON: stages, access, memory, disk, tokens, steps, time. None stands for what only the data can tell.
+
+    Raises InputError for an unknown device name, and for an adapter that the base, as far as it is known, cannot have.
+    """
+    if device is not None and device.lower() not in DEVICES:
+        raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}")
+    by_name = {s.stage.name: s for s in steps}
+    base = by_name["base"]
+    pinned = base.folder if base.manifest else None
+    if (modules := read_known_modules(recipe, pinned)) is not None:
+        check_modules(recipe.lora, modules)
+    shapes = read_shapes(recipe, pinned)
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "model": recipe.model.id,
+        "stages": {s.stage.name: s.status for s in steps},
+        "older_versions": {s.stage.name: s.older_version for s in steps if s.older_version},
+        "access": _access(recipe, shapes),
+        "parameters": shapes.parameters if shapes else None,
+        **_data_figures(recipe, by_name),
+        "embedding": _embedding(by_name, scratch),
+    }
+    if shapes is None:
+        return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": None, "devices": None}
+    options = Options(shapes, Training.of(recipe))
+    named = device.lower() if device else DEFAULT_DEVICE
+    choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
+    shown = choices[named]
+    result["trainable_parameters"] = adapter_parameters(shapes, recipe)
+    result["memory_bytes"] = {**shown.parts, "total": shown.total}
+    result["memory_device"] = named
+    result["sliding_window"] = shapes.window if _warns(shapes, options.run, shown) else None
+    result["ram_bytes"] = ram(shapes, recipe, shown.rows, shown.policy)
+    result["disk_bytes"] = disk(shapes, recipe)
+    tokens = _tokens_trained(recipe, result)
+    result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
+    return result
+
+
+def _access(recipe: Recipe, shapes: Shapes | None) -> str:
+    if recipe.model.kind != "hub":
+        return "no download of a base"
+    if shapes and shapes.gated:
+        return f"gated: accept the terms at https://huggingface.co/{recipe.model.id} and log in (`hf auth login`)"
+    return "open, as far as is known offline"
+
+
+def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None:
+    """What embedding will take, once filter has counted the rows; None where nothing is left to embed."""
+    filtered, step = by_name["filter"].manifest, by_name["embed"]
+    if filtered is None or step.spec is None or step.manifest is not None:
+        return None
+    return embedding_time(step.spec.model_dump()["embedding"], int(filtered.metrics["rows_out"]), scratch)
+
+
+def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
+    """Rows, tokens and optimiser steps, once render and pack have counted them."""
+    pack, render = by_name["pack"], by_name["render"]
+    last = pack.manifest or (render.manifest if pack.status == "off" else None)
+    if last is None:
+        return {"rows": None, "tokens": None, "steps": None}
+    rows = int(last.metrics.get("bins") or last.metrics.get("rows") or 0)
+    return {"rows": rows, "tokens": int(last.metrics.get("tokens") or 0), "steps": total_steps(rows, recipe.train)}
+
+
+def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
+    """Of all steps; the rows' own count is of one epoch."""
+    if not figures["rows"]:
+        return None
+    return float(figures["steps"] * recipe.train.batch_rows * figures["tokens"] / figures["rows"])
+
+
+def _warns(shapes: Shapes, run: Training, choice: Choice) -> bool:
+    """Whether a dense mask comes of the window alone: packed rows, and several padded ones, have one in any case."""
+    return windowed(shapes, run) and not run.packed and choice.rows == 1
+
+
+def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str, Any]:
+    """How a device would train: the fastest way that fits it, or the smallest, where `fits` is false."""
+    return {
+        "fits": choice.fits,
+        "memory_bytes": choice.budget_bytes,
+        "peak_bytes": choice.total,
+        "micro_batch_rows": choice.rows,
+        "accumulation": max(1, recipe.train.batch_rows // choice.rows),
+        "checkpointing": choice.policy,
+        "tokens_per_second": choice.tokens_per_second,
+        "train_seconds": tokens / choice.tokens_per_second if tokens else None,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The plan for a person."""
+    lines = [f"{result['recipe']}  {result['model']}", ""]
+    width = max(len(n) for n in result["stages"])
+    for name, status in result["stages"].items():
+        older = result["older_versions"].get(name)
+        note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
+        lines.append(f"  {name:<{width}}  {_status(status)}{note}")
+    lines += ["", f"  access      {result['access']}"]
+    if result["parameters"] is None:
+        lines.append("  memory      unknown until the base stage has read its config")
+    else:
+        lines.append(f"  parameters  {result['parameters']:,} ({result['trainable_parameters']:,} trained)")
+        parts = {k: v for k, v in result["memory_bytes"].items() if k != "total"}
+        lines += _wrapped(
+            "GPU memory", f"{_gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
+        )
+        if result["sliding_window"]:
+            window = f"sliding window of {result['sliding_window']:,} tokens"
+            lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
+        lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
+        lines += _wrapped("disk", "", result["disk_bytes"])
+    if result["tokens"] is None:
+        lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
+    else:
+        lines.append(f"  tokens      {result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps")
+    if result["embedding"]:
+        lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
+    if result["devices"]:
+        lines += ["", *_table(result["devices"])]
+    return "\n".join(lines)
+
+
+def _device(result: dict[str, Any]) -> str:
+    on = result["devices"][result["memory_device"]]
+    rows = f"{on['micro_batch_rows']} row{'s' if on['micro_batch_rows'] > 1 else ''}"
+    return f"a {result['memory_device']} ({rows} at once, checkpointing {on['checkpointing']})"
+
+
+def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) -> list[str]:
+    """`first` and the parts of more than 50 MB, the largest first, in lines of at most `width` columns."""
+    found = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
+    lines: list[str] = []
+    line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
+    for number, (name, size) in enumerate(found):
+        word = f" {name.replace('_', ' ')} {_gb(size)}{',' if number + 1 < len(found) else ''}"
+        if len(line) + len(word) > width:
+            lines, line = [*lines, line], " " * 13
+        line += word
+    return [*lines, line]
+
+
+def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
+    """A line a device: whether it fits, its memory, the peak, and how it would be trained there."""
+    lines = ["  GPU         fits    usable      peak  rows x steps  checkpointing  tokens/s   training"]
+    for name, on in devices.items():
+        shape = f"{on['micro_batch_rows']} x {on['accumulation']}"
+        minutes = f"{on['train_seconds'] / 60:,.0f} min" if on["train_seconds"] else "unknown"
+        lines.append(
+            f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {_gb(on['memory_bytes']):>9} {_gb(on['peak_bytes']):>9}"
+            f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
+        )
+    said = "the fastest way that fits, by an estimate for full rows at"
+    return [*lines, f"  {said} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
+
+
+def _status(status: str) -> str:
+    words = {"done": "there", "missing": "to run", "partial": "to go on with", "unknown": "to run", "off": "off"}
+    return words[status]
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

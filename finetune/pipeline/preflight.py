@@ -1,0 +1,193 @@
+"""Whatever can be known before the first stage is built: access, write permission, disk, a GPU for a 7B."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.estimate import memory as estimate_memory
+from finetune.estimate.choice import Options, device_like
+from finetune.estimate.shapes import Shapes, read_known_modules, read_shapes
+from finetune.eval import lm_eval
+from finetune.gguf import llama_cpp
+from finetune.lora import config as lora_config
+from finetune.models import loading, quantized_cache
+from finetune.models.device import pick_device
+from finetune.pipeline.recipe_checks import rule_problem
+from finetune.pipeline.runner import Step
+from finetune.pipeline.store import Store
+from finetune.recipe import HubSource, Recipe
+from finetune.train import batch, distributed, tracking
+from finetune.train.batch import batch_shape
+from finetune.utils.files import read_json
+
+NEEDS_WEIGHTS = ("train", "evaluate", "certify")
+LARGEST_ON_CPU = 1_000_000_000  # parameters; above that one step takes minutes without a GPU
+DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
+
+
+def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False) -> list[str]:
+    """Refuse what cannot end well; returns notes on what could not be checked, or was overruled by `force`.
+
+    `steps` is the plan up to the stage asked for. Raises InputError (no access, no tracker), GateRefused (no GPU for
+    this size, or one that is too small).
+    """
+    to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
+    notes = _check_access(recipe, to_build)
+    base = next(s for s in steps if s.stage.name == "base")
+    shapes = read_shapes(recipe, base.folder if base.manifest else None)
+    if shapes is not None and to_build & set(NEEDS_WEIGHTS):
+        _check_device(recipe, shapes)
+    if "filter" in to_build and recipe.filter:
+        for lack in filter(None, map(rule_problem, recipe.filter.rules)):
+            raise InputError(f"filter.rules: {lack}")
+    if "export" in to_build and recipe.export:
+        llama_cpp.require_quantizer(recipe.export.gguf)
+    if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
+        lm_eval.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
+    if "train" in to_build:
+        check_adapter(recipe, base.folder if base.manifest else None)
+        notes += _check_training(recipe, shapes, world, force=force)
+    return notes
+
+
+def check_adapter(recipe: Recipe, base: Path | None) -> None:
+    """Refuse a lora section that the base cannot take. `base` is the finished stage's folder; without one the check is
+    made where the modules are known all the same, and otherwise as soon as there is one.
+    """
+    if base is not None:
+        lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
+    elif (modules := read_known_modules(recipe)) is not None:
+        lora_config.check_modules(recipe.lora, modules)
+
+
+def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
+    """The batch can be shared out, the GPU is large enough, the trackers are there."""
+    notes = []
+    if world > 1:
+        distributed.check_devices(recipe.runtime.device, world, os.environ)
+    batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    if recipe.runtime.checkpointing == "offload" and pick_device(recipe.runtime.device) == "cpu":
+        raise InputError(batch.OFFLOAD_ON_CPU)
+    if shapes is not None and (small := _too_small(recipe, shapes, world)):
+        if not force:
+            raise GateRefused(f"{small}. --force goes on all the same")
+        notes.append(f"{small}; going on, as --force asks")
+    if recipe.tracking.wandb:
+        mode, why = tracking.wandb_mode(os.environ, tracking.has_wandb_key())
+        notes += [f"tracking: W&B is recorded {mode}: {why}"] if mode != "online" else []
+    if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
+    return notes
+
+
+def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
+    """Both roots can be written and have room for what is still to be made; on one disk, for both together."""
+    base = next(s for s in steps if s.stage.name == "base")
+    pinned = base.folder if base.manifest else None
+    shapes = read_shapes(recipe, pinned)
+    to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
+    needed = dict.fromkeys(("download", "quantized_copy", "merged", "export", "adapter", "training_checkpoints"), 0)
+    needed |= estimate_memory.disk(shapes, recipe) if shapes else {}
+    loads = bool(to_build & set(NEEDS_WEIGHTS))
+    durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
+    local = sum(needed[part] for part, stage in (("merged", "merge"), ("export", "export")) if stage in to_build)
+    local += needed["download"] if loads and not is_downloaded(recipe, pinned, store.scratch) else 0
+    local += needed["quantized_copy"] if loads and not (pinned and quantized_cache.exists(store.scratch, pinned)) else 0
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for root, bytes_needed in ((store.artifacts, durable), (store.scratch, local)):
+        _check_writable(root)
+        disks.setdefault(root.stat().st_dev, []).append((root, bytes_needed))
+    for roots in disks.values():
+        free, together = shutil.disk_usage(roots[0][0]).free, sum(count for _, count in roots)
+        if free < together:
+            names = " and ".join(str(root) for root, _ in roots) + (", on one disk" if len(roots) > 1 else "")
+            raise FinetuneError(
+                f"{names}: {free / 1e9:.1f} GB free, about {together / 1e9:.1f} GB needed; free some, or choose "
+                "another folder with --artifacts or --scratch"
+            )
+
+
+def is_downloaded(recipe: Recipe, pinned: Path | None, scratch: Path) -> bool:
+    """Whether the weights of a Hub base lie whole in the cache, at the commit pinned in the base stage's folder or
+    named by the recipe.
+    """
+    if recipe.model.kind != "hub":
+        return True
+    revision = read_json(pinned / "base.json")["revision"] if pinned else recipe.model.revision
+    folder = scratch / "hub" / f"models--{recipe.model.id.replace('/', '--')}" / "snapshots" / str(revision)
+    return bool(loading.weight_files(folder))
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise FinetuneError(f"{root}: cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
+    from finetune.hub import client as hub_client
+
+    notes = []
+    if recipe.model.kind == "hub" and "base" in to_build:
+        notes.append(hub_client.check_read(recipe.model.id, "model"))
+    if "ingest" in to_build:
+        names = [s.id for s in recipe.data if isinstance(s, HubSource)]
+        notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
+    if recipe.publish.repo and "train" in to_build:
+        notes.append(hub_client.check_write(recipe.publish.repo))
+    return [n for n in notes if n]
+
+
+def _check_device(recipe: Recipe, shapes: Shapes) -> None:
+    if shapes.parameters < LARGEST_ON_CPU:
+        return
+    if pick_device(recipe.runtime.device) == "cpu":
+        raise GateRefused(
+            f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
+            "training would take weeks. Run the data stages here with --until pack, the whole on a GPU (Colab's free "
+            "T4 fits a 7B), or the default recipe: make sft"
+        )
+
+
+def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
+    """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
+    if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
+        return None
+    import torch
+
+    if pick_device(recipe.runtime.device) == "cpu":
+        return None
+    name, ampere = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
+    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere)
+
+
+def memory_problem(
+    recipe: Recipe, shapes: Shapes, world: int, free: int, total: int, name: str = "", *, ampere: bool = True
+) -> str | None:
+    """Whether even the way to train that takes least is predicted more bytes than a GPU with `total` has, of which
+    `free` are not in use.
+    """
+    held = total - free
+    # Whoever asks already holds the context that the prediction counts as the device's own.
+    room = min(total, free + estimate_memory.CONTEXT_BYTES)
+    device = device_like(name, room, ampere)
+    choice = Options(shapes, estimate_memory.Training.of(recipe), world).best(device)
+    if choice.fits:
+        return None
+    in_use = f" ({held / 1e9:.1f} GB are in use: end what holds them)"
+    others = in_use if held > 2 * estimate_memory.CONTEXT_BYTES else ""
+    return (
+        f"training {recipe.model.id} takes at least {choice.total / 1e9:.1f} GB of GPU memory ({choice.rows} "
+        f"row{'s' if choice.rows > 1 else ''} at once, checkpointing {choice.policy}) and there are "
+        f"{choice.budget_bytes / 1e9:.1f}{others}; lower render.max_length_tokens or lora.r, or leave "
+        "runtime.micro_batch_rows and runtime.checkpointing to auto (`finetune plan` shows what each takes)"
+    )

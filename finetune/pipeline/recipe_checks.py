@@ -1,0 +1,87 @@
+"""What a valid recipe names on this machine and is not there: data files, a base's folder, a template.
+
+Kept out of the models, which look at nothing but the recipe, and out of reading, which `show` does years later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import InputError
+from finetune.recipe import LocalSource, Source
+from finetune.recipe.filters import LanguageRule, Own, Rule
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.messages import in_file_order
+from finetune.utils.resources import resource
+
+
+def absent(loaded: LoadedRecipe) -> list[str]:
+    """A sentence, with file and line, for each thing that is named and is not there."""
+    found = _absent(loaded)
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
+
+
+def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    recipe = loaded.recipe
+    folder = recipe.model.folder
+    if folder is not None and not (folder / "config.json").is_file():
+        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    for number, source in enumerate(recipe.data):
+        yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
+    for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
+        yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
+    problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
+    yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    if encoder is not None and not encoder.is_dir():
+        yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
+    if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
+        yield ("evaluate", "task_folder"), f"no such folder: {recipe.evaluate.task_path}"
+    start = recipe.lora.start_folder
+    if start is not None and not (start / "adapter_config.json").is_file():
+        yield ("lora", "start_from"), f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is no folder'}"
+    if recipe.render.template_file is not None:
+        if not recipe.render.template_file.is_file():
+            yield ("render", "template"), f"no such file: {recipe.render.template_file}"
+    elif recipe.render.template != "auto":
+        yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def rule_problem(rule: Rule) -> str | None:
+    """What a filter rule needs that is not here: a package, a module of the user's own; None where it has all."""
+    from finetune.filters import custom, language
+
+    if isinstance(rule, LanguageRule):
+        return language.missing()
+    if isinstance(rule, Own):
+        try:
+            custom.module_file(rule)
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def _no_file(source: Source, recipe: Path) -> Iterator[str]:
+    if not isinstance(source, LocalSource) or source.path.is_file():
+        return
+    if source.path.is_dir():
+        yield f"a folder, not a file: {source.path}"
+        return
+    tried = [source.path]
+    if source.path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
+        tried.append(recipe.absolute().parent / source.path.relative_to(Path.cwd()))
+    names = [p.name for path in tried if path.parent.is_dir() for p in path.parent.iterdir()]
+    near = difflib.get_close_matches(source.path.name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
+
+
+def _no_template(name: str) -> Iterator[str]:
+    folder = resource("templates")
+    known = ["auto", *(sorted(p.stem for p in folder.glob("*.jinja")) if folder else [])]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"found {name!r}; allowed: {', '.join(known)}, or a .jinja file{hint}"

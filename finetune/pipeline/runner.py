@@ -1,0 +1,332 @@
+"""The stages in reading order; what a recipe still has to build; and building it."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from finetune.context import Context
+from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
+from finetune.pipeline.leases import Lease, is_being_built
+from finetune.pipeline.runs import Run, StageRecord
+from finetune.pipeline.stage_list import STAGES, Stage
+from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
+from finetune.recipe import Recipe
+from finetune.recipe.keys import key_form
+from finetune.utils.runtime import describe_environment, peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished stage's folder and the digest that the keys after it are made of."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of one recipe: `status` is off, done, partial, missing, or unknown (an input is not there yet)."""
+
+    stage: Stage
+    status: str
+    spec: BaseModel | None = None
+    key: str = ""
+    folder: Path | None = None
+    manifest: Manifest | None = None
+    inputs: Mapping[str, Output] = dataclasses.field(default_factory=dict)
+    fingerprint: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    older_version: int | None = None  # the newest earlier version of the stage whose output is in the store
+
+
+def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
+    """Where one stage stands, given the outputs of the stages before it."""
+    spec = stage.spec(recipe)
+    if spec is None:
+        return Step(stage, "off")
+    if any(need not in outputs for need in stage.needs):
+        return Step(stage, "unknown", spec)
+    inputs = {need: outputs[need] for need in stage.needs}
+    fingerprint = stage.fingerprint(spec)
+    digests = {name: output.digest for name, output in inputs.items()}
+    form = key_form(spec)
+    key = make_key(stage.name, stage.version, form, fingerprint, digests)
+    folder = store.folder(stage.name, key, large=stage.large)
+    manifest = store.find(folder)
+    status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
+    older = None
+    if manifest is None:
+        keys = {v: make_key(stage.name, v, form, fingerprint, digests) for v in range(stage.version - 1, 0, -1)}
+        older = next((v for v, k in keys.items() if store.find(store.folder(stage.name, k, large=stage.large))), None)
+    return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint, older)
+
+
+def plan(recipe: Recipe, store: Store) -> list[Step]:
+    """Every stage with its status. Builds nothing; a stage after an unbuilt one is unknown, as is one whose Hub
+    revision cannot be asked for now. Raises InputError for a file that is not there.
+    """
+    outputs: dict[str, Output] = {}
+    steps = []
+    for stage in STAGES:
+        try:
+            step = locate(stage, recipe, store, outputs)
+        except (InputError, GateRefused):
+            raise
+        except FinetuneError:
+            step = Step(stage, "unknown", stage.spec(recipe))
+        _add_output(outputs, step)
+        steps.append(step)
+    return steps
+
+
+def _add_output(outputs: dict[str, Output], step: Step) -> None:
+    stage = step.stage
+    if step.status == "off" and stage.needs and stage.needs[0] in outputs:
+        outputs[stage.name] = outputs[stage.needs[0]]
+    elif step.manifest and step.folder:
+        outputs[stage.name] = Output(step.folder, step.manifest.digest)
+
+
+def run(
+    recipe: Recipe,
+    store: Store,
+    ctx: Context,
+    record: Run,
+    *,
+    until: str | None = None,
+    fresh: bool = False,
+    before_building: Callable[[list[Step]], None] = lambda steps: None,
+    after_building: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Build what is missing, up to `until`; every stage that is there already is only looked at.
+
+    `before_building` is called once, with the plan, before the first stage that must be built, and `after_building`
+    with every stage that was built: either may refuse.
+    Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
+    """
+    outputs: dict[str, Output] = {}
+    steps: list[Step] = []
+    checked = False
+    for stage in STAGES:
+        ctx.stop.check()
+        step = locate(stage, recipe, store, outputs)
+        if step.status not in ("off", "done"):
+            if not checked:
+                before_building(plan(recipe, store))
+                checked = True
+            step = _build_recorded(step, recipe, store, ctx, record, fresh)
+            after_building(step)
+        else:
+            record.note(StageRecord.of(step.stage.name, step.status, step.folder, step.manifest))
+        _add_output(outputs, step)
+        steps.append(step)
+        if stage.name == until or (ctx.rank and not any(s.collective for s in STAGES[len(steps) :])):
+            break  # ranks above 0 have nothing left to do once no stage is left that all of them run
+    return steps
+
+
+def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, record: Run, fresh: bool) -> Step:
+    name = step.stage.name
+    record.note(StageRecord(name, "partial", step.folder, step.key))
+    record.save()  # a killed process must leave word of where it was
+    try:
+        done = build(step, recipe, store, ctx, fresh=fresh)
+    except (Stopped, KeyboardInterrupt):
+        record.note(StageRecord(name, "partial", step.folder, step.key))
+        raise
+    except Exception as error:
+        status, told = _told(error, step, ctx)
+        words = str(told) if isinstance(told, FinetuneError) else f"{type(told).__name__}: {told}"
+        record.note(StageRecord(name, status, step.folder, step.key, message=words if status != "partial" else ""))
+        if told is error:
+            raise
+        raise told from error
+    record.note(StageRecord.of(name, "done", done.folder, done.manifest))
+    return done
+
+
+def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
+    """What the record calls a failure, and what a person is told; a defect of ours or a library's is shown whole."""
+    if isinstance(error, GateRefused):
+        return "refused", error
+    if ctx.stop.signal_number:  # a library made an error of its own of the interruption
+        return "partial", Stopped(ctx.stop.signal_number)
+    if isinstance(error, FinetuneError):
+        return "failed", error
+    name, no_space = step.stage.name, isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if no_space or (step.folder and is_full(step.folder)):  # torch and safetensors have words of their own for it
+        return "failed", disk_full(f"{name}: {step.folder}")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return "failed", FinetuneError(f"{name}: {where}{error.strerror or error} {KEPT}")
+    return "failed", error
+
+
+def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:
+    """Build one stage, or wait for another process that is building it; returns the finished step."""
+    assert step.folder is not None and step.spec is not None  # noqa: S101 - locate() gave both, or nothing is built
+    stage, folder = step.stage, step.folder
+    if stage.collective:
+        _refuse_stale_partials(step, recipe, store, ctx, fresh)
+    if ctx.rank != 0:
+        if stage.collective and _begins(folder, store, ctx):
+            stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
+        return _finished(step, _wait_for(folder, store, ctx))
+    with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
+        manifest = store.find(folder)  # whoever was waited for may have finished it
+        if manifest is None:
+            manifest = _build_leased(step, recipe, store, ctx.heard_by(lease.say), fresh, lease)
+    return _finished(step, manifest)
+
+
+def _finished(step: Step, manifest: Manifest) -> Step:
+    return dataclasses.replace(step, status="done", manifest=manifest)
+
+
+def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool, lease: Lease) -> Manifest:
+    stage, folder = step.stage, step.folder
+    assert folder is not None and step.spec is not None  # noqa: S101
+    _verify_inputs(step, store)
+    if not stage.collective or fresh or not (folder / BUILDING).exists():
+        if stage.collective and (lost := sorted(p.parent.name for p in folder.glob("checkpoints/*/COMPLETE"))):
+            ctx.say(f"{stage.name}: --fresh removes {', '.join(lost)} in {folder}")
+        store.clear(folder)
+    digests = {name: output.digest for name, output in step.inputs.items()}
+    about: dict[str, Any] = {
+        "recipe": recipe.name,
+        "stage": stage.name,
+        "key": step.key,
+        "spec": key_form(step.spec),
+        "fingerprint": dict(step.fingerprint),
+        "inputs": digests,
+        "launch": ctx.launch,
+    }
+    (folder / BUILDING).write_text(json.dumps(about, sort_keys=True, indent=1), encoding="utf-8")
+    if step.older_version:
+        ctx.say(
+            f"{stage.name}: the artifact in the store is of an earlier version ({step.older_version}) of this stage; "
+            f"building version {stage.version}"
+        )
+    ctx.say(f"{stage.name} …")
+    start = time.monotonic()
+    hashed = Hashed()
+    ctx = dataclasses.replace(ctx, hashed=hashed.note)
+    metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
+    ctx.stop.check()  # a library may have taken the interruption for an error of its own and gone on
+    seconds = time.monotonic() - start
+    if stage.fingerprint(step.spec) != step.fingerprint:
+        raise FinetuneError(
+            f"{stage.name}: a file or Hub revision that it reads changed meanwhile; run again to read the new one"
+        )
+    files = store.read_files(folder, _row_counts(folder), skip=stage.working, hashed=hashed)
+    manifest = Manifest(
+        stage=stage.name,
+        version=stage.version,
+        key=step.key,
+        spec=about["spec"],
+        fingerprint=dict(step.fingerprint),
+        inputs=digests,
+        files=files,
+        digest=output_digest(files, stage.logs),
+        metrics=metrics,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        environment=describe_environment(),
+    )
+    with ctx.stop.at_checks_only():
+        lease.require()
+        store.commit(folder, manifest)
+        if stage.working:
+            shutil.rmtree(folder / stage.working, ignore_errors=True)
+    return manifest
+
+
+def _verify_inputs(step: Step, store: Store) -> None:
+    """Nothing is built on bytes that changed after they were committed (a flipped bit, an edited file)."""
+    for name, output in step.inputs.items():
+        manifest = store.find(output.folder)
+        problems = store.verify(output.folder, manifest) if manifest else [f"{output.folder}: no longer complete"]
+        if problems:
+            raise FinetuneError(
+                f"{step.stage.name}: refuses to build on {name}, whose files are not what was committed: "
+                f"{'; '.join(problems[:3])}. Remove {output.folder} and run again: it will be made anew"
+            )
+
+
+def _row_counts(folder: Path) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    return {p.relative_to(folder).as_posix(): pq.read_metadata(p).num_rows for p in folder.rglob("*.parquet")}
+
+
+def _begins(folder: Path, store: Store, ctx: Context) -> bool:
+    """Wait until rank 0 of this launch has begun the stage (True), or another run has finished it (False): a rank that
+    begins alone would wait for the others until torch gives up.
+    """
+    while store.find(folder) is None:
+        ctx.stop.check()
+        try:
+            if json.loads((folder / BUILDING).read_text(encoding="utf-8")).get("launch") == ctx.launch:
+                return True
+        except (OSError, ValueError):
+            pass  # not there yet, or being written
+        time.sleep(0.1)
+    return False
+
+
+def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:
+    """Ranks above 0 wait for what rank 0 builds; a failing rank 0 ends the launch, and them with it."""
+    while (manifest := store.find(folder)) is None:
+        ctx.stop.check()
+        time.sleep(0.25)
+    return manifest
+
+
+def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> None:
+    """A half-finished training of this recipe under another key is worth hours: say what differs, and stop."""
+    assert step.folder is not None and step.spec is not None  # noqa: S101
+    now = key_form(step.spec)
+    for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
+        folder = building.parent
+        if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
+            continue
+        if store.find(folder) is not None or is_being_built(folder):
+            continue
+        try:
+            was = json.loads(building.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if was.get("recipe") != recipe.name:
+            continue
+        changes = _differences(was.get("spec", {}), now)
+        digests = {name: output.digest for name, output in step.inputs.items()}
+        changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
+        if fresh:
+            ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
+            if ctx.rank == 0:  # said once; the marker stays, so that undoing the change goes on with it
+                building.write_text(json.dumps(was | {"recipe": ""}), encoding="utf-8")
+            continue
+        raise GateRefused(
+            f"an unfinished training of {recipe.name} lies in {folder}, made with another recipe: "
+            f"{'; '.join(changes) or 'other code'}. Undo the change to go on with it, or add --fresh to begin anew"
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    lines = []
+    for name in sorted({*was, *now}):
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{at}{name}.")
+        elif old != new:
+            lines.append(f"{at}{name} was {old!r}, is {new!r}")
+    return lines

@@ -1,0 +1,158 @@
+"""artifacts/runs/RECIPE/UTC-hash8/: the folder a person looks into. The results lie in the store."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from finetune.errors import InputError, not_written
+from finetune.pipeline.store import Manifest
+from finetune.utils.files import replace_bytes
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of one run. `status`: done, partial, missing, off, failed or refused."""
+
+    name: str
+    status: str
+    folder: Path | None = None
+    key: str = ""
+    seconds: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+    @classmethod
+    def of(cls, name: str, status: str, folder: Path | None, manifest: Manifest | None) -> Self:
+        """The record of a stage that is finished or off."""
+        if manifest is None:
+            return cls(name, status, folder)
+        return cls(name, status, folder, manifest.key, manifest.seconds, manifest.metrics)
+
+    def as_json(self) -> dict[str, Any]:
+        """The form that `show --json` prints."""
+        value: dict[str, Any] = {
+            "status": self.status,
+            "path": str(self.folder) if self.folder and self.status != "off" else None,
+            "key": self.key or None,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+        }
+        return value | ({"message": self.message} if self.message else {})
+
+
+class Run:
+    """One run being written. Its folder appears with the first stage that is not only looked up."""
+
+    def __init__(
+        self, artifacts: Path, recipe: str, text: str, sets: tuple[str, ...], digest: str, *, write: bool
+    ) -> None:
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        self.recipe, self.text, self.sets, self.write = recipe, text, sets, write
+        self.parent = artifacts / "runs" / recipe
+        self.name = f"{now}-{digest[:8]}"
+        self.folder = self.parent / self.name
+        self.begun = False  # whether the folder is there
+        self.refused = False  # whether the disk did not take the record
+        self.stages: dict[str, StageRecord] = {}
+
+    def note(self, record: StageRecord) -> None:
+        """Remember a stage; `save` writes it down."""
+        self.stages[record.name] = record
+
+    def save(self) -> Path:
+        """Write run.json, or, where the newest run holds exactly the same, leave that one as it is.
+
+        Raises FinetuneError where the disk does not take it; the record before it is whole then.
+        """
+        stages = {name: record.as_json() for name, record in self.stages.items()}
+        value = {"recipe": self.recipe, "run": self.name, "sets": list(self.sets), "stages": stages}
+        newest = latest_run(self.parent)
+        if not self.begun and newest is not None and self._is_told_by(newest, stages):
+            self.name, self.folder = newest.name, newest
+            return newest
+        if self.write:
+            self.begin()
+            value["run"] = self.name
+            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            with self._disk_faults_told():
+                replace_bytes(self.folder / "recipe.yaml", self.text.encode())
+                replace_bytes(self.folder / "run.json", text.encode())
+                replace_bytes(self.parent / "latest", f"{self.name}\n".encode())
+        return self.folder
+
+    def begin(self) -> None:
+        """Make the run's folder: one of its own, also where another run of this recipe began in the same second."""
+        if self.begun or not self.write:
+            return
+        name, count = self.name, 1
+        with self._disk_faults_told():
+            while True:
+                try:
+                    (self.parent / name).mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    count += 1
+                    name = f"{self.name}-{count}"
+        self.name, self.folder, self.begun = name, self.parent / name, True
+
+    @contextmanager
+    def _disk_faults_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.refused = True
+            raise not_written(self.parent, error) from None
+
+    def _is_told_by(self, folder: Path, stages: dict[str, Any]) -> bool:
+        """Whether that run's record says exactly what this one's would."""
+        try:
+            before = read_record(folder)
+            text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        except (InputError, OSError, ValueError):
+            return False
+        return text == self.text and before["sets"] == list(self.sets) and before["stages"] == stages
+
+
+def latest_run(parent: Path) -> Path | None:
+    """The folder that `latest` names, or None."""
+    try:
+        name = (parent / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = parent / name
+    return folder if name and folder.is_dir() else None
+
+
+def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
+    """run.json of a run (the newest by default); InputError names what there is."""
+    parent = artifacts / "runs" / recipe
+    folder = latest_run(parent) if run is None else parent / run
+    if folder is None or not (folder / "run.json").is_file():
+        there = sorted(p.parent.name for p in parent.glob("*/run.json"))
+        what = f"no run {run!r} of {recipe}" if run else f"{recipe} has not run yet"
+        raise InputError(
+            f"{what} under {artifacts} ({'there is ' + ', '.join(there[-5:]) if there else 'no run there'})"
+        )
+    return read_record(folder) | {"folder": folder}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run's folder. Raises InputError where it is torn, edited or of another form."""
+    path = folder / "run.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        stages = value["stages"]
+        if not all(isinstance(s["status"], str) and isinstance(s["metrics"], dict) for s in stages.values()):
+            raise TypeError
+        return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
+            "nothing that is there already"
+        ) from None

@@ -1,0 +1,202 @@
+"""Where stages leave what they made: keys, manifests, leases and atomic commit. Knows nothing of training.
+
+A stage's folder is `ROOT/STAGE/KEY`. Files are written there and synced, and `manifest.json` is written last: a folder
+with a readable manifest is complete, any other is a build in progress or one that died. No rename, link or lock is
+needed, so a mounted Drive or NFS folder will do. A builder owns its folder by a lease (pipeline/leases.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import BaseModel, ValidationError
+
+from finetune.errors import FinetuneError, InputError
+from finetune.pipeline.leases import Lease, acquire
+from finetune.utils import files as utils_files
+
+MANIFEST = "manifest.json"
+BUILDING = "building.json"
+FULL_BYTES = 65536
+
+
+class FileEntry(BaseModel):
+    """One file of a finished folder; `digest` is its xxh3-128."""
+
+    bytes: int
+    digest: str
+    rows: int | None = None
+
+
+class Manifest(BaseModel):
+    """What a finished stage folder holds, and what it was made from."""
+
+    stage: str
+    version: int
+    key: str
+    spec: dict[str, Any]
+    fingerprint: dict[str, Any]
+    inputs: dict[str, str]  # stage → digest of its output
+    files: dict[str, FileEntry]
+    digest: str  # of the files, less the stage's logs
+    metrics: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    environment: dict[str, Any]  # versions, git commit, device: recorded, never part of a key
+
+
+class Hashed:
+    """Digests that a stage took while it wrote: a merged 7B need not be read a second time for its manifest."""
+
+    def __init__(self) -> None:
+        self._noted: dict[Path, tuple[tuple[int, int, int], str]] = {}
+
+    def note(self, path: Path, digest: str) -> None:
+        """Remember the xxh3-128 of a file that is closed and synced."""
+        self._noted[path] = (self._state(path), digest)
+
+    def digest(self, path: Path) -> str | None:
+        """What was noted of a file, if it is still that one."""
+        state, digest = self._noted.get(path, (None, ""))
+        return digest if state is not None and state == self._state(path) else None
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+class Store:
+    """Two roots: `artifacts` (durable, small) and `scratch` (local, large, can be made again)."""
+
+    def __init__(self, artifacts: Path, scratch: Path) -> None:
+        self.artifacts, self.scratch = artifacts.absolute(), scratch.absolute()
+
+    def folder(self, stage: str, key: str, *, large: bool = False) -> Path:
+        """Where the stage of this key lies, whether or not it exists."""
+        return (self.scratch if large else self.artifacts) / stage / key[:16]
+
+    def find(self, folder: Path) -> Manifest | None:
+        """The manifest of a complete folder whose files are all there at their size, else None."""
+        try:
+            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        except (OSError, ValidationError, ValueError):
+            return None
+        for name, entry in manifest.files.items():
+            try:
+                if (folder / name).stat().st_size != entry.bytes:
+                    return None
+            except OSError:
+                return None
+        return manifest
+
+    def verify(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Rehash every file; returns a sentence for each that differs from the manifest."""
+        problems = []
+        for name, entry in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                problems.append(f"{path}: gone")
+            elif (found := hash_file(path)) != entry.digest:
+                problems.append(f"{path}: its bytes changed since it was written (xxh3 {found}, was {entry.digest})")
+        return problems
+
+    @contextlib.contextmanager
+    def lease(self, folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Iterator[Lease]:
+        """Own `folder` for a build; waits for a live owner (`on_wait` gets one line), takes over from a dead one."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FinetuneError(f"{folder}: cannot be written: {error.strerror}") from None
+        lease = acquire(folder, on_wait, check)
+        lease.start()
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def clear(self, folder: Path) -> None:
+        """Remove what a build that died left behind, but not the lease."""
+        for path in folder.iterdir():
+            if not path.name.startswith("lease."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def commit(self, folder: Path, manifest: Manifest) -> None:
+        """Declare the folder complete. The manifest is written last; a torn write of it is not valid JSON."""
+        _write_synced(folder / MANIFEST, manifest.model_dump_json(indent=1))
+        _sync_folder(folder)
+        (folder / BUILDING).unlink(
+            missing_ok=True
+        )  # after the manifest: with neither, hours of training would be cleared
+
+    def read_files(
+        self, folder: Path, rows: Mapping[str, int], skip: str = "", hashed: Hashed | None = None
+    ) -> dict[str, FileEntry]:
+        """Hash and sync every file of a folder that is about to be committed, less those under the folder `skip`.
+
+        A file that was hashed while it was written, and has not been touched since, is not read again.
+        """
+        entries = {}
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if name in (MANIFEST, BUILDING) or name.startswith("lease.") or (skip and name.startswith(f"{skip}/")):
+                continue
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            digest = (hashed.digest(path) if hashed else None) or hash_file(path)
+            entries[name] = FileEntry(bytes=path.stat().st_size, digest=digest, rows=rows.get(name))
+        return entries
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk under `folder` has next to nothing left: less than one large write would need."""
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
+
+
+def make_key(stage: str, version: int, spec: object, fingerprint: object, inputs: Mapping[str, str]) -> str:
+    """The content key of a stage: 32 hex digits over everything that may change its output, and nothing else."""
+    parts = {"stage": stage, "version": version, "spec": spec, "fingerprint": fingerprint, "inputs": dict(inputs)}
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
+
+
+def output_digest(files: Mapping[str, FileEntry], logs: Iterable[str] = ()) -> str:
+    """The digest of an output: xxh3-128 over its sorted (path, digest) pairs; logs tell of one run and do not count."""
+    skip = set(logs)
+    text = "".join(f"{name}\0{files[name].digest}\n" for name in sorted(files) if name not in skip)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes, in hex. Raises InputError where it cannot be read."""
+    try:
+        return utils_files.hash_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be opened or synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""What a push holds: licenses, model card, verification on the Hub."""

@@ -1,0 +1,324 @@
+"""The README.md of a push, made of what was measured and nothing else.
+
+Everything that comes from a recipe, a file or a measurement is escaped for Markdown; the recipe and the answers are
+quoted in code blocks whose fences no content can close. Metadata: https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finetune.errors import InputError
+from finetune.hub.client import Kind
+from finetune.publish import card_sections as sections
+from finetune.publish.adapter_summary import trained
+from finetune.publish.card_curve import training_curve
+from finetune.publish.card_loading import loading
+from finetune.publish.facts import Card, Facts
+from finetune.publish.markdown import Markdown, code, escaped, fence, number
+from finetune.recipe import HubSource, Recipe
+from finetune.utils.secrets import find_secrets
+
+if TYPE_CHECKING:
+    import jinja2
+
+# A model merged into one base is a finetune of it; the Hub's "merge" means several models made into one.
+RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
+LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+CURVE = "assets/training.svg"
+
+_MODEL = """\
+---
+{{ metadata }}
+---
+
+# {{ repo }}
+
+{{ summary }}
+
+- Base: {{ base_words }}
+- Kind: {{ kind_words }}
+{%- if template %}
+- Chat template: {{ template.name | code }}, sha256 {{ template.sha256 | code }}; a turn ends with token \
+{{ template.terminators | code }}
+{%- endif %}
+{%- for what, where in siblings %}
+- {{ what }}: {{ where }}
+{%- endfor %}
+
+## Data
+
+{% if sources %}
+{%- for source in sources %}
+- {{ source }}
+{%- endfor %}
+{% endif %}
+{%- if funnel %}
+| stage | rows left | what happened |
+|---|---:|---|
+{%- for stage, rows, detail in funnel %}
+| {{ stage | code }} | {{ rows }} | {{ detail }} |
+{%- endfor %}
+{% endif %}
+## Training
+{% if curve_words %}
+![Loss while training]({{ curve }})
+
+{{ curve_words }}
+{% endif %}
+{%- if machine %}
+{% for line in machine -%}
+- {{ line }}
+{% endfor %}
+{%- endif %}
+{%- if training %}
+| figure | value |
+|---|---:|
+{%- for name, value in training %}
+| {{ name | code }} | {{ value }} |
+{%- endfor %}
+{% else %}
+No figures were recorded.
+{% endif %}
+## Evaluation
+{% if evaluation %}
+On held-out rows of the same data. Perplexity is exp(sum of negative log-likelihoods / supervised tokens); `stop_rate` \
+is the share of greedy generations that end by themselves.
+{%- if measured_on %} Measured: {{ measured_on }}.{% endif %}
+
+| figure | value |
+|---|---:|
+{%- for name, value in evaluation %}
+| {{ name | code }} | {{ value }} |
+{%- endfor %}
+{% else %}
+Not evaluated.
+{% endif %}
+{%- if samples %}
+## Sample answers
+
+Greedy answers to held-out prompts, the first of them, not chosen; long texts are cut.
+{% for sample in samples %}
+### {{ sample.id }}
+
+{{ sample.prompt | fence("text") }}
+
+Base{{ sample.base_end }}:
+
+{{ sample.base | fence("text") }}
+
+Adapter{{ sample.adapter_end }}:
+
+{{ sample.adapter | fence("text") }}
+{% endfor %}
+{%- endif %}
+## Certificate
+
+{{ certificate }}
+
+## How to load it
+{% for note, language, lines in loading %}
+{%- if note %}
+{{ note }}
+{% endif %}
+{{ lines | fence(language) }}
+{% endfor %}
+## Limits
+
+{% for limit in limits -%}
+- {{ limit }}
+{% endfor %}
+## Recipe
+
+{{ recipe_text | fence("yaml") }}
+"""
+
+_DATASET = """\
+---
+{{ metadata }}
+---
+
+# {{ repo }}
+
+The curated rows that {{ name | code }} was trained on and evaluated with: chat messages, each with its id and source.
+
+## Sources
+
+{% for source in sources -%}
+- {{ source }}
+{% endfor %}
+Their licences go on holding for their rows.
+
+## Curation
+
+{% if funnel -%}
+| stage | rows left | what happened |
+|---|---:|---|
+{%- for stage, rows, detail in funnel %}
+| {{ stage | code }} | {{ rows }} | {{ detail }} |
+{%- endfor %}
+{% endif %}
+The rows that were left out, and the pairs of near-duplicates, are not part of this repository.
+
+## Files
+
+| split | file | rows |
+|---|---|---:|
+{%- for split, rows in splits %}
+| {{ split | code }} | {{ ("data/" + split + ".parquet") | code }} | {{ rows }} |
+{%- endfor %}
+
+{% for column, words in columns -%}
+- {{ column | code }}: {{ words }}
+{% endfor %}
+{{ load | fence("python") }}
+
+## Recipe
+
+{{ recipe_text | fence("yaml") }}
+"""
+COLUMNS = {
+    "id": "SOURCE:N, the N-th row of that source, counted from 1",
+    "source": "the source's name",
+    "messages": "the turns in order, each with `role` (system, user, assistant, tool) and `content`",
+    "text": "the whole of a raw-text row, whose messages are empty",
+}
+
+
+def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
+    """The README.md of one push, and the files it shows.
+
+    Args:
+        kind: what is pushed.
+        repo: the repository's id on the Hub.
+        facts: the run. Local folders in the recipe's text are shortened to `…/NAME`.
+
+    Raises:
+        InputError: something in the recipe, the answers or the figures looks like a credential.
+    """
+    if found := find_secrets(facts.recipe_text):
+        raise InputError(f"the recipe would be published with {found[0]}: take it out (a token belongs in HF_TOKEN)")
+    curve, words = (b"", "") if kind == "dataset" else training_curve(facts.steps)
+    text = _dataset_card(repo, facts) if kind == "dataset" else _model_card(kind, repo, facts, words)
+    if found := find_secrets(text):
+        raise InputError(f"the model card would be published with {found[0]}: look for it in what the run measured")
+    return Card(text, {CURVE: curve} if curve else {})
+
+
+def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
+    evaluation, measured_on = sections.evaluation(facts.metrics)
+    siblings = [(f"Also published, {other}", where) for other, where in facts.siblings.items() if other != kind]
+    return _template(_MODEL).render(
+        metadata=Markdown(_metadata(kind, repo, facts)),
+        repo=repo,
+        summary=_summary(kind, facts),
+        base_words=sections.base_words(facts.base, facts.licences),
+        kind_words=_kind_words(kind, facts.recipe),
+        template=facts.template,
+        siblings=siblings,
+        sources=sections.sources(facts),
+        funnel=sections.funnel(facts.metrics),
+        curve=CURVE,
+        curve_words=curve_words,
+        machine=trained(facts.recipe) + sections.machine(facts),
+        training=sections.training(facts.metrics),
+        evaluation=evaluation,
+        measured_on=Markdown(measured_on),
+        samples=sections.samples(facts),
+        certificate=sections.certificate_words(facts.certificate),
+        loading=loading(kind, repo, facts),
+        limits=sections.limits(kind, facts),
+        recipe_text=sections.without_folders(facts.recipe_text, facts.recipe),
+    )
+
+
+def _dataset_card(repo: str, facts: Facts) -> str:
+    columns = dict.fromkeys(name for split in facts.rows.values() for name in split["columns"])
+    return _template(_DATASET).render(
+        metadata=Markdown(_dataset_metadata(facts)),
+        repo=repo,
+        name=facts.recipe.name,
+        sources=sections.sources(facts),
+        funnel=sections.funnel(facts.metrics),
+        splits=[(split, number(found["rows"])) for split, found in facts.rows.items()],
+        columns=[(name, Markdown(COLUMNS[name])) for name in columns],
+        load=f"from datasets import load_dataset\n\nrows = load_dataset({repo!r})\nprint(rows)",
+        recipe_text=sections.without_folders(facts.recipe_text, facts.recipe),
+    )
+
+
+def _template(text: str) -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 - jinja2 escapes HTML; `finalize` escapes Markdown, with its HTML
+        undefined=jinja2.StrictUndefined, finalize=escaped, keep_trailing_newline=True
+    )
+    environment.filters.update(code=code, fence=fence)
+    return environment.from_string(text)
+
+
+def _metadata(kind: Kind, repo: str, facts: Facts) -> str:
+    from huggingface_hub import ModelCardData
+
+    recipe, on_hub = facts.recipe, facts.base["kind"] == "hub"
+    merged = facts.siblings.get("merged") if kind == "gguf" else None
+    base = merged or (facts.base["id"] if on_hub else None)  # a GGUF is a quantisation of the merged model
+    tags = ["lora", "sft", "text-generation"] + (["qlora"] if recipe.quantization else [])
+    results = sections.results(kind, facts)
+    card = ModelCardData(
+        base_model=base,
+        library_name=LIBRARY[kind],
+        pipeline_tag="text-generation",
+        license=recipe.publish.license,
+        datasets=_datasets(recipe) or None,
+        tags=[*tags, "gguf"] if kind == "gguf" else tags,
+        model_name=repo.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    if base:
+        card["base_model_relation"] = RELATION[kind]
+    return card.to_yaml()
+
+
+def _dataset_metadata(facts: Facts) -> str:
+    from huggingface_hub import DatasetCardData
+
+    files = [{"split": split, "path": f"data/{split}.parquet"} for split in facts.rows]
+    card = DatasetCardData(
+        license=facts.recipe.publish.license,
+        task_categories=["text-generation"],
+        size_categories=[_size(sum(found["rows"] for found in facts.rows.values()))],
+        source_datasets=_datasets(facts.recipe) or None,
+        tags=["sft", "curated"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    return card.to_yaml()
+
+
+def _size(rows: int) -> str:
+    """The Hub's name for so many rows."""
+    ends = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6))
+    return next((name for name, end in ends if rows < end), "1M<n<10M")
+
+
+def _datasets(recipe: Recipe) -> list[str]:
+    return list(dict.fromkeys(s.id for s in recipe.data if isinstance(s, HubSource)))
+
+
+def _summary(kind: Kind, facts: Facts) -> str:
+    trained = "QLoRA" if facts.recipe.quantization else "LoRA"
+    what = "adapter for" if kind == "adapter" else "fine-tune of"
+    form = ", as GGUF files for llama.cpp and Ollama" if kind == "gguf" else ""
+    return f"{facts.recipe.name}: a {trained} {what} {facts.base['id']}, trained by supervised fine-tuning{form}."
+
+
+def _kind_words(kind: Kind, recipe: Recipe) -> str:
+    if kind == "merged":
+        return "the whole model, the adapter merged into its weights"
+    if kind == "gguf":
+        kinds: list[str] = list(recipe.export.gguf) if recipe.export else []
+        return f"the merged model as {', '.join(kinds)}, with an Ollama Modelfile for the first"
+    lora, quantization = recipe.lora, recipe.quantization
+    stored = f"{quantization.type}{' with double quantisation' if quantization.double else ''}" if quantization else ""
+    over = f", trained over the base in {stored}" if stored else ""
+    return f"a LoRA adapter of rank {lora.r}, alpha {number(lora.alpha)}, on {lora.targets}{over}"

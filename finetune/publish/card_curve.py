@@ -1,0 +1,45 @@
+"""The training curve as a picture that stands alone: an SVG file.
+
+SVG, because it needs no drawing library, is a few kilobytes of text, and is shown by the Hub (whose own badges are SVG
+files of a repository). It carries its style and a white ground, for a README is shown on dark pages too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.utils import svg as plots
+
+STYLE = (
+    "text{font:11px sans-serif;fill:#555}"
+    ".grid{stroke:#ddd;stroke-width:1}.base{stroke:#555;stroke-width:1}"
+    ".curve{fill:none;stroke:#1a5fb4;stroke-width:2.2;stroke-linejoin:round}.curve.faint{stroke:#9dbfe6;stroke-width:1}"
+    ".dots circle{fill:#fff;stroke:#b3541e;stroke-width:2}"
+    ".dashed{fill:none;stroke:#b3541e;stroke-width:1.2;stroke-dasharray:4 3}"
+)
+HELD_OUT = ("held_out_loss", "eval_loss")
+
+
+def training_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """(an SVG file, its words) of the loss against the optimiser's steps; (b"", "") without two steps."""
+    loss, held = _points(steps, "loss"), _points(steps, *HELD_OUT)
+    if len(loss) < 2:
+        return b"", ""
+    window = max(2, len(loss) // 15)
+    lines = [plots.Line(loss, "faint"), plots.Line(plots.smoothed(loss, window))]
+    lines += [plots.Line(held, "dots")] if held else []
+    words = f"Loss over {len(loss)} logged steps: first {loss[0][1]:.4g}, last {loss[-1][1]:.4g}"
+    drawn = str(plots.lines(words, lines, "optimiser step", "loss, nats per token"))
+    head, _, body = drawn.partition(">")
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * plots.WIDTH:.0f}" height="{2 * plots.HEIGHT:.0f}"'
+    ground = '<rect width="100%" height="100%" fill="#fff"/>'
+    svg = f"{head.replace('<svg', f'<svg {size}', 1)}><style>{STYLE}</style>{ground}{body}\n"
+    note = f"{words}. Thin: as logged; bold: the mean of the last {window}." + (" Dots: held-out rows." if held else "")
+    return svg.encode(), note
+
+
+def _points(steps: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[float, float]]:
+    found = [(float(s["step"]), float(s[n])) for s in steps if "step" in s for n in names if s.get(n) is not None]
+    return [p for p in found if math.isfinite(p[1])]

@@ -1,0 +1,250 @@
+"""The parts of a card that are made of figures: data, funnel, training, evaluation, certificate, samples, limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.eval.metrics import never_stops
+from finetune.hub.client import Kind
+from finetune.publish.facts import Facts, Json
+from finetune.publish.markdown import Markdown, code, escaped, number
+from finetune.recipe import HubSource, LocalSource, Recipe
+from finetune.utils.format import task_figures
+
+FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
+ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
+EVALUATION = ("perplexity_base", "perplexity_adapter", "perplexity_merged", "stop_rate")
+TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # said of the machine
+LONGEST_LIST, LONGEST_SAMPLE = 12, 600
+
+
+def base_words(base: Json, licences: Mapping[str, str]) -> Markdown:
+    """The base with its revision, size and licence."""
+    size = f", {base['parameters']:,} parameters" if "parameters" in base else ""
+    if base["kind"] == "hub":
+        link = f"[{escaped(base['id'])}](https://huggingface.co/{base['id']})"
+        licence = escaped(licences.get(f"model {base['id']}", "unknown"))
+        return Markdown(f"{link} at revision {code(base.get('revision') or 'unknown')}{size}, licence: {licence}")
+    return Markdown(f"{code(base['id'])}, which is not on the Hub{size}")
+
+
+def sources(facts: Facts) -> list[Markdown]:
+    """A line for each source: where its rows came from, at which revision, under which licence."""
+    lines = []
+    for position, source in enumerate(facts.recipe.data):
+        pinned = facts.sources[position] if position < len(facts.sources) else {}
+        weight = f", weight {number(source.weight)}" if source.weight != 1 else ""
+        if isinstance(source, HubSource):
+            link = f"[{escaped(source.id)}](https://huggingface.co/datasets/{source.id})"
+            at = code(pinned.get("commit") or source.revision or "unknown")
+            licence = escaped(facts.licences.get(f"dataset {source.id}", "unknown"))
+            words = f"{link}, split {code(source.split)}, revision {at}, licence: {licence}{weight}"
+        elif isinstance(source, LocalSource):
+            digest = f", xxh3 {code(pinned['xxh3_128'])}" if "xxh3_128" in pinned else ""
+            words = f"a local file, {code(source.label)}{digest}, licence: unknown{weight}"
+        else:
+            words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
+        lines.append(Markdown(words))
+    return lines
+
+
+def funnel(metrics: Mapping[str, Json]) -> list[tuple[str, str, str]]:
+    """(stage, rows left, the other figures) of every data stage that ran, in order."""
+    lines = []
+    for stage in FUNNEL:
+        if measured := metrics.get(stage):
+            key = next((k for k in ROWS if isinstance(measured.get(k), int)), None)
+            rest = [f"{n} {v}" for n, v in figures({k: v for k, v in measured.items() if k != key})]
+            lines.append((stage, number(measured[key]) if key else "", "; ".join(rest[:LONGEST_LIST])))
+    return lines
+
+
+def machine(facts: Facts) -> list[str]:
+    """On what the training ran, how long it took and how much memory it held."""
+    train = facts.metrics.get("train") or {}
+    lines = []
+    if train.get("device"):
+        processes = train.get("processes", 1)
+        lines.append(f"Hardware: {train['device']}" + (f", {processes} processes" if processes != 1 else ""))
+    if "train" in facts.seconds:
+        speed = f", {number(train['tokens_per_second'])} tokens a second" if train.get("tokens_per_second") else ""
+        lines.append(f"Time: {_duration(facts.seconds['train'])} for the training stage{speed}")
+        if others := sum(s for stage, s in facts.seconds.items() if stage != "train"):
+            lines.append(f"Time of the other stages together: {_duration(others)}")
+    if train.get("peak_memory_bytes"):
+        lines.append(f"Peak memory while training: {train['peak_memory_bytes'] / 1e9:.2f} GB")
+    if facts.versions:
+        names = [n for n in ("torch", "transformers", "trl", "peft", "bitsandbytes") if n in facts.versions]
+        lines.append("Libraries: " + ", ".join(f"{n} {facts.versions[n]}" for n in names))
+    return lines
+
+
+def training(metrics: Mapping[str, Json]) -> list[tuple[str, str]]:
+    """Every figure of the training that `machine` does not say."""
+    return figures({k: v for k, v in (metrics.get("train") or {}).items() if k not in TRAINED_ELSEWHERE})
+
+
+def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]:
+    """(names and values, what they were measured on): base, adapter, merged and each GGUF, then the rest."""
+    certify, evaluate, export = (metrics.get(stage) or {} for stage in ("certify", "evaluate", "export"))
+    both = {**certify, **evaluate}
+    first = {k: both[k] for k in EVALUATION if k in both}
+    files = {f"perplexity_gguf_{k}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
+    if files:
+        first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
+        files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
+    rest = {k: v for k, v in evaluate.items() if k not in first and k != "tasks"}
+    tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
+    on = []
+    if "perplexity_base" in evaluate:
+        on.append(f"`perplexity_base` and `perplexity_adapter` on {number(evaluate.get('rows', 'the same'))} rows")
+    if "perplexity_merged" in certify:
+        on.append(f"`perplexity_merged` on the {number(certify.get('tokens', 'chosen'))} tokens of the certificate")
+    if files:
+        on.append(
+            f"the GGUF files, and the merged model once more beside them, on {number(export['perplexity_rows'])} rows"
+        )
+    if files and "agreement" in export:
+        on.append("`agreement_gguf_…`: the share of those rows' next tokens on which file and merged model agree")
+    return figures({**first, **files, **rest}) + tasks, "; ".join(on)
+
+
+def figures(values: Json) -> list[tuple[str, str]]:
+    """Names and formatted values of what was measured: counts are joined into a line, an interval is a range."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, int) and name.endswith("_bytes") and value >= 10**8:
+            lines.append((name, f"{value / 1e9:.2f} GB"))
+        elif text := _shown(value):
+            lines.append((name, text))
+    return lines
+
+
+def _shown(value: object) -> str:
+    """A scalar, a pair of numbers or a mapping of those; "" for what has no short form."""
+    if isinstance(value, Mapping):
+        parts = [f"{key} {text}" for key, inner in value.items() if (text := _shown(inner))]
+        return ", ".join(parts[:LONGEST_LIST])
+    if isinstance(value, (list, tuple)):
+        return " to ".join(number(v) for v in value) if len(value) == 2 else ""
+    return number(value) if isinstance(value, (str, int, float)) else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def certificate_words(certificate: Json | None) -> str:
+    """What the certificate says, in a sentence or two."""
+    if certificate is None:
+        return "There is none: how far a merged model is from what was trained was not measured."
+    if certificate.get("words"):
+        return f"The adapter, {certificate['words']}."
+    into = {
+        "original": "the base's original 16-bit weights",
+        "dequantized": "the base as the adapter saw it in training, dequantised from 4 bits",
+    }.get(str(certificate.get("base")), str(certificate.get("base")))
+    words = f"The adapter is merged into {into}."
+    named = (
+        ("perplexity_trained", "perplexity as trained"),
+        ("perplexity_merged", "as merged"),
+        ("mean_kl", "mean KL divergence between the two"),
+        ("agreement", "share of equal next-token choices"),
+    )
+    measured = [f"{label} {number(certificate[k])}" for k, label in named if certificate.get(k) is not None]
+    return f"{words} Measured on held-out rows: {', '.join(measured)}." if measured else words
+
+
+def samples(facts: Facts) -> list[dict[str, str]]:
+    """Prompt, and the answers of base and adapter, each of at most LONGEST_SAMPLE characters."""
+    found = []
+    for line in facts.samples:
+        answers = {who: f"{_clipped(line[who]['text'])}" for who in ("base", "adapter")}
+        ends = {f"{who}_end": "" if line[who]["finish"] == "stop" else " (did not end)" for who in ("base", "adapter")}
+        found.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
+    return found
+
+
+def _clipped(text: str) -> str:
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
+    return shown if len(shown) <= LONGEST_SAMPLE else shown[:LONGEST_SAMPLE] + " …"
+
+
+def limits(kind: Kind, facts: Facts) -> list[str]:
+    """What was not tried, not measured and not said."""
+    recipe = facts.recipe
+    scored = (facts.metrics.get("evaluate") or {}).get("tasks")
+    found = [
+        f"Trained on sequences of at most {recipe.render.max_length_tokens:,} tokens; longer ones were not tried.",
+        f"Neither truthfulness nor safety{'' if scored else ', nor any public benchmark,'} was measured.",
+        "The base's own licence and limits apply, and those of the data.",
+    ]
+    if recipe.publish.license is None:
+        found.append("No licence was stated for this repository.")
+    if not facts.metrics.get("evaluate"):
+        found.append("Nothing was measured on held-out rows.")
+    if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
+        found.insert(0, words)
+    if kind in ("merged", "gguf") and facts.certificate is None:
+        found.append("The merge is not certified.")
+    exported = (facts.metrics.get("export") or {}) if kind == "gguf" else {}
+    if not exported.get("tokenizer_exact", True):
+        text = exported.get("tokenizer_differs", "some text")
+        found.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
+    if why := exported.get("perplexity_unknown"):
+        found.append(f"What the quantisation costs was not measured: {why}.")
+    return found
+
+
+def without_folders(text: str, recipe: Recipe) -> str:
+    """The recipe's text with the local folders it names shortened: where files lie is nobody else's business."""
+    text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
+    every = [*recipe.data, *(recipe.decontaminate.against if recipe.decontaminate else [])]
+    paths = [s.path for s in every if isinstance(s, LocalSource)]
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder)
+    paths += [p for p in named if p is not None]
+    for path in sorted(paths, key=lambda p: -len(str(p))):
+        written = [str(path)]
+        if path.is_relative_to(Path.home()):
+            written.append(f"~/{path.relative_to(Path.home())}")
+        for form in written:
+            text = text.replace(form, f"…/{path.name}")
+    return text
+
+
+def results(kind: Kind, facts: Facts) -> list[Any]:
+    """The measured figures as huggingface_hub's EvalResults, with the data they were measured on.
+
+    Only what was measured of the very thing that is pushed: the stop rate is the adapter's.
+    """
+    from huggingface_hub import EvalResult
+
+    names = list(dict.fromkeys(s.label for s in facts.recipe.data))
+    on_hub = [s for s in facts.recipe.data if isinstance(s, HubSource)]
+    where: dict[str, Any] = {
+        "task_type": "text-generation",
+        "dataset_name": f"held-out rows of {' and '.join(names)}",
+        "dataset_type": on_hub[0].id if on_hub else names[0],
+    }
+    evaluate, certify = facts.metrics.get("evaluate") or {}, facts.metrics.get("certify") or {}
+    found: list[tuple[str, str, Any]] = []
+    if kind == "adapter":
+        found.append(("perplexity", "Perplexity", evaluate.get("perplexity_adapter")))
+        found.append(("stop_rate", "Share of greedy answers that end", evaluate.get("stop_rate")))
+    elif kind == "merged":
+        found.append(("perplexity", "Perplexity", certify.get("perplexity_merged")))
+    elif kind == "gguf":
+        files = (facts.metrics.get("export") or {}).get("perplexity", {})
+        found += [("perplexity", f"Perplexity ({name})", value) for name, value in files.items() if name != "merged"]
+    return [
+        EvalResult(**where, metric_type=metric, metric_name=name, metric_value=value)
+        for metric, name, value in found
+        if isinstance(value, (int, float))
+    ]

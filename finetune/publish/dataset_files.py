@@ -1,0 +1,64 @@
+"""The curated rows as a data set's repository holds them: plain chat messages in Parquet, ids and sources kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.data.records import Example, read_rows
+from finetune.errors import InputError
+from finetune.utils.secrets import find_secrets
+
+CHUNK = 10_000
+
+
+def write_curated(source: Path, target: Path) -> dict[str, Any]:
+    """Write the rows of `source` (records.rows_schema) as `id`, `source`, `messages` (role, content).
+
+    A message has `extra` too where one of the rows has it (tool calls, as JSON), and a row `text` where a row is raw
+    text. What a source had in other columns is left out. The same rows are the same bytes.
+
+    Returns:
+        {"rows", "columns": [name]}.
+
+    Raises:
+        InputError: a row holds what looks like a credential.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with_extra, with_text = False, False
+    for row in read_rows(source):
+        said = [row.joined("system", "user", "assistant", "tool"), *(m.extra or "" for m in row.messages)]
+        if found := find_secrets("\n".join(said)):
+            raise InputError(
+                f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; take it out and run again"
+            )
+        with_extra = with_extra or any(m.extra is not None for m in row.messages)
+        with_text = with_text or row.text is not None
+    fields = [("role", pa.string()), ("content", pa.string())] + ([("extra", pa.string())] if with_extra else [])
+    columns = [("id", pa.string()), ("source", pa.string()), ("messages", pa.list_(pa.struct(fields)))]
+    schema = pa.schema(columns + ([("text", pa.string())] if with_text else []))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for batch in _batches(source):
+            count += len(batch)
+            writer.write_table(pa.Table.from_pylist([_as_dict(row) for row in batch], schema))
+    return {"rows": count, "columns": schema.names}
+
+
+def _batches(source: Path) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for row in read_rows(source):
+        batch.append(row)
+        if len(batch) == CHUNK:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _as_dict(row: Example) -> dict[str, object]:
+    messages = [{"role": m.role, "content": m.content, "extra": m.extra} for m in row.messages]
+    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text}

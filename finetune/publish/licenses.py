@@ -1,0 +1,88 @@
+"""What the Hub says of the licences of the base and of the data, and what that means for a push.
+
+Nobody's legal advice: a licence's name is compared with what names of its kind usually forbid, so that a person looks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from finetune.errors import FinetuneError
+from finetune.hub.client import ASK_SECONDS, Kind, RepoType
+from finetune.hub.errors import sentences
+
+NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
+NO_COMMERCE = re.compile(r"(^|-)nc(-|$)|non-?commercial|research-only")
+COMMUNITY = {  # the beginning of a name → what its text asks for
+    "llama2": "a community licence: its text and notice go along, and its acceptable-use policy binds",
+    "llama3": "a community licence: a model made of it is to carry Llama in front of its name, with its notice",
+    "llama4": "a community licence: a model made of it is to carry Llama in front of its name, with its notice",
+    "gemma": "terms of use: their text and the restrictions in them go along",
+}
+
+
+def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Callable[[str], None]) -> dict[str, str]:
+    """Label → licence as the Hub's metadata names it, for each (type, id, revision); what cannot be read is absent."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        say("licences: not read from the Hub, HF_HUB_OFFLINE is set")
+        return {}
+    api, found = HfApi(), dict[str, str]()
+    for label, (repo_type, repo_id, revision) in asked.items():
+        try:
+            with sentences("read the licence of", repo_id, repo_type):
+                info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ASK_SECONDS)
+        except FinetuneError as error:
+            say(f"licences: {error}")
+            continue
+        if name := _name(info):
+            found[label] = name
+    return found
+
+
+def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
+    """The licence in a repository's metadata, "other (NAME)" where it has one of its own; "" where there is none."""
+    data = info.card_data.to_dict() if info.card_data else {}
+    stated = data.get("license") or [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
+    name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
+    own = data.get("license_name")
+    return f"{name} ({own})" if own and name else name
+
+
+def judge(
+    labels: Iterable[str], found: Mapping[str, str], own: str | None, kinds: Iterable[Kind]
+) -> tuple[list[str], str]:
+    """A sentence for each thing a person should know before pushing, and why the push is refused ("" if it is not).
+
+    Args:
+        labels: "model ID" or "dataset ID" of everything the push derives from.
+        found: label → licence.
+        own: the recipe's publish.license.
+        kinds: what is pushed; rows alone do not derive from the base.
+    """
+    notes = [] if own else ["licence: publish.license is not set, and without one nobody may use what is published"]
+    refusal = ""
+    rows_only = set(kinds) == {"dataset"}
+    for label in labels:
+        if rows_only and label.startswith("model "):
+            continue
+        name = found.get(label, "")
+        lower = name.lower()
+        if NO_DERIVATIVES.search(lower):
+            words = f"{label} is under {name}, which forbids to publish what derives from it"
+            if not own:
+                refusal = refusal or (
+                    f"licence: {words}; ask its owner, and set publish.license to the licence you may give"
+                )
+            notes.append(f"licence: {words}; publish.license says {own}" if own else f"licence: {words}")
+        if NO_COMMERCE.search(lower):
+            notes.append(f"licence: {label} is under {name}, which forbids commercial use, of what derives from it too")
+        community = next((words for begin, words in COMMUNITY.items() if lower.startswith(begin)), "")
+        if community:
+            notes.append(f"licence: {label} is under {name}, {community}")
+        if not name or lower.split(" ")[0] in ("other", "unknown"):
+            notes.append(f"licence: that of {label} is {name or 'unknown'}; read it before you publish")
+    return notes, refusal

@@ -1,0 +1,244 @@
+"""Push the adapter, the merged model, its GGUF files or the curated rows to the Hub, and prove what was pushed.
+
+An outward act, not a stage of the store: nothing is cached, and the receipt lies in the run's folder. One repository
+holds one kind: the first of `publish.what` goes to the repository that was named, each other to the same name with its
+kind behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.context import Context, Metrics
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.hub.client import Kind
+from finetune.publish.contents import CARD, collect
+from finetune.publish.facts import CardWriter, Facts
+from finetune.recipe import HubSource, Recipe
+from finetune.utils.files import read_json, write_json
+
+RECEIPT = "publish.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` and the manifests say of the run that is published."""
+
+    folder: Path  # where the receipt goes
+    recipe_text: str  # as it was written
+    metrics: Mapping[str, Metrics]  # stage → what it measured
+    sets: Sequence[str] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One push, looked at and ready: path in the repository → local file, and the text of the card."""
+
+    kind: Kind
+    repo: str
+    contents: Mapping[str, Path]
+    card: str
+
+
+def repositories(recipe: Recipe, repo: str | None) -> dict[Kind, str]:
+    """Kind → repository, in the order of `publish.what`; `repo` takes the place of `publish.repo`.
+
+    Raises:
+        InputError: no repository is named, or the name is not one.
+    """
+    first = repo or recipe.publish.repo
+    if first is None:
+        raise InputError(f"recipe {recipe.name}: publish.repo is not set; write it, or give --repo OWNER/NAME")
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", first):
+        raise InputError(f"publish.repo: found {first!r}; allowed is OWNER/NAME")
+    kinds = list(dict.fromkeys(recipe.publish.what))
+    return {kind: first if position == 0 else f"{first}-{kind}" for position, kind in enumerate(kinds)}
+
+
+def publish(
+    recipe: Recipe,
+    run: Run,
+    folders: Mapping[str, Path],
+    repo: str | None,
+    dry_run: bool,
+    ctx: Context,
+    card: CardWriter,
+) -> dict[str, Any]:
+    """Stage each kind in a folder of its own under `ctx.scratch`, push it, compare, load it, and write the receipt.
+
+    Args:
+        recipe: what was run; its `publish` section says what, where and how private.
+        run: what is known of the run.
+        folders: stage → finished folder; pushed.NEEDED says which a kind needs.
+        repo: instead of `publish.repo`.
+        dry_run: only list what would be pushed, with the cards; no network, no receipt.
+        ctx: where to stage, and whom to tell.
+        card: writes README.md.
+
+    Returns:
+        {"recipe", "dry_run", "licences": {label: name}, "pushes": [push_folder's receipt with "loaded", or {"kind",
+        "repo", "files", "bytes", "card"}]}.
+
+    Raises:
+        InputError: nothing finished to push; a local path or a credential in it; the Hub's 401, 403 and 404.
+        GateRefused: a licence forbids it; the Hub serves something else than was trained.
+        FinetuneError: the Hub's other answers; the disk is too small for a copy.
+    """
+    targets = repositories(recipe, repo)
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    with _folder(ctx, "publish-made-") as made:
+        facts = _facts(recipe, run, folders, targets)
+        collected = {kind: collect(kind, folders, made) for kind in targets}  # looked at before anything is asked
+        facts = replace(facts, licences=_licences(facts, list(targets), ctx, ask=not dry_run))
+        prepared = []
+        for kind, (contents, rows) in collected.items():
+            written = card(kind, targets[kind], replace(facts, rows=rows))
+            prepared.append(
+                Prepared(kind, targets[kind], contents | _written(written.files, made / kind), written.text)
+            )
+        receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
+        receipt["pushes"] = [_shown(push, ctx) for push in prepared] if dry_run else []
+        for push in [] if dry_run else prepared:
+            _push(push, recipe, folders, receipt, run.folder / RECEIPT, ctx)
+    return receipt
+
+
+def _push(
+    push: Prepared, recipe: Recipe, folders: Mapping[str, Path], receipt: dict[str, Any], path: Path, ctx: Context
+) -> None:
+    from finetune.hub.client import push_folder
+    from finetune.publish.verify import check_loaded
+
+    template = folders["render"] / "template" if "render" in folders else None
+    with _staged(push, ctx) as folder:
+        ctx.say(f"pushing {push.kind} to {push.repo}: {len(push.contents) + 1} files, {_megabytes(folder)}")
+        private, message = recipe.publish.private, f"{recipe.name}: {push.kind}"
+        done = push_folder(folder, push.repo, push.kind, private, message, ctx.say)
+        receipt["pushes"].append(done)
+        write_json(path, receipt)  # after each push: a failure of the second leaves the first on record
+        done["loaded"] = check_loaded(push.repo, done["commit"], push.kind, folder, template, ctx.say)
+        write_json(path, receipt)
+    also = f"; loaded from there and as trained: {', '.join(done['loaded'])}" if done["loaded"] else ""
+    ctx.say(f"{'pushed' if done['new_commit'] else 'already there'}, every hash equal: {done['url']}{also}")
+
+
+def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
+    """What the cards are written from; the recipe with the `--set` that changed it, or they would show another run."""
+    text = "\n".join([run.recipe_text.rstrip("\n"), *(f"# --set {s}" for s in run.sets)]) + "\n"
+    template = _optional_json(folders.get("render"), "template/template.json")
+    if "base" not in folders:
+        raise InputError("cannot publish: stage base is not finished; run the recipe first")
+    samples = _lines(folders.get("evaluate"), "samples.jsonl")[: recipe.publish.samples]
+    return Facts(
+        recipe=recipe,
+        recipe_text=text,
+        metrics=run.metrics,
+        base=read_json(folders["base"] / "base.json"),
+        certificate=_optional_json(folders.get("certify"), "certificate.json"),
+        template=template,
+        seconds=run.seconds,
+        versions=run.versions,
+        sources=run.sources,
+        steps=_lines(folders.get("train"), "metrics.jsonl"),
+        samples=samples,
+        siblings=targets,
+    )
+
+
+def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> dict[str, str]:
+    """Label → licence, said where a person should know of it. Raises GateRefused where one forbids the push."""
+    from finetune.publish.licenses import judge, read_licences
+
+    asked: dict[str, tuple[Any, str, str | None]] = {}
+    if facts.base["kind"] == "hub":
+        asked[f"model {facts.base['id']}"] = ("model", facts.base["id"], facts.base["revision"])
+    for number, source in enumerate(facts.recipe.data):
+        if isinstance(source, HubSource):
+            pinned = facts.sources[number].get("commit") if number < len(facts.sources) else None
+            asked.setdefault(f"dataset {source.id}", ("dataset", source.id, pinned or source.revision))
+    if not ask:
+        return {}
+    found = read_licences(asked, ctx.say)
+    notes, refusal = judge(asked, found, facts.recipe.publish.license, kinds)
+    for note in notes:
+        ctx.say(note)
+    if refusal:
+        raise GateRefused(refusal)
+    return found
+
+
+def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
+    """The files that a card shows, written for the push alone."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in files}
+
+
+@contextmanager
+def _folder(ctx: Context, prefix: str) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=ctx.scratch))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _staged(push: Prepared, ctx: Context) -> Iterator[Path]:
+    """A folder under scratch that holds what is pushed: hard links, or copies where there are no links."""
+    with _folder(ctx, "publish-") as folder:
+        for name, source in push.contents.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source.resolve(), place)
+        (folder / CARD).write_text(push.card, encoding="utf-8")
+        yield folder
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without links such as a mounted Drive
+        free, size = shutil.disk_usage(place.parent).free, source.stat().st_size
+        if free < size:
+            raise FinetuneError(
+                f"{place.parent} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed to copy {source.name}; "
+                "give --scratch a larger disk"
+            ) from None
+        shutil.copyfile(source, place)
+
+
+def _shown(push: Prepared, ctx: Context) -> dict[str, Any]:
+    sizes = {name: path.stat().st_size for name, path in push.contents.items()} | {CARD: len(push.card.encode())}
+    total = sum(sizes.values())
+    ctx.say(f"would push {push.kind} to {push.repo}: {len(sizes)} files, {total / 1e6:,.1f} MB; nothing was sent")
+    files = [{"path": name, "bytes": size} for name, size in sorted(sizes.items())]
+    return {"kind": push.kind, "repo": push.repo, "files": files, "bytes": total, "card": push.card}
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
+
+
+def _optional_json(folder: Path | None, name: str) -> Any:  # noqa: ANN401 - JSON
+    return read_json(folder / name) if folder is not None and (folder / name).exists() else None
+
+
+def _lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    """The JSON objects of a finished stage's file, a line each."""
+    if folder is None or not (folder / name).exists():
+        return []
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]

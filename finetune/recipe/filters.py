@@ -1,0 +1,191 @@
+"""What a recipe says of the rows it keeps: the filter section and its rules by name.
+
+The sentence below a field is its documentation, as in `recipe/data.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, ValidationInfo, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from finetune.recipe.data import LANGUAGE, OWN, Count, Fraction, Pattern, Section, refuse
+
+Language = Annotated[str, Field(pattern=LANGUAGE)]
+
+
+class Turns(Section):
+    """How many turns a conversation has; a system turn is not counted."""
+
+    rule: Literal["turns"]
+    """Drop conversations that are too short or too long."""
+    min_turns: Count = 1
+    """Turns at least."""
+    max_turns: Count | None = 40
+    """Turns at most; null sets no limit."""
+
+    @model_validator(mode="after")
+    def _some_row_can_pass(self) -> Self:
+        if self.max_turns is not None and self.max_turns < self.min_turns:
+            refuse([(("max_turns",), f"{self.max_turns} is under min_turns {self.min_turns}: no row would be kept")])
+        return self
+
+
+class Repetition(Section):
+    """The same lines or words again and again in an answer; after Rae et al. 2021 (Gopher), table A1."""
+
+    rule: Literal["repetition"]
+    """Drop answers that go round in circles."""
+    max_duplicate_lines: Fraction = 0.3
+    """Largest share of lines and sentences (of 20 letters or more) that repeat an earlier one."""
+    max_top_ngram: Fraction = 0.5
+    """Largest share of the characters in one repeated run of two to four words."""
+    min_words: Count = 50
+    """Answers with fewer words are kept."""
+
+
+class Symbols(Section):
+    """What is neither letter nor digit, or is all digits."""
+
+    rule: Literal["symbols"]
+    """Drop answers that are mostly symbols or digits."""
+    max_symbols: Fraction = 0.6
+    """Largest share of the characters (spaces not counted) that are neither letters nor digits."""
+    max_digits: Fraction = 0.6
+    """Largest share of the characters (spaces not counted) that are digits."""
+    min_characters: Count = 100
+    """Answers with fewer characters (spaces not counted) are kept."""
+
+
+class Refusals(Section):
+    """Answers that refuse, or say "as an AI language model"; the list of phrases is in finetune/filters/endings.py."""
+
+    rule: Literal["refusals"]
+    """Drop refusals and boilerplate of other assistants."""
+    phrases: list[Annotated[str, Field(min_length=3)]] = []
+    """More phrases to drop an answer for, wherever it has them, in small or capital letters."""
+
+
+class Truncated(Section):
+    """An answer that stops in a code block or in mid-sentence."""
+
+    rule: Literal["truncated"]
+    """Drop answers that are cut off."""
+    min_characters: Count = 200
+    """Shorter answers are only looked at for an open code block."""
+
+
+class Echo(Section):
+    """An answer that repeats the user's turn."""
+
+    rule: Literal["echo"]
+    """Drop answers equal to the turn before them, but for case and white space."""
+
+
+class Links(Section):
+    """URLs and e-mail addresses in an answer."""
+
+    rule: Literal["links"]
+    """Drop answers that are mostly links."""
+    max_share: Fraction = 0.6
+    """Largest share of the characters (spaces not counted) in URLs and e-mail addresses."""
+
+
+class LanguageRule(Section):
+    """The language of the answers, by py3langid (the extra `language`); fenced code and links are left out."""
+
+    rule: Literal["language"]
+    """Drop answers in other languages."""
+    languages: Annotated[list[Language], Field(min_length=1)]
+    """The languages to keep, as ISO 639-1 codes: [en, de]."""
+    min_confidence: Fraction = 0.8
+    """Drop only where the detector is as sure as this of another language."""
+    min_characters: Count = 60
+    """Answers with fewer letters are kept."""
+
+
+class Own(Section):
+    """A function of yours, written {rule: "module:function"}: it takes the row (finetune.data.records.Example)."""
+
+    rule: Literal["own"]
+    """Drop the rows for which the function returns a reason (a text) and not None."""
+    function: Annotated[str, Field(pattern=OWN)]
+    """MODULE:FUNCTION, the module a file in the recipe's folder or an installed one."""
+    folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_the_recipe(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, dict) or not info.context:
+            return value
+        if "folder" in value:
+            refuse([(("folder",), "unknown field; a module is looked for beside the recipe, then where pip installs")])
+        return {**value, "folder": Path(info.context.get("folder", ".")).absolute()}
+
+
+def _in_full(value: object) -> object:
+    """A bare name stands for a rule with its defaults, and MODULE:FUNCTION for a rule of one's own."""
+    rule = value if isinstance(value, str) else value.get("rule") if isinstance(value, dict) else None
+    if not isinstance(rule, str):
+        return value
+    rest = value if isinstance(value, dict) else {}
+    return {**rest, "rule": "own", "function": rule} if ":" in rule else {**rest, "rule": rule}
+
+
+Rule = Annotated[
+    Turns | Repetition | Symbols | Refusals | Truncated | Echo | Links | LanguageRule | Own,
+    Discriminator("rule"),
+    BeforeValidator(_in_full),
+]
+RULES = ("turns", "repetition", "symbols", "refusals", "truncated", "echo", "links", "language", "own")
+
+
+class Filter(Section):
+    """Which rows are kept; every other row goes to rejects.parquet with its reason."""
+
+    max_length_tokens: Count | None = None
+    """Leave out rows with more tokens of the base's tokenizer; null keeps any length."""
+    min_length_tokens: Count | None = None
+    """Leave out rows with fewer tokens of the base's tokenizer; null keeps any length."""
+    count: Literal["raw", "rendered"] = "raw"
+    """Count the bare text of the turns, or the row as the chat template writes it."""
+    min_user_characters: Annotated[int, Field(ge=0)] = 1
+    """Leave out rows whose user turns have fewer characters together."""
+    max_user_characters: Count | None = None
+    """Leave out rows whose user turns have more characters together; null sets no limit."""
+    min_assistant_characters: Annotated[int, Field(ge=0)] = 1
+    """Leave out rows whose assistant turns have fewer characters together."""
+    max_assistant_characters: Count | None = None
+    """Leave out rows whose assistant turns have more characters together; null sets no limit."""
+    alternate: bool = True
+    """Leave out conversations in which user and assistant do not take turns, or the assistant is not last."""
+    drop_matching: list[Pattern] = []
+    """Leave out rows in which one of these regular expressions is found in any turn."""
+    keep_matching: list[Pattern] = []
+    """Keep only rows in which one of these regular expressions is found; an empty list keeps all."""
+    rules: list[Rule] = []
+    """Rules by name, in order: a bare name has its defaults, as in [refusals, {rule: links, max_share: 0.3}]."""
+
+    @model_validator(mode="after")
+    def _some_row_can_pass(self) -> Self:
+        limits = (
+            ("length_tokens", self.min_length_tokens or 0, self.max_length_tokens),
+            ("user_characters", self.min_user_characters, self.max_user_characters),
+            ("assistant_characters", self.min_assistant_characters, self.max_assistant_characters),
+        )
+        refuse(
+            [
+                ((f"max_{what}",), f"{most} is under min_{what} {least}: no row would be kept")
+                for what, least, most in limits
+                if most is not None and most < least
+            ]
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _each_rule_once(self) -> Self:
+        names = [rule.function if isinstance(rule, Own) else rule.rule for rule in self.rules]
+        refuse([(("rules", i), f"{n} is there twice: keep one") for i, n in enumerate(names) if n in names[:i]])
+        return self

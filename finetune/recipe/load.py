@@ -1,0 +1,269 @@
+"""From a YAML file to a Recipe: every error at once, with file, line, field, found and allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from finetune.errors import InputError
+from finetune.recipe import Recipe
+from finetune.recipe.data import local_path
+from finetune.recipe.messages import Location, Where, explain, in_file_order, line_of, shortened
+from finetune.utils.resources import known_recipes
+
+MAX_RECIPE_BYTES = 100_000
+MOST_SHOWN = 50  # mistakes of one file
+PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.MappingNode: ("map",),
+    yaml.SequenceNode: ("seq",),
+    yaml.ScalarNode: ("str", "null", "bool", "int", "float"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A validated recipe, beside the text it was read from."""
+
+    recipe: Recipe
+    path: Path
+    text: str
+    sets: tuple[str, ...] = ()
+    where: Mapping[Location, str] = field(default_factory=dict, repr=False)
+
+    def line_of(self, *at: str | int) -> str:
+        """`file:line` (or the --set option) that wrote this field, or the section it is in."""
+        return line_of(at, self.where, str(self.path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core scalars: `2e-4` is a number, and `no`, `on` and dates are plain text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as PyYAML declares it
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not used in recipes", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` (a path, or the name of a file in recipes/) means; InputError with the nearest name."""
+    try:
+        path = local_path(name)
+    except ValueError as error:
+        raise InputError(f"{shortened(name)}: {error}") from None
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_file():
+            return path
+        raise InputError(f"{name}: {'a folder, not a recipe file' if path.is_dir() else 'no such recipe file'}")
+    known = known_recipes()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"no recipe named {name!r}{hint} (there is {', '.join(sorted(known))}; or give a path to a .yaml)")
+
+
+def load_recipe(name: str, sets: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, edit (`--set a.b=value`) and validate a recipe; InputError carries every error of the file."""
+    path = find_recipe(name)
+    text = _read_text(path)
+    recipe, where = _validated(text, path, sets)
+    return LoadedRecipe(recipe, path, text, tuple(sets), where)
+
+
+def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
+    """Validate the recipe in `text`; `path` is named in errors, and its folder is where local files are looked for."""
+    return _validated(text, path, sets)[0]
+
+
+def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where]:
+    problems: list[str] = []
+    where: Where = {}
+    raw = _parse_yaml(text, str(path), where, problems)
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else shortened(raw)
+        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {found}"
+        raise InputError("\n".join(problems or [shape]))
+    for option in sets:
+        problem = _apply_set(raw, option, where)
+        problems += [problem] if problem else []
+    context = {"folder": str(path.parent), "working_folder": "."}
+    try:
+        # strict: "16", 16.0 and `yes` are no numbers and no truths here, nor in the schema that editors use
+        recipe = Recipe.model_validate(raw, context=context, strict=True)
+    except ValidationError as error:
+        said = tuple(": ".join(p.split(": ")[:2]) + ": " for p in problems)  # a field is complained of once
+        problems += [line for line in explain(error.errors(), where, str(path)) if not line.startswith(said)]
+    except RecursionError:
+        problems.append(f"{path}: nested too deeply to be a recipe")
+    if problems:
+        more = [f"{path}: and {len(problems) - MOST_SHOWN:,} mistakes more"] if len(problems) > MOST_SHOWN else []
+        raise InputError("\n".join([*in_file_order(problems)[:MOST_SHOWN], *more]))
+    return recipe, where
+
+
+def _read_text(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_RECIPE_BYTES else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if size > MAX_RECIPE_BYTES:
+        raise InputError(f"{path}: {size:,} bytes; a recipe is at most {MAX_RECIPE_BYTES:,} (is this a data file?)")
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: encoded as UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from None
+
+
+def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        problems.append(_not_yaml(error, name))
+        return None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problems.append(f"{name}:{line}: the character U+{int(error.character):04X} is not allowed in YAML")
+        return None
+    except RecursionError:
+        problems.append(f"{name}: nested too deeply to be a recipe")
+        return None
+    return None if node is None else _value(node, (), name, where, problems)
+
+
+def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
+    """PyYAML's own words, and what they mostly mean."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = str(error.problem or error.context).replace("but got '<stream end>'", "but the file ends")
+    if "another document" in problem:
+        return f"{name}:{line}: a second document begins here (---); a recipe is one"
+    if "'\\t'" in problem:
+        problem += " (YAML is indented with spaces, never tabs)"
+    elif "mapping values are not allowed" in problem:
+        problem += " (is a text with a colon to be quoted, or a line indented otherwise than the one above?)"
+    elif problem.endswith("but got ':'"):
+        problem += " (is a bracket not closed, or a text with a colon to be quoted?)"
+    elif "cannot start any token" in problem or "alphabetic or numeric" in problem:
+        problem += " (put the text in quotes)"
+    if error.context and error.context_mark and error.context_mark.line + 1 != line:
+        problem += f", {error.context} that begins in line {error.context_mark.line + 1}"
+    return f"{name}:{line}: not YAML: {problem}"
+
+
+def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
+    line = f"{name}:{node.start_mark.line + 1}"
+    where.setdefault(at, line)
+    kind = node.tag.rpartition(":")[2]
+    here = f"{line}: {'.'.join(map(str, at))}".removesuffix(": ")
+    if kind not in PLAIN_TAGS[type(node)]:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        problems.append(f"{here}: the tag {tag} is not allowed; write a plain value")
+        return None
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key_line = f"{name}:{key_node.start_mark.line + 1}"
+            if (
+                not isinstance(key_node, yaml.ScalarNode)
+                or key_node.value in ("", "<<")
+                or not _is_text(key_node.value)
+            ):
+                problems.append(f"{key_line}: a field's name is a plain word; write NAME: VALUE")
+                continue
+            key = str(key_node.value)
+            if key in result:
+                problems.append(f"{key_line}: {'.'.join(map(str, (*at, key)))}: written twice; keep one")
+                continue
+            where[(*at, key)] = key_line
+            result[key] = _value(value_node, (*at, key), name, where, problems)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, (*at, i), name, where, problems) for i, item in enumerate(node.value)]
+    text = str(node.value)
+    if not _is_text(text):
+        problems.append(f"{here}: half a character (\\uD800 to \\uDFFF stand for none)")
+        return None
+    if kind == "int" and len(text) > 300:
+        problems.append(f"{here}: a number of {len(text)} digits")
+        return None
+    if kind == "float":
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    if kind == "int":
+        return int(text)
+    return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
+    """Write `a.b.0=value` into the raw recipe; returns a sentence if it cannot be."""
+    path, equals, text = option.partition("=")
+    shown = option if option.isprintable() else shortened(option)
+    steps = path.strip().split(".")
+    if not equals or not all(steps):
+        return f"--set {shown}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
+    problems: list[str] = []
+    scratch: Where = {}
+    value = _parse_yaml(text, f"--set {path if path.isprintable() else shortened(path)}", scratch, problems)
+    if problems:
+        return problems[0]
+    at: Any = raw
+    trail: Location = ()
+    for i, step in enumerate(steps):
+        last = i == len(steps) - 1
+        if isinstance(at, list):
+            if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
+                here = ".".join(map(str, trail))
+                return f"--set {shown}: {here} has {len(at)} items; {step!r} is none of 0…{len(at) - 1}"
+            key: str | int = int(step)
+        elif isinstance(at, dict):
+            key = step
+            if not last and not isinstance(at.get(key), (dict, list)):
+                # `model: NAME` is short for `model: {id: NAME}`, so model.revision=… must find a mapping
+                if (*trail, key) == ("model",) and isinstance(at.get(key), str):
+                    at[key] = {"id": at[key]}
+                elif at.get(key) is None:
+                    at[key] = {}
+                else:
+                    return f"--set {shown}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
+        trail = (*trail, key)
+        if last:
+            at[key] = value
+            where[trail] = f"--set {option}"
+        else:
+            at = at[key]
+    return None

@@ -1,0 +1,235 @@
+"""What pydantic found wrong in a recipe, as sentences for a person: where, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from finetune.recipe import Recipe
+from finetune.recipe.data import PATTERN_WORDS
+from finetune.recipe.filters import RULES
+
+Location = tuple[str | int, ...]
+Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
+WORDS = {  # error type → what is allowed, in place of pydantic's words
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, as in [a, b]",
+    "dict_type": "names and values, as in {a: b}",
+    "finite_number": "a finite number",
+}
+OFF = ("none", "off", "false")  # what people write for null
+QUOTES = "; put it in quotes, as"
+TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # those of YAML 1.1
+
+
+def explain(errors: Iterable[ErrorDetails], where: Mapping[Location, str], path: str) -> list[str]:
+    """One line a field, in the order of the file. A union reports one error per member; those are joined."""
+    merged: dict[tuple[Location, str], list[str]] = {}
+    for error in errors:
+        at, model = _real_location(error["loc"], where)
+        name = ".".join(map(str, at)) or "recipe"
+        merged.setdefault((at, f"{line_of(at, where, path)}: {name}"), []).append(_sentence(error, at, model))
+    lines = []
+    for (_, start), sentences in merged.items():
+        if len(set(sentences)) > 1:  # a union says "found X; allowed: A", "found X; allowed: B": say X once
+            sentences = [s.partition(QUOTES)[0] for s in sentences]
+        first, *others = dict.fromkeys(sentences)
+        lines.append(f"{start}: {' or '.join([first, *(o.partition('allowed: ')[2] or o for o in others)])}")
+    return in_file_order(lines)
+
+
+def in_file_order(lines: Iterable[str]) -> list[str]:
+    """Sentences that begin with `file:line: `, by line."""
+    return sorted(lines, key=_line_number)
+
+
+def line_of(at: Location, where: Mapping[Location, str], path: str) -> str:
+    """`file:line` of a field, or of the nearest thing around it that is written."""
+    return next((where[at[:n]] for n in range(len(at), -1, -1) if at[:n] in where), path)
+
+
+def written_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields a person may write, by the name they have in the file."""
+    fields = model.model_fields.items()
+    return {f.alias or n: f for n, f in fields if not f.exclude or f.is_required()}
+
+
+def _line_number(line: str) -> int:
+    match = re.match(r".*?:(\d+): ", line)
+    return int(match[1]) if match else 0
+
+
+def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) -> str:
+    kind, value, found = error["type"], error["input"], shortened(error["input"])
+    if kind == "extra_forbidden":
+        return _unknown(str(at[-1]), model)
+    if kind == "missing":
+        return "this field is required"
+    if at[:2] == ("filter", "rules") and kind in ("union_tag_not_found", "union_tag_invalid", "model_attributes_type"):
+        return _no_rule(value)
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _no_source(value)
+    if kind == "contradiction":
+        return error["msg"]
+    if kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        said = isinstance(value, dict) or str(value)[:20] in message
+        return message if said else f"found {found}; {message}"
+    if kind in ("model_type", "model_attributes_type"):
+        fields = list(written_fields(held)) if (held := _model_at(at)) else []
+        if "source" in fields:
+            return _no_source(value)
+        off = "; leave the line out for the defaults" if value is None else _null_turns_off(at)
+        return f"found {found}; allowed: fields, as in {{{fields[0] if fields else '…'}: …}}{off}"
+    if kind == "list_type" and at in (("data",), ("decontaminate", "against")):
+        return f"found {found}; allowed: a list, each source in a line that begins with -"
+    off = _null_turns_off(at) or _null_turns_off(at[:-1]) if str(value).lower() in OFF else ""
+    return f"found {found}; allowed: {_allowed(error)}{off}"
+
+
+def _null_turns_off(at: Location) -> str:
+    """For who writes `pack: none` or `dedup: false`: how that is said."""
+    if not at:
+        return ""
+    holder = _model_at(at[:-1]) if at[1:] else Recipe
+    field = written_fields(holder).get(str(at[-1])) if holder else None
+    return f"; {at[-1]}: null turns it off" if field and type(None) in _members(field.annotation) else ""
+
+
+def _allowed(error: ErrorDetails) -> str:
+    """The range in plain words, and what the person may have meant."""
+    kind, value = error["type"], error["input"]
+    message = re.sub(r"^(Input|String|List|Dictionary) should (be|have) ", "", error["msg"])
+    if kind == "literal_error":
+        options = [o.strip("'") for o in re.findall(r"'[^']*'|\d+", message)]
+        return message + _near(str(value), options, "; did you mean {}?")
+    if kind == "string_pattern_mismatch":
+        return PATTERN_WORDS.get(error.get("ctx", {}).get("pattern", ""), message)
+    if isinstance(value, float) and math.isnan(value):
+        return WORDS["finite_number"]
+    words = WORDS.get(kind, message.partition(" after validation")[0])
+    if kind == "bool_type" and str(value).lower() in TRUTHS:
+        return f"{words}; write {TRUTHS[str(value).lower()]}"
+    if kind in ("int_type", "float_type") and (meant := _as_number(value)) is not None:
+        if kind == "float_type" or meant.is_integer():
+            return f"{words}; write {meant:g}" if abs(meant) < 1e6 else words
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return f"{words}{QUOTES} it was written: '…'"
+    return words
+
+
+def _as_number(value: object) -> float | None:
+    """`1_000`, `"16"` and `1e3`, which are text or a fraction here, as the number that is meant."""
+    try:
+        return float(value) if isinstance(value, (str, float)) else None
+    except ValueError:
+        return None
+
+
+def _unknown(name: str, model: type[BaseModel] | None) -> str:
+    names = sorted(written_fields(model)) if model else []
+    sections = [(n, m) for n, f in written_fields(Recipe).items() for m in _models(f.annotation)]
+    homes = dict.fromkeys(n for n, m in sections if name in written_fields(m))
+    hint = f"it belongs in {' or '.join(homes)}; " if homes else _near(name, names, "did you mean {}? ")
+    return f"unknown field; {hint}allowed: {', '.join(names)}"
+
+
+def _no_source(value: object) -> str:
+    if not isinstance(value, dict):
+        return f"found {shortened(value)}; allowed: a source, as in {{source: local, path: rows.jsonl}}"
+    found = value.get("source")
+    if found is None:
+        return "it does not say which kind of source it is; write source: hub, local or pydoc"
+    near = _near(str(found), ["hub", "local", "pydoc"], "; did you mean {}?")
+    return f"found source {found!r}; allowed: source: hub, local or pydoc{near}"
+
+
+def _no_rule(value: object) -> str:
+    found = value.get("rule") if isinstance(value, dict) else value
+    if isinstance(value, dict) and found is None:
+        return "it does not say which rule it is; write it as in {rule: repetition}"
+    near = _near(str(found), list(RULES), "; did you mean {}?")
+    return f"found {shortened(found)}; allowed: {', '.join(RULES)}, or module:function{near}"
+
+
+def _near(name: str, known: list[str], sentence: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return sentence.format(near[0]) if near else ""
+
+
+def shortened(value: object) -> str:
+    """A value as it is written in YAML, at most 60 characters of it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Location, type[BaseModel] | None]:
+    """Drop the union tags that pydantic puts into a location; also the model that holds its last field."""
+    annotation: Any = Recipe
+    at: Location = ()
+    holder: type[BaseModel] | None = None
+    for step in loc:
+        members = _models(annotation)
+        if isinstance(step, int):
+            annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
+            at = (*at, step)
+            continue
+        tagged = [m for m in members if len(members) > 1 and step in _tags(m)]
+        if tagged:  # the tag of a discriminated union is no field of the file
+            annotation = tagged[0]
+            continue
+        if len(members) == 1:
+            holder = members[0]
+            fields = {f.alias or n: f.annotation for n, f in holder.model_fields.items()}
+            annotation = fields.get(step, Any)
+            at = (*at, step)
+            continue
+        dicts = [m for m in _members(annotation) if get_origin(m) is dict]
+        if dicts and step != "[key]" and (*at, step) in where:
+            annotation, at = get_args(dicts[0])[1], (*at, step)
+        # anything else is the name of a union member ("list[str]", "function-before[…]"): not in the file
+    return at, holder
+
+
+def _model_at(at: Location) -> type[BaseModel] | None:
+    """The section that is expected at a place of the file."""
+    annotation: Any = Recipe
+    for step in at:
+        if isinstance(step, int):
+            annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
+        else:
+            holders = _models(annotation)
+            field = next((w[step] for w in map(written_fields, holders) if step in w), None)  # a union has several
+            annotation = field.annotation if field else Any
+    return next(iter(_models(annotation)), None)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression
+    return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
+    """The members of a (possibly annotated) union."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [m for a in get_args(annotation) for m in _members(a)]
+    return [annotation]
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    found = model.model_fields.get("source") or model.model_fields.get("rule")
+    return get_args(found.annotation) if found and get_origin(found.annotation) is Literal else ()

@@ -1,0 +1,138 @@
+"""The recipe: every field a person may write, its range and its default.
+
+All models are frozen and refuse unknown fields. Validation touches no GPU, network or environment, and nothing is
+written back afterwards: what can be derived is a property. Local paths are kept out of dumps (`exclude=True`), because
+a stage's key is made of what a file holds, never of where it lies. Reading YAML is `recipe/load.py`; the sections are
+in `recipe/data.py`, `recipe/filters.py`, `recipe/lora.py` and `recipe/training.py`, and are imported from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from finetune.recipe.data import (
+    RECIPE_NAME,
+    Decontaminate,
+    Dedup,
+    Ingest,
+    Sample,
+    Section,
+    Source,
+    Split,
+    refuse,
+)
+from finetune.recipe.filters import Filter
+from finetune.recipe.lora import Lora
+from finetune.recipe.training import (
+    Certify,
+    Evaluate,
+    Export,
+    Merge,
+    Model,
+    Pack,
+    Publish,
+    Quantization,
+    Render,
+    Runtime,
+    Tracking,
+    Train,
+)
+
+Contradiction = tuple[tuple[str, ...], str]  # the field's path, and what is wrong with it
+
+
+class Recipe(Section):
+    """One fine-tuning run, from rows to a certified merged model."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    """The version of this format."""
+    name: Annotated[str, Field(pattern=RECIPE_NAME, max_length=80)]
+    """The recipe's name; runs lie in artifacts/runs/NAME."""
+    model: Model
+    """The base model: OWNER/NAME on the Hub, a folder (/… or ./…), builtin:tiny-mistral, or {id: …, revision: …}."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides every random choice."""
+    data: Annotated[list[Source], Field(min_length=1)]
+    """Where the rows come from; several sources are read one after the other."""
+    ingest: Ingest = Ingest()
+    """How strict reading is."""
+    filter: Filter | None = Filter()
+    """Which rows are kept; null keeps all."""
+    dedup: Dedup | None = Dedup()
+    """Which repeated rows are dropped; null drops none."""
+    decontaminate: Decontaminate | None = None
+    """Evaluation data that no training row may share text with; null compares with none."""
+    sample: Sample | None = None
+    """How many of the curated rows are used; null uses all."""
+    split: Split | None = Split()
+    """What is held out; null holds nothing out, so nothing is evaluated or certified."""
+    render: Render = Render()
+    """From messages to token ids and labels."""
+    pack: Pack | None = Pack()
+    """Several rows laid into one, none seeing another; null trains on them one by one."""
+    lora: Lora = Lora()
+    """The adapter."""
+    quantization: Quantization | None = Quantization()
+    """How the frozen base is stored while training; null keeps it in 16 or 32 bits."""
+    train: Train = Train()
+    """The optimisation."""
+    evaluate: Evaluate | None = Evaluate()
+    """What is measured after training; null measures nothing."""
+    certify: Certify | None = Certify()
+    """How near the merged model must come to what was trained; null merges unproved."""
+    merge: Merge | None = Merge()
+    """How the merged model is written; null leaves the adapter alone."""
+    export: Export | None = None
+    """Other formats of the merged model; null writes none."""
+    publish: Publish = Publish()
+    """Where `finetune publish` pushes, and what."""
+    runtime: Runtime = Runtime()
+    """How the work is done on this machine; changes no result."""
+    tracking: Tracking = Tracking()
+    """Where the curves go."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        refuse([*self._sizes(), *self._asked_and_not_made()])
+        return self
+
+    def _sizes(self) -> Iterator[Contradiction]:
+        micro, batch, longest = self.runtime.micro_batch_rows, self.train.batch_rows, self.render.max_length_tokens
+        if micro != "auto" and batch % micro:
+            fits = ", ".join(str(d) for d in range(1, min(batch, 4096) + 1) if batch % d == 0)
+            yield (
+                ("runtime", "micro_batch_rows"),
+                f"{micro} does not divide train.batch_rows {batch}; take one of {fits}",
+            )
+        if self.pack and self.pack.length_tokens and self.pack.length_tokens < longest:
+            yield (
+                ("pack", "length_tokens"),
+                f"{self.pack.length_tokens} is under render.max_length_tokens {longest}: "
+                "a whole document would not fit a row",
+            )
+
+    def _asked_and_not_made(self) -> Iterator[Contradiction]:
+        if self.merge is None and self.export is not None:
+            yield ("export",), "GGUF is made of the merged model, and merge is null; set export: null, or merge: {}"
+        if self.merge is None and "merged" in self.publish.what:
+            yield ("publish", "what"), "it names merged, and merge is null; publish the adapter, or set merge: {}"
+        if self.export is None and "gguf" in self.publish.what:
+            yield (
+                ("publish", "what"),
+                "it names gguf, and export is null; set export: {gguf: [q8_0]}, or leave gguf out",
+            )
+        if self.quantization is None and self.certify and self.certify.base == "dequantized":
+            yield ("certify", "base"), "nothing is dequantized where quantization is null; set it to original"
+        if self.quantization is None and self.runtime.keep_quantized == "always":
+            yield ("runtime", "keep_quantized"), "there is no 4-bit copy where quantization is null; take auto"
+        if self.quantization is None and self.runtime.cache_dequantized:
+            yield ("runtime", "cache_dequantized"), "there are no 4-bit weights where quantization is null; drop it"
+        if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
+            yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
+        if self.split is None and self.train.eval_steps is not None:
+            yield ("train", "eval_steps"), "it measures on held-out rows, and split is null; set split: {}"
+        if self.runtime.device == "cpu" and self.train.precision == "fp16":
+            yield ("train", "precision"), "fp16 needs a GPU, and runtime.device is cpu; take auto, fp32 or bf16"

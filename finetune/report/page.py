@@ -1,0 +1,204 @@
+"""`finetune report`: everything that is on record of a run, as one HTML page in the run's folder."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import InputError
+from finetune.eval.metrics import never_stops
+from finetune.pipeline.run_view import read as read_run_view
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
+from finetune.recipe.load import parse_recipe
+from finetune.report.html import render_page
+from finetune.report.stage_view import Stages, StageView
+from finetune.utils.files import replace_bytes
+from finetune.utils.format import NONE, duration, number, percent, size
+
+REPORT = "report.html"
+
+
+def write_report(store: Store, name: str) -> Path:
+    """Write report.html of `RECIPE[@RUN]` from what is on disk now; the same state gives the same bytes.
+
+    Raises InputError where there is no such run.
+    """
+    value = read_run_view(store, name)
+    path: Path = value["folder"] / REPORT
+    replace_bytes(path, render_page("report.jinja", read_facts(store, value)))
+    return path
+
+
+def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a run, as `shown.read` gave it."""
+    from finetune.report import data_section, model_sections
+
+    stages = _views(store, value)
+    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    recipe = _recipe(text, value)
+    predicted = _predicted(recipe, stages)
+    return {
+        "recipe": value["recipe"],
+        "run": value["run"],
+        "date": _date(value["run"]),
+        "model": recipe.model.id if recipe else "",
+        "device": str(stages["train"].metrics.get("device", "")),
+        "result": result(stages),
+        "tiles": tiles(stages),
+        "data": data_section.data_section(stages, recipe),
+        "training": model_sections.training_section(stages["train"], predicted),
+        "evaluation": model_sections.evaluation_section(stages),
+        "certificate": model_sections.certificate_section(stages),
+        "merge": model_sections.merge_section(stages["merge"]),
+        "export": model_sections.export_section(stages["export"]),
+        "recipe_text": text,
+        "sets": value["sets"],
+        "environment": environment(stages),
+        "stage_table": [_stage_line(v) for v in stages.values()],
+        "folder": str(value["folder"]),
+    }
+
+
+def _views(store: Store, value: Mapping[str, Any]) -> dict[str, StageView]:
+    views = {}
+    for name, record in value["stages"].items():
+        folder = Path(record["path"]) if record["path"] else None
+        views[name] = StageView(
+            name=name,
+            status=record["status"],
+            folder=folder,
+            metrics=record["metrics"],
+            seconds=record["seconds"],
+            message=record.get("message", ""),
+            manifest=store.find(folder) if folder else None,
+        )
+    return views
+
+
+def _recipe(text: str, value: Mapping[str, Any]) -> Recipe | None:
+    """The run's recipe; None where an older version wrote one that is no longer read."""
+    try:
+        return parse_recipe(text, value["folder"] / "recipe.yaml", value["sets"])
+    except InputError:
+        return None
+
+
+def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
+    """The plan's bytes while training, by part and in all, for the micro-batch that was used."""
+    from finetune.estimate.memory import Attention, Training, training
+    from finetune.estimate.shapes import read_shapes
+    from finetune.models.attention import is_varlen
+    from finetune.train.batch import batch_shape
+
+    if recipe is None:
+        return None
+    base, train = stages["base"], stages["train"].metrics
+    shapes = read_shapes(recipe, base.folder if base.manifest else None)
+    if shapes is None:
+        return None
+    usual = batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
+    attention = Attention(varlen=is_varlen(str(train.get("attention", ""))))
+    rows, policy = train.get("micro_batch_rows") or usual, train.get("checkpointing", "full")
+    parts = training(shapes, Training.of(recipe), rows, policy, attention, train.get("processes", 1))
+    return {**parts, "total": sum(parts.values())}
+
+
+def _date(run: str) -> str:
+    """A run's name begins with its moment, UTC."""
+    try:
+        moment = datetime.datetime.strptime(run.split("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        return "unknown date"
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def result(stages: Stages) -> dict[str, str]:
+    """How the run ended, in a sentence; `kind` is done, stopped, refused or failed."""
+    for view in stages.values():
+        if view.status in ("refused", "failed"):
+            words = "A gate refused" if view.status == "refused" else "Failed in"
+            return {"kind": view.status, "words": f"{words} {view.name}: {view.message}"}
+        if view.status == "partial":
+            return {"kind": "stopped", "words": f"Stopped in {view.name}; the same command goes on from there."}
+    done = [v for v in stages.values() if v.metrics]
+    left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics]
+    if not done:
+        return {"kind": "stopped", "words": "Nothing is finished yet."}
+    loud = " NO ANSWER ENDED BY ITSELF (see Evaluation)." if never_stops(stages["evaluate"].metrics) else ""
+    if left:
+        words = f"Finished as far as {done[-1].name}; {left[0]} and what follows it has not run."
+        return {"kind": "stopped", "words": words + loud}
+    return {"kind": "stopped" if loud else "done", "words": _outcome(stages) + loud}
+
+
+def _outcome(stages: Stages) -> str:
+    evaluated, certified = stages["evaluate"].metrics, stages["certify"].metrics
+    words = []
+    if evaluated:
+        before, after = evaluated["perplexity_base"], evaluated["perplexity_adapter"]
+        verb = "fell" if after < before else "rose"
+        words.append(f"perplexity on held-out rows {verb} from {before:.3g} to {after:.3g}")
+    if certified:
+        agreement = percent(certified["agreement"])
+        words.append(f"the merged model picks the same next token as the trained one in {agreement} of places")
+    if not words:
+        return "Finished. Nothing was measured on held-out rows."
+    return f"Finished: {', and '.join(words)}."
+
+
+def tiles(stages: Stages) -> list[tuple[str, str, str]]:
+    """(label, value, small print) of the key figures that there are."""
+    train, evaluated, certified = (stages[n].metrics for n in ("train", "evaluate", "certify"))
+    found = []
+    if evaluated:
+        change = f"{evaluated['perplexity_base']:.3g} → {evaluated['perplexity_adapter']:.3g}"
+        found.append(("Perplexity, trained", change, f"base → adapter, {number(evaluated.get('rows'))} held-out rows"))
+    if certified:
+        apart = f"{certified['perplexity_trained']:.3g} → {certified['perplexity_merged']:.3g}"
+        found.append(("Perplexity, merged", apart, f"adapter → merged, {number(certified.get('rows'))} held-out rows"))
+        kl = f"merged as trained; mean KL {certified['mean_kl']:.2g} nats"
+        found.append(("Same next token", percent(certified["agreement"]), kl))
+    if train:
+        device = train.get("device")
+        found.append(("Tokens per second", number(train.get("tokens_per_second")), f"training on {device}"))
+        where = "RAM of the process" if device == "cpu" else "GPU memory"
+        found.append(("Peak memory", size(train.get("peak_memory_bytes")), f"training, {where}"))
+    seconds = [v.seconds for v in stages.values() if v.seconds is not None]
+    if seconds:
+        trained = stages["train"].seconds
+        part = f"all stages, {duration(trained)} of it training" if trained else "all stages"
+        found.append(("Time", duration(sum(seconds)), part))
+    return found
+
+
+def environment(stages: Stages) -> list[tuple[str, str]]:
+    """Code, machine and library versions of the last stage that is there."""
+    manifests = [v.manifest for v in stages.values() if v.manifest is not None]
+    if not manifests:
+        return []
+    e = manifests[-1].environment
+    commits = sorted({str(m.environment.get("git_commit")) for m in manifests})
+    changed = ", with changes not committed" if e.get("git_dirty") else ""
+    lines = [
+        ("code", ", ".join(c if c != "None" else "no git" for c in commits) + changed),
+        ("device", str(stages["train"].metrics.get("device", NONE))),
+        ("machine", f"{e.get('system')} on {e.get('machine')}, {number(e.get('cpu_count'))} cores"),
+        ("Python", str(e.get("python"))),
+    ]
+    versions = e.get("versions") or {}
+    return [*lines, ("libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+
+
+def _stage_line(view: StageView) -> dict[str, str]:
+    gone = view.status == "missing" and bool(view.metrics)
+    return {
+        "name": view.name,
+        "kind": view.status,
+        "status": "done, files gone" if gone else view.status if view.status != "missing" else "not run",
+        "seconds": duration(view.seconds) if view.seconds is not None else "",
+        "memory": size(view.manifest.peak_memory_bytes) if view.manifest else "",
+        "folder": str(view.folder) if view.folder and not gone else "",
+    }

@@ -1,0 +1,74 @@
+"""What a terminal shows: bars on stderr while work goes on, tables on stdout when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.eval.compare import ENOUGH_TOKENS
+from finetune.utils.format import size
+
+ROWS = {  # stage → the metrics that say how many rows went in and came out
+    "ingest": (None, "rows_out"),
+    "filter": ("rows_in", "rows_out"),
+    "embed": ("rows", "rows"),
+    "dedup": ("rows_in", "rows_out"),
+    "decontaminate": ("rows_in", "rows_out"),
+    "sample": ("rows_in", "rows_out"),
+    "split": ("rows_in", "train_rows"),
+    "render": (None, "rows"),
+    "pack": (None, "bins"),
+}
+
+
+def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
+    """`in → out` for the table."""
+    before, after = ROWS.get(name, (None, None))
+    if after is None or after not in metrics:
+        return ""
+    start = f"{metrics[before]:,} → " if before and before in metrics else ""
+    held = f" + {metrics['eval_rows']:,} held out" if name in ("split", "render") and "eval_rows" in metrics else ""
+    return f"{start}{metrics[after]:,}{held}"
+
+
+def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one line a stage, read as a table
+    """The one figure of a stage that matters."""
+
+    def number(key: str, form: str = ".3g") -> str:
+        value = m.get(key)
+        return format(value, form) if isinstance(value, (int, float)) else "–"
+
+    match name:
+        case "base":
+            return f"{number('parameters', ',')} parameters"
+        case "filter":
+            reasons = m.get("rejected") or {}
+            return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        case "embed":
+            return f"{m.get('model', '')}, {number('rows_per_second', ',.0f')} rows/s"
+        case "dedup":
+            near = int(m.get("minhash") or 0) + int(m.get("embedding") or 0)
+            return f"{number('exact', ',')} exact, {near:,} near-duplicates dropped"
+        case "split":
+            return f"{number('groups', ',')} groups, {number('leaks', ',')} leaks"
+        case "render":
+            return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated"
+        case "pack":
+            return f"{number('efficiency', '.1%')} full"
+        case "train":
+            return f"loss {number('first_loss')} → {number('loss')}, {number('tokens_per_second', ',.0f')} tokens/s"
+        case "evaluate":
+            return (
+                f"perplexity {number('perplexity_base')} → {number('perplexity_adapter')}, "
+                f"stops {number('stop_rate', '.0%')}"
+            )
+        case "certify":
+            few = f", on {m['tokens']} tokens only" if m.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""
+            return f"{m.get('base')}: agreement {number('agreement', '.1%')}, KL {number('mean_kl', '.2g')}{few}"
+        case "merge":
+            return f"peak {size(m.get('peak_anon_bytes'))}"
+        case "export":
+            listed = ", ".join(f"{kind} {value:.4g}" for kind, value in (m.get("perplexity") or {}).items())
+            return listed and f"perplexity {listed}"
+        case _:
+            return ""

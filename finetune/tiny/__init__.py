@@ -1,0 +1,1 @@
+"""The built-in base for machines without GPU and network."""

@@ -1,0 +1,275 @@
+"""What must hold of rendered rows before hours of training are spent on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.errors import GateRefused
+from finetune.tokenization.chat import Chat, Span
+
+EXAMPLES = 20  # row ids kept for each reason
+
+
+@dataclass
+class Tally:
+    """What became of the rows of one split."""
+
+    rows_in: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    unterminated: int = 0  # rows that hold part of a supervised turn, but not its end
+    longest: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first row ids
+    left_out: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # until the caller has written them down
+
+    def keep(self, row_id: str, length: int, supervised: int, truncated: bool, unterminated: bool = False) -> None:
+        """Count a row that is written."""
+        self.rows_in += 1
+        self.rows += 1
+        self.tokens += length
+        self.supervised += supervised
+        self.longest = max(self.longest, length)
+        if truncated:
+            self.truncated += 1
+            self._remember("truncated", row_id)
+        if unterminated:
+            self.unterminated += 1
+            self._remember("unterminated", row_id)
+
+    def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
+        """Count a row that is left out; `length` is its tokens, where they were counted."""
+        self.rows_in += 1
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.left_out[row_id] = (reason, length)
+        self._remember(reason, row_id)
+
+    def as_json(self) -> dict[str, object]:
+        """Every figure, for audit.json."""
+        return {
+            "rows_in": self.rows_in,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "truncated": self.truncated,
+            "unterminated": self.unterminated,
+            "longest": self.longest,
+            "dropped": self.dropped,
+            "examples": self.examples,
+        }
+
+    def _remember(self, reason: str, row_id: str) -> None:
+        ids = self.examples.setdefault(reason, [])
+        if len(ids) < EXAMPLES:
+            ids.append(row_id)
+
+
+def marking_problem(text: str, spans: Sequence[Span], chat: Chat) -> str | None:
+    """What is wrong with the generation blocks of a rendered chat, or None.
+
+    There must be one block an assistant turn, in order; it holds that turn's content, and beyond it at most one word
+    (the terminator) and white space. So no word of a user or system turn is supervised. What a turn with other fields
+    (tool calls, reasoning) adds to its block is not looked at.
+    """
+    answers = [turn for turn in chat if turn["role"] == "assistant"]
+    if len(spans) != len(answers):
+        return f"{len(spans)} generation blocks for {len(answers)} assistant turns"
+    for number, ((start, end), turn) in enumerate(zip(spans, answers, strict=True), 1):
+        content, block = str(turn["content"]).strip(), text[start:end]
+        before, found, after = block.partition(content) if content else ("", "", block)
+        if found != content:
+            return f"assistant turn {number} is not in its generation block as it was written"
+        if set(turn) <= {"role", "content"} and (before.strip() or len(after.split()) > 1):
+            return f"the generation block of assistant turn {number} holds more than the answer and its terminator"
+    return None
+
+
+def lost_turn(text: str, spans: Sequence[Span], chat: Chat) -> str | None:
+    """What a person wrote that is not in the rendered text where it belongs, or None.
+
+    Many templates pass over a role or a tool call that they do not know without a word. Each turn that is not the
+    assistant's must stand between the blocks of the answers beside it, so outside of every block (a system message may
+    stand in any such place, for Mistral's templates write it before the last question); each call that an answer makes
+    must stand in its block, with its name and its arguments. Text may be as it was written or escaped as in JSON.
+    """
+    block, place = 0, 0
+    for number, turn in enumerate(chat, 1):
+        if turn["role"] == "assistant":
+            if problem := _lost_call(text[slice(*spans[block])], turn):
+                return f"{problem} of turn {number}"
+            place, block = spans[block][1], block + 1
+            continue
+        content = str(turn["content"]).strip()
+        if turn["role"] == "system":
+            if not any(_find(text, content, a, b) >= 0 for a, b in _outside(spans, len(text))):
+                return f"the template does not write the system message, turn {number}"
+            continue
+        end = spans[block][0] if block < len(spans) else len(text)
+        place = _find(text, content, place, end)
+        if place < 0:
+            return f"the template does not write turn {number}, a {turn['role']}'s, as it was written"
+        place += len(content)
+    return None
+
+
+def _outside(spans: Sequence[Span], length: int) -> Iterator[Span]:
+    start = 0
+    for a, b in spans:
+        yield start, a
+        start = b
+    yield start, length
+
+
+def _find(text: str, content: str, start: int, end: int) -> int:
+    """Where `content` stands in text[start:end], or -1; as it is, or escaped once or twice as in a JSON string."""
+    at = text.find(content, start, end)
+    if at >= 0:
+        return at
+    for ascii_only in (False, True):
+        escaped = content
+        for _ in range(2):
+            escaped = json.dumps(escaped, ensure_ascii=ascii_only)[1:-1]
+            at = text.find(escaped, start, end)
+            if at >= 0:
+                return at
+    return -1
+
+
+def _lost_call(block: str, turn: dict[str, Any]) -> str | None:
+    """Which call of an assistant turn its block lacks."""
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else {"name": call}
+        name = str(function.get("name", ""))
+        if not name or _find(block, name, 0, len(block)) < 0:
+            return f"the template does not write the call of {name or 'a tool without a name'}"
+        for leaf in _leaves(function.get("arguments")):
+            if _find(block, leaf, 0, len(block)) < 0:
+                return f"the template does not write {leaf[:40]!r}, an argument of the call of {name}"
+    return None
+
+
+def _leaves(value: object) -> Iterator[str]:
+    """Every key and every plain value of a call's arguments; a string that holds JSON is looked into."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict | list):
+            yield from _leaves(parsed)
+        else:
+            yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def check_system(row_id: str, chat: Chat, template: str) -> None:
+    """Raise GateRefused for a conversation that begins with a system message, for which the template has no place."""
+    if chat and chat[0]["role"] == "system":
+        raise GateRefused(
+            f"row {row_id} has a system message, for which template {template} has no place; "
+            "set render.system: merge to put it before the first user turn"
+        )
+
+
+def check_same(row_id: str, trained: str, own: str, template: str) -> None:
+    """Raise GateRefused unless the training template wrote a row byte by byte as the one that inference uses does."""
+    if trained != own:
+        raise GateRefused(
+            f"row {row_id}: the training form of template {template} parts from what inference uses at character "
+            f"{shared_length(trained, own)}: {trained[shared_length(trained, own) :][:40]!r}; set render.template to a "
+            "template with generation markers, or leave the row out"
+        )
+
+
+def check_start(row_id: str, ids: Sequence[int], bos: int | None) -> None:
+    """Raise GateRefused for a row that begins with two BOS tokens: template and tokenizer each added one."""
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        raise GateRefused(f"row {row_id} begins with two BOS tokens; take one out of the template or the text")
+
+
+def check_terminator(row_id: str, token: int, supervised: bool, special: Collection[int], shown: str) -> None:
+    """Raise GateRefused unless a turn's last token is a supervised special token.
+
+    Only such a token can stop generation; without it the model never learns to stop.
+    """
+    if token not in special:
+        raise GateRefused(
+            f"row {row_id}: the template ends an answer with {shown!r}, which is no special token of this base, so "
+            "nothing would stop generation; take a template whose terminator it has (alpaca and mistral use its EOS)"
+        )
+    if not supervised:
+        raise GateRefused(f"row {row_id}: the terminator {shown!r} carries no label, so the model would never stop")
+
+
+def check_prompt(row_id: str, prompt: Sequence[int], full: Sequence[int], template: str) -> None:
+    """Raise GateRefused unless the generation prompt's tokens begin the row's tokens."""
+    shared = shared_length(prompt, full)
+    if shared < len(prompt):
+        raise GateRefused(
+            f"row {row_id}: the prompt that inference uses parts from the trained text at token {shared} of "
+            f"{len(prompt)}; "
+            f"the generation prompt of template {template} does not fit how it writes an assistant turn"
+        )
+
+
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items two sequences begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def check_pad(pad: int, labels: Iterable[int]) -> None:
+    """Raise GateRefused where the pad token is a label: collators mask it, and a masked EOS never stops."""
+    if pad in set(labels):
+        raise GateRefused(f"the pad token (id {pad}) is also a label; choose another")
+
+
+def check_shares(
+    tallies: Sequence[Tally], max_truncated: float, max_dropped: float, max_unterminated: float = 1.0
+) -> None:
+    """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
+
+    `tallies` begins with the training split's.
+    """
+    total = sum(t.rows_in for t in tallies)
+    cut = sum(t.truncated for t in tallies)
+    lost = {r: sum(t.dropped.get(r, 0) for t in tallies) for t in tallies for r in t.dropped}
+    reasons = "; ".join(f"{count} × {reason} ({_named(tallies, reason)})" for reason, count in sorted(lost.items()))
+    if sum(lost.values()) > max_dropped * total:
+        raise GateRefused(
+            f"{sum(lost.values())} of {total} rows would be dropped, more than render.max_dropped_fraction "
+            f"{max_dropped}: {reasons}"
+        )
+    if cut > max_truncated * total:
+        raise GateRefused(
+            f"{cut} of {total} rows would be cut, more than render.max_truncated_fraction {max_truncated} "
+            f"({_named(tallies, 'truncated')}); raise render.max_length_tokens, or filter long rows out"
+        )
+    endless = sum(t.unterminated for t in tallies)
+    if endless > max_unterminated * total:
+        raise GateRefused(
+            f"{endless} of {total} rows hold an answer without its end, more than render.max_unterminated_fraction "
+            f"{max_unterminated} ({_named(tallies, 'unterminated')}), so the model would learn not to stop; raise "
+            "render.max_length_tokens, set render.overlong: drop, or end raw text with the base's EOS"
+        )
+    if not tallies[0].rows:
+        raise GateRefused(f"no training row is left to render{': ' + reasons if reasons else ''}")
+
+
+def _named(tallies: Sequence[Tally], reason: str) -> str:
+    ids = [i for t in tallies for i in t.examples.get(reason, [])]
+    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")

@@ -1,0 +1,218 @@
+"""From a row's messages to rendered text: which turns a template is given, and which strings may control the model.
+
+A chat template writes control strings such as `</s>`; so may a user. Once both stand in one text they cannot be told
+apart, so `ControlStrings` swaps the user's for placeholders of the same length while the template runs. Equal lengths
+keep every character position, hence every span, as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from finetune.data.records import Example, Message
+from finetune.errors import InputError
+
+Span = tuple[int, int]
+"""Half-open range of characters."""
+
+Chat = list[dict[str, Any]]
+"""Messages as a chat template reads them: role, content, and what else a turn carries."""
+
+
+class TemplateRefused(InputError):
+    """The template itself raised on these messages; the message is the template's."""
+
+
+class Renderer(Protocol):
+    """A compiled chat template."""
+
+    def __call__(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text, and the ranges inside `{% generation %}` blocks in order. Raises TemplateRefused."""
+
+    def many(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]] | None:
+        """What each chat would give, made together; None where one is refused, and each must be tried by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row as text.
+
+    `sealed` is a text of the same length in which the template's control strings go by private names (see
+    ControlStrings), or None when the plain text holds no control string but the template's own.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    sealed: str | None = None
+
+
+def chat_of(messages: Iterable[Message]) -> Chat:
+    """Messages as dictionaries; the fields of `extra` (tool_calls, name) stand beside role and content."""
+    return [{**(json.loads(m.extra) if m.extra else {}), "role": m.role, "content": m.content} for m in messages]
+
+
+def merge_system(chat: Chat) -> Chat:
+    """Put a leading system message in front of the first user turn, parted by an empty line.
+
+    Raises InputError where no user turn follows directly.
+    """
+    if not chat or chat[0]["role"] != "system":
+        return chat
+    if len(chat) < 2 or chat[1]["role"] != "user":
+        raise InputError("a system message can be merged only into a user turn that follows it directly")
+    first = {**chat[1], "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
+    return [first, *chat[2:]]
+
+
+def takes_system(render: Renderer) -> bool:
+    """Whether the template writes a system message, found by rendering one."""
+    probe = "system-probe-7f3a"
+    chat = [turn("system", probe), turn("user", "question"), turn("assistant", "answer")]
+    try:
+        return probe in render(chat)[0]
+    except TemplateRefused:
+        return False
+
+
+def turn(role: str, content: str) -> dict[str, Any]:
+    """One message as a template reads it."""
+    return {"role": role, "content": content}
+
+
+def prompt_of(chat: Chat) -> Chat | None:
+    """Everything before the last assistant turn, or None for a chat without one (or with nothing before it)."""
+    last = next((i for i in range(len(chat) - 1, -1, -1) if chat[i]["role"] == "assistant"), 0)
+    return chat[:last] or None
+
+
+def verification_sample(rows: Iterable[Example], limit: int) -> list[Example]:
+    """At most `limit` rows to prove a template on, the same ones each time.
+
+    Up to half are rows that a template may treat in its own way (a system message, several turns, a call, white
+    space at an edge); the rest is spread over all chats.
+    """
+    every, odd = _Spread(limit), _Spread(limit // 2)
+    for row in rows:
+        if row.messages:
+            every.offer(row)
+            if _unusual(row):
+                odd.offer(row)
+    chosen = {r.id: r for r in (*odd.rows(), *every.rows())}
+    return list(chosen.values())[:limit]
+
+
+class _Spread:
+    """About evenly spaced items of a stream whose length is not known: half are thrown out whenever it is full."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._step, self._seen = count, 1, 0
+        self._kept: list[Example] = []
+
+    def offer(self, row: Example) -> None:
+        if self._count and self._seen % self._step == 0:
+            self._kept.append(row)
+            if len(self._kept) > 2 * self._count:
+                self._kept, self._step = self._kept[::2], self._step * 2
+        self._seen += 1
+
+    def rows(self) -> list[Example]:
+        count = min(self._count, len(self._kept))
+        return [self._kept[i * len(self._kept) // count] for i in range(count)]
+
+
+def _unusual(row: Example) -> bool:
+    several = len(row.messages) > 2 or any(m.role not in ("user", "assistant") or m.extra for m in row.messages)
+    return several or any(m.content != m.content.strip() for m in row.messages)
+
+
+class ControlStrings:
+    """The strings that become control tokens, and how to keep a user's apart from the template's.
+
+    Two blocks of the private-use plane 16 stand for string number i, repeated to its length: `TYPED + i` for one that a
+    person typed, `TRUE + i` for one that the template wrote.
+    """
+
+    TYPED, TRUE, SIZE = 0x108000, 0x100000, 0x7FFD
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self.strings = tuple(sorted(set(strings), key=lambda s: (-len(s), s)))
+        if len(self.strings) > self.SIZE:
+            raise InputError(f"{len(self.strings)} control tokens; no more than {self.SIZE} can be told apart")
+        self.names = {s: chr(self.TRUE + i) * len(s) for i, s in enumerate(self.strings)}
+        self._typed = {s: chr(self.TYPED + i) * len(s) for i, s in enumerate(self.strings)}
+        self._find = _any_of(self.strings)
+        self._find_typed = _any_of(self._typed.values())
+        self._back = {v: k for k, v in self._typed.items()}
+
+    def in_text(self, text: str) -> bool:
+        """Whether any control string occurs in `text`."""
+        return self._find.search(text) is not None
+
+    def in_chat(self, chat: Chat) -> bool:
+        """Whether any control string occurs in what a person typed."""
+        return any(self.in_text(s) for s in _strings(chat))
+
+    def hide(self, chat: Chat) -> Chat:
+        """The chat with every typed control string replaced by its placeholder.
+
+        Raises InputError where a turn already holds characters of plane 16.
+        """
+        if any(ord(c) >= self.TRUE for s in _strings(chat) for c in s):
+            raise InputError("the row holds both a control string and a private-use character U+100000 or above")
+        return [_map_strings(m, lambda s: self._find.sub(lambda hit: self._typed[hit[0]], s)) for m in chat]
+
+    def show(self, text: str) -> str:
+        """The text with typed control strings put back: what a plain rendering gives."""
+        return self._find_typed.sub(lambda hit: self._back[hit[0]], text)
+
+    def seal(self, text: str) -> str:
+        """The text with the template's control strings under their private names and the typed ones put back."""
+        return self.show(self._find.sub(lambda hit: self.names[hit[0]], text))
+
+
+def render_row(
+    render: Renderer,
+    controls: ControlStrings,
+    chat: Chat,
+    generation_prompt: bool = False,
+    plain: tuple[str, list[Span]] | None = None,
+) -> Rendered:
+    """Render a chat so that what a person typed cannot become a control token. `plain`: what `render` gives for it.
+
+    Raises TemplateRefused where the template raises, or where it acts on a control string inside a message (then the
+    text with placeholders is not the plain text, and no position can be trusted).
+    """
+    text, spans = plain or render(chat, generation_prompt)
+    if not controls.in_chat(chat):
+        return Rendered(text, tuple(spans))
+    hidden, hidden_spans = render(controls.hide(chat), generation_prompt)
+    if controls.show(hidden) != text or hidden_spans != spans:
+        raise TemplateRefused("the template changes what it writes when a message holds a control string")
+    return Rendered(text, tuple(spans), controls.seal(hidden))
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+
+
+def _strings(value: object) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _map_strings(v, change) for k, v in value.items()}
+    return [_map_strings(v, change) for v in value] if isinstance(value, list) else value

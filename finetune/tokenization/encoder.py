@@ -1,0 +1,124 @@
+"""Text to token ids with character offsets, where typed control strings stay text; and the choice of a pad token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.tokenization.chat import ControlStrings, Rendered
+from finetune.tokenization.label_mask import Offsets
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+PROOFS = 100  # rows on which the second copy of a tokenizer is compared with the first
+Tokens = tuple[list[int], Offsets]
+"""Token ids, and the characters each was made from."""
+
+
+class Encoder:
+    """The base's tokenizer without its post-processor, which would trim offsets and add tokens of its own.
+
+    `encode` gives the ids of `tokenizer(text, add_special_tokens=False)`. Setting `split_special_tokens` for the rows
+    with typed control strings would not do: a Unigram model still finds `</s>` in its vocabulary, and cutting the text
+    at the control tokens loses the white-space rules of the first piece. So a second copy of the tokenizer knows its
+    control tokens by private names only (see ControlStrings), and runs over the whole text as the first one does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        from tokenizers import Tokenizer
+
+        if not tokenizer.is_fast:
+            raise InputError("this base has no tokenizer.json, and a slow tokenizer gives no character offsets")
+        self._description = tokenizer.backend_tokenizer.to_str()
+        self.controls = ControlStrings(control_strings(tokenizer, template))
+        self.special_ids = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
+        self._plain: Tokenizer = Tokenizer.from_str(_bare(self._description))
+        self._sealed: Tokenizer | None = None
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ids and offsets of each text; every control string in it becomes a control token."""
+        return [_tokens(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, rows: Sequence[Rendered]) -> list[Tokens]:
+        """Ids and offsets of each row, at the positions of its `text`; typed control strings stay text."""
+        tokens = self.encode([r.text for r in rows])
+        for i, row in enumerate(rows):
+            if row.sealed is not None:
+                if self._sealed is None:
+                    self._sealed = self._sealed_copy([r.text for r in rows if r.sealed is None][:PROOFS])
+                tokens[i] = _tokens(self._sealed.encode(row.sealed, add_special_tokens=False))
+        return tokens
+
+    def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
+        """The copy, proved to agree with the tokenizer on `texts`, in which nobody typed a control string."""
+        from tokenizers import Tokenizer
+
+        copy: Tokenizer = Tokenizer.from_str(_renamed(_bare(self._description), self.controls))
+        for string, name in self.controls.names.items():
+            if copy.token_to_id(name) != self._plain.token_to_id(string):
+                raise FinetuneError(f"the tokenizer gives {string!r} another id under a private name")
+        for text, (ids, _) in zip(texts, self.encode(texts), strict=True):
+            if copy.encode(self.controls.seal(text), add_special_tokens=False).ids != ids:
+                raise FinetuneError(
+                    "this base's tokenizer does not work without the names of its control tokens, so a control string "
+                    f"in a row's text cannot be kept apart from a true one; it shows on {text[:80]!r}"
+                )
+        return copy
+
+
+def control_strings(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """What acts as control: special tokens, and other added tokens that the template writes (but not white space)."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in tokens if t.content.strip() and (t.special or t.content in template)]
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase, template: str, label_ids: Collection[int]) -> str:
+    """A pad token that never is a label: the base's own if it serves no other purpose, else an unused special token.
+
+    No embedding is added. Raises GateRefused where the base has none.
+    """
+    taken = {tokenizer.bos_token, tokenizer.eos_token}
+    strings = [t.content for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in label_ids]
+    free = [s for s in strings if s not in taken and s not in template]
+    preferred = [tokenizer.pad_token, *(s for s in free if "pad" in s.lower()), tokenizer.unk_token, *free]
+    for string in preferred:
+        if string in free:
+            return str(string)
+    raise GateRefused(
+        "the base has no unused special token to pad with: each is a label, the beginning or end of a text, or part of "
+        "the template; add a <pad> token to the base's tokenizer whose id is inside its embedding"
+    )
+
+
+def _bare(description: str) -> str:
+    content = json.loads(description)
+    return json.dumps({**content, "post_processor": None, "truncation": None, "padding": None})
+
+
+def _renamed(description: str, controls: ControlStrings) -> str:
+    content = json.loads(description)
+    names = controls.names
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model: dict[str, Any] = content["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return json.dumps(content)
+
+
+def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 - tokenizers.Encoding has no types
+    ids = encoding.ids
+    flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids))  # twice as fast as np.array
+    return ids, flat.reshape(-1, 2)

@@ -1,0 +1,1 @@
+"""TRL trainers: arguments, callbacks, checkpoints, out-of-memory, distributed, tracking."""

@@ -1,0 +1,57 @@
+"""How many rows are computed at once, what that depends on, and how many optimiser steps there are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import InputError
+from finetune.estimate.choice import PADDED_ROWS
+from finetune.recipe import Train
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OFFLOAD_ON_CPU = (
+    "runtime.checkpointing: offload moves a GPU's activations to RAM, and this training is on a CPU, whose activations "
+    "are there already; use full"
+)
+
+
+def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> tuple[int, int]:
+    """Micro-batch rows and accumulation steps, so that every optimiser step sees `batch_rows` rows on any machine.
+
+    Raises InputError naming the process counts that would divide the batch.
+    """
+    if batch_rows % world:
+        fits = [n for n in range(1, batch_rows + 1) if batch_rows % n == 0]
+        raise InputError(
+            f"train.batch_rows {batch_rows} cannot be shared by {world} processes; use {', '.join(map(str, fits))} "
+            f"processes, or a batch_rows that {world} divides"
+        )
+    per_process = batch_rows // world
+    if micro == "auto":
+        # Packed rows are flattened into one sequence; under SDPA that is a dense (B·L)² mask, so one row at a time.
+        most = 1 if packed else PADDED_ROWS
+        micro = max(n for n in range(1, most + 1) if per_process % n == 0)
+    micro = int(micro)
+    if per_process % micro:
+        raise InputError(f"runtime.micro_batch_rows {micro} does not divide the {per_process} rows of each process")
+    return micro, per_process // micro
+
+
+def total_steps(rows: int, train: Train) -> int:
+    """Optimiser steps: the last, smaller batch of an epoch counts."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_rows)))
+
+
+def longest_row(rows: Path | pa.Table) -> int:
+    """Tokens of the longest row of a packed file, or of a table with input_ids."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(rows, columns=["input_ids"]) if isinstance(rows, Path) else rows
+    return int(pc.max(pc.list_value_length(table["input_ids"])).as_py() or 1)

@@ -1,0 +1,34 @@
+"""Training checkpoints: the marker of a complete one, and the newest that has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+COMPLETE = "COMPLETE"
+
+
+def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
+    """The newest checkpoint that carries the COMPLETE marker; one without it was cut off while being written."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and (path / COMPLETE).exists():
+            found[int(number)] = path
+        elif remove_incomplete:
+            shutil.rmtree(path, ignore_errors=True)
+    return found[max(found)] if found else None
+
+
+def mark_complete(folder: Path, made_by: Mapping[str, object]) -> None:
+    """Sync every file of a checkpoint, then write its marker, which says how the batch was shared out."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    with (folder / COMPLETE).open("w") as file:
+        file.write(json.dumps(made_by, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

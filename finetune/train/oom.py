@@ -1,0 +1,122 @@
+"""When the GPU is full, the micro-batch is halved and the effective batch kept."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from finetune.context import Context
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+SMALLER = "FINETUNE_SMALLER_MICRO_BATCH"  # names the file in which one of several processes asks their launcher for it
+
+
+def halving(
+    attempt: Callable[[int], T],
+    base: PreTrainedModel,
+    micro: int,
+    per_process: int,
+    ctx: Context,
+    *,
+    checkpointing: bool,
+) -> T:
+    """`attempt(micro)`, and again with half of it each time the device runs out of memory.
+
+    `attempt` goes on from its last complete checkpoint; the generators are as they were at its first call, and the
+    adapter it put into `base` is taken out again. Raises FinetuneError with what to try at a micro-batch of 1, and
+    among several processes: the others wait within a step that this one has left, so all are started again, with the
+    smaller micro-batch where it was our launcher that started them.
+    """
+    import torch
+
+    from finetune.utils.runtime import RandomState
+
+    start = RandomState.now()
+    while True:
+        try:
+            return attempt(micro)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = max((n for n in range(1, micro // 2 + 1) if per_process % n == 0), default=0)
+            words = (
+                f"the device ran out of memory with {micro} rows a micro-batch; going on with {smaller} from the last "
+                f"complete checkpoint (runtime.micro_batch_rows={smaller} begins with it)"
+            )
+            if ctx.world > 1 and smaller and SMALLER in os.environ:
+                Path(os.environ[SMALLER]).write_text(str(smaller), encoding="utf-8")
+                raise FinetuneError(f"train: {words}") from error
+            if ctx.world > 1 or not smaller:
+                raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
+        finally:
+            _forget_embeddings()
+        # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
+        ctx.say(f"train: {words}")
+        micro = smaller
+        undress(base)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        start.restore()
+
+
+def _forget_embeddings() -> None:
+    """Let go of the embeddings that bitsandbytes was told of.
+
+    For its 8-bit optimisers transformers names them in a list of a singleton, to be kept in 32 bits; an embedding that
+    is trained whole would outlive its training there. So would the moments of a paged optimiser, in another list; the
+    memory the driver gave them is not returned (bitsandbytes has no call for it), but it can move to RAM.
+    """
+    from bitsandbytes.functional import GlobalPageManager
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().initialize()
+    GlobalPageManager.get_instance().initialize()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device was full: also where cuBLAS or the driver, and not torch's own allocator, asked for more."""
+    import torch
+
+    words = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in words
+        or "CUDA error: out of memory" in words
+    )
+
+
+def what_to_try(micro: int, *, checkpointing: bool) -> str:
+    """The sentence for a device that is too small."""
+    tries = [f"runtime.micro_batch_rows={max(1, micro // 2)}"] if micro > 1 else []
+    tries += [] if checkpointing else ["runtime.checkpointing=full"]
+    tries += [
+        "a smaller render.max_length_tokens (and pack.length_tokens)", "a smaller lora.r",
+        "train.optimizer=paged_adamw_8bit",
+    ]  # fmt: skip
+    return (
+        f"the device ran out of memory with {micro} row{'s' if micro > 1 else ''} a micro-batch; the checkpoints are "
+        f"kept. Try, in this order: {', '.join(tries)}"
+    )
+
+
+def undress(base: PreTrainedModel) -> None:
+    """Take every adapter out of `base`, which peft put there in place: its own layers are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.original_module)
+    vars(base).pop("peft_config", None)
+    base.requires_grad_(False)
+    base.zero_grad(set_to_none=True)

@@ -1,0 +1,359 @@
+"""Proofs on the real model, before the first step and after the third: each refuses with a sentence. They cost a few
+passes over a few hundred tokens, and leave the generators, the gradients and the mode as they found them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import GateRefused
+from finetune.lora.config import SAVED, is_target, layer_count, rank_of, saved_parameters
+from finetune.recipe import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from trl import SFTTrainer
+
+    Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+DOCUMENT_TOKENS = 256  # of each of the two documents that are looked at
+ROWS_LOOKED_AT = 64
+ELEMENTS = 65_536  # of a parameter, evenly spread, that are compared
+UPDATES = 3  # A has no gradient at the first, for B is zero; B moves with the first, A with the second
+MOVED = 0.99
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding alone may do: to a loss (relative), to logits (RMS, of their own), to a gradient (relative)."""
+
+    loss: float
+    logits: float
+    gradient: float
+
+
+TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3, 1e-3), "bf16": Tolerance(1e-2, 0.01, 0.02)}
+TOLERANCES["fp16"] = TOLERANCES["bf16"]
+
+
+def prove(
+    trainer: SFTTrainer,
+    collate: Collate,
+    dataset: Sequence[dict[str, Any]],
+    lora: Lora,
+    precision: str,
+    *,
+    packed: bool,
+) -> None:
+    """Everything that is proved before step 1, on up to two documents of `dataset`. Raises GateRefused."""
+    model: Any = trainer.model
+    prove_adapters(model)
+    prove_planned(model, planned_parameters(model, lora))
+    first = dataset[0]
+    check_batch(collate([first]), first.get("seq_lengths"), packed)
+    documents = two_documents(dataset)
+    tolerance = TOLERANCES[precision]
+    with undisturbed(model), trainer.accelerator.autocast():
+        batch = on_device(collate(together(documents, packed=packed)), model.device)
+        model.eval()
+        prove_loss(trainer, batch, tolerance.loss)
+        if len(documents) == 2:
+            prove_isolation(model, collate, documents, tolerance.logits, packed=packed)
+        prove_gradients(model, batch, tolerance.gradient, scale=1024.0 if precision == "fp16" else 1.0)
+
+
+@contextmanager
+def as_in_training(trainer: SFTTrainer) -> Iterator[None]:
+    """Recompute activations as the training will (`Trainer` begins to in `train`), and count its memory alone."""
+    import torch
+
+    from finetune.train import activation_checkpointing
+
+    model: Any = trainer.model
+    if trainer.args.activation_checkpointing:
+        settings: Any = trainer.args.activation_checkpointing_kwargs
+        activation_checkpointing.enable(model, settings)
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Put back the random generators and the mode, and clear the gradients, whatever happens inside."""
+    from finetune.utils.runtime import RandomState
+
+    before, training = RandomState.now(), model.training
+    try:
+        yield
+    finally:
+        before.restore()
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+
+
+# --- the documents --------------------------------------------------------------------------------------------------
+
+
+def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
+    """The first two documents with something to predict, cut around it; one where there is only one."""
+    found: list[dict[str, list[int]]] = []
+    for number in range(min(len(dataset), ROWS_LOOKED_AT)):
+        row = dataset[number]
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            ids, labels = (row[name][start : start + length] for name in ("input_ids", "labels"))
+            start += length
+            supervised = next((i for i, label in enumerate(labels) if i and label != -100), None)
+            if supervised is None:
+                continue
+            cut = slice(max(0, supervised - DOCUMENT_TOKENS // 2), None)
+            found.append({"input_ids": ids[cut][:DOCUMENT_TOKENS], "labels": labels[cut][:DOCUMENT_TOKENS]})
+            if len(found) == 2:
+                return found
+    if not found:
+        raise GateRefused("none of the first rows has a supervised token: there is nothing to learn from")
+    return found
+
+
+def together(documents: Sequence[dict[str, list[int]]], *, packed: bool) -> list[dict[str, list[int]]]:
+    """The documents as one packed row, or as the rows of one padded batch."""
+    if not packed:
+        return list(documents)
+    joined = {name: [token for d in documents for token in d[name]] for name in ("input_ids", "labels")}
+    return [{**joined, "seq_lengths": [len(d["input_ids"]) for d in documents]}]
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """`batch` with its tensors on `device`."""
+    import torch
+
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+# --- the proofs -----------------------------------------------------------------------------------------------------
+
+
+def prove_adapters(model: torch.nn.Module) -> None:
+    """Refuse a model that would train anything but LoRA parameters in fp32, or nothing."""
+    import torch
+
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n, p in trainable.items() if p.dtype != torch.float32]
+    if wrong:
+        raise GateRefused(f"{len(wrong)} trainable parameters are not fp32 ({wrong[0]} is {trainable[wrong[0]].dtype})")
+    other = [n for n in trainable if "lora_" not in n and SAVED not in n]
+    if other or not trainable:
+        raise GateRefused(
+            f"only LoRA parameters and lora.modules_to_save should train, found {other[0] if other else 'none'}"
+        )
+
+
+def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - PeftModel
+    """Name → shape of what `lora` says is trained, worked out from the base's matrices and not from peft's layers."""
+    from torch import nn
+
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    planned = saved_parameters(lora, base)
+    linear = {
+        path.removesuffix(".base_layer"): module
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in path and module is not head and SAVED not in f"{path}."
+    }
+    layers = layer_count(linear)
+    for name, module in linear.items():
+        if ".original_module" in name or not is_target(lora, name, layers):
+            continue
+        rank = rank_of(lora, name)
+        prefix = f"base_model.model.{name}"
+        planned[f"{prefix}.lora_A.default.weight"] = (rank, module.in_features)
+        planned[f"{prefix}.lora_B.default.weight"] = (module.out_features, rank)
+        if lora.dora:
+            planned[f"{prefix}.lora_magnitude_vector.default.weight"] = (module.out_features,)
+    return planned
+
+
+def prove_planned(model: torch.nn.Module, planned: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a model whose trainable parameters are not exactly the planned ones."""
+    trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in planned.keys() | trained.keys() if planned.get(n) != trained.get(n))
+    if wrong:
+        raise GateRefused(
+            f"{len(wrong)} trainable parameters are not those of the recipe's lora section: {wrong[0]} should be "
+            f"{planned.get(wrong[0], 'absent')} and is {trained.get(wrong[0], 'absent')}"
+        )
+
+
+def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packed: bool) -> None:
+    """Refuse a batch whose documents could see each other, or that trains nothing.
+
+    `batch` holds input_ids, labels (1, T) int64, and position_ids when packed; `lengths` are the documents' lengths.
+    """
+    import torch
+
+    if not bool((batch["labels"] != -100).any()):
+        raise GateRefused("the first batch has no supervised token: its labels are all -100")
+    supervised = batch["labels"] != -100
+    if not torch.equal(batch["labels"][supervised], batch["input_ids"][supervised]):
+        raise GateRefused("the labels of the first batch are not its own tokens")
+    if not packed:
+        return
+    if "attention_mask" in batch:
+        raise GateRefused("the packed batch carries a dense attention mask: its documents would see each other")
+    expected = torch.cat([torch.arange(n) for n in lengths or []])
+    if "position_ids" not in batch or not torch.equal(batch["position_ids"][0], expected):
+        raise GateRefused(
+            "the positions of the packed batch do not restart at each document: they would see each other"
+        )
+
+
+def manual_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+    """Mean cross-entropy in fp32 of the supervised tokens, each from the position before it; () fp32.
+
+    The first token of a document is never predicted: in a packed row the position before it is another document's.
+    """
+    import torch
+
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    labels = batch["labels"].clone()
+    if "position_ids" in batch:
+        labels[batch["position_ids"] == 0] = -100
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+def prove_loss(trainer: SFTTrainer, batch: Mapping[str, Any], tolerance: float) -> None:
+    """Refuse a trainer whose loss is not the mean over the supervised tokens (a loss that is no number passes: the
+    watchdog sees it at step 1).
+    """
+    import torch
+
+    model: Any = trainer.model
+    with torch.no_grad():
+        theirs = float(trainer.compute_loss(model, dict(batch)))
+        ours = float(manual_loss(model, batch))
+    if abs(theirs - ours) > tolerance * max(1.0, abs(ours)):
+        raise GateRefused(
+            f"the trainer's loss on the first documents is {theirs:.5f}, the mean over their supervised tokens "
+            f"{ours:.5f}: it would learn from other tokens than those of the labels"
+        )
+
+
+def prove_isolation(
+    model: Any,  # noqa: ANN401 - PeftModel
+    collate: Collate,
+    documents: Sequence[dict[str, list[int]]],
+    tolerance: float,
+    *,
+    packed: bool,
+) -> None:
+    """Refuse where a document's logits depend on the other one it shares a row or a batch with.
+
+    The other one's tokens are turned round and its length kept: both passes then have the same shapes and take the same
+    kernels, so that what differs is what was seen, and not how 4-bit products of another size are rounded.
+    """
+    import torch
+
+    def logits(chosen: Sequence[dict[str, list[int]]]) -> list[torch.Tensor]:
+        batch = on_device(collate(together(chosen, packed=packed)), model.device)
+        batch.pop("labels")
+        found: torch.Tensor = model(**batch, use_cache=False).logits
+        first, second = (len(d["input_ids"]) for d in chosen)
+        return [found[0, :first], found[0, first:] if packed else found[1, :second]]
+
+    turned = [{**d, "input_ids": d["input_ids"][::-1]} for d in documents]
+    with torch.no_grad():
+        beside = logits(documents)
+        for one in (1,) if packed else (0, 1):  # of a packed row the second alone can see the other
+            other = logits([documents[i] if i == one else turned[i] for i in (0, 1)])[one].float()
+            off = float((beside[one].float() - other).pow(2).mean().sqrt() / other.std())
+            if off > tolerance:
+                raise GateRefused(
+                    f"two {'packed documents' if packed else 'rows of a batch'} see each other: the logits of one "
+                    f"differ by {off:.1%} (RMS) when the other is changed, where rounding explains {tolerance:.1%}"
+                )
+
+
+def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scale: float = 1.0) -> None:  # noqa: ANN401
+    """Refuse a model whose gradients are others after a forward in eval mode (bitsandbytes repacks 4-bit weights on
+    some CPUs, and most gradients are then wrong while the loss looks normal).
+    """
+    import torch
+
+    before = _gradients(model, batch, scale)
+    model.eval()
+    with torch.no_grad():
+        model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+    after = _gradients(model, batch, scale)
+    wrong = [n for n, g in before.items() if float((after[n] - g).norm()) > tolerance * float(g.norm())]
+    # One of hundreds may be off: on a GPU the sums of a backward pass come in no fixed order. The defect hits most.
+    if len(wrong) > len(before) // 10:
+        raise GateRefused(
+            f"after one evaluation the gradients of {len(wrong)} of {len(before)} adapter matrices are others "
+            f"({wrong[0]}): the base's weights were changed by it"
+        )
+
+
+def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """Gradients in training mode, thinned out; dropout takes the same elements every time."""
+    import torch
+
+    from finetune.utils.runtime import RandomState
+
+    before = RandomState.now()
+    model.train()
+    model.zero_grad(set_to_none=True)
+    # Casts that autocast made without a graph would be taken again here (pytorch#165068), and nothing have a gradient.
+    torch.clear_autocast_cache()
+    (manual_loss(model, batch) * scale).backward()
+    before.restore()
+    found = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    if not found:
+        raise GateRefused("no adapter matrix has a gradient: nothing would be trained")
+    return found
+
+
+def thinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to ELEMENTS of a tensor, evenly spread; (N,) on the CPU."""
+    flat = tensor.detach().flatten()
+    return flat[:: -(-flat.numel() // ELEMENTS)].cpu().clone()
+
+
+class Movement:
+    """Whether nearly every element of the adapter has moved after a few updates at a learning rate above zero."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        from torch.distributed.tensor import DTensor
+
+        # Of a saved embedding only the rows that were read have a gradient: no share of it must have moved.
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and SAVED not in n}
+        shared_out = any(isinstance(p, DTensor) for p in trained.values())
+        self._before = {} if shared_out else {n: thinned(p) for n, p in trained.items()}
+        self._updates = 0
+
+    def updated(self, model: torch.nn.Module, learning_rate: float, *, skipped: bool) -> None:
+        """After an optimiser step. A skipped one (fp16's scale was too high) and one at rate 0 do not count."""
+        if not self._before or skipped or not learning_rate:
+            return
+        self._updates += 1
+        if self._updates == UPDATES:
+            self._compare({n: thinned(p) for n, p in model.named_parameters() if n in self._before})
+            self._before = {}
+
+    def _compare(self, now: Mapping[str, torch.Tensor]) -> None:
+        moved = {n: float((now[n] != before).float().mean()) for n, before in self._before.items()}
+        still = min(moved, key=lambda n: moved[n])
+        elements = sum(before.numel() for before in self._before.values())
+        share = sum(moved[n] * before.numel() for n, before in self._before.items()) / elements
+        # A few dead channels (padded widths, units that never fire) have no gradient; no whole matrix is like that.
+        if share < MOVED or moved[still] == 0:
+            count = sum(part < MOVED for part in moved.values())
+            raise GateRefused(
+                f"after {UPDATES} updates only {moved[still]:.0%} of {still} has moved ({count} of {len(moved)} "
+                "adapter matrices): no gradient reaches the rest, or its updates are rounded away. Raise "
+                "train.learning_rate, or use train.optimizer: adamw"
+            )

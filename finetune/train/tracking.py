@@ -1,0 +1,242 @@
+"""Curves outside the run's own folder: Weights & Biases (offline without a key) and TensorBoard, each only if asked.
+
+Nothing here ever asks on a terminal, and nothing that fails here stops a training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets as random_ids
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from finetune.context import Context
+from finetune.errors import InputError
+from finetune.utils.files import read_json, write_json
+from finetune.utils.secrets import redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IDENTITY = "tracking.json"  # beside the checkpoints: the curves go on where these do
+REACH_SECONDS = 3.0
+WANDB_URL = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The W&B run's id, and the name under which the curves were begun."""
+
+    wandb_id: str
+    name: str
+
+
+class Tracker:
+    """Sends the same figures to every tracker the recipe names."""
+
+    def __init__(
+        self,
+        wandb_run: Any | None,  # noqa: ANN401 - two third-party handles
+        board: Any | None,  # noqa: ANN401
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._wandb, self._board, self._say = wandb_run, board, say
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """One point of every curve."""
+        with self._outlived() as run:
+            if run:
+                run.log(dict(figures), step=step)
+        if self._board:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"train/{name}", value, step)
+
+    def send_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table of training rows, to W&B."""
+        with self._outlived() as run:
+            if run and rows:
+                import wandb
+
+                columns: list[str | int] = [*rows[0]]
+                table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+                run.log({"rows": table}, step=0)
+
+    def send_data(self, files: Sequence[Path]) -> None:
+        """The files as one artifact, to W&B; they are not copied first."""
+        with self._outlived() as run:
+            if run:
+                import wandb
+
+                artifact = wandb.Artifact("training-data", type="dataset")
+                for file in files:
+                    artifact.add_file(str(file), policy="immutable")
+                run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Flush and close."""
+        with self._outlived() as run:
+            if run:
+                run.finish()
+        if self._board:
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[Any]:
+        """The W&B run, or None. It is a process of its own, which may be killed: the training goes on without it."""
+        try:
+            yield self._wandb
+        except Exception as error:  # W&B's own, a socket's, asyncio's: none is worth a training
+            self._wandb = None
+            _give_up_wandb(error, self._say)
+
+
+def open_tracker(ctx: Context, beside: Path | None = None, step: int = 0) -> Tracker | None:
+    """The trackers of the recipe, or None. What was begun before, by the record in the folder `beside`, is gone on
+    with; points after `step` were undone.
+
+    Raises InputError when a tracker is asked for and not installed.
+    """
+    if not (ctx.tracking.wandb or ctx.tracking.tensorboard):
+        return None
+    identity = identify(ctx.run_name, beside)
+    folder = ctx.scratch / "tracking" / identity.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Tracker(
+        _open_wandb(ctx, folder, identity) if ctx.tracking.wandb else None,
+        _open_board(folder, step) if ctx.tracking.tensorboard else None,
+        ctx.say,
+    )
+
+
+def identify(name: str, beside: Path | None) -> Identity:
+    """The record in `beside`, or a new one that is left there."""
+    record = beside / IDENTITY if beside else None
+    if record and record.is_file():
+        try:
+            return Identity(**read_json(record))
+        except (ValueError, TypeError):
+            pass  # torn by a kill
+    made = Identity(random_ids.token_hex(8), name)
+    if record:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"wandb_id": made.wandb_id, "name": made.name})
+    return made
+
+
+def wandb_mode(environment: Mapping[str, str], has_key: bool) -> tuple[str, str]:
+    """`online`, `offline` or `disabled`, and why. Online only with a key and a server that answers: without either W&B
+    would ask on the terminal, or wait.
+    """
+    asked = environment.get("WANDB_MODE", "")
+    if asked in ("disabled", "offline"):
+        return asked, f"WANDB_MODE={asked}"
+    if not has_key:
+        return "offline", "there is no key: WANDB_API_KEY is not set and nobody has logged in"
+    url = environment.get("WANDB_BASE_URL") or WANDB_URL
+    if not _reachable(url):
+        return "offline", f"{urlsplit(url).hostname} does not answer; `wandb sync` sends it later"
+    return "online", "there is a key"
+
+
+def _reachable(url: str) -> bool:
+    parts = urlsplit(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def has_wandb_key() -> bool:
+    """Whether a key is set, or was stored by `wandb login`. Raises InputError where W&B is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("tracking.wandb: wandb is not installed (pip install wandb)") from None
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> Any:  # noqa: ANN401 - wandb's run
+    has_key = has_wandb_key()
+    import wandb
+
+    mode, why = wandb_mode(os.environ, has_key)
+    ctx.say(f"tracking: W&B {mode}, {why} (project {ctx.tracking.wandb_project}, files in {folder})")
+    settings: dict[str, Any] = {
+        "project": ctx.tracking.wandb_project,
+        "name": identity.name,
+        "id": identity.wandb_id,
+        "dir": str(folder),
+        "config": json.loads(redact(json.dumps(dict(ctx.environment), default=str))),
+    }
+    try:
+        if mode == "online":
+            try:
+                return wandb.init(**settings, mode="online", resume="allow", settings=_quiet_settings())
+            except wandb.Error as error:  # a key that is not valid, a project that is not one's own
+                ctx.say(f"tracking: W&B refused ({_words(error)}); recorded offline, `wandb sync` sends it")
+                mode = "offline"
+        return wandb.init(**settings, mode=mode, settings=_quiet_settings())  # type: ignore[arg-type]
+    except Exception as error:  # its process died before it could answer, its folder cannot be written
+        _give_up_wandb(error, ctx.say)
+        return None
+
+
+def _words(error: Exception) -> str:
+    return redact(next(iter(str(error).splitlines()), "")) or type(error).__name__
+
+
+def _give_up_wandb(error: Exception, say: Callable[[str], None]) -> None:
+    import wandb
+
+    say(
+        f"tracking: W&B failed ({_words(error)}); the training goes on without it, and metrics.jsonl holds every figure"
+    )
+    with contextlib.suppress(Exception):  # it cannot say goodbye either; but when Python ends it does not try again
+        wandb.teardown()
+
+
+def _quiet_settings() -> Any:  # noqa: ANN401 - wandb's settings
+    import wandb
+
+    return wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
+
+
+def _open_board(folder: Path, step: int) -> Any:  # noqa: ANN401 - SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)") from None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def show_data(
+    tracker: Tracker,
+    ctx: Context,
+    dataset: Any,  # noqa: ANN401 - datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Path | None,
+) -> None:
+    """What the recipe asks to be sent of the training data. `documents` names the rows, and lies beside packed ones."""
+    from finetune.train.divergence import row_names
+
+    rows = []
+    for number in range(min(ctx.tracking.wandb_rows, len(dataset))):
+        ids, labels = dataset[number]["input_ids"], dataset[number]["labels"]
+        learned = [token for token, label in zip(ids, labels, strict=True) if label != -100]
+        name = ", ".join(row_names([number], documents))
+        rows.append(
+            {"id": name, "tokens": len(ids), "text": tokenizer.decode(ids), "learned": tokenizer.decode(learned)}
+        )
+    tracker.send_rows(rows)
+    if ctx.tracking.wandb_data and documents:
+        packed = documents.with_name("packed.parquet")
+        tracker.send_data([documents, *([packed] if packed.is_file() else [])])

@@ -1,0 +1,364 @@
+"""Training through TRL's SFTTrainer: settings, proofs on the first batch, checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from finetune.context import Context
+from finetune.errors import FinetuneError, GateRefused
+from finetune.recipe import Lora, Train
+from finetune.tokenization.token_rows import TokenRow
+from finetune.train.batch import batch_shape, total_steps
+from finetune.train.checkpoint import COMPLETE, last_checkpoint
+from finetune.utils.files import write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune.train.validation import HeldOut
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "wsd": "warmup_stable_decay",
+}
+DECAY_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, as far as the recipe and the device decide it."""
+
+    seed: int
+    lora: Lora
+    train: Train
+    precision: str  # fp32, bf16 or fp16
+    device: str
+    checkpointing: str  # as runtime.checkpointing, not auto
+    checkpoints: Path
+    metrics_file: Path
+    documents: Path | None = None  # Parquet with `row_ids` or `id`, a row for each of the data set's
+    held_out: Sequence[TokenRow] = ()  # measured every train.eval_steps
+    start: Path | None = None  # a folder with the adapter to go on from
+    micro_batch_rows: int | None = None  # what auto has come to
+    fused_adapters: bool = False  # lora/fused_linear.py
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it. `loss` is the mean over the last tenth of the steps, `first_loss` over the first."""
+
+    model: PeftModel
+    sharded: dict[str, torch.Tensor] | None  # the adapter by parameter name, where FSDP had shared it out
+    loss: float
+    first_loss: float
+    steps: int
+    epochs: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    device_name: str
+    micro_batch_rows: int
+    resumed_from: int
+    held_out: Mapping[str, object] = field(default_factory=dict)  # what was measured on the way
+    before: Sequence[Mapping[str, object]] = ()  # how earlier steps were shared out, where that was otherwise
+
+
+def train(
+    job: Job, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Path | pa.Table, ctx: Context
+) -> Result:
+    """Train an adapter on `rows`: a packed file (input_ids, labels, seq_lengths) or a table (input_ids, labels).
+
+    Raises GateRefused when the first batch or the adapters are not what they must be, FinetuneError when the training
+    is lost (train/divergence.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
+    """
+    from finetune.train import oom
+
+    packed = isinstance(rows, Path)
+    rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
+    micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
+
+    def attempt(micro: int) -> Result:
+        return _attempt(job, base, tokenizer, rows, ctx, micro)
+
+    return oom.halving(
+        attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing in ("full", "offload")
+    )
+
+
+def _attempt(
+    job: Job,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Path | pa.Table,
+    ctx: Context,
+    micro: int,
+) -> Result:
+    """Train with `micro` rows a micro-batch, from the last complete checkpoint on."""
+    from finetune.train import callbacks, distributed, divergence, neftune, sanity_checks, tracking
+    from finetune.utils import quiet
+
+    packed = isinstance(rows, Path)
+    dataset = _dataset(rows)
+    accumulate = job.train.batch_rows // ctx.world // micro
+    steps = total_steps(len(dataset), job.train)
+    resume = last_checkpoint(job.checkpoints, remove_incomplete=ctx.rank == 0)
+    arguments = _arguments(job, ctx, packed, micro, accumulate, steps)
+    follower = callbacks.Follower(ctx, job.metrics_file, job.checkpoints, steps, fp16=job.precision == "fp16")
+    follower.documents = job.documents
+    follower.show_data = partial(
+        tracking.show_data, ctx=ctx, dataset=dataset, tokenizer=tokenizer, documents=job.documents
+    )
+    with quiet.quiet():
+        trainer = _trainer(job, base, tokenizer, dataset, arguments)
+        state = trainer.accelerator.state
+        distributed.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
+        callbacks.replace_printers(trainer, follower)
+        with sanity_checks.as_in_training(trainer):
+            sanity_checks.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
+        trainer.data_collator = follower.recorder = divergence.Recorder(trainer.data_collator)
+        shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
+        follower.made_by = {**shape, "device": _device_name(job.device), "fused_adapters": job.fused_adapters}
+        if resume:
+            changes = distributed.changes(resume / COMPLETE, follower.made_by)
+            ctx.say(f"train: goes on from {resume.name} of {steps} steps{changes}")
+            until = int(resume.name.rpartition("-")[2])
+            follower.made_by["before"] = distributed.before(resume / COMPLETE, follower.made_by, until)
+        follower.resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
+        held_out = follower.held_out = _held_out(job, trainer, ctx, steps, resume)
+        ctx.say(
+            f"train: {steps} steps of {job.train.batch_rows} rows "
+            f"({micro} a micro-batch x {accumulate} x {ctx.world} process{'es' if ctx.world > 1 else ''})"
+        )
+        try:
+            if resume and (follower.resumed_from >= steps or (held_out and held_out.seen.stopped)):
+                _take_over(trainer, follower, resume)
+            else:
+                # a signal waits for the end of the step: the checkpoint is the thing to save
+                noise = neftune.noise(base, job.train.neftune_alpha)
+                with ctx.stop.at_checks_only(), distributed.explained(ctx.world), noise:
+                    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            follower.close()
+    ctx.stop.check()
+    result = _result(trainer, follower, micro, job.device)
+    distributed.part()
+    return result
+
+
+def _trainer(
+    job: Job,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    arguments: SFTConfig,
+) -> SFTTrainer:
+    """The trainer on `base` with the recipe's adapter in it, which begins as new or as an earlier one ended."""
+    from finetune.lora import config as lora_config
+    from finetune.lora import fused_linear as fused_adapters
+    from finetune.lora import resume as lora_resume
+    from finetune.train.lora_plus import RecipeTrainer
+
+    adapter = lora_config.lora_config(job.lora, base)
+    if job.fused_adapters:
+        fused_adapters.use(adapter)
+    trainer = RecipeTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    trainer.lora_plus_ratio = job.train.lora_plus_ratio
+    recast_adapters(cast("torch.nn.Module", trainer.model))
+    lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
+    if job.start is not None:
+        lora_resume.load(cast("PeftModel", trainer.model), job.start)
+    return trainer
+
+
+def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:
+    """What measures the held-out loss, as far as the checkpoint `resume` had come; None where nothing does."""
+    from finetune.train.validation import HeldOut
+
+    if job.train.eval_steps is None:
+        return None
+    if not job.held_out:
+        raise GateRefused("train.eval_steps: no held-out row is whole; raise render.max_length_tokens or leave it out")
+    autocast = trainer.accelerator.autocast
+    held_out = HeldOut(job.held_out, job.train, steps, autocast, ctx.rank, ctx.world)
+    if resume:
+        held_out.resume(resume)
+    return held_out
+
+
+def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
+    """The last step's checkpoint is the result. `Trainer` would take one step more: it looks at `max_steps` only at
+    the end of a step.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerControl, TrainerState
+
+    set_peft_model_state_dict(trainer.model, load_file(str(checkpoint / "adapter_model.safetensors")))
+    recast_adapters(cast("torch.nn.Module", trainer.model))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    follower.on_train_begin(trainer.args, trainer.state, TrainerControl())
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def recast_adapters(model: torch.nn.Module) -> int:
+    """Make every trainable parameter fp32 again; returns how many were not.
+
+    TRL casts the adapters of a quantised model to bf16 (sft_trainer.py, "When using QLoRA"): at a learning rate of
+    2e-5 half of their elements then never move, and under fp16 the GradScaler refuses them. A test tells when TRL
+    stops doing so.
+    """
+    import torch
+
+    count = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+            count += 1
+    return count
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, base_id: str, revision: str | None, sharded: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the adapter: fp32 safetensors, and a config that names the pinned base and is the same bytes every time."""
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template of a card; ours is made from measurements
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_id
+    config["revision"] = revision
+    config["inference_mode"] = True
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])  # a set in peft: its order changes between runs
+    write_json(path, config)
+
+
+def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, imported late
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from finetune.train.divergence import ROW
+
+    table = pq.read_table(rows) if isinstance(rows, Path) else rows
+    if not len(table):
+        raise GateRefused("no row is left to train on: look at what filter, dedup, sample and render dropped")
+    return datasets.Dataset(table.append_column(ROW, pa.array(range(len(table)))))
+
+
+def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int, steps: int) -> SFTConfig:
+    from trl import SFTConfig
+
+    from finetune.train import activation_checkpointing as checkpointing
+
+    recompute, settings = checkpointing.settings(job.checkpointing, job.device)
+    arguments = SFTConfig(
+        output_dir=str(job.checkpoints),
+        seed=job.seed,
+        data_seed=job.seed,
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=job.train.learning_rate,
+        lr_scheduler_type=SCHEDULES[job.train.schedule],
+        lr_scheduler_kwargs=_decay(job.train, steps),
+        warmup_steps=math.ceil(job.train.warmup_fraction * steps),
+        optim=OPTIMIZERS[job.train.optimizer],
+        weight_decay=job.train.weight_decay,
+        max_grad_norm=job.train.max_grad_norm,
+        adam_beta2=job.train.adam_beta2,
+        bf16=job.precision == "bf16",
+        fp16=job.precision == "fp16",
+        use_cpu=job.device == "cpu",
+        activation_checkpointing=recompute,
+        activation_checkpointing_kwargs=settings,
+        packing=packed,
+        packing_strategy="bfd",
+        max_length=None,
+        remove_unused_columns=False,  # the collator takes the rows' numbers off
+        dataset_kwargs={"skip_prepare_dataset": True},  # the rows are rendered, packed and proved already
+        save_strategy="steps",
+        save_steps=max(1, min(ctx.runtime.save_steps, steps)),
+        save_total_limit=ctx.runtime.keep_checkpoints,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN loss logged as 0.0 hides the moment a run died (trl#6668)
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=job.device == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+    # Without a launcher Trainer takes every visible GPU for itself: twice the rows a step, and the loss scaled for it.
+    # The recipe's batch is the recipe's; several GPUs are used through `accelerate launch` (GPUS=N).
+    _ = arguments.n_gpu  # sets _n_gpu
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
+
+
+def _decay(train: Train, steps: int) -> dict[str, Any] | None:
+    if train.schedule != "wsd":
+        return None
+    return {"num_decay_steps": math.ceil((train.decay_fraction or DECAY_FRACTION) * steps), "decay_type": "linear"}
+
+
+def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Result:  # noqa: ANN401 - Follower
+    from finetune.train import distributed
+
+    history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    tenth = max(1, len(history) // 10)
+    sharded = distributed.whole_adapter(cast("torch.nn.Module", trainer.model))
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    held_out: HeldOut | None = follower.held_out
+    best = held_out.put_back(model) if held_out else None
+    trainable = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+    if not history:
+        raise FinetuneError("training logged no loss: no step was taken")
+    return Result(
+        model=model,
+        sharded=best if best is not None and sharded is not None else sharded,
+        loss=sum(history[-tenth:]) / tenth,
+        first_loss=sum(history[:tenth]) / tenth,
+        steps=int(trainer.state.global_step),
+        epochs=round(float(trainer.state.epoch or 0), 4),
+        tokens=follower.tokens,
+        tokens_per_second=follower.tokens_per_second(),
+        peak_memory_bytes=follower.peak_memory(device),
+        trainable_parameters=trainable,
+        device_name=_device_name(device),
+        micro_batch_rows=micro,
+        resumed_from=follower.resumed_from,
+        held_out=held_out.figures() if held_out else {},
+        before=follower.made_by.get("before", ()),
+    )

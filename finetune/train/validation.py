@@ -1,0 +1,168 @@
+"""The held-out loss while training: measured every few steps, the best adapter kept, a stop when it falls no more.
+
+What later steps depend on is in the checkpoint (STATE and BEST), so that a training that goes on does what an
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import FinetuneError
+from finetune.eval.scoring import batches, padded, token_nll
+from finetune.recipe import Train
+from finetune.tokenization.token_rows import TokenRow
+from finetune.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+STATE, BEST = "held_out.json", "best_adapter.safetensors"
+BATCH_TOKENS = 2048  # padding included, or one row: less than a training step holds, for nothing is kept for backward
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What has been measured so far. `waited`: measurements since the best one; `stopped`: patience ended at it."""
+
+    step: int = 0
+    loss: float | None = None
+    best_step: int = 0
+    best_loss: float | None = None
+    waited: int = 0
+    stopped: bool = False
+
+
+class HeldOut:
+    """Measures, remembers, decides. Every rank does the same and comes to the same."""
+
+    def __init__(
+        self,
+        rows: Sequence[TokenRow],
+        train: Train,
+        steps: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """`rows` are scored every `train.eval_steps` and at the last of `steps`; `autocast` is the training's own."""
+        self.rows, self.train, self.steps, self.autocast = rows, train, steps, autocast
+        self.rank, self.world = rank, world
+        self.seen = Seen()
+        self.best: dict[str, torch.Tensor] = {}  # on the CPU, by parameter name
+
+    def resume(self, checkpoint: Path) -> None:
+        """As it was when `checkpoint` was written. Raises FinetuneError where that holds no such state."""
+        if not (checkpoint / STATE).is_file():
+            raise FinetuneError(f"{checkpoint.name} was made without train.eval_steps; begin again with --fresh")
+        self.seen = Seen(**read_json(checkpoint / STATE))
+        if self.train.keep_best and self.seen.best_loss is not None:
+            from safetensors.torch import load_file
+
+            self.best = load_file(str(checkpoint / BEST))
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the state into a checkpoint; one process does."""
+        write_json(checkpoint / STATE, vars(self.seen))
+        if self.best:
+            from safetensors.torch import save_file
+
+            save_file(self.best, str(checkpoint / BEST))
+
+    def look(self, model: torch.nn.Module, step: int) -> bool:
+        """Measure if it is time to. Whether to stop here, for `train.patience` measurements were no better.
+
+        Raises FinetuneError for a loss that is no number.
+        """
+        every = self.train.eval_steps
+        if every is None or (step % every and step != self.steps):
+            return self.seen.stopped
+        loss = self.loss(model)
+        if not math.isfinite(loss):
+            raise FinetuneError(f"the held-out loss became {loss} at step {step}; lower train.learning_rate")
+        if self.seen.best_loss is None or loss < self.seen.best_loss:
+            self.seen = Seen(step, loss, step, loss)
+            if self.train.keep_best:
+                self.best = trained_tensors(model)
+        else:
+            waited = self.seen.waited + 1
+            stopped = self.train.patience is not None and waited >= self.train.patience and step < self.steps
+            self.seen = Seen(step, loss, self.seen.best_step, self.seen.best_loss, waited, stopped)
+        return self.seen.stopped
+
+    def loss(self, model: torch.nn.Module) -> float:
+        """Nats per supervised token over all rows: the sum over the number, however they are batched and shared out.
+
+        Dropout and noise are off; the random generators, the mode and the gradients are as before.
+        """
+        import torch
+
+        from finetune.utils.runtime import RandomState
+
+        todo = list(batches([len(r.ids) for r in self.rows], BATCH_TOKENS))
+        before, training = RandomState.now(), model.training
+        total = torch.zeros(2, dtype=torch.float64)
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                # Each rank takes its share, and all as many forwards: under FSDP a forward is a meeting of all ranks.
+                for turn in range(-(-len(todo) // self.world)):
+                    mine = turn * self.world + self.rank
+                    sums = batch_nll(model, [self.rows[i] for i in todo[min(mine, len(todo) - 1)]])
+                    total += sums if mine < len(todo) else torch.zeros_like(sums)
+        finally:
+            model.train(training)
+            before.restore()
+        if self.world > 1:
+            import torch.distributed
+
+            total = total.to(next(model.parameters()).device)
+            torch.distributed.all_reduce(total)
+        nll, tokens = total.tolist()
+        return float(nll / tokens)
+
+    def put_back(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+        """Give `model` the best adapter, if that is to be kept: its tensors, for a model that FSDP has shared out."""
+        import torch
+        from torch.distributed.tensor import DTensor
+
+        if not self.best:
+            return None
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not isinstance(parameter, DTensor):
+                    parameter.copy_(self.best[name])
+        return self.best
+
+    def figures(self) -> Mapping[str, object]:
+        """What the stage says of it."""
+        seen = self.seen
+        return {
+            "held_out_rows": len(self.rows),
+            "held_out_loss": seen.loss,
+            "held_out_best_loss": seen.best_loss,
+            "held_out_best_step": seen.best_step,
+            "stopped_early": seen.stopped,
+        }
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable parameters by name, copied to the CPU; every rank must call this."""
+    from finetune.train import distributed
+
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    whole = distributed.whole_adapter(model) or own
+    return {n: t.to("cpu", copy=True).contiguous() for n, t in whole.items()}
+
+
+def batch_nll(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+    """(2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their number."""
+    import torch
+
+    losses = token_nll(model, *(t.to(model.device) for t in padded(rows)))
+    return torch.tensor([float(losses.double().sum()), len(losses)], dtype=torch.float64)

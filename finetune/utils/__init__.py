@@ -1,0 +1,1 @@
+"""Helpers that know nothing of training or recipes: files, console, formatting, SVG, threads."""

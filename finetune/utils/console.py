@@ -1,0 +1,116 @@
+"""What a command shows in the terminal: lines, bars and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from finetune.utils.progress import Bar, SilentBar, position
+
+PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
+
+
+class Quiet(Console):
+    """A console whose reader may go away (`| tee` dies of the same Ctrl-C): it falls silent, and the work goes on.
+
+    rich's own answer to a closed pipe is to leave with status 1, from whatever line was printing.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+
+
+class RichBar:
+    """A live bar on a terminal."""
+
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self._progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(label, total=total, note="")
+        self._progress.start()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move by `steps`."""
+        self._progress.update(self._task, advance=steps, note=note)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+class PlainBar:
+    """A line now and then, for logs, notebooks and CI."""
+
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._done = 0
+        self._from: int | None = None  # where the first report found it: a resumed training was elsewhere before
+        self._start = self._last = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count, and print if it has been quiet for long enough."""
+        self._done += steps
+        now = time.monotonic()
+        if self._from is None:
+            self._from = self._done if steps > 1 else 0
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done > self._from:
+            left = f", {(now - self._start) * (self._total - self._done) / (self._done - self._from):.0f} s left"
+        where = position(self._label, self._done, self._total)
+        self._console.print(f"  {where}{left} {note}".rstrip(), highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class Screen:
+    """Where progress goes: rich on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._console = Quiet(stderr=True, soft_wrap=True)
+        self._silent = silent
+
+    def say(self, line: str) -> None:
+        """One line."""
+        if not self._silent:
+            self._console.print(line, highlight=False, markup=False)
+
+    def bar(self, label: str, total: int | None) -> Bar:
+        """A bar fit for where stderr goes."""
+        if self._silent:
+            return SilentBar()
+        kind = RichBar if self._console.is_terminal else PlainBar
+        return kind(self._console, label, total)
+
+
+def print_error(message: str) -> None:
+    """An error for a person, on stderr."""
+    Quiet(stderr=True, soft_wrap=True).print(message, style="bold red", highlight=False, markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; wide enough for its cells when stdout is no terminal."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

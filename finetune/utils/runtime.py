@@ -1,0 +1,152 @@
+"""The machine and the process: versions and git commit, random state, threads, memory given back.
+
+What describe_environment() returns is recorded in manifests and is never part of a key.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.utils.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "sentence-transformers",
+    "faiss-cpu", "numpy", "scikit-learn", "pyarrow", "safetensors", "tokenizers",
+)  # fmt: skip
+
+
+@cache
+def describe_environment() -> dict[str, object]:
+    """Versions, git commit and dirty flag, machine. No host name, user name, path or environment variable."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit, dirty = _git()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu_count": _cpu_count(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def _cpu_count() -> int:
+    import os
+
+    return os.cpu_count() or 1
+
+
+def _git() -> tuple[str | None, bool | None]:
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return commit, None if status is None else bool(status)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Python's, NumPy's and torch's generators at one moment; reading them does not wait for the GPU."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        import numpy as np
+        import torch
+
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """As they were."""
+        import numpy as np
+        import torch
+
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+SMALL_PARAMETERS = 50_000_000
+
+
+@contextmanager
+def fitting(base: Path, device: str) -> Iterator[None]:
+    """One thread for a small base on a CPU, torch's own choice for everything else.
+
+    The operations of a tiny model are so short that its threads mostly wait for each other: on 2 quiet cores a second
+    thread gains a third, and with another busy process a step takes up to 70 times as long (docs/lab-notes.md).
+    """
+    small = device == "cpu" and read_json(base / "base.json")["parameters"] < SMALL_PARAMETERS
+    with single_thread() if small else nullcontext():
+        yield
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Let every torch operation run in the thread that calls it: whoever uses this has threads of its own."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def give_back() -> None:
+    """Have glibc return what was freed; elsewhere nothing.
+
+    It keeps blocks under 32 MB in its heaps, in holes that the next layer's blocks do not fit into: a 1.1B model that
+    went through a layer at a time held 4 GB at the end, against 0.6 GB with this (docs/lab-notes.md, 2026-11-28).
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # musl's own allocator has no such call, and no such heaps
+        return

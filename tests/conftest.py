@@ -1,0 +1,20 @@
+"""Fixtures that tests of several folders share: a loopback Hub, a pinned base, a small training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.hub_server import LoopbackHub, point_client, serve
+from tests.helpers.pinned import make_base  # noqa: F401 - a fixture
+from tests.helpers.trainings import base, ctx, load  # noqa: F401 - fixtures
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A loopback Hub to which the real client in this process talks, logged in as `me`."""
+    with serve() as running:
+        point_client(monkeypatch, running, tmp_path / "hf_home")
+        yield running

@@ -1,0 +1,92 @@
+"""Compiled layers and kept 16-bit weights train what the plain layers train, with every proof on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from finetune.errors import InputError
+from finetune.models import compile as models_compile
+from finetune.models import loading
+from finetune.recipe import Lora, Quantization, Runtime
+from finetune.train import oom
+from tests.helpers import varlen_reference
+from tests.helpers.trainings import assert_close, documents, job, packed, trained
+
+
+def asked(ctx, **runtime):
+    lines = []
+    return dataclasses.replace(ctx, runtime=Runtime(save_steps=100, **runtime), say=lines.append), lines
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_kept_weights_give_the_same_bits_forwards_and_backwards(load, double):
+    plain, kept = load(Quantization(double=double)), load(Quantization(double=double))
+    layers = [n for n, m in kept.named_modules() if isinstance(m, Linear4bit)]
+    taken = models_compile.keep_dequantized(kept)
+    assert taken == 4 * sum(plain.get_submodule(n).in_features * plain.get_submodule(n).out_features for n in layers)
+    assert loading.quantized_modules(kept) == set(layers)
+    for name in layers:
+        first, second = plain.get_submodule(name), kept.get_submodule(name)
+        assert torch.equal(loading.dequantized_weight(first), loading.dequantized_weight(second))
+        given = torch.randn(7, first.in_features, requires_grad=True)
+        outputs = [layer(given) for layer in (first, second)]
+        assert torch.equal(*outputs)
+        gradients = [torch.autograd.grad(out.square().sum(), given)[0] for out in outputs]
+        assert torch.equal(*gradients)
+
+
+def test_a_training_with_kept_weights_is_the_plain_one_bit_by_bit_and_saves_no_more(load, base, ctx, tmp_path):
+    rows = packed(documents(), tmp_path)
+    kept, (own, lines) = load(), asked(ctx, cache_dequantized=True)
+    before = list(kept.state_dict())
+    models_compile.speed_up(kept, own)
+    assert list(kept.state_dict()) == before and "kept in 16 bits" in lines[0]
+    settings = {"lora": Lora(r=4, dropout=0.1)}
+    one = trained(dataclasses.replace(job(tmp_path, "plain"), **settings), load(), base, rows, ctx)[1]
+    two = trained(dataclasses.replace(job(tmp_path, "kept"), **settings), kept, base, rows, ctx)[1]
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    oom.undress(kept)  # which puts back what was below the adapter
+    assert any(isinstance(m, models_compile.KeptLinear4bit) for m in kept.modules())
+
+
+def test_weights_of_another_type_than_the_computation_are_refused(load):
+    model = load()
+    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
+    layer.compute_dtype = torch.bfloat16
+    with pytest.raises(InputError, match="leave it out"):
+        models_compile.keep_dequantized(model)
+
+
+def test_nothing_is_done_that_was_not_asked_for(load, ctx):
+    model, (own, lines) = load(), asked(ctx)
+    kinds = [type(m) for m in model.modules()]
+    models_compile.speed_up(model, own)
+    assert [type(m) for m in model.modules()] == kinds and lines == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_training_of_compiled_layers_is_the_plain_one_and_lengths_share_graphs(attention, load, base, ctx, tmp_path):
+    """Each micro-batch has another number of tokens and documents; the varlen kernel is one operator, as a GPU's is."""
+    rows = packed(documents(60), tmp_path)
+    name = varlen_reference.register(as_operator=True) if attention == "varlen" else attention
+    lengths = pq.read_table(rows)["seq_lengths"].to_pylist()
+    assert len({sum(row) for row in lengths}) > 8 and len({max(row) for row in lengths}) > 4
+
+    def outcome(folder, compiled):
+        model = load(attention=name)
+        if compiled:
+            layers = models_compile.compile_layers(model, "eager")  # the graphs, without inductor's minutes
+            assert layers == len(model.model.layers)
+        return trained(job(tmp_path, folder, max_steps=2), model, base, rows, ctx)[1]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert_close(outcome("plain", False), outcome("compiled", True))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= torch._dynamo.config.recompile_limit

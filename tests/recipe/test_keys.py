@@ -1,0 +1,98 @@
+"""Keys outlive the code: what an earlier release made is found, and a new field with a default changes nothing."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from finetune.pipeline import runner
+from finetune.pipeline.stage_list import STAGE_NAMES, STAGES
+from finetune.pipeline.store import Store
+from finetune.recipe import Dedup, MinHash, Section
+from finetune.recipe.keys import SCHEMA_1, key_form
+from finetune.recipe.load import load_recipe
+from finetune.stages import dedup, render
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "schema1"
+UNTIL_PACK = STAGE_NAMES[: STAGE_NAMES.index("pack") + 1]
+
+
+@pytest.fixture
+def store(tmp_path):
+    shutil.copytree(FIXTURE / "artifacts", tmp_path / "artifacts")
+    return Store(tmp_path / "artifacts", tmp_path / "scratch")
+
+
+def version_made(store, name):
+    folder = next((store.artifacts / name).iterdir())
+    return store.find(folder).version
+
+
+def test_artifacts_of_the_first_schema_are_done_and_verify(store, monkeypatch):
+    """With the versions they were made by: a later version rebuilds a stage, on purpose, and is tested below."""
+    made = [dataclasses.replace(s, version=version_made(store, s.name)) for s in STAGES if s.name in UNTIL_PACK]
+    monkeypatch.setattr(runner, "STAGES", tuple(made))
+    steps = runner.plan(load_recipe(str(FIXTURE / "recipe.yaml")).recipe, store)
+    assert [(s.stage.name, s.status) for s in steps] == [(name, "done") for name in UNTIL_PACK]
+    assert [store.verify(s.folder, s.manifest) for s in steps] == [[]] * len(steps)
+
+
+def test_an_artifact_of_an_earlier_version_is_named_as_such_and_not_used(store, monkeypatch):
+    raised = [
+        dataclasses.replace(s, version=version_made(store, s.name) + (2 if s.name == "filter" else 0))
+        for s in STAGES
+        if s.name in UNTIL_PACK
+    ]
+    monkeypatch.setattr(runner, "STAGES", tuple(raised))
+    steps = {s.stage.name: s for s in runner.plan(load_recipe(str(FIXTURE / "recipe.yaml")).recipe, store)}
+    assert (steps["filter"].status, steps["filter"].older_version) == ("missing", 1)
+    assert (steps["base"].status, steps["base"].older_version) == ("done", None)
+    assert steps["embed"].status == "unknown"
+
+
+class Inner(Section):
+    size: int = 3
+
+
+class WiderDedup(dedup.Spec):
+    added: float = 0.5
+    several: list[Inner] = [Inner()]
+    optional: Inner | None = None
+    path: Annotated[Path | None, Field(exclude=True)] = None
+
+
+def test_a_new_field_enters_a_key_only_off_its_default():
+    asked = {"exact": True, "field": "output", "threshold": 0.9, "keep": "first", "minhash": MinHash()}
+    before = key_form(dedup.Spec(**asked))
+    assert before == dedup.Spec(**asked).model_dump(mode="json")
+    assert key_form(WiderDedup(**asked)) == before
+    assert key_form(WiderDedup(**asked, path=Path("/x"))) == before
+    assert key_form(WiderDedup(**asked, added=0.6)) == {**before, "added": 0.6}
+    assert key_form(WiderDedup(**asked, optional=Inner(size=4))) == {**before, "optional": {"size": 4}}
+    assert key_form(WiderDedup(**asked, several=[Inner(size=4), Inner()])) == {**before, "several": [{"size": 4}, {}]}
+
+
+def test_a_new_field_of_a_section_changes_no_key_of_the_specs_that_hold_it(monkeypatch):
+    class WiderRender(render.Render):
+        extra: bool = False
+
+    assert key_form(WiderRender()) == key_form(render.Render())
+    assert key_form(WiderRender(extra=True)) == {**key_form(render.Render()), "extra": True}
+
+
+def test_a_renamed_field_keeps_its_old_name_in_the_key(monkeypatch):
+    class Renamed(Section):
+        jaccard: MinHash | None = None
+
+    monkeypatch.setitem(SCHEMA_1, "Renamed", "minhash")
+    monkeypatch.setitem(runner.key_form.__globals__["RENAMED"], ("Renamed", "jaccard"), "minhash")
+    assert key_form(Renamed(jaccard=MinHash())) == {"minhash": MinHash().model_dump(mode="json")}
+    assert key_form(Renamed()) == {"minhash": None}
+
+
+def test_the_table_names_fields_that_exist():
+    fields = set(Dedup.model_fields)
+    assert set(SCHEMA_1["Dedup"].split()) <= fields

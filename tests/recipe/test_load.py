@@ -1,0 +1,503 @@
+"""Recipes as people really write them: what is fine, and one clear line for everything that is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.errors import InputError
+from finetune.pipeline.recipe_checks import absent
+from finetune.recipe import Recipe
+from finetune.recipe.load import _Loader, load_recipe, parse_recipe
+from finetune.recipe.messages import written_fields
+from finetune.recipe.reference import _models
+from finetune.utils.resources import complete_recipe, known_recipes
+
+ROOT = Path(__file__).parents[2]
+RECIPE_MODELS = _models(Recipe)
+
+GOOD = """\
+schema: 1
+name: good
+model: builtin:tiny-mistral
+data:
+  - {source: pydoc}
+"""
+
+
+def errors(text, tmp_path, sets=()):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path), list(sets))
+    assert caught.value.exit_status == 2
+    return str(caught.value).replace(f"{path}:", "r:").replace(str(path), "r")
+
+
+# ruff: noqa: E501
+BAD = {
+    "unknown key at the top": (GOOD + "trian: {}\n", "r:6: trian: unknown field; did you mean train?"),
+    "unknown key in a section": (GOOD + "train: {learning_rte: 1}\n", "r:6: train.learning_rte: unknown field; did you mean learning_rate?"),
+    "unknown key in a source": (GOOD + "  - {source: local, path: x, formt: auto}\n", "r:6: data.1.formt: unknown field; did you mean format?"),
+    "unknown key in the model": (GOOD.replace("builtin:tiny-mistral", "{id: a/b, revison: c}"), "r:3: model.revison: unknown field; did you mean revision?"),
+    "a word for a number": (GOOD + "train: {learning_rate: high}\n", "r:6: train.learning_rate: found 'high'; allowed: a number"),
+    "a number for a list": (GOOD + "lora: {targets: 5}\n", "r:6: lora.targets: found 5; allowed: 'all-linear' or a list"),
+    "a list for a section": (GOOD + "train: [1]\n", "r:6: train: found [1]"),
+    "a rate of zero": (GOOD + "train: {learning_rate: 0}\n", "r:6: train.learning_rate: found 0; allowed: greater than 0"),
+    "a rate that is not a number": (GOOD + "train: {learning_rate: .nan}\n", "r:6: train.learning_rate"),
+    "negative epochs": (GOOD + "train: {epochs: -1}\n", "r:6: train.epochs: found -1"),
+    "half a batch": (GOOD + "train: {batch_rows: 1.5}\n", "r:6: train.batch_rows: found 1.5"),
+    "rank zero": (GOOD + "lora: {r: 0}\n", "r:6: lora.r: found 0; allowed: greater than or equal to 1"),
+    "dropout of one": (GOOD + "lora: {dropout: 1}\n", "r:6: lora.dropout: found 1; allowed: less than 1"),
+    "lora on lm_head": (GOOD + "lora: {targets: [q_proj, lm_head]}\n", "r:6: lora.targets: "),
+    "no targets": (GOOD + "lora: {targets: []}\n", "an empty list trains nothing"),
+    "a broken expression": (GOOD + "filter: {drop_matching: ['(']}\n", "r:6: filter.drop_matching.0: found '('; not a regular expression"),
+    "two sampling rules": (GOOD + "sample: {top_k: 3, random: 4}\n", "r:6: sample: top_k and random are two different rules"),
+    "a threshold above one": (GOOD + "dedup: {threshold: 1.5}\n", "r:6: dedup.threshold: found 1.5"),
+    "an unknown field choice": (GOOD + "dedup: {field: outputs}\n", "did you mean output?"),
+    "a keep rule that is none": (GOOD + "dedup: {keep: shortest}\n", "r:6: dedup.keep: found 'shortest'"),
+    "an unknown format": (GOOD + "  - {source: local, path: x, format: alpacca}\n", "did you mean alpaca?"),
+    "an unknown source": (GOOD + "  - {source: locl, path: x}\n", "r:6: data.1: found source 'locl'; allowed: source: hub, local or pydoc; did you mean local?"),
+    "a source without a kind": (GOOD + "  - {path: x}\n", "r:6: data.1: it does not say which kind of source"),
+    "a source without its path": (GOOD + "  - {source: local}\n", "r:6: data.1.path: this field is required"),
+    "no data": ("name: a\nmodel: a/b\ndata: []\n", "r:3: data: found []"),
+    "no model": ("name: a\ndata: [{source: pydoc}]\n", "r:1: model: this field is required"),
+    "no name": ("model: a/b\ndata: [{source: pydoc}]\n", "r:1: name: this field is required"),
+    "a name that is a path": (GOOD.replace("name: good", "name: ../evil"), "r:2: name: found '../evil'"),
+    "an unknown builtin": (GOOD.replace("tiny-mistral", "huge-mistral"), "there is builtin:tiny-mistral"),
+    "a model that is no name": (GOOD.replace("builtin:tiny-mistral", "'a b'"), "is no Hub name"),
+    "a newer schema": (GOOD.replace("schema: 1", "schema: 2"), "r:1: schema: found 2; allowed: 1"),
+    "a path that climbs out": (GOOD + "  - {source: local, path: ../../etc/passwd}\n", "stays inside the recipe's folder"),
+    "an embedding that climbs out": (GOOD + "dedup: {embedding: ../../etc}\n", "r:6: dedup.embedding: found '../../etc'; '../../etc' climbs out"),
+    "an adapter that climbs out": (GOOD + "lora: {start_from: ./../x}\n", "climbs out"),
+    "task files that climb out": (GOOD + "evaluate: {task_folder: ../x}\n", "climbs out"),
+    "a template that climbs out": (GOOD + "render: {template: ../x.jinja}\n", "r:6: render.template: found '../x.jinja'; '../x.jinja' climbs out"),
+    "a micro-batch that does not divide": (GOOD + "runtime: {micro_batch_rows: 3}\n", "does not divide train.batch_rows 16; take one of 1, 2, 4, 8, 16"),
+    "packing shorter than its documents": (GOOD + "pack: {length_tokens: 100}\n", "a whole document would not fit"),
+    "packing none with an option of packing": (GOOD + "pack: {method: none, length_tokens: 4096}\n", "r:6: pack.method: found 'none'; allowed: 'bfd'; pack: null turns it off"),
+    "packing as a word": (GOOD + "pack: none\n", "r:6: pack: found 'none'; allowed: fields, as in {method: …}; pack: null turns it off"),
+    "a section that is false": (GOOD + "dedup: false\n", "r:6: dedup: found false; allowed: fields, as in {exact: …}; dedup: null turns it off"),
+    "a list of languages with none in it": (GOOD + "filter: {rules: [{rule: language, languages: [none]}]}\n", "r:6: filter.rules.0.languages.0: found 'none'; allowed: a language's code, as in en"),
+    "a phrase that is a truth": (GOOD + "filter: {rules: [{rule: refusals, phrases: [off, false]}]}\n", "r:6: filter.rules.0.phrases.1: found false; allowed: text"),
+    "a copy of what is not quantised": (GOOD + "quantization: null\nruntime: {keep_quantized: always}\n", "r:7: runtime.keep_quantized: there is no 4-bit copy"),
+    "16-bit weights of what is not quantised": (GOOD + "quantization: null\nruntime: {cache_dequantized: true}\n", "r:7: runtime.cache_dequantized: there are no 4-bit weights"),
+    "an internal field of dedup": (GOOD + "dedup: {embedding_folder: /etc}\n", "r:6: dedup.embedding_folder: unknown field; write the folder as embedding"),
+    "a static embedding without a name": (GOOD + "dedup: {embedding: 'model2vec:'}\n", "r:6: dedup.embedding: found 'model2vec:'; it needs a model"),
+    "an unsupported export": (GOOD + "export: {gguf: [q9]}\n", "r:6: export.gguf.0: found 'q9'"),
+    "a key written twice": (GOOD + "name: again\n", "r:6: name: written twice"),
+    "a key written twice deep": (GOOD + "train:\n  epochs: 1\n  epochs: 2\n", "r:8: train.epochs: written twice"),
+    "an alias": (GOOD + "lora: &a {r: 1}\ntrain: *a\n", "r:7: not YAML: aliases"),
+    "an alias bomb": ("a: &a [1]\nb: &b [*a,*a]\nc: [*b,*b]\n", "r:2: not YAML: aliases"),
+    "a Python tag": (GOOD + "seed: !!python/object/apply:os.system [ls]\n", "r:6: seed: the tag !!python/object/apply:os.system is not allowed"),
+    "tabs": (GOOD + "train:\n\tepochs: 1\n", "r:7: not YAML"),
+    "an open bracket": (GOOD + "train: {epochs: 1\n", "not YAML"),
+    "a list": ("- a\n- b\n", "r:1: a recipe is a mapping"),
+    "a word": ("hello\n", "found 'hello'"),
+    "nothing": ("", "found nothing"),
+    "two documents": (GOOD + "---\n" + GOOD, "r:6: a second document begins here"),
+    "UTF-16": (GOOD.encode("utf-16"), "save it as UTF-8"),
+    "a binary file": (b"\x7fELF\x80\x81\x82", "r:1: not UTF-8"),
+    "a NUL byte": (GOOD.encode() + b"\0", "r:6: the character U+0000 is not allowed"),
+    "ten megabytes": (b"a: 1\n" * 2_000_000, "a recipe is at most 100,000"),
+    "nesting without end": ("a: " + "[" * 5000, "r"),
+    "a number of a thousand digits": (GOOD + f"seed: {'9' * 1000}\n", "a number of 1000 digits"),
+    "a seed out of range": (GOOD + "seed: -1\n", "r:6: seed: found -1"),
+    "a field outside its section": (GOOD + "learning_rate: 1e-4\n", "r:6: learning_rate: unknown field; it belongs in train; allowed: "),
+    "a field in another section": (GOOD + "train: {max_length_tokens: 5}\n", "r:6: train.max_length_tokens: unknown field; it belongs in filter or render"),
+    "an internal field": (GOOD + "render: {template_file: /etc/passwd}\n", "r:6: render.template_file: unknown field; write the file as template"),
+    "an internal field of the model": (GOOD.replace("builtin:tiny-mistral", "{id: a/b, folder: /etc}"), "r:3: model.folder: unknown field"),
+    "an unknown key below the evaluation data": (GOOD + "decontaminate: {against: [{source: pydoc, tke: 1}]}\n", "r:6: decontaminate.against.0.tke: unknown field; did you mean take?"),
+    "a name that YAML reads as a number": (GOOD.replace("name: good", "name: 123"), "r:2: name: found 123; allowed: text; put it in quotes"),
+    "a commit of digits only": (GOOD.replace("builtin:tiny-mistral", "{id: a/b, revision: 1234567}"), "r:3: model.revision: found 1234567; allowed: text; put it in quotes"),
+    "a number in quotes": (GOOD + "train: {epochs: '1'}\n", "r:6: train.epochs: found '1'; allowed: a number; write 1"),
+    "a number with underscores": (GOOD + "train: {batch_rows: 1_000}\n", "r:6: train.batch_rows: found '1_000'; allowed: a whole number; write 1000"),
+    "a whole number with an exponent": (GOOD + "train: {max_steps: 1e3}\n", "r:6: train.max_steps: found 1000.0; allowed: a whole number; write 1000"),
+    "a hexadecimal number": (GOOD + "seed: 0x10\n", "r:6: seed: found '0x10'; allowed: a whole number"),
+    "a decimal comma": (GOOD + "train: {learning_rate: 0,0002}\n", "r:6: train.learning_rate: found 0; allowed: greater than 0"),
+    "a truth of YAML 1.1": (GOOD + "dedup: {exact: no}\n", "r:6: dedup.exact: found 'no'; allowed: true or false; write false"),
+    "a truth for a number": (GOOD + "lora: {r: true}\n", "r:6: lora.r: found true; allowed: a whole number"),
+    "a number past all floats": (GOOD + "train: {epochs: 1e400}\n", "r:6: train.epochs: found inf; allowed: a finite number"),
+    "minus infinity": (GOOD + "train: {weight_decay: -.inf}\n", "r:6: train.weight_decay: found -inf"),
+    "a weight that is not a number": (GOOD + "  - {source: pydoc, weight: .nan}\n", "r:6: data.1.weight: found nan; allowed: a finite number"),
+    "a section that cannot be off": (GOOD + "train: null\n", "r:6: train: found null; allowed: fields, as in {learning_rate: …}; leave the line out"),
+    "a section without its fields": (GOOD + "train:\n", "r:6: train: found null"),
+    "data that is no list": ("name: a\nmodel: a/b\ndata: {source: pydoc}\n", "r:3: data: found {'source': 'pydoc'}; allowed: a list, each source in a line that begins with -"),
+    "a source that is a word": ("name: a\nmodel: a/b\ndata: [x]\n", "r:3: data.0: found 'x'; allowed: a source, as in {source: local, path: rows.jsonl}"),
+    "a model that is a number": (GOOD.replace("builtin:tiny-mistral", "5"), "r:3: model: found 5; allowed: fields, as in {id: …}"),
+    "one target without its list": (GOOD + "lora: {targets: q_proj}\n", "r:6: lora.targets: one name is written as a list: [q_proj]"),
+    "an expression that takes lm_head": (GOOD + "lora: {targets: '.*'}\n", "r:6: lora.targets: found '.*'; TRL cannot train LoRA on lm_head"),
+    "lora on embed_tokens": (GOOD + "lora: {targets: [embed_tokens]}\n", "LoRA on it is not supported; to train it whole, name it in modules_to_save"),
+    "an expression that takes embed_tokens": (GOOD + "lora: {targets: '.*tokens'}\n", "LoRA on it is not supported; to train it whole, name it in modules_to_save"),
+    "a rank of zero for a pattern": (GOOD + "lora: {rank_pattern: {q_proj: 0}}\n", "r:6: lora.rank_pattern.q_proj: found 0; allowed: greater than or equal to 1"),
+    "a list of patterns": (GOOD + "lora: {alpha_pattern: [1]}\n", "r:6: lora.alpha_pattern: found [1]; allowed: names and values"),
+    "an expression too large for Python": (GOOD + "filter: {drop_matching: ['a{99999999999999}']}\n", "r:6: filter.drop_matching.0: found 'a{99999999999999}'; not a regular expression"),
+    "characters that no row can have": (GOOD + "filter: {min_user_characters: 9, max_user_characters: 3}\n", "r:6: filter.max_user_characters: 3 is under min_user_characters 9: no row"),
+    "an export without a merge": (GOOD + "merge: null\nexport: {gguf: [q8_0]}\n", "r:7: export: GGUF is made of the merged model, and merge is null"),
+    "publishing a merge that is off": (GOOD + "merge: null\npublish: {repo: a/b, what: [merged]}\n", "r:7: publish.what: it names merged, and merge is null"),
+    "a dequantized base without quantization": (GOOD + "quantization: null\ncertify: {base: dequantized}\n", "r:7: certify.base: nothing is dequantized where quantization is null"),
+    "fp16 on a CPU": (GOOD + "runtime: {device: cpu}\ntrain: {precision: fp16}\n", "r:7: train.precision: fp16 needs a GPU"),
+    "a repository without an owner": (GOOD + "publish: {repo: me}\n", "r:6: publish.repo: found 'me'; allowed: OWNER/NAME"),
+    "publishing nothing": (GOOD + "publish: {what: []}\n", "r:6: publish.what: found []; allowed: at least 1 item"),
+    "evaluation data that is not named": (GOOD + "decontaminate: {}\n", "r:6: decontaminate.against: this field is required"),
+    "a merge key": (GOOD + "<<: {seed: 1}\n", "r:6: a field's name is a plain word"),
+    "a list as a key": (GOOD + "? [a, b]\n: 1\n", "r:6: a field's name is a plain word"),
+    "a key of no letters": (GOOD + "'': 1\n", "r:6: a field's name is a plain word"),
+    "a set": (GOOD + "lora: !!set {r}\n", "r:6: lora: the tag !!set is not allowed"),
+    "a Python tag on a word": (GOOD + "seed: !!python/name:os.system x\n", "r:6: seed: the tag !!python/name:os.system is not allowed"),
+    "an own tag": (GOOD + "seed: !secret x\n", "r:6: seed: the tag !secret is not allowed"),
+    "a tab before a field": (GOOD + "train:\n\tepochs: 1\n", "r:7: not YAML: found character '\\t' that cannot start any token (YAML is indented with spaces"),
+    "a bracket that is not closed": (GOOD + "train: {epochs: 1\nlora: {r: 1}\n", "that begins in line 6"),
+    "a quote that is not closed": (GOOD + 'publish: {license: "x}\n', "while scanning a quoted scalar that begins in line 6"),
+    "a colon in a text": (GOOD + "publish: {license: a: b}\n", "or a text with a colon to be quoted?"),
+    "an at sign": (GOOD + "publish: {license: @x}\n", "r:6: not YAML: found character '@' that cannot start any token (put the text in quotes)"),
+    "an expression that begins with a star": (GOOD + "filter: {drop_matching: [*.md]}\n", "r:6: not YAML: expected alphabetic or numeric character, but found '.' (put the text in quotes)"),
+    "a line indented otherwise": (GOOD + " seed: 1\n", "r:6: not YAML: "),
+    "a name without its colon": (GOOD + "name good\n", "not YAML: could not find expected ':'"),
+    "a home folder that is not there": (GOOD + "  - {source: local, path: ~nobody-here/x}\n", "r:6: data.1.path: found '~nobody-here/x'; there is no home folder ~nobody-here"),
+    "an encoder in no home folder": (GOOD + "dedup: {embedding: ~nobody-here/x}\n", "r:6: dedup.embedding: found '~nobody-here/x'; there is no home folder"),
+    "a path that is too long": (GOOD + f"  - {{source: local, path: {'x' * 5000}}}\n", "r:6: data.1.path: found 'xxx"),
+    "half a character": (GOOD + 'publish: {license: "\\ud800"}\n', "r:6: publish.license: half a character"),
+    "half a character as a name": (GOOD + '"\\ud800": 1\n', "r:6: a field's name is a plain word"),
+    "a control character": (GOOD + "# \x07\n", "r:6: the character U+0007 is not allowed"),
+    "UTF-32": (GOOD.encode("utf-32"), "save it as UTF-8"),
+    "Latin-1": (GOOD.encode() + b"# caf\xe9\n", "r:6: not UTF-8 text (byte 0xe9)"),
+    "sections without end": (GOOD + "x: " + "{a: " * 3000, "nested too deeply"),
+    "Windows line ends": (GOOD.replace("\n", "\r\n") + "train: {epoch: 1}\r\n", "r:6: train.epoch: unknown field; did you mean epochs?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, expected", BAD.values(), ids=BAD.keys())
+def test_a_bad_recipe_says_where_and_what(text, expected, tmp_path):
+    said = errors(text, tmp_path)
+    assert expected in said
+    assert not any(word in said for word in ("valid ", "Input should", "dictionary", "instance of", "[\\w]")), said
+
+
+FINE = {
+    "a micro-batch that divides": "runtime: {micro_batch_rows: 8}\n",
+    "rows as long as a packed row": "pack: {length_tokens: 2048}\n",
+    "an expression for two modules": "lora: {targets: '.*\\.(q|v)_proj'}\n",
+    "the same limit twice": "filter: {min_user_characters: 3, max_user_characters: 3}\n",
+    "an export of a merge": "export: {gguf: [q8_0]}\n",
+    "an adapter without a merge": "merge: null\npublish: {repo: a/b}\n",
+    "a base that was not quantised": "quantization: null\ncertify: {base: original}\n",
+    "fp16 where the device is found": "train: {precision: fp16}\n",
+    "a whole number for a fraction": "train: {epochs: 2}\n",
+    "words that YAML 1.1 reads as truths": "publish: {license: no}\n",
+    "an anchor nobody follows": "lora: &a {r: 1}\n",
+}
+
+
+@pytest.mark.parametrize("text", FINE.values(), ids=FINE.keys())
+def test_what_is_no_mistake_is_not_complained_of(text, tmp_path):
+    parse_recipe(GOOD + text, tmp_path / "r.yaml")
+
+
+def test_a_file_of_another_kind_does_not_fill_the_screen(tmp_path):
+    lines = errors(GOOD + "".join(f"k{i}: 1\n" for i in range(600)), tmp_path).splitlines()
+    assert len(lines) == 51 and lines[0].startswith("r:6: k0: ") and lines[-1] == "r: and 550 mistakes more"
+
+
+def test_contradictions_come_all_at_once(tmp_path):
+    text = "merge: null\nexport: {gguf: [f16]}\npublish: {what: [merged]}\nruntime: {micro_batch_rows: 3}\n"
+    assert [line.split(": ")[1] for line in errors(GOOD + text, tmp_path).splitlines()] == [
+        "export", "publish.what", "runtime.micro_batch_rows",
+    ]  # fmt: skip
+
+
+def test_a_key_written_twice_or_a_tag_hides_no_other_error(tmp_path):
+    lines = errors(GOOD + "seed: !!binary aGk=\nname: x\ntrain: {epoch: 1}\n", tmp_path, ["lora.r=0", "x"]).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["--set x", "--set lora.r=0", "r:6", "r:7", "r:8"]
+    assert [line.split(": ")[1] for line in lines[2:]] == ["seed", "name", "train.epoch"]
+
+
+ABSENT = {
+    "a data file": ("  - {source: local, path: rows.jsnl}\n", "r:6: data.1.path: no such file: ", "did you mean rows.jsonl?"),
+    "a data folder": ("  - {source: local, path: .}\n", "r:6: data.1.path: a folder, not a file", ""),
+    "evaluation data": ("decontaminate: {against: [{source: local, path: x}]}\n", "r:6: decontaminate.against.0.path: no such file", ""),
+    "a template": ("render: {template: alpca}\n", "r:6: render.template: found 'alpca'; allowed: auto, alpaca, ", "did you mean alpaca?"),
+    "a template file": ("render: {template: x.jinja}\n", "r:6: render.template: no such file: ", "x.jinja"),
+    "an encoder's folder": ("dedup: {embedding: ./nope}\n", "r:6: dedup.embedding: no such folder: ", "/nope; allowed: lsa, OWNER/NAME, a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "start", "end"), ABSENT.values(), ids=ABSENT.keys())
+def test_what_is_named_and_not_there_is_said(text, start, end, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "r.yaml").write_text(GOOD + text)
+    (line,) = absent(load_recipe(str(tmp_path / "r.yaml")))
+    line = line.replace(f"{tmp_path / 'r.yaml'}:", "r:")
+    assert line.startswith(start) and end in line
+
+
+def test_what_is_there_is_not_complained_of(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    text = GOOD.replace("builtin:tiny-mistral", "/nope") + "  - {source: local, path: rows.jsonl}\n"
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "x.jinja").write_text("")
+    (tmp_path / "r.yaml").write_text(text + "render: {template: x.jinja}\ndedup: {embedding: org/encoder}\n")
+    loaded = load_recipe(str(tmp_path / "r.yaml"), [f"model={base}", "decontaminate.against=[{source: pydoc}]"])
+    assert absent(loaded) == [f"--set model={base}: model: {base} holds no config.json"]
+    (base / "config.json").write_text("{}")
+    assert absent(loaded) == []
+    assert absent(load_recipe(str(tmp_path / "r.yaml"))) == [f"{tmp_path / 'r.yaml'}:3: model: /nope is no folder"]
+
+
+def test_all_errors_of_a_file_come_at_once_in_its_order(tmp_path):
+    text = "modle: x\n" + GOOD + "train: {epochs: 0, batch_rows: x}\nlora: {r: 0}\n"
+    lines = errors(text, tmp_path).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["r:1", "r:7", "r:7", "r:8"]
+
+
+SETS = {
+    "no value": ("train.epochs", "write SECTION.FIELD=VALUE"),
+    "an unknown field": ("train.epoch=2", "--set train.epoch=2: train.epoch: unknown field; did you mean epochs?"),
+    "a wrong type": ("train.epochs=many", "--set train.epochs=many: train.epochs: found 'many'"),
+    "through a value": ("name.x=1", "name is 'good', not a section"),
+    "an index out of range": ("data.7.take=1", "data has 1 items"),
+    "broken YAML": ("train.epochs={", "--set train.epochs:1: not YAML"),
+    "an empty step": ("train..epochs=1", "write SECTION.FIELD=VALUE"),
+    "no path": ("=1", "write SECTION.FIELD=VALUE"),
+    "an index that is no number": ("data.x.take=1", "data has 1 items; 'x' is none of 0…0"),
+    "a negative index": ("data.-1.take=1", "data has 1 items; '-1' is none of 0…0"),
+    "an index in superscript": ("data.²=1", "data has 1 items; '²' is none of 0…0"),
+    "a value for a section": ("train=1", "--set train=1: train: found 1; allowed: fields, as in {learning_rate: …}"),
+    "a value for a source": ("data.0=1", "--set data.0=1: data.0: found 1; allowed: a source, as in"),
+    "no value for a name": ("name=", "--set name=: name: found null; allowed: text"),
+    "a tag": ("train.epochs=!!python/name:os.system x", "--set train.epochs:1: the tag !!python/name"),
+    "an alias": ("train.epochs=*a", "--set train.epochs:1: not YAML: aliases"),
+    "a NUL": ("seed=\0", "--set seed:1: the character U+0000"),
+    "a contradiction": (
+        "runtime.micro_batch_rows=3",
+        "--set runtime.micro_batch_rows=3: runtime.micro_batch_rows: 3 does not",
+    ),
+    "an internal field": ("model.folder=/etc", "--set model.folder=/etc: model.folder: unknown field"),
+}
+
+
+@pytest.mark.parametrize("option, expected", SETS.values(), ids=SETS.keys())
+def test_a_bad_set_says_so(option, expected, tmp_path):
+    assert expected in errors(GOOD, tmp_path, [option])
+
+
+def test_set_reaches_every_kind_of_field(tmp_path):
+    sets = [
+        "train.learning_rate=2e-5",
+        "data.0.take=5",
+        "dedup=null",
+        "lora.targets=[q_proj]",
+        "model.trust_remote_code=true",
+    ]
+    recipe = parse_recipe(GOOD, tmp_path / "r.yaml", sets)
+    assert recipe.train.learning_rate == 2e-5
+    assert recipe.data[0].take == 5
+    assert recipe.dedup is None
+    assert recipe.lora.targets == ["q_proj"]
+    assert recipe.model.trust_remote_code
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(InputError, match="did you mean tiny-pydoc"):
+        load_recipe("tiny-pydok")
+    with pytest.raises(InputError, match="no such recipe file"):
+        load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["~nobody-here", "~nobody-here/x.yaml", "x" * 5000, "", ".", "/", "a\0b", "recipes"])
+def test_a_name_that_is_none_is_refused_cleanly(name):
+    with pytest.raises(InputError, match=r"no home folder|it cannot be looked at|no recipe named|no such recipe"):
+        load_recipe(name)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    (tmp_path / "x.yaml").mkdir()
+    with pytest.raises(InputError, match="a folder, not a recipe file"):
+        load_recipe(str(tmp_path / "x.yaml"))
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_recipe(str(path)).recipe.name == "good"
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    recipe = parse_recipe(GOOD + "train: {learning_rate: 1e-4}\npublish: {license: no}\n", tmp_path / "r.yaml")
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.publish.license == "no"
+
+
+def test_a_local_path_is_found_beside_the_recipe_and_never_enters_a_key(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    recipe = parse_recipe(GOOD + "  - {source: local, path: rows.jsonl}\n", tmp_path / "r.yaml")
+    assert recipe.data[1].path == tmp_path / "rows.jsonl"
+    assert str(tmp_path) not in recipe.model_dump_json()
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_validates_and_names_its_hardware(path):
+    recipe = load_recipe(str(path)).recipe
+    assert recipe.name == path.stem
+    assert "# Hardware: " in path.read_text()
+
+
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "numpy", "pyarrow", "rich", "jinja2", "huggingface_hub"}
+
+
+def run(arguments, **environment):
+    code = "import sys; sys.argv[0] = 'finetune'; from finetune.cli.main import main\ntry: main()\nfinally: print('loaded', *sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+    out, _, loaded = done.stdout.rpartition("loaded ")
+    return done, out, {name.partition(".")[0] for name in loaded.split()}
+
+
+def test_validate_loads_nothing_heavy(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    done, out, loaded = run(["validate", "tiny-pydoc", "zephyr-7b-qlora", str(tmp_path / "mine.yaml")])
+    assert (done.returncode, out.count("fine")) == (0, 3)
+    assert loaded & HEAVY == set()
+
+
+def test_validate_exits_2_without_a_traceback(tmp_path):
+    (tmp_path / "bad.yaml").write_text("modle: x\n")
+    (tmp_path / "gone.yaml").write_text(GOOD + "  - {source: local, path: gone.jsonl}\n")
+    done, out, loaded = run(["validate", str(tmp_path / "bad.yaml"), str(tmp_path / "gone.yaml"), "tiny-pydoc"])
+    assert done.returncode == 2 and "fine (tiny-pydoc)" in out and "Traceback" not in done.stderr
+    said = " ".join(done.stderr.split())
+    assert "bad.yaml:1: modle: unknown field; did you mean model?" in said
+    assert "gone.yaml:6: data.1.path: no such file" in said
+    assert loaded & (HEAVY - {"rich"}) == set()  # errors are printed in colour
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("finetune validate tiny", ["tiny-pydoc"]),
+        ("finetune run mistral", ["mistral-guanaco", "mistral-platypus"]),
+        ("finetune validate tiny-pydoc zep", ["zephyr-7b-qlora"]),
+        ("finetune show llama", ["llama2-alpaca"]),
+        ("finetune plan ./recipes/", []),  # a path: the shell's own
+        ("finetune vali", ["validate"]),
+    ],
+)
+def test_the_shell_completes_recipes_and_loads_nothing_heavy(words, expected):
+    done, out, loaded = run(
+        [], _MAIN_COMPLETE="complete_bash", _FINETUNE_COMPLETE="complete_bash", _C_COMPLETE="complete_bash",
+        COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1),
+    )  # fmt: skip
+    assert out.split() == expected, done.stderr
+    assert loaded & (HEAVY | {"yaml"}) == set()
+
+
+def test_completion_installs_itself_for_bash(tmp_path):
+    # typer asks which shell called it, and in CI none may have
+    done, *_ = run(
+        ["--install-completion", "bash"], HOME=str(tmp_path), _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+    assert done.returncode == 0, done.stderr
+    script = (tmp_path / ".bash_completions" / "finetune.sh").read_text()
+    assert "_FINETUNE_COMPLETE=complete_bash" in script and "complete " in script
+    assert str(tmp_path / ".bash_completions" / "finetune.sh") in (tmp_path / ".bashrc").read_text()
+
+
+def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny-pydoc.yaml").write_text(GOOD)
+    (tmp_path / "recipes" / "tiny-mine.yaml").write_text(GOOD)
+    assert complete_recipe("tiny") == ["tiny-mine", "tiny-pydoc"]
+    assert known_recipes()["tiny-pydoc"] == Path("recipes/tiny-pydoc.yaml")
+
+
+SHIPPED = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+NAMES = sorted({n for model in RECIPE_MODELS for n in written_fields(model)})
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["auto", "a/b", "~", "no", "1_000", "2e-4", "<<", "builtin:x", "../x", ".jinja", "(", "𝔘", "١", "~x/y.jinja", "~x"])
+)  # fmt: skip
+TREES = st.recursive(
+    SCALARS,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), x, max_size=4),
+    max_leaves=12,
+)
+
+
+def valid_or_refused(text, sets=()):
+    """Every refusal is a sentence that says where; anything else than InputError fails the test."""
+    try:
+        parse_recipe(text, Path("r.yaml"), sets)
+    except InputError as error:
+        for line in str(error).split("\n"):
+            assert line.strip(), str(error)
+        assert str(error).startswith(("r.yaml:", "--set "))
+
+
+@given(TREES)
+def test_any_tree_is_a_recipe_or_is_refused_cleanly(tree):
+    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(written_fields(Recipe))), TREES, max_size=3))
+def test_a_recipe_with_any_tree_for_a_section_is_fine_or_refused_cleanly(sections):
+    tree = {"name": "a", "model": "a/b", "data": [{"source": "pydoc"}], **sections}
+    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
+
+
+@given(st.data())
+def test_a_shipped_recipe_with_one_change_is_fine_or_refused_cleanly(data):
+    """A tree of a real recipe in which one value, at any depth, is another, is gone, or has another name."""
+    tree = yaml.load(data.draw(st.sampled_from(SHIPPED)), _Loader)
+    at = tree
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if not isinstance(at[key], (dict, list)) or not at[key] or data.draw(st.booleans()):
+            break
+        at = at[key]
+    change = data.draw(st.sampled_from(["value", "gone", "name"]))
+    value = at.pop(key) if change != "value" else None
+    if change == "value":
+        at[key] = data.draw(TREES)
+    elif change == "name" and isinstance(at, dict):
+        at[data.draw(st.sampled_from(NAMES) | st.text(max_size=4))] = value
+    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
+
+
+@given(
+    st.sampled_from(SHIPPED),
+    st.integers(0, 2000),
+    st.integers(0, 40),
+    st.text("{}[]:,-#&*!|>'\"%@` \n\t\0a1é", max_size=5),
+)
+def test_a_shipped_recipe_with_any_text_in_it_is_fine_or_refused_cleanly(text, start, length, piece):
+    valid_or_refused(text[:start] + piece + text[start + length :])
+
+
+STEPS = st.lists(st.sampled_from([*NAMES, "0", "1", "²", "", " "]) | st.text(max_size=4), min_size=1, max_size=4)
+
+
+@given(st.lists(st.text(max_size=30) | st.tuples(STEPS, st.text(max_size=10) | SCALARS.map(str)), max_size=3))
+def test_any_set_is_applied_or_refused_cleanly(options):
+    sets = [o if isinstance(o, str) else f"{'.'.join(o[0])}={o[1]}" for o in options]
+    valid_or_refused(GOOD, sets)
+
+
+def test_an_embedding_model_lies_beside_the_recipe_wherever_the_command_is_typed(tmp_path, monkeypatch):
+    encoder, elsewhere = tmp_path / "recipes" / "encoder", tmp_path / "elsewhere"
+    encoder.mkdir(parents=True)
+    elsewhere.mkdir()
+    for kind in ("", "model2vec:"):
+        (tmp_path / "recipes" / "r.yaml").write_text(GOOD + f"dedup: {{embedding: '{kind}./encoder'}}\n")
+        monkeypatch.chdir(elsewhere)
+        loaded = load_recipe(str(tmp_path / "recipes" / "r.yaml"))
+        assert loaded.recipe.dedup.embedding_folder == encoder
+        assert loaded.recipe.dedup.embedding == f"{kind}folder:encoder"  # what a key holds: no place of this machine
+        assert absent(loaded) == []

@@ -1,0 +1,115 @@
+"""Drawings: round ticks, nothing outside the frame, no figure that is none, and labels that stay text."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.utils import svg as plots
+
+NUMBERS = st.floats(-1e9, 1e9, allow_nan=False, width=32)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (3, 3, [3]),
+        (95, 105, [96, 98, 100, 102, 104]),
+        (0, 5e-324, [0]),
+    ],
+)
+def test_ticks_are_round_and_inside(low, high, expected) -> None:
+    assert plots.ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "0"),
+        (1e-13, "0"),
+        (0.05, "0.05"),
+        (12, "12"),
+        (1500, "1.5k"),
+        (2e6, "2M"),
+        (1e-5, "1e-5"),
+        (2.5e-4, "2.5e-4"),
+    ],
+)
+def test_short_labels(value, words) -> None:
+    assert plots.short(value) == words
+
+
+def test_a_smoothed_curve_is_a_trailing_mean_and_a_thinned_one_keeps_the_mean() -> None:
+    points = [(float(i), float(i)) for i in range(10)]
+    assert plots.smoothed(points, 2)[:3] == [(0, 0), (1, 0.5), (2, 1.5)]
+    thin = plots.thinned([(float(i), float(i % 2)) for i in range(1000)], 100)
+    assert len(thin) == 100 and {y for _, y in thin} == {0.5}
+
+
+def numbers_in(svg: str) -> list[float]:
+    root = ElementTree.fromstring(svg)
+    found = []
+    for element in root.iter():
+        for name in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy"):
+            found += [float(element.attrib[name])] if name in element.attrib else []
+        found += [float(n) for n in re.split("[ ,]", element.attrib.get("points", "")) if n]
+    return found
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6), NUMBERS), min_size=1, max_size=30))
+def test_curves_are_well_formed_and_inside_the_frame(points) -> None:
+    svg = plots.lines("a", [plots.Line(points), plots.Line(points, "dots")], "x", "y")
+    assert all(-1 <= n <= plots.WIDTH + 1 for n in numbers_in(svg))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=8), NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=6))
+def test_intervals_are_well_formed(rows) -> None:
+    svg = plots.intervals("a", rows, "x")
+    assert all(math.isfinite(n) for n in numbers_in(svg))
+
+
+def test_figures_that_are_none_are_left_out() -> None:
+    points = [(1.0, math.nan), (2.0, 1.0), (3.0, math.inf)]
+    assert "nan" not in plots.lines("a", [plots.Line(points)], "x", "y")
+    assert plots.lines("a", [plots.Line([(1.0, math.nan)])], "x", "y") == ""
+    assert plots.histogram("a", [0, 0], 10, "x", "y") == ""
+    assert plots.bar("a", 0, 0, 0) == ""
+
+
+def test_a_label_is_text_wherever_it_is_written() -> None:
+    hostile = '"><script>alert(1)</script>\0\ud800'
+    drawings = (
+        plots.lines(hostile, [plots.Line([(1.0, 2.0)])], hostile, hostile, level=plots.Level(3.0, hostile)),
+        plots.histogram(hostile, [1, 2], 5.0, hostile, hostile, limit=7),
+        plots.intervals(hostile, [(hostile, 1.0, 0.5, 2.0)], hostile),
+        plots.bar(hostile, 1, 1, 2),
+    )
+    for svg in drawings:
+        names = {element.tag for element in ElementTree.fromstring(svg).iter()}
+        assert names <= {"svg", "g", "line", "text", "polyline", "path", "circle", "rect"}
+        svg.encode()
+
+
+@pytest.mark.parametrize(("measured", "above"), [(0.68, True), (0.78, False)])
+def test_the_words_of_a_level_stand_where_no_curve_runs(measured, above) -> None:
+    curve = plots.Line([(float(i), measured) for i in range(1, 12)])
+    svg = plots.lines("memory", [curve], "step", "GB", level=plots.Level(0.75, "predicted"), from_zero=True)
+    level = float(re.search(r'class="level"[^>]* y1="([\d.]+)"', svg)[1])
+    words = float(re.search(r'class="note"[^>]* y="([\d.]+)"', svg)[1])
+    assert (words < level) == above
+
+
+def test_a_number_at_the_edge_is_not_cut() -> None:
+    svg = str(plots.intervals("perplexity", [("base", 350.0, 316.0, 388.5), ("adapter", 215.0, 195.0, 235.0)], "p"))
+    for x, anchor in re.findall(r'class="tick" x="([\d.]+)"[^>]*text-anchor="(\w+)"', svg):
+        assert anchor == ("end" if float(x) > plots.WIDTH - 20 else "start" if float(x) < 20 else "middle")
+    assert 'text-anchor="end">400<' in svg
