@@ -64,8 +64,7 @@ class Voice:
     model: Any  # PreTrainedModel or PeftModel
     tokenizer: Any  # PreTrainedTokenizerBase
     encoder: Any  # tokenization.encoder.Encoder
-    render: Any  # tokenization.chat_template.JinjaRenderer
-    takes_system: bool
+    profile: Any  # tokenization.template_profile.TemplateProfile
     terminators: tuple[int, ...]
     pad_id: int
     positions: int | None  # the longest sequence the base was made for, in tokens
@@ -88,7 +87,7 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
     talk = _folder_voice(folder, screen) if folder else _run_voice(name, artifacts, scratch, screen)
     conversation = Conversation(options.system, options.seed)
     with talk as voice:
-        if conversation.system and not voice.takes_system:
+        if conversation.system and not voice.profile.takes_system:
             screen.say("this template has no place for a system message: it goes before the first question")
         if prompt is not None:
             _exchange(voice, conversation, clean(prompt), options)
@@ -218,16 +217,16 @@ def _voice(
     pad_token: str | None,
 ) -> Voice:
     from finetune.models.loading import load_tokenizer
-    from finetune.tokenization.chat import takes_system
     from finetune.tokenization.chat_template import JinjaRenderer
     from finetune.tokenization.encoder import Encoder
+    from finetune.tokenization.template_profile import TemplateProfile
 
     tokenizer: Any = load_tokenizer(tokenizer_folder)
     file = template_folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.chat_template
     if not template:
         raise InputError(f"{template_folder} has no chat template (chat_template.jinja): it was not made to chat")
-    render = JinjaRenderer(template, tokenizer.special_tokens_map)
+    profile = TemplateProfile(JinjaRenderer(template, tokenizer.special_tokens_map))
     stops = terminators or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     if not stops:
         raise InputError(f"{template_folder} names no token that ends an answer (generation_config.json: eos_token_id)")
@@ -235,9 +234,8 @@ def _voice(
     return Voice(
         model=model,
         tokenizer=tokenizer,
-        encoder=Encoder(tokenizer, template),
-        render=render,
-        takes_system=takes_system(render),
+        encoder=Encoder(tokenizer),
+        profile=profile,
         terminators=tuple(stops),
         pad_id=tokenizer.get_vocab()[pad] if pad else stops[0],
         positions=model.config.to_dict().get("max_position_embeddings"),
@@ -335,12 +333,10 @@ def _exchange(voice: Voice, conversation: Conversation, question: str, options: 
 
 def _prompt_ids(voice: Voice, chat: list[dict[str, str]]) -> list[int]:
     """The prompt as training rendered it; a control string that a person types stays text."""
-    from finetune.tokenization.chat import merge_system, render_row
+    from finetune.tokenization.rendering import render_prompt
 
     messages: list[dict[str, Any]] = [dict(m) for m in chat]
-    if not voice.takes_system:
-        messages = merge_system(messages)
-    rendered = render_row(voice.render, voice.encoder.controls, messages, generation_prompt=True)
+    rendered = render_prompt(voice.profile, voice.encoder.controls, messages)
     ids: list[int] = voice.encoder.encode_rendered([rendered])[0][0]
     return ids
 

@@ -59,7 +59,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run),
     Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
-    Stage("render", 3, ("split", "base"), render.spec, render.fingerprint, render.run),
+    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run),
     Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,

@@ -84,16 +84,18 @@ class Render(Section):
     """What is learned: every assistant turn, the last one only, or the questions as well."""
     system: Literal["merge", "refuse"] = "merge"
     """Where the template takes no system message: put it before the first user turn, or stop."""
-    overlong: Literal["drop", "truncate"] = "truncate"
-    """What happens to a row over max_length_tokens."""
+    overlong: Literal["drop", "truncate", "split"] = "truncate"
+    """What happens to a row over max_length_tokens; split makes several rows of a raw text and cuts conversations off."""
     max_truncated_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would be cut."""
     max_dropped_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would be dropped."""
     max_unterminated_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would hold an answer that was cut before its end."""
-    prove_rows: Count | Literal["all"] = "all"
-    """Rows on which the template is proved to write, byte by byte, what the base's own writes: all, or a number."""
+    prove_rows: Count | Literal["all"] = 200
+    """Rows whose ids are compared with the base's own apply_chat_template: a number, or all."""
+    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
+    """Reasoning in rows: as the template writes it, kept in every turn, in the last turn only, or left out."""
     template_file: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")

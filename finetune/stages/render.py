@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from finetune.data.records import Example, Reject
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.chat_template import Template
+    from finetune.tokenization.id_check import IdCheck
     from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 
-SAMPLE = 200  # rows that a template is chosen on, and whose prompts are tokenised by themselves
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
 
 
@@ -42,23 +43,24 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     from finetune.models.loading import load_tokenizer
     from finetune.tokenization.audit import check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
-    from finetune.tokenization.chat_template import JinjaRenderer, choose_template
+    from finetune.tokenization.chat_template import choose_template
     from finetune.tokenization.encoder import Encoder, choose_pad
+    from finetune.tokenization.id_check import IdCheck
     from finetune.tokenization.row_tokenizer import RowTokenizer
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
     tokenizer = load_tokenizer(inputs["base"])
-    asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
+    asked = sys.maxsize if spec.prove_rows == "all" else spec.prove_rows
     sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), asked)
-    template = choose_template(spec.template, spec.template_file, tokenizer, sample, spec.system == "merge")
-    encoder = Encoder(tokenizer, template.training)
-    worker = RowTokenizer(
-        JinjaRenderer(template.training, tokenizer.special_tokens_map), encoder, _rules(spec, template, tokenizer)
+    template = choose_template(
+        spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]
     )
-    if spec.prove_rows == "all" and template.inference != template.training:
-        worker.own = JinjaRenderer(template.inference, tokenizer.special_tokens_map)
-    worker.gap = worker.measure_gap(sample)
+    encoder = Encoder(tokenizer)
+    worker = RowTokenizer(template, encoder, _rules(spec, tokenizer, template))
+    check = IdCheck(tokenizer, template)
+    for row in sample:
+        check.compare(row, worker)
     proved = worker.check_prompts(sample)
     with reject_writer(out / "rejects.parquet") as reject:
         tallies = {
@@ -68,12 +70,15 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     check_shares(
         list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction, spec.max_unterminated_fraction
     )
-    ctx.say(f"render: template {template.name}, proved on {worker.proved or len(sample)} rows")
-    pad = choose_pad(tokenizer, template.training, worker.labels)
+    ctx.say(f"render: template {template.name}; {check.equal} sampled rows have the ids of the base's own template")
+    for line in (*check.notes(), *_notes(tallies)):
+        ctx.say(f"render: {line}")
+    ctx.say(_shown(tokenizer, out / "train.parquet"))
+    pad = choose_pad(tokenizer, template.text, worker.labels)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
     _write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
-    _write_audit(out / "audit.json", tallies, worker, template, proved)
+    _write_audit(out / "audit.json", tallies, worker, proved, check)
     done = tallies["train"]
     dropped: dict[str, int] = {}
     for tally in tallies.values():
@@ -85,6 +90,8 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         "unterminated": sum(t.unterminated for t in tallies.values()),
         "dropped": sum(dropped.values()),
         "dropped_because": dropped,
+        "masked_turns": sum(sum(t.masked.values()) for t in tallies.values()),
+        "special_text": {s: rows for t in tallies.values() for s, (rows, _) in t.special_text.items()},
         "rows": done.rows,
         "tokens": done.tokens,
         "longest": done.longest,
@@ -94,21 +101,41 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     }
 
 
-def _rules(spec: Render, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rules:
+def _rules(spec: Render, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rules:
     from finetune.tokenization.row_tokenizer import Rules
 
     bos_id = tokenizer.bos_token_id
     return Rules(
-        template=template.name,
         supervise=spec.supervise,
         max_length=spec.max_length_tokens,
         overlong=spec.overlong,
-        system="template" if template.system else spec.system,
         bos=tokenizer.bos_token,
         bos_id=bos_id,
         adds_bos=bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id],
         eos=tokenizer.eos_token,
+        stop_ids=frozenset(tokenizer.get_vocab()[s] for s in template.finder.stops),
     )
+
+
+def _notes(tallies: Mapping[str, Tally]) -> Iterator[str]:
+    """What a person should know of the rows that were written: turns without labels, typed special tokens."""
+    answers = sum(t.answers for t in tallies.values())
+    for reason in sorted({r for t in tallies.values() for r in t.masked}):
+        count = sum(t.masked.get(reason, 0) for t in tallies.values())
+        yield f"{count:,} of {answers:,} assistant turns carry no label: {reason}"
+    for string in sorted({s for t in tallies.values() for s in t.special_text}):
+        rows, ids = (sum(t.special_text.get(string, [0, 0])[i] for t in tallies.values()) for i in (0, 1))
+        yield (
+            f"{rows:,} rows hold the text {string!r}, a special token of this base; typed text is encoded as text: "
+            f"{ids:,} of these rows hold it as a token"
+        )
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
+    """One training row as the model sees it: the supervised part between » and «, number of ids, first and last ids."""
+    from finetune.tokenization.inspection import first_row_text
+
+    return first_row_text(tokenizer, rendered)
 
 
 def _write(
@@ -144,7 +171,7 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
     from finetune.data.records import Reject
 
     counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"
-    detail = f"under the template {rules.template}{counted}: {reason}"
+    detail = f"{counted.removeprefix(', ')}: {reason}" if counted else reason
     limit = None if length is None else rules.max_length
     return Reject.of(row, reason, detail, length, limit)
 
@@ -168,22 +195,24 @@ def _write_template(folder: Path, template: Template, terminators: list[int], pa
     folder.mkdir()
     write_bytes(folder / "chat_template.jinja", template.training.encode())
     write_bytes(folder / "inference.jinja", template.inference.encode())
+    if template.tool_use:
+        write_bytes(folder / "inference_tool_use.jinja", template.tool_use.encode())
     facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
     write_json(folder / "template.json", facts)
 
 
-def _write_audit(
-    path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, template: Template, proved: int
-) -> None:
+def _write_audit(path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, proved: int, check: IdCheck) -> None:
     from finetune.utils.files import write_json
 
     content = {
         "splits": {name: tally.as_json() for name, tally in tallies.items()},
-        "template": template.name,
-        "system": worker.rules.system,
+        "template": worker.template.name,
+        "system": "template" if worker.template.profile.takes_system else worker.template.profile.system,
         "supervise": worker.rules.supervise,
+        "reasoning": worker.template.profile.reasoning,
         "prompts_proved": proved,
-        "rows_proved": worker.proved,
+        "ids_equal": check.equal,
+        "ids_not_compared": check.other,
         "terminators": sorted(worker.terminators),
         "label_ids": len(worker.labels),
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.errors import GateRefused
-from finetune.tokenization.chat import Chat, Span
+from finetune.tokenization.answers import Answer
+from finetune.tokenization.chat import Chat, Span, answer_core, reasoning_of, text_of
 
 EXAMPLES = 20  # row ids kept for each reason
 
@@ -23,14 +24,16 @@ class Tally:
     supervised: int = 0
     truncated: int = 0
     unterminated: int = 0  # rows that hold part of a supervised turn, but not its end
+    answers: int = 0  # assistant turns of the rows that are written
+    masked: dict[str, int] = field(default_factory=dict)  # reason -> assistant turns without a label
+    special_text: dict[str, list[int]] = field(default_factory=dict)  # special token -> rows with its text, with its id
     longest: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first row ids
     left_out: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # until the caller has written them down
 
     def keep(self, row_id: str, length: int, supervised: int, truncated: bool, unterminated: bool = False) -> None:
-        """Count a row that is written."""
-        self.rows_in += 1
+        """Count a row that is written; the caller counts `rows_in`, since a split text gives several."""
         self.rows += 1
         self.tokens += length
         self.supervised += supervised
@@ -41,6 +44,17 @@ class Tally:
         if unterminated:
             self.unterminated += 1
             self._remember("unterminated", row_id)
+
+    def mask(self, row_id: str, reason: str) -> None:
+        """Count an assistant turn that carries no label."""
+        self.masked[reason] = self.masked.get(reason, 0) + 1
+        self._remember(reason, row_id)
+
+    def note_special(self, string: str, has_id: bool) -> None:
+        """Count a row whose messages hold the text of a special token; `has_id`: the typed text became the token."""
+        rows = self.special_text.setdefault(string, [0, 0])
+        rows[0] += 1
+        rows[1] += has_id
 
     def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
         """Count a row that is left out; `length` is its tokens, where they were counted."""
@@ -59,6 +73,9 @@ class Tally:
             "truncated": self.truncated,
             "unterminated": self.unterminated,
             "longest": self.longest,
+            "answers": self.answers,
+            "masked": self.masked,
+            "special_text": {s: {"rows_with_text": t, "rows_with_id": i} for s, (t, i) in self.special_text.items()},
             "dropped": self.dropped,
             "examples": self.examples,
         }
@@ -69,42 +86,26 @@ class Tally:
             ids.append(row_id)
 
 
-def marking_problem(text: str, spans: Sequence[Span], chat: Chat) -> str | None:
-    """What is wrong with the generation blocks of a rendered chat, or None.
-
-    There must be one block an assistant turn, in order; it holds that turn's content, and beyond it at most one word
-    (the terminator) and white space. So no word of a user or system turn is supervised. What a turn with other fields
-    (tool calls, reasoning) adds to its block is not looked at.
-    """
-    answers = [turn for turn in chat if turn["role"] == "assistant"]
-    if len(spans) != len(answers):
-        return f"{len(spans)} generation blocks for {len(answers)} assistant turns"
-    for number, ((start, end), turn) in enumerate(zip(spans, answers, strict=True), 1):
-        content, block = str(turn["content"]).strip(), text[start:end]
-        before, found, after = block.partition(content) if content else ("", "", block)
-        if found != content:
-            return f"assistant turn {number} is not in its generation block as it was written"
-        if set(turn) <= {"role", "content"} and (before.strip() or len(after.split()) > 1):
-            return f"the generation block of assistant turn {number} holds more than the answer and its terminator"
-    return None
-
-
-def lost_turn(text: str, spans: Sequence[Span], chat: Chat) -> str | None:
+def lost_text(text: str, answers: Sequence[Answer], chat: Chat) -> str | None:
     """What a person wrote that is not in the rendered text where it belongs, or None.
 
-    Many templates pass over a role or a tool call that they do not know without a word. Each turn that is not the
-    assistant's must stand between the blocks of the answers beside it, so outside of every block (a system message may
-    stand in any such place, for Mistral's templates write it before the last question); each call that an answer makes
-    must stand in its block, with its name and its arguments. Text may be as it was written or escaped as in JSON.
+    Many templates pass over a role or a tool call that they do not know without a word. The words of each answer must
+    stand in its range, with its reasoning (unless the range is masked) and with each call, by name and arguments. Each
+    turn that is not the assistant's must stand between the answers beside it, so outside of every range (a system
+    message may stand in any such place: Mistral's templates write it before the last question). Text may be as it was
+    written, or escaped as in JSON.
     """
+    spans = [(a.start, a.end) for a in answers]
+    if len(spans) != sum(turn["role"] == "assistant" for turn in chat):
+        return f"{len(spans)} of its answers are in the text"
     block, place = 0, 0
     for number, turn in enumerate(chat, 1):
         if turn["role"] == "assistant":
-            if problem := _lost_call(text[slice(*spans[block])], turn):
-                return f"{problem} of turn {number}"
+            if problem := _lost_answer(text, answers[block], turn):
+                return f"the template does not write {problem} of turn {number}, an assistant's, as it was written"
             place, block = spans[block][1], block + 1
             continue
-        content = str(turn["content"]).strip()
+        content = text_of(turn["content"]).strip()
         if turn["role"] == "system":
             if not any(_find(text, content, a, b) >= 0 for a, b in _outside(spans, len(text))):
                 return f"the template does not write the system message, turn {number}"
@@ -115,6 +116,15 @@ def lost_turn(text: str, spans: Sequence[Span], chat: Chat) -> str | None:
             return f"the template does not write turn {number}, a {turn['role']}'s, as it was written"
         place += len(content)
     return None
+
+
+def _lost_answer(text: str, answer: Answer, turn: dict[str, Any]) -> str | None:
+    if text.find(answer_core(turn), answer.start, answer.end) < 0:
+        return "the content"
+    thought = reasoning_of(turn).strip()
+    if thought and not answer.masked and _find(text, thought, answer.start, answer.end) < 0:
+        return "the reasoning"
+    return _lost_call(text[answer.start : answer.end], turn)
 
 
 def _outside(spans: Sequence[Span], length: int) -> Iterator[Span]:
@@ -147,10 +157,10 @@ def _lost_call(block: str, turn: dict[str, Any]) -> str | None:
         function = call.get("function", call) if isinstance(call, dict) else {"name": call}
         name = str(function.get("name", ""))
         if not name or _find(block, name, 0, len(block)) < 0:
-            return f"the template does not write the call of {name or 'a tool without a name'}"
+            return f"the call of {name or 'a tool without a name'}"
         for leaf in _leaves(function.get("arguments")):
             if _find(block, leaf, 0, len(block)) < 0:
-                return f"the template does not write {leaf[:40]!r}, an argument of the call of {name}"
+                return f"{leaf[:40]!r}, an argument of the call of {name},"
     return None
 
 
@@ -185,14 +195,34 @@ def check_system(row_id: str, chat: Chat, template: str) -> None:
         )
 
 
-def check_same(row_id: str, trained: str, own: str, template: str) -> None:
-    """Raise GateRefused unless the training template wrote a row byte by byte as the one that inference uses does."""
-    if trained != own:
+def check_ids(row_id: str, ids: Sequence[int], wanted: Sequence[int], show: Callable[[int], str]) -> None:
+    """Raise GateRefused unless a row's ids are those that the base's own apply_chat_template gives.
+
+    `ids` are trained; `wanted` are the base's tokenizer's, made without the encoder that made `ids`; `show` gives the
+    token of an id.
+    """
+    same = shared_length(ids, wanted)
+    if same < len(ids) or same < len(wanted):
+        ours, theirs = ([show(i) for i in found[same : same + 6]] for found in (ids, wanted))
         raise GateRefused(
-            f"row {row_id}: the training form of template {template} parts from what inference uses at character "
-            f"{shared_length(trained, own)}: {trained[shared_length(trained, own) :][:40]!r}; set render.template to a "
-            "template with generation markers, or leave the row out"
+            f"row {row_id}: its token ids differ from the base's own apply_chat_template at token {same}: "
+            f"{ours} where the base gives {theirs}"
         )
+
+
+def check_special_counts(
+    row_id: str, ids: Sequence[int], wanted: Sequence[int], typed: Mapping[int, int], show: Callable[[int], str]
+) -> None:
+    """Raise GateRefused unless a row with typed strings of special tokens has each special id as often as the base's
+    own apply_chat_template gives it, less the typed ones. `typed`: id of a special token -> typed occurrences.
+    """
+    for token, count in typed.items():
+        mine, theirs = list(ids).count(token), list(wanted).count(token)
+        if mine != theirs - count:
+            raise GateRefused(
+                f"row {row_id}: the special token {show(token)!r} (id {token}) is in its ids {mine} times, where the "
+                f"template writes it {theirs - count} times and the row's text holds it {count} times"
+            )
 
 
 def check_start(row_id: str, ids: Sequence[int], bos: int | None) -> None:

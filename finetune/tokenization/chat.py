@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.data.records import Example, Message
 from finetune.errors import InputError
+
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 Span = tuple[int, int]
 """Half-open range of characters."""
@@ -30,24 +31,10 @@ class TemplateRefused(InputError):
 class Renderer(Protocol):
     """A compiled chat template."""
 
-    def __call__(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def __call__(
+        self, chat: Chat, generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[Span]]:
         """The text, and the ranges inside `{% generation %}` blocks in order. Raises TemplateRefused."""
-
-    def many(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]] | None:
-        """What each chat would give, made together; None where one is refused, and each must be tried by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One row as text.
-
-    `sealed` is a text of the same length in which the template's control strings go by private names (see
-    ControlStrings), or None when the plain text holds no control string but the template's own.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    sealed: str | None = None
 
 
 def chat_of(messages: Iterable[Message]) -> Chat:
@@ -83,10 +70,37 @@ def turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def prompt_of(chat: Chat) -> Chat | None:
-    """Everything before the last assistant turn, or None for a chat without one (or with nothing before it)."""
-    last = next((i for i in range(len(chat) - 1, -1, -1) if chat[i]["role"] == "assistant"), 0)
-    return chat[:last] or None
+def text_of(content: object) -> str:
+    """The text of a turn's content, which is a string, None, or a list of parts."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+    return "" if content is None else str(content)
+
+
+def reasoning_of(turn: dict[str, Any]) -> str:
+    """The reasoning of an assistant turn: its field `reasoning_content`, or a leading <think> block, or empty."""
+    if turn.get("reasoning_content"):
+        return str(turn["reasoning_content"])
+    block = THINKING.match(text_of(turn["content"]))
+    return block[1].strip("\n") if block else ""
+
+
+def without_reasoning(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn without its reasoning, as field and as leading <think> block."""
+    kept = {k: v for k, v in turn.items() if k != "reasoning_content"}
+    if isinstance(kept["content"], str):
+        kept["content"] = THINKING.sub("", kept["content"], count=1)
+    return kept
+
+
+def answer_core(turn: dict[str, Any]) -> str:
+    """The words of an assistant turn without reasoning and without white space at the edges."""
+    return THINKING.sub("", text_of(turn["content"]), count=1).strip()
+
+
+def has_calls(turn: dict[str, Any]) -> bool:
+    """Whether the turn calls a tool."""
+    return bool(turn.get("tool_calls"))
 
 
 def verification_sample(rows: Iterable[Example], limit: int) -> list[Example]:
@@ -172,27 +186,6 @@ class ControlStrings:
     def seal(self, text: str) -> str:
         """The text with the template's control strings under their private names and the typed ones put back."""
         return self.show(self._find.sub(lambda hit: self.names[hit[0]], text))
-
-
-def render_row(
-    render: Renderer,
-    controls: ControlStrings,
-    chat: Chat,
-    generation_prompt: bool = False,
-    plain: tuple[str, list[Span]] | None = None,
-) -> Rendered:
-    """Render a chat so that what a person typed cannot become a control token. `plain`: what `render` gives for it.
-
-    Raises TemplateRefused where the template raises, or where it acts on a control string inside a message (then the
-    text with placeholders is not the plain text, and no position can be trusted).
-    """
-    text, spans = plain or render(chat, generation_prompt)
-    if not controls.in_chat(chat):
-        return Rendered(text, tuple(spans))
-    hidden, hidden_spans = render(controls.hide(chat), generation_prompt)
-    if controls.show(hidden) != text or hidden_spans != spans:
-        raise TemplateRefused("the template changes what it writes when a message holds a control string")
-    return Rendered(text, tuple(spans), controls.seal(hidden))
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:

@@ -1,26 +1,20 @@
-"""Which chat template is trained, and the proof that it writes what the base's own writes."""
+"""The chat template of a training: the base's own, a named one or a file, in transformers' own sandbox."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import GateRefused, InputError
-from finetune.tokenization.audit import check_system, marking_problem, shared_length
-from finetune.tokenization.chat import (
-    Chat,
-    Renderer,
-    Span,
-    TemplateRefused,
-    chat_of,
-    merge_system,
-    prompt_of,
-    takes_system,
-)
-from finetune.tokenization.generation_markers import has_markers, strip_markers, with_markers
+from finetune.tokenization.answers import Finder, NoEnd
+from finetune.tokenization.audit import check_system
+from finetune.tokenization.chat import Chat, Renderer, Span, TemplateRefused, chat_of, turn
+from finetune.tokenization.generation_markers import has_markers, strip_markers
+from finetune.tokenization.template_profile import Reasoning, TemplateProfile
 from finetune.tokenization.template_sandbox import RenderingTooLong, check_template, count_once, limited
 from finetune.utils.resources import resource
 
@@ -32,21 +26,32 @@ if TYPE_CHECKING:
 # What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role
 # looked up in a mapping, a division, tool calls nested too deeply.
 TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+TOOL_USE = "tool_use"  # transformers' name of the template for rows with tools, beside "default"
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The decision: `training` has generation markers, `inference` is what the model is published with."""
+    """The decision: `training` is the text that rows are rendered with, `inference` is published with the model.
+
+    They differ only in generation markers. `tool_use` is the base's second template, for rows with tools, or None.
+    """
 
     name: str
     training: str
     inference: str
-    system: bool  # whether it takes a system message itself
+    tool_use: str | None
+    profile: TemplateProfile
+    finder: Finder
 
     @property
     def digest(self) -> str:
         """SHA-256 of the template that travels with the model."""
         return sha256(self.inference)
+
+    @property
+    def text(self) -> str:
+        """All template text that can be rendered, to look for strings in it."""
+        return self.training + (self.tool_use or "")
 
 
 class JinjaRenderer:
@@ -57,56 +62,46 @@ class JinjaRenderer:
         self._special_tokens: dict[str, Any] = dict(special_tokens)
         self._marked = has_markers(template)
 
-    def __call__(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def __call__(
+        self, chat: Chat, generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[Span]]:
         """The text and the ranges of generation blocks (none for a template without markers).
 
-        Raises TemplateRefused, or GateRefused where it takes so long that the other rows would never be reached.
+        Raises TemplateRefused, also if the template does not come to an end on this conversation.
         """
         from jinja2 import TemplateError
 
         try:
-            return self._written([chat], generation_prompt)[0]
+            return self._written(chat, generation_prompt, tools)
         except RenderingTooLong:
-            first = str(chat[0]["content"])[:60] if chat else ""
-            raise GateRefused(
-                f"the chat template does not come to an end on a conversation of {len(chat)} turns that begins "
-                f"{first!r}; choose another by render.template, or leave the row out by a rule of filter"
+            raise TemplateRefused(
+                f"the chat template does not come to an end on a conversation of {len(chat)} turns"
             ) from None
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise TemplateRefused(f"the chat template refused: {error}") from error
 
-    def many(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]] | None:
-        """What each chat would give, in a third less time; None where one is refused or takes too long."""
-        from jinja2 import TemplateError
-
-        try:
-            return self._written(chats)
-        except (RenderingTooLong, TemplateError, *TEMPLATE_FAULTS):
-            return None
-
-    def _written(self, chats: Sequence[Chat], generation_prompt: bool = False) -> list[tuple[str, list[Span]]]:
+    def _written(self, chat: Chat, generation_prompt: bool, tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-        with limited(sum(map(len, chats))):
+        with limited(len(chat)):
             if self._marked:
                 count_once(_compile_jinja_template(self.template).environment)
             found: Any = render_jinja_template(
-                list(chats),
+                [chat],
+                tools=tools,  # type: ignore[arg-type]
                 chat_template=self.template,
                 return_assistant_tokens_mask=self._marked,
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
             )
-        texts, spans = found  # annotated as one string
-        if not self._marked:
-            return [(text, []) for text in texts]
-        return [(text, [(int(a), int(b)) for a, b in ranges]) for text, ranges in zip(texts, spans, strict=True)]
+        text, spans = found[0][0], found[1]  # annotated as one string
+        return str(text), [(int(a), int(b)) for a, b in spans[0]] if self._marked else []
 
 
 def named_templates() -> dict[str, Path]:
     """The templates a recipe may name."""
     folder = resource("templates")
-    return {path.stem: path for path in sorted(folder.glob("*.jinja"))} if folder else {}
+    return {path.stem: path for path in sorted(folder.glob("*.jinja"), key=lambda path: path.stem)} if folder else {}
 
 
 def template_text(name: str, file: Path | None) -> str:
@@ -125,60 +120,90 @@ def template_text(name: str, file: Path | None) -> str:
 
 
 def fingerprint_of(name: str, file: Path | None) -> dict[str, object]:
-    """The digest of every template text that can decide the outcome; the base's own is part of the base."""
-    if name != "auto":
-        return {"template": sha256(template_text(name, file))}
-    return {"templates": {n: sha256(template_text(n, None)) for n in named_templates()}}
+    """The digest of a template that the recipe names; the base's own is part of the base."""
+    return {"template": sha256(template_text(name, file))} if name != "auto" else {}
+
+
+def base_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """The base's own template, and its second one for rows with tools if there is one.
+
+    Raises GateRefused if the base has no template, or several of which none is the default.
+    """
+    own: Any = tokenizer.chat_template
+    if not own:
+        raise GateRefused(f"the base has no chat template of its own: set render.template to {_choices(auto=False)}")
+    if isinstance(own, str):
+        return own, None
+    if "default" not in own:
+        raise GateRefused(
+            f"the base has the chat templates {', '.join(map(repr, own))}, and none is named 'default'; "
+            f"set render.template to {_choices(auto=False)}"
+        )
+    return own["default"], own.get(TOOL_USE)
+
+
+def stop_strings(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> frozenset[str]:
+    """The tokens that end generation by the base's own configuration: the tokenizer's EOS and, from
+    generation_config.json or config.json in the folder `base`, every eos_token_id.
+    """
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = base / name if base else None
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(found) if isinstance(found, list) else {found}
+    known = [i for i in ids if isinstance(i, int) and 0 <= i < len(tokenizer)]
+    return frozenset(str(t) for t in tokenizer.convert_ids_to_tokens(known) if t)
+
+
+def special_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The strings of the base's special tokens (`special: true`), white space apart.
+
+    Other added tokens (`<tool_call>`, `<think>`) are ordinary vocabulary: typed or not, the base's tokenizer gives
+    them one id.
+    """
+    return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
 
 
 def choose_template(
-    name: str, file: Path | None, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], merge: bool
+    name: str,
+    file: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    system: Literal["merge", "refuse"] = "merge",
+    reasoning: Reasoning = "auto",
+    base: Path | None = None,
 ) -> Template:
-    """The template for this recipe, proved on `rows`.
+    """The template for this recipe, tried on `rows`. `base` is the folder that has the base's generation_config.json.
 
-    auto: the base's own text always travels with the model. If it lacks generation markers, training uses it with
-    markers added, or one of ours, whichever renders every one of `rows` byte by byte as the base's own does.
-    Raises GateRefused where the base has no template, or none of the candidates agrees with it.
+    Raises GateRefused if the base has no template, if the template takes no conversation or none of the rows, or if
+    no token it writes could end an answer.
     """
     if name != "auto":
-        own = template_text(name, file)
-        label = file.name if file else name
-    elif tokenizer.chat_template is None:
-        raise GateRefused(f"the base has no chat template of its own: set render.template to {_choices(auto=False)}")
+        own, tool_use, label = template_text(name, file), None, file.name if file else name
     else:
-        own, label = tokenizer.get_chat_template(), "base"
+        (own, tool_use), label = base_template(tokenizer), "base"
     special = tokenizer.special_tokens_map
-    if own not in {template_text(n, None) for n in named_templates()}:
-        check_template(own, special, "the base's chat template" if name == "auto" else f"render.template {label}")
-    reference = JinjaRenderer(own, special)
-    system = takes_system(reference)
-    chats = _chats(rows, merge and not system)
-    if not (system or merge):
-        for row_id, chat in chats:
-            check_system(row_id, chat, label)
-    if has_markers(own):
-        plain = strip_markers(own)
-        same = label != "base" and _disagreement(JinjaRenderer(plain, special), reference, chats) is None
-        return Template(label, own, plain if same else own, system)
-    control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    candidates = [(label, text) for text in with_markers(own, control)]
-    if label == "base":
-        candidates += [(f"base, marked as {n}", template_text(n, None)) for n in named_templates()]
-    reasons = []
-    for candidate, text in candidates:
-        reason = _unproved(JinjaRenderer(text, special), reference, chats)
-        if reason is None:
-            return Template(candidate, text, own, system)
-        reasons.append(f"\n  {candidate}: {reason}")
-    if why := _refuses_all(reference, chats):
+    known = {template_text(n, None) for n in named_templates()}
+    for text in {own, tool_use} - known - {None}:
+        check_template(str(text), special, "the base's chat template" if name == "auto" else f"render.template {label}")
+    reference: Renderer = JinjaRenderer(own, special)
+    try:
+        profile = TemplateProfile(reference, JinjaRenderer(tool_use, special) if tool_use else None, system, reasoning)
+    except TemplateRefused as error:
         raise GateRefused(
-            f"template {label} takes none of the {len(chats)} rows that it was tried on; of the first it says: {why}. "
-            "Change the rows, or set render.template to one that takes them"
-        )
-    raise GateRefused(
-        f"which tokens of template {label} are the assistant's is unknown: it has no {{% generation %}} markers, and "
-        f"no marked template writes the same text; set render.template to {_choices(auto=False)}{''.join(reasons)}"
-    )
+            f"template {label} takes no conversation of a question and an answer: {error}; set render.template to "
+            f"{_choices(auto=False)}"
+        ) from None
+    finder = Finder(special_strings(tokenizer), stop_strings(tokenizer, base))
+    _require_end(profile, finder, label)
+    if system == "refuse" and not profile.takes_system:
+        for row in rows:
+            check_system(row.id, chat_of(row.messages), label)
+    _require_one_row(profile, rows, label)
+    same = label != "base" and _same_without_markers(own, reference, profile, special, rows)
+    inference = strip_markers(own) if same else own
+    return Template(label, own, inference, tool_use, profile, finder)
 
 
 def sha256(text: str) -> str:
@@ -190,73 +215,56 @@ def _choices(auto: bool = True) -> str:
     return ", ".join([*(["auto"] if auto else []), *named_templates()]) + " or a .jinja file"
 
 
-PROBES: tuple[tuple[str, ...], ...] = (("a question", "an answer"), ("  one\n", "\ntwo  ", "three", "four\n"))
-
-
-def _chats(rows: Sequence[Example], merge: bool) -> list[tuple[str, Chat]]:
-    chats = [(row.id, chat_of(row.messages)) for row in rows if row.messages]
-    if not chats:  # raw text only: any conversation will do
-        roles = ("user", "assistant")
-        chats = [("probe", [{"role": roles[i % 2], "content": c} for i, c in enumerate(p)]) for p in PROBES]
-    if not merge:
-        return chats
-    return [(i, merge_system(c) if len(c) > 1 and c[1]["role"] == "user" else c) for i, c in chats]
-
-
-def _disagreement(candidate: Renderer, reference: Renderer, chats: Sequence[tuple[str, Chat]]) -> str | None:
-    for row_id, chat in chats:
-        prompt = prompt_of(chat)
-        for messages, generation_prompt in ((chat, False), *(((prompt, True),) if prompt else ())):
-            wanted = _written(reference, messages, generation_prompt)
-            found = _written(candidate, messages, generation_prompt)
-            if wanted is None:  # where both refuse a row, it is dropped when it is rendered
-                if found is not None and messages is chat:
-                    return f"row {row_id}: it would train on what the template itself refuses"
-            elif found is None:
-                return f"row {row_id}: it refuses what the template itself takes"
-            elif found != wanted:
-                return f"row {row_id} differs from character {shared_length(found, wanted)} on"
-    return None
-
-
-def _refuses_all(render: Renderer, chats: Sequence[tuple[str, Chat]]) -> str | None:
-    """What the template says of the first chat where it takes none of them."""
-    why = None
-    for row_id, chat in chats:
-        try:
-            render(chat)
-        except TemplateRefused as error:
-            why = why or f"row {row_id}: {error}"
-        else:
-            return None
-    return why
-
-
-def _written(render: Renderer, chat: Chat, generation_prompt: bool) -> str | None:
-    """The text, or None where the template refuses the chat."""
+def _require_end(profile: TemplateProfile, finder: Finder, label: str) -> None:
+    """Raise GateRefused if an answer under this template has no end that generation could stop at."""
+    chat = [turn("user", "a question"), turn("assistant", "an answer")]
     try:
-        return render(chat, generation_prompt)[0]
-    except TemplateRefused:
-        return None
+        finder.find(lambda c, prompt: profile.write(c, prompt), profile.adapt(chat))
+    except NoEnd as error:
+        raise GateRefused(
+            f"template {label}: {error}, so the model would never learn to stop; set render.template to one that ends "
+            "an answer with a token of this base (alpaca and mistral use its EOS)"
+        ) from None
+    except InputError:
+        return  # this conversation; the rows say more
 
 
-def _unproved(candidate: Renderer, reference: Renderer, chats: Sequence[tuple[str, Chat]]) -> str | None:
-    """Why the candidate's text or markers are wrong on these chats, or None where all is proved."""
-    reason = _disagreement(candidate, reference, chats)
-    if reason:
-        return reason
-    proved = 0
-    for row_id, chat in chats:
+def _require_one_row(profile: TemplateProfile, rows: Sequence[Example], label: str) -> None:
+    """Raise GateRefused if the template takes none of the rows."""
+    why = None
+    for row in rows:
         try:
-            text, spans = candidate(chat)
-        except TemplateRefused as error:
-            reason = str(error)
+            profile.write(profile.adapt(chat_of(row.messages)), False, tools_of(row))
+        except InputError as error:
+            why = why or f"row {row.id}: {error}"
+        else:
+            return
+    if why:
+        raise GateRefused(
+            f"template {label} takes none of the {len(rows)} rows that it was tried on; {why}. "
+            "Change the rows, or set render.template to one that takes them"
+        )
+
+
+def tools_of(row: Example) -> list[Any] | None:
+    """The row's tool definitions, or None."""
+    return list(json.loads(row.tools)) if row.tools else None
+
+
+def _same_without_markers(
+    own: str, reference: Renderer, profile: TemplateProfile, special: Mapping[str, str], rows: Iterable[Example]
+) -> bool:
+    """Whether the template writes the same text without its generation markers."""
+    if not has_markers(own):
+        return False
+    plain = JinjaRenderer(strip_markers(own), special)
+    probes = [[turn("user", "one "), turn("assistant", " two\n"), turn("user", "3"), turn("assistant", "four")]]
+    for chat in [*probes, *(chat_of(row.messages) for row in rows if not row.tools)]:
+        try:
+            adapted = profile.adapt(chat)
+            same = all(plain(adapted, prompt)[0] == reference(adapted, prompt)[0] for prompt in (False, True))
+        except InputError:
             continue
-        problem = marking_problem(text, spans, chat)
-        prompt = prompt_of(chat)
-        if problem is None and prompt and spans and spans[-1][0] != len(candidate(prompt, True)[0]):
-            problem = "its answers do not begin where the generation prompt ends"
-        if problem:
-            return f"row {row_id}: {problem}"
-        proved += 1
-    return None if proved else f"no row could be rendered ({reason})"
+        if not same:
+            return False
+    return True

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.errors import FinetuneError, GateRefused, InputError
-from finetune.tokenization.chat import ControlStrings, Rendered
+from finetune.tokenization.chat import ControlStrings
+from finetune.tokenization.chat_template import special_strings
 from finetune.tokenization.label_mask import Offsets
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+    from finetune.tokenization.rendering import Rendered
 
 PROOFS = 100  # rows on which the second copy of a tokenizer is compared with the first
 Tokens = tuple[list[int], Offsets]
@@ -31,13 +34,16 @@ class Encoder:
     control tokens by private names only (see ControlStrings), and runs over the whole text as the first one does.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from tokenizers import Tokenizer
 
         if not tokenizer.is_fast:
-            raise InputError("this base has no tokenizer.json, and a slow tokenizer gives no character offsets")
+            raise InputError(
+                "this base has no fast tokenizer (tokenizer.json), and a slow one gives no character offsets; "
+                "convert it once with AutoTokenizer.from_pretrained(BASE, use_fast=True).save_pretrained(FOLDER)"
+            )
         self._description = tokenizer.backend_tokenizer.to_str()
-        self.controls = ControlStrings(control_strings(tokenizer, template))
+        self.controls = ControlStrings(special_strings(tokenizer))
         self.special_ids = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
         self._plain: Tokenizer = Tokenizer.from_str(_bare(self._description))
         self._sealed: Tokenizer | None = None
@@ -56,6 +62,19 @@ class Encoder:
                 tokens[i] = _tokens(self._sealed.encode(row.sealed, add_special_tokens=False))
         return tokens
 
+    def typed_specials(self, row: Rendered) -> Mapping[str, int]:
+        """How often the text of each special token was typed in a row, where it stays text."""
+        if row.sealed is None:
+            return {}
+        written = {s: row.sealed.count(name) for s, name in self.controls.names.items()}
+        typed = {s: row.text.count(s) - count for s, count in written.items()}
+        return {s: count for s, count in typed.items() if count > 0}
+
+    def special_id(self, string: str) -> int:
+        """The id of a special token."""
+        found = self._plain.token_to_id(string)
+        return -1 if found is None else int(found)
+
     def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
         """The copy, proved to agree with the tokenizer on `texts`, in which nobody typed a control string."""
         from tokenizers import Tokenizer
@@ -71,12 +90,6 @@ class Encoder:
                     f"in a row's text cannot be kept apart from a true one; it shows on {text[:80]!r}"
                 )
         return copy
-
-
-def control_strings(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
-    """What acts as control: special tokens, and other added tokens that the template writes (but not white space)."""
-    tokens = tokenizer.added_tokens_decoder.values()
-    return [t.content for t in tokens if t.content.strip() and (t.special or t.content in template)]
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerBase, template: str, label_ids: Collection[int]) -> str:

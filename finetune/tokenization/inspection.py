@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from finetune.tokenization.audit import shared_length
 
@@ -48,3 +49,28 @@ def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> lis
         found.append(Segment(text[same:], supervised, control))
         shown = text
     return found
+
+
+def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # noqa: ANN401 - PreTrainedTokenizerBase
+    """The first row of a rendered file for a person: its supervised parts between » and «, and its outer ids.
+
+    No more than `most` characters of the row are shown.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(rendered) as file:
+        table = next(file.iter_batches(batch_size=1, columns=["id", "input_ids", "mask"]), None)
+    if table is None or not table.num_rows:
+        return "render: no training row"
+    row = table.to_pylist()[0]
+    ids = row["input_ids"]
+    text = "".join(f"»{s.text}«" if s.supervised else s.text for s in segments(tokenizer, ids, row["mask"]))
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {text[-most // 2 :]}"
+    names = tokenizer.convert_ids_to_tokens(ids)
+    shown = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
+    ends = ", ".join(shown) if len(shown) <= 8 else f"{', '.join(shown[:4])} … {', '.join(shown[-4:])}"
+    return (
+        f"render: row {row['id']} as the model sees it, {sum(row['mask'])} of {len(ids)} ids supervised (»…«):\n"
+        f"{text}\n  ids {ends}"
+    )

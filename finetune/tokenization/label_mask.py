@@ -19,13 +19,6 @@ Mask = NDArray[np.uint8]
 Supervise = Literal["assistant", "last", "all"]
 
 
-def supervised_spans(spans: Sequence[Span], supervise: Supervise, length: int) -> tuple[Span, ...]:
-    """The ranges that carry loss, of an n-character text whose assistant turns are `spans`."""
-    if supervise == "all":
-        return ((0, length),)
-    return tuple(spans[-1:]) if supervise == "last" else tuple(spans)
-
-
 def token_mask(offsets: Offsets, spans: Sequence[Span]) -> Mask:
     """Supervise every token that holds a character of a span, but never the first one.
 

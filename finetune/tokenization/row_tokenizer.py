@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -12,37 +11,25 @@ from numpy.typing import NDArray
 
 from finetune.data.records import Example
 from finetune.errors import InputError
+from finetune.tokenization.answers import Answer
 from finetune.tokenization.audit import (
     Tally,
     check_prompt,
-    check_same,
     check_start,
-    check_system,
     check_terminator,
-    lost_turn,
-    marking_problem,
+    lost_text,
 )
-from finetune.tokenization.chat import (
-    Chat,
-    ControlStrings,
-    Rendered,
-    Renderer,
-    Span,
-    TemplateRefused,
-    chat_of,
-    merge_system,
-    prompt_of,
-    render_row,
-)
+from finetune.tokenization.chat import ControlStrings, Span, chat_of
+from finetune.tokenization.chat_template import Template, tools_of
 from finetune.tokenization.label_mask import (
     Mask,
     Offsets,
     Supervise,
     fuses_with_prompt,
     last_tokens,
-    supervised_spans,
     token_mask,
 )
+from finetune.tokenization.rendering import Rendered, render_chat, render_prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,20 +44,35 @@ class Encoder(Protocol):
     def encode_rendered(self, rows: Sequence[Rendered]) -> list[tuple[list[int], Offsets]]:
         """Ids and offsets of each row; typed control strings stay text."""
 
+    def typed_specials(self, row: Rendered) -> Mapping[str, int]:
+        """How often each special token's text was typed in a row."""
+
+    def special_id(self, string: str) -> int:
+        """The id of a special token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What the recipe and the base decide about rendering."""
 
-    template: str  # its name, for messages
     supervise: Supervise
     max_length: int  # tokens
-    overlong: Literal["drop", "truncate"]
-    system: Literal["template", "merge", "refuse"]  # who takes a leading system message
+    overlong: Literal["drop", "truncate", "split"]
     bos: str | None
     bos_id: int | None
     adds_bos: bool  # whether the tokenizer puts BOS before plain text
     eos: str | None
+    stop_ids: frozenset[int] = frozenset()  # what ends generation by the base's own configuration
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A rendered row and what of it carries labels."""
+
+    row: Example
+    text: Rendered
+    answers: tuple[Answer, ...]  # those that are learned
+    labels: tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,9 @@ class TokenizedRow:
 class RowTokenizer:
     """Renders, encodes and masks rows, and remembers which terminators and labels it has seen."""
 
-    render: Renderer
+    template: Template
     encoder: Encoder
     rules: Rules
-    own: Renderer | None = None  # what inference uses, where every row is to be proved to be written as it does
-    proved: int = 0  # rows that were
-    gap: int = 0  # characters between the generation prompt's end and the generation block, 0 for our templates
     terminators: set[int] = field(default_factory=set)
     labels: set[int] = field(default_factory=set)
     starts_with_bos: bool = False
@@ -101,27 +100,18 @@ class RowTokenizer:
     def batch(self, rows: Sequence[Example], tally: Tally) -> list[TokenizedRow]:
         """The rows that can be trained on; the others are counted in `tally` with their reason.
 
-        Raises GateRefused (with the row's id) for two BOS tokens, a terminator that could not stop generation, or a
-        system message under `system: refuse`.
+        Raises GateRefused (with the row's id) for two BOS tokens, or for a terminator that could not stop generation.
         """
-        rendered = self._rendered(rows, tally)
-        encoded = self.encoder.encode_rendered([text for _, text in rendered])
-        done = []
-        for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
-            reason, mask = self._masked(row, text, ids, offsets)
+        rendered = [found for row in rows if (found := self._rendered(row, tally)) is not None]
+        encoded = self.encoder.encode_rendered([found.text for found in rendered])
+        done: list[TokenizedRow] = []
+        for found, (ids, offsets) in zip(rendered, encoded, strict=True):
+            reason, mask = self._masked(found, ids, offsets)
             if reason:
-                tally.drop(row.id, reason, len(ids))
+                tally.drop(found.row.id, reason, len(ids))
                 continue
-            length = min(len(ids), self.rules.max_length)
-            kept = TokenizedRow(
-                row.id,
-                np.array(ids[:length], np.int32),
-                mask[:length],
-                length < len(ids),
-                self._unterminated(row, text, offsets),
-            )
-            tally.keep(row.id, length, int(kept.mask.sum()), kept.truncated, kept.unterminated)
-            done.append(kept)
+            self._count(found, ids, tally)
+            done += self._cut(found, ids, offsets, mask, tally)
         if done:
             self.labels.update(np.unique(np.concatenate([kept.ids[kept.mask == 1] for kept in done])).tolist())
         self.starts_with_bos |= any(int(kept.ids[0]) == self.rules.bos_id for kept in done)
@@ -130,92 +120,68 @@ class RowTokenizer:
     def check_prompts(self, rows: Sequence[Example]) -> int:
         """Prove on `rows` that what inference feeds the model begins what was trained; returns how many were proved.
 
-        Raises GateRefused where it does not. Rows that `batch` drops are passed over.
+        Raises GateRefused where it does not. Rows that `batch` drops, and those whose earlier turns the template writes
+        differently in a prompt, are passed over.
         """
         checked = 0
         for row in rows:
+            found = self._rendered(row, Tally())
+            if found is None or not found.text.answers:
+                continue
+            last = found.text.answers[-1]
+            chat = (found.text.chat or [])[: last.index]
             try:
-                chat = self._chat(row)
-                prompt = prompt_of(chat)
-                if prompt is None:
-                    continue
-                texts = [
-                    render_row(self.render, self.encoder.controls, prompt, generation_prompt=True),
-                    render_row(self.render, self.encoder.controls, chat),
-                ]
+                prompt = render_prompt(self.template.profile, self.encoder.controls, chat, tools_of(row))
             except InputError:
                 continue
-            (start, _), (full, offsets) = self.encoder.encode_rendered(texts)
-            if texts[1].spans and not fuses_with_prompt(offsets, self._borders(texts[1])):
-                check_prompt(row.id, start, full, self.rules.template)
+            if len(prompt.text) != last.border:
+                continue
+            (start, _), (full, offsets) = self.encoder.encode_rendered([prompt, found.text])
+            if not fuses_with_prompt(offsets, [last.border]):
+                check_prompt(row.id, start, full, self.template.name)
                 checked += 1
         return checked
 
-    def measure_gap(self, rows: Sequence[Example]) -> int:
-        """Characters between generation prompt and generation block in the first of `rows` that shows it."""
-        for row in rows:
-            try:
-                chat = self._chat(row)
-                prompt = prompt_of(chat)
-                spans = self.render(chat)[1]
-                if prompt and spans:
-                    return max(0, spans[-1][0] - len(self.render(prompt, True)[0]))
-            except TemplateRefused:
-                continue
-        return 0
-
-    def _chat(self, row: Example) -> Chat:
-        chat = chat_of(row.messages)
-        if chat and chat[0]["role"] == "system" and self.rules.system != "template":
-            if self.rules.system == "refuse":
-                check_system(row.id, chat, self.rules.template)
-            return merge_system(chat)
-        return chat
-
-    def _rendered(self, rows: Sequence[Example], tally: Tally) -> list[tuple[Example, Rendered]]:
-        """The rows with their texts; both templates write all of them at once, and each by itself where one cannot."""
-        chats: dict[int, Chat] = {}
-        for n, row in enumerate(rows):
-            try:
-                chats |= {n: self._chat(row)} if row.text is None else {}
-            except InputError as error:
-                tally.drop(row.id, str(error))
-        together = list(chats.values())
-        trained = self.render.many(together) or repeat(None)
-        inferred = (self.own.many(together) if self.own else None) or repeat(None)
-        found = []
-        written = zip(together, trained, inferred, strict=False)
-        for n, row in enumerate(rows):
-            if row.text is not None:
-                found.append((row, self._raw(row.text)))
-            elif n in chats and (text := self._of_chat(row, *next(written), tally)) is not None:
-                found.append((row, text))
+    def render(self, row: Example) -> Rendered:
+        """A row's text. Raises TemplateRefused or InputError with the reason why it cannot be trained on."""
+        if row.text is not None:
+            return self._raw(row.text)
+        chat, template = chat_of(row.messages), self.template
+        found = render_chat(template.profile, template.finder, self.encoder.controls, chat, tools_of(row))
+        if not found.answers:
+            raise InputError("no assistant turn")
+        if problem := lost_text(found.text, found.answers, found.chat or chat):
+            raise InputError(problem)
         return found
 
-    def _of_chat(
-        self,
-        row: Example,
-        chat: Chat,
-        trained: tuple[str, list[Span]] | None,
-        inferred: tuple[str, list[Span]] | None,
-        tally: Tally,
-    ) -> Rendered | None:
+    def _rendered(self, row: Example, tally: Tally) -> _Row | None:
         try:
-            rendered = render_row(self.render, self.encoder.controls, chat, plain=trained)
+            text = self.render(row)
         except InputError as error:
             tally.drop(row.id, str(error))
             return None
-        if not rendered.spans:
-            tally.drop(row.id, "no assistant turn")
+        whole = (0, len(text.text))
+        if row.text is not None:
+            return _Row(row, text, (), (whole,))
+        learned = [m.learn for m in row.messages if m.role == "assistant"]
+        answers = []
+        for number, (answer, learn) in enumerate(zip(text.answers, learned, strict=True)):
+            if self.rules.supervise == "last" and number < len(learned) - 1:
+                continue
+            reason = answer.masked or ("" if learn else "the row says that this turn is not learned")
+            if reason:
+                tally.mask(row.id, reason)
+            else:
+                answers.append(answer)
+        if self.rules.supervise == "all":
+            masked = [(a.start, a.end) for a, learn in zip(text.answers, learned, strict=True) if not learn]
+            labels = tuple(_without(whole, masked))
+        else:
+            labels = tuple(span for a in answers for span in _within((a.start, a.end), text.blocks))
+        if not labels:
+            tally.drop(row.id, "no turn of it is learned")
             return None
-        problem = marking_problem(rendered.text, rendered.spans, chat) or lost_turn(rendered.text, rendered.spans, chat)
-        if problem:
-            tally.drop(row.id, problem)
-            return None
-        if self.own is not None:
-            check_same(row.id, rendered.text, (inferred or self.own(chat))[0], self.rules.template)
-            self.proved += 1
-        return rendered
+        return _Row(row, text, tuple(answers), labels)
 
     def _raw(self, text: str) -> Rendered:
         """Raw text is what its author wants the model to see: control strings in it are meant."""
@@ -225,43 +191,89 @@ class RowTokenizer:
         if rules.eos:
             bare = text.rstrip()
             text = bare if bare.endswith(rules.eos) else text + rules.eos
-        return Rendered(text, ((0, len(text)),))
+        return Rendered(text)
 
-    def _borders(self, text: Rendered) -> list[int]:
-        return [start - self.gap for start, _ in text.spans if start > self.gap]
-
-    def _masked(self, row: Example, text: Rendered, ids: Sequence[int], offsets: Offsets) -> tuple[str, Mask]:
+    def _masked(self, found: _Row, ids: Sequence[int], offsets: Offsets) -> tuple[str, Mask]:
         """A reason to leave the row out (or an empty string), and the mask over all its tokens."""
-        rules = self.rules
-        check_start(row.id, ids, rules.bos_id)
-        spans = supervised_spans(text.spans, rules.supervise, len(text.text))
-        mask = token_mask(offsets, spans)
+        rules, raw = self.rules, found.row.text is not None
+        check_start(found.row.id, ids, rules.bos_id)
+        mask = token_mask(offsets, found.labels)
         if len(ids) > rules.max_length and rules.overlong == "drop":
             return "longer than render.max_length_tokens", mask
         if not mask[: rules.max_length].any():
             return "no supervised token within render.max_length_tokens", mask
-        if row.text is None and fuses_with_prompt(offsets, self._borders(text)):
+        if fuses_with_prompt(offsets, [a.border for a in found.answers if a.border]):
             return "the answer's first token fuses with the end of the prompt", mask
-        for index in last_tokens(offsets, text.spans if rules.supervise != "last" else text.spans[-1:]):
-            if index is not None and index < rules.max_length and (row.text is None or rules.eos):
+        for index in self._ends(found, offsets):
+            if index is not None and (index < rules.max_length or (raw and rules.overlong == "split")):
                 start, end = offsets[index]
-                shown = text.text[start:end]
-                check_terminator(row.id, ids[index], bool(mask[index]), self.encoder.special_ids, shown)
+                shown = found.text.text[start:end]
+                stops = self.encoder.special_ids | rules.stop_ids
+                check_terminator(found.row.id, ids[index], bool(mask[index]), stops, shown)
                 self.terminators.add(int(ids[index]))
         return "", mask
 
-    def _unterminated(self, row: Example, text: Rendered, offsets: Offsets) -> bool:
+    def _ends(self, found: _Row, offsets: Offsets) -> list[int | None]:
+        """The index of the token that ends each learned answer (of a raw text: its EOS)."""
+        if found.row.text is not None:
+            return last_tokens(offsets, [(0, len(found.text.text))]) if self.rules.eos else []
+        return last_tokens(offsets, [(a.start, a.end) for a in found.answers if a.ends])
+
+    def _cut(
+        self, found: _Row, ids: Sequence[int], offsets: Offsets, mask: Mask, tally: Tally
+    ) -> Iterator[TokenizedRow]:
+        """The row within the length limit: one row, or for raw text under `overlong: split` as many as it fills."""
+        most, split = self.rules.max_length, found.row.text is not None and self.rules.overlong == "split"
+        tally.rows_in += 1
+        for part, start in enumerate(range(0, len(ids) if split else 1, most)):
+            end = min(len(ids), start + most)
+            cut = mask[start:end].copy()
+            cut[:1] = 0  # no token of this row predicts its first
+            truncated = not split and end < len(ids)
+            unterminated = not split and self._unterminated(found, offsets)
+            name = found.row.id if not part else f"{found.row.id}#{part + 1}"
+            if not cut.any():
+                continue
+            tally.keep(name, end - start, int(cut.sum()), truncated, unterminated)
+            yield TokenizedRow(name, np.array(ids[start:end], np.int32), cut, truncated, unterminated)
+
+    def _unterminated(self, found: _Row, offsets: Offsets) -> bool:
         """Whether a supervised turn begins within the kept tokens and ends behind them, or has no end at all."""
-        if row.text is not None and not self.rules.eos:
+        if found.row.text is not None and not self.rules.eos:
             return True
         if len(offsets) <= self.rules.max_length:
             return False
         kept = int(offsets[self.rules.max_length - 1, 1])  # characters
-        spans = text.spans[-1:] if self.rules.supervise == "last" else text.spans
+        spans = found.labels if found.row.text is not None else [(a.start, a.end) for a in found.answers]
         ends = last_tokens(offsets, spans)
         return any(
             a < kept and (i is None or i >= self.rules.max_length) for (a, _), i in zip(spans, ends, strict=True)
         )
+
+    def _count(self, found: _Row, ids: Sequence[int], tally: Tally) -> None:
+        """Count the row's answers, and the special tokens whose text its messages hold."""
+        tally.answers += len(found.text.answers)
+        if found.text.sealed is None:
+            return
+        for string, typed in self.encoder.typed_specials(found.text).items():
+            token = self.encoder.special_id(string)
+            tally.note_special(string, list(ids).count(token) > found.text.text.count(string) - typed)
+
+
+def _within(span: Span, blocks: Sequence[Span]) -> list[Span]:
+    """The parts of `span` that are in `blocks`; all of it without blocks."""
+    if not blocks:
+        return [span]
+    parts = [(max(span[0], a), min(span[1], b)) for a, b in blocks]
+    return [(a, b) for a, b in parts if a < b]
+
+
+def _without(span: Span, holes: Sequence[Span]) -> Iterator[Span]:
+    start = span[0]
+    for a, b in [*holes, (span[1], span[1])]:
+        if start < a:
+            yield start, a
+        start = b
 
 
 def table(rows: Sequence[TokenizedRow]) -> pa.Table:

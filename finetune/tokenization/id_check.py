@@ -1,0 +1,95 @@
+"""Compare token ids with the base's own apply_chat_template, without the encoder that made them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.records import Example
+from finetune.errors import InputError
+from finetune.tokenization.audit import check_ids, check_special_counts
+from finetune.tokenization.chat_template import Template, tools_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.tokenization.rendering import Rendered
+    from finetune.tokenization.row_tokenizer import RowTokenizer
+
+
+class IdCheck:
+    """Counts rows whose ids are those of the base's own apply_chat_template, and refuses the others.
+
+    Rows with a typed string of a special token are compared by their count of special ids, since there the base's own
+    function would make a token of the text. Rows that differ from the template on purpose (render.reasoning: keep, an
+    opened reasoning block) are compared up to the end of their last prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        self._tokenizer: Any = tokenizer
+        self._template = template
+        self.equal = 0
+        self.other: Counter[str] = Counter()  # why a row's ids are not those of apply_chat_template -> rows
+
+    def compare(self, row: Example, worker: RowTokenizer) -> None:
+        """Compare one row. Raises GateRefused where its ids differ; a row that is left out later is passed over."""
+        if row.text is not None:
+            return
+        try:
+            rendered = worker.render(row)
+        except InputError:
+            return
+        ids = worker.encoder.encode_rendered([rendered])[0][0]
+        self.check(row, rendered, ids)
+
+    def check(self, row: Example, rendered: Rendered, ids: list[int]) -> None:
+        """Compare the ids of one rendered row. Raises GateRefused where they differ."""
+        chat, show = rendered.chat or [], self._tokenizer.convert_ids_to_tokens
+        if not rendered.own:
+            self.other["they keep reasoning that it leaves out, or close a block that its prompt opens"] += 1
+            return
+        wanted = self._own_ids(row, chat)
+        if rendered.added:
+            self.other[f"the end {rendered.added.strip()!r} was added to the last answer"] += 1
+            ids = ids[: len(wanted)]
+        if rendered.sealed is not None:
+            typed = self._typed(rendered)
+            check_special_counts(row.id, ids, wanted, typed, show)
+        else:
+            check_ids(row.id, ids, wanted, show)
+        self.equal += 1
+
+    def notes(self) -> Iterator[str]:
+        """A line for each kind of row whose ids are not compared as a whole."""
+        for why, count in sorted(self.other.items()):
+            yield f"{count} sampled rows differ from apply_chat_template: {why}"
+
+    def _own_ids(self, row: Example, chat: list[dict[str, Any]]) -> list[int]:
+        tools, template = tools_of(row), self._template
+        text = template.tool_use if tools and template.tool_use else template.training
+        if tools is None and template.profile.wants_tools:
+            tools = []
+        return list(
+            self._tokenizer.apply_chat_template(
+                chat, tools=tools, chat_template=text, tokenize=True, return_dict=False, add_generation_prompt=False
+            )
+        )
+
+    def _typed(self, rendered: Rendered) -> dict[int, int]:
+        """Special token id -> how often its text was typed."""
+        special = {t.content: i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
+        plain, sealed = rendered.text, rendered.sealed or ""
+        counts = {}
+        for string, token in special.items():
+            kept = sum(plain.startswith(string, at) and sealed.startswith(string, at) for at in _places(plain, string))
+            if kept:
+                counts[token] = kept
+        return counts
+
+
+def _places(text: str, string: str) -> Iterator[int]:
+    at = text.find(string)
+    while at >= 0:
+        yield at
+        at = text.find(string, at + len(string))
