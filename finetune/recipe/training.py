@@ -85,7 +85,7 @@ class Render(Section):
     system: Literal["merge", "refuse"] = "merge"
     """Where the template takes no system message: put it before the first user turn, or stop."""
     overlong: Literal["drop", "truncate", "split"] = "truncate"
-    """What happens to a row over max_length_tokens; split makes several rows of a raw text and cuts conversations off."""
+    """What happens to a row over max_length_tokens; split makes several rows of raw text, and cuts conversations."""
     max_truncated_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would be cut."""
     max_dropped_fraction: Fraction = 0.1

@@ -14,13 +14,23 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from finetune.errors import InputError
-from finetune.tokenization.chat import Chat, Span, TemplateRefused, answer_core, has_calls, reasoning_of
+from finetune.tokenization.chat import (
+    Chat,
+    Span,
+    TemplateRefused,
+    answer_core,
+    first_call,
+    has_calls,
+    reasoning_of,
+    without_reasoning,
+)
 
 Write = Callable[[Chat, bool], tuple[str, list[Span]]]
 """From a chat, and whether the generation prompt follows, to the text and the ranges of generation blocks."""
 
 STAND_IN = 0xF0000  # private-use plane 15; plane 16 is taken by ControlStrings
 MOST_EXACT = 32  # answers of one conversation that are each rendered by themselves; the others follow their pattern
+CLOSING = re.compile(r"</[A-Za-z_][\w-]*>\Z")
 OPENING = re.compile(r"\s*<([A-Za-z_][\w-]*)>\s*\Z")
 FUSED_LATER = "the template writes this earlier turn without its reasoning"
 
@@ -129,6 +139,12 @@ class Finder:
             return self._kept(write, chat, turns, asked)
         return replace(found, answers=answers)
 
+    def last_control(self, text: str, start: int, end: int) -> int:
+        """Where the last control token of text[start:end] ends, white space behind it apart, or -1."""
+        bare = len(text[start:end].rstrip()) + start
+        ends = [m.end() for m in self._control.finditer(text, start, bare)]
+        return bare if ends and ends[-1] == bare else -1
+
     # --- one turn as it is asked for --------------------------------------------------------------------------------
 
     def _all_asked(
@@ -158,7 +174,7 @@ class Finder:
         common = len(prompt)
         opened = ""
         if not written.startswith(prompt):
-            common = _shared(prompt, written)
+            common = _before_tag(prompt, _shared(prompt, written))
             opened = prompt[common:]
         raw = written[common:]
         core = answer_core(chat[k])
@@ -188,7 +204,7 @@ class Finder:
         if not hits:
             return -1
         if whole:
-            return hits[-1][1]
+            return next((b for a, b in reversed(hits) if raw[a:b] in self.stops), hits[-1][1])
         run = [hits[0]]
         for hit in hits[1:]:
             if hit[0] != run[-1][1]:
@@ -199,10 +215,13 @@ class Finder:
     def _borrowed_end(self, write: Write, chat: Chat, raw: str) -> tuple[str, int]:
         """The answer with the token that opens the next turn, if that token stops the base's own generation."""
         reply = {"role": "tool", "content": "a result"} if has_calls(chat[-1]) else {"role": "user", "content": "next"}
-        own = write(chat, False)[0]
-        after = write([*chat, reply], False)[0]
-        bare = own.rstrip()
-        hit = self._control.match(after, _skip_space(after, len(bare))) if after.startswith(bare) else None
+        bare, hit = "", None
+        for last in (chat[-1], without_reasoning(chat[-1])):  # GLM-4.5 leaves earlier reasoning out
+            bare = write([*chat[:-1], last], False)[0].rstrip()
+            after = write([*chat[:-1], last, reply], False)[0]
+            if after.startswith(bare):
+                hit = self._control.match(after, _skip_space(after, len(bare)))
+                break
         if hit is None or hit[0] not in self.stops:
             shown = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
             raise NoEnd(f"the chat template writes no token that ends an answer{shown}")
@@ -211,14 +230,19 @@ class Finder:
 
     def _closed(self, opened: str, lead: str, turn: dict[str, object]) -> str:
         """What the model writes before its answer once the prompt has opened a block."""
-        if not opened.strip():
-            return lead
-        tag = OPENING.search(opened)
-        if tag is None:
+        bare = opened.rstrip()
+        if tag := OPENING.search(opened):
+            return f"{reasoning_of(turn)}\n</{tag[1]}>\n\n{lead.lstrip()}"
+        if bare and reasoning_of(turn):
+            raise TemplateRefused(
+                f"the generation prompt ends with {opened[-60:]!r}, so the model is never asked for reasoning; "
+                "render.reasoning: strip leaves the row's out"
+            )
+        if bare and not CLOSING.search(bare) and not any(m.end() == len(bare) for m in self._control.finditer(bare)):
             raise TemplateRefused(
                 f"the generation prompt ends with {opened[-60:]!r}, which the template does not write before an answer"
             )
-        return f"{reasoning_of(turn)}\n</{tag[1]}>\n\n{lead.lstrip()}"
+        return lead  # white space, or a block that the prompt opens and closes
 
     # --- all turns in one text --------------------------------------------------------------------------------------
 
@@ -249,11 +273,8 @@ class Finder:
         self, message: dict[str, object], k: int, asked: _Asked, text: str, spot: Span | None, cursor: int
     ) -> Answer:
         """Turn k in a text that does not begin with its prompt."""
-        if not asked.core or has_calls(message):
-            at = text.find(asked.text, cursor)
-            if at < 0:
-                raise TemplateRefused(f"assistant turn {k + 1} is not written as the model is asked for it")
-            return Answer(k, at, at + len(asked.text), at)
+        if has_calls(message) or not asked.core:
+            return self._call_elsewhere(message, k, asked, text, cursor)
         if spot is None:
             at = text.find(asked.core + asked.trail, cursor)
             at = text.find(asked.core, cursor) if at < 0 else at
@@ -270,6 +291,24 @@ class Finder:
             end, ends = b, False
         masked = "" if same_lead or not reasoning_of(message) else FUSED_LATER
         return Answer(k, start, end, border, ends, masked)
+
+    def _call_elsewhere(self, message: dict[str, object], k: int, asked: _Asked, text: str, cursor: int) -> Answer:
+        """A turn of calls, or an empty one, in a text that does not begin with its prompt: found by its first call's
+        name and all that follows; before it, what both texts have in common.
+        """
+        whole = asked.text
+        name = max(0, whole.find(first_call(message)))
+        at = text.find(whole[name:], cursor)
+        if at < 0:
+            raise TemplateRefused(f"the template does not write assistant turn {k + 1} as the model is asked for it")
+        back = _shared(whole[:name][::-1], text[cursor:at][::-1])
+        opener = asked.prompt[len(asked.prompt.rstrip()) - 20 :] if back < name else ""
+        start = at - back
+        if opener:  # the end of the generation prompt is not part of the answer
+            space = len(opener) - len(opener.rstrip())
+            start = min(at, max(start, text.rfind(opener, cursor, start + space) + len(opener)))
+        masked = "" if back == name or not reasoning_of(message) else FUSED_LATER
+        return Answer(k, start, at + len(whole) - name, start, True, masked)
 
     def _kept(self, write: Write, chat: Chat, turns: Sequence[int], asked: dict[int, _Asked]) -> Conversation:
         """Every answer as it is asked for, in one text, with what the template writes between them."""
@@ -334,6 +373,12 @@ def _shared(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _before_tag(text: str, at: int) -> int:
+    """`at`, or the place of a `<` before it whose tag or token it is inside of."""
+    opened = text.rfind("<", 0, at)
+    return opened if opened >= 0 and ">" not in text[opened:at] else at
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -98,6 +98,13 @@ def answer_core(turn: dict[str, Any]) -> str:
     return THINKING.sub("", text_of(turn["content"]), count=1).strip()
 
 
+def first_call(turn: dict[str, Any]) -> str:
+    """The name of the first tool that a turn calls, or an empty string."""
+    for call in turn.get("tool_calls") or []:
+        return str(call.get("function", call).get("name", ""))
+    return ""
+
+
 def has_calls(turn: dict[str, Any]) -> bool:
     """Whether the turn calls a tool."""
     return bool(turn.get("tool_calls"))

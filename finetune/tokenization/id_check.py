@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.records import Example
 from finetune.errors import InputError
 from finetune.tokenization.audit import check_ids, check_special_counts
-from finetune.tokenization.chat_template import Template, tools_of
+from finetune.tokenization.chat_template import TEMPLATE_FAULTS, Template, tools_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +45,17 @@ class IdCheck:
 
     def check(self, row: Example, rendered: Rendered, ids: list[int]) -> None:
         """Compare the ids of one rendered row. Raises GateRefused where they differ."""
+        from jinja2 import TemplateError
+
         chat, show = rendered.chat or [], self._tokenizer.convert_ids_to_tokens
         if not rendered.own:
             self.other["they keep reasoning that it leaves out, or close a block that its prompt opens"] += 1
             return
-        wanted = self._own_ids(row, chat)
+        try:
+            wanted = self._own_ids(row, chat)
+        except (TemplateError, *TEMPLATE_FAULTS) as error:  # it drops fields that are None before it renders
+            self.other[f"it refuses them itself ({str(error)[:80]})"] += 1
+            return
         if rendered.added:
             self.other[f"the end {rendered.added.strip()!r} was added to the last answer"] += 1
             ids = ids[: len(wanted)]

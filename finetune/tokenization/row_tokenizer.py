@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -172,7 +172,7 @@ class RowTokenizer:
             if reason:
                 tally.mask(row.id, reason)
             else:
-                answers.append(answer)
+                answers.append(self._marked(text, answer))
         if self.rules.supervise == "all":
             masked = [(a.start, a.end) for a, learn in zip(text.answers, learned, strict=True) if not learn]
             labels = tuple(_without(whole, masked))
@@ -182,6 +182,14 @@ class RowTokenizer:
             tally.drop(row.id, "no turn of it is learned")
             return None
         return _Row(row, text, tuple(answers), labels)
+
+    def _marked(self, text: Rendered, answer: Answer) -> Answer:
+        """The answer up to the last control token in its generation block, if the template ends the block earlier."""
+        parts = _within((answer.start, answer.end), text.blocks)
+        if not parts or parts[-1][1] == answer.end:
+            return answer
+        end = self.template.finder.last_control(text.text, parts[-1][0], parts[-1][1])
+        return replace(answer, end=end) if end > 0 else answer
 
     def _raw(self, text: str) -> Rendered:
         """Raw text is what its author wants the model to see: control strings in it are meant."""

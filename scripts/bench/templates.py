@@ -14,9 +14,9 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -29,11 +29,14 @@ from finetune.tokenization.id_check import IdCheck
 from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 
 CONTROL = re.compile(
-    r"<[|｜][^<>'\"\s{}]{1,40}[|｜]>|<(?:start|end)_of_(?:turn|image)>|</?s>|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|"
+    r"<[|｜][^<>'\"\s{}]{1,40}[|｜]>|\[\|[a-z]{1,20}\|\]|<(?:start|end)_of_(?:turn|image)>|</?s>|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|"
     r"AVAILABLE_TOOLS|SYSTEM_PROMPT|ARGS|CALL_ID|THINK|gMASK)\]|<(?:bos|eos|pad|turn\||\|turn|channel\||\|channel|"
     r"tool_call\||\|tool_call|\|tool_response|tool_response\||sop|end_of_utterance|\|think\|)>|\[e~\[|\]~[!b]\w*\]?"
 )
 ORDINARY = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# what the generation_config.json of the bases that have these tokens names as eos_token_id
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>", "<end_of_turn>", "<|return|>", "<|call|>", "<turn|>",
+        "<|END_OF_TURN_TOKEN|>", "<|tool_response>")  # fmt: skip
 TOOL = {
     "type": "function",
     "function": {
@@ -49,7 +52,7 @@ TOOL = {
 CALL = {"id": "abc123def", "type": "function", "function": {"name": "weather_now", "arguments": {"place": "Qvist"}}}
 
 
-def _m(role: str, content: str, learn: bool = True, **extra: Any) -> Message:
+def _m(role: str, content: str, learn: bool = True, **extra: object) -> Message:
     return Message(role, content, json.dumps(extra) if extra else None, learn)
 
 
@@ -65,22 +68,31 @@ TOOLS = (
     _m("user", "weather in Qvist?"), _m("assistant", "", tool_calls=[CALL]),
     _m("tool", "rain drizzle", tool_call_id="abc123def", name="weather_now"), _m("assistant", "It rains today."),
 )  # fmt: skip
+ASKED = ("question",)
 # case -> (messages, words that must be labelled in order, words that must not, supervise, reasoning, tools)
 CASES: dict[str, tuple[Sequence[Message], Sequence[str], Sequence[str], str, str, bool]] = {
-    "plain": (THREE[:2], ["alpha one"], ["first question"], "assistant", "auto", False),
-    "system": ((_m("system", "be brief"), *THREE[:2]), ["alpha one"], ["be brief", "question"], "assistant", "auto", False),
-    "three turns": (THREE, ["alpha one", "bravo two", "charlie three"], ["question"], "assistant", "auto", False),
-    "empty answer": ((THREE[0], _m("assistant", "")), [""], ["first question"], "assistant", "auto", False),
-    "tools": (TOOLS, ["weather_now", "place", "Qvist", "It rains today."], ["rain drizzle", "a town"], "assistant", "auto", True),
-    "reasoning kept": (THINKING, ["ember", "alpha one", "flint", "bravo two"], ["question"], "assistant", "keep", False),
-    "reasoning stripped": (THINKING, ["alpha one", "bravo two"], ["question", "ember", "flint"], "assistant", "strip", False),
-    "white space": ((_m("user", " \n padded? "), _m("assistant", "\n  spaced out \n")), ["spaced out"], ["padded"], "assistant", "auto", False),
-    "last turn only": (THINKING, ["flint", "bravo two"], ["alpha one", "ember", "question"], "last", "auto", False),
+    "plain": (THREE[:2], ["alpha one"], ASKED, "assistant", "auto", False),
+    "system": ((_m("system", "be brief"), *THREE[:2]), ["alpha one"], ["be brief", *ASKED], "assistant", "auto", False),
+    "three turns": (THREE, ["alpha one", "bravo two", "charlie three"], ASKED, "assistant", "auto", False),
+    "empty answer": ((THREE[0], _m("assistant", "")), [""], ASKED, "assistant", "auto", False),
+    "tools": (
+        TOOLS, ["weather_now", "place", "Qvist", "It rains today."], ["rain drizzle", "a town"],
+        "assistant", "auto", True,
+    ),
+    "reasoning kept": (THINKING, ["ember", "alpha one", "flint", "bravo two"], ASKED, "assistant", "keep", False),
+    "reasoning stripped": (
+        THINKING, ["alpha one", "bravo two"], [*ASKED, "ember", "flint"], "assistant", "strip", False,
+    ),
+    "white space": (
+        (_m("user", " \n padded? "), _m("assistant", "\n  spaced out \n")), ["spaced out"], ["padded"],
+        "assistant", "auto", False,
+    ),
+    "last turn only": (THINKING, ["flint", "bravo two"], ["alpha one", "ember", *ASKED], "last", "auto", False),
 }  # fmt: skip
 
 
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges; the template's control strings are special, <think> and the like are not."""
+    """A byte-level tokenizer without merges; the template's control strings are special, <think> is not."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -91,23 +103,26 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
     found += [s for s in ("<|bos|>", "<|eos|>", "<|pad|>") if s not in found]
     backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in found])
     backend.add_tokens([AddedToken(s, normalized=False) for s in ORDINARY])
-    ends = ("<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>", "<end_of_turn>", "<|return|>")
-    eos = next((s for s in ends if s in found and "eos_token" not in template), "<|eos|>")
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token=eos, pad_token="<|pad|>")  # noqa: S106
+    eos = next((s for s in ENDS if s in found and "eos_token" not in template), "<|eos|>")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token=eos, pad_token="<|pad|>")
     made.chat_template = template
     return made
 
 
-def try_case(template: str, name: str, folder: Path | None = None) -> str:
+def try_case(template: str, name: str) -> str:
     """An empty string if the case passes, "refused: …" or what is wrong."""
     messages, wanted, unwanted, supervise, reasoning, tools = CASES[name]
     tokenizer = tokenizer_for(template)
     row = Example("r:1", "r", tuple(messages), tools=json.dumps([TOOL]) if tools else None)
     try:
-        chosen = choose_template("auto", None, tokenizer, [row], "merge", reasoning, folder)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            stops = [i for s in ENDS if (i := tokenizer.get_vocab().get(s)) is not None]
+            config = {"eos_token_id": [tokenizer.eos_token_id, *stops]}
+            Path(folder, "generation_config.json").write_text(json.dumps(config))
+            chosen = choose_template("auto", None, tokenizer, [row], "merge", reasoning, Path(folder))  # type: ignore[arg-type]
         encoder = Encoder(tokenizer)
-        stops = frozenset(tokenizer.get_vocab()[s] for s in chosen.finder.stops)
-        rules = Rules(supervise, 100_000, "truncate", None, None, False, tokenizer.eos_token, stops)  # type: ignore[arg-type]
+        ids = frozenset(tokenizer.get_vocab()[s] for s in chosen.finder.stops)
+        rules = Rules(supervise, 100_000, "truncate", None, None, False, tokenizer.eos_token, ids)  # type: ignore[arg-type]
         worker, tally, check = RowTokenizer(chosen, encoder, rules), Tally(), IdCheck(tokenizer, chosen)
         rows = worker.batch([row], tally)
         check.compare(row, worker)
@@ -121,7 +136,12 @@ def try_case(template: str, name: str, folder: Path | None = None) -> str:
 
 
 def judge(
-    tokenizer: Any, ids: list[int], mask: list[int], wanted: Sequence[str], unwanted: Sequence[str], masked: bool
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    mask: list[int],
+    wanted: Sequence[str],
+    unwanted: Sequence[str],
+    masked: bool,
 ) -> str:
     """What is wrong with the labels, by decoding alone."""
     runs: list[list[int]] = []
@@ -153,8 +173,12 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="a table for docs/templates.md")
     parser.add_argument("--why", action="store_true", help="the reason of each case that does not pass")
     asked = parser.parse_args()
-    found = {p.name: {c: try_case(p.read_text(encoding="utf-8"), c) for c in CASES} for p in sorted(asked.folder.glob("*.jinja"))}
-    marks = {n: ["yes" if not r else "refused" if r.startswith("refused") else "WRONG" for r in row.values()] for n, row in found.items()}
+    files = sorted(asked.folder.glob("*.jinja"))
+    found = {p.name: {c: try_case(p.read_text(encoding="utf-8"), c) for c in CASES} for p in files}
+    marks = {
+        name: ["yes" if not r else "refused" if r.startswith("refused") else "WRONG" for r in row.values()]
+        for name, row in found.items()
+    }
     bar = " | " if asked.markdown else "  "
     print(bar.join(["template", *CASES]))
     if asked.markdown:
@@ -167,7 +191,8 @@ def main() -> int:
                     print(f"    {case}: {reason}")
     for number, case in enumerate(CASES):
         column = [row[number] for row in marks.values()]
-        print(f"{case}: {column.count('yes')} of {len(column)}, refused {column.count('refused')}, wrong {column.count('WRONG')}")
+        count = column.count
+        print(f"{case}: {count('yes')} of {len(column)}, refused {count('refused')}, wrong {count('WRONG')}")
     return int(any("WRONG" in row for row in marks.values()))
 
 
