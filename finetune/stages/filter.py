@@ -155,8 +155,9 @@ def counter(spec: Spec, base: Path) -> Count:
 
 def chat_renderer(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], str | basic.Verdict]:
     """From a row to its text under the template, or to the reason why the template refuses it."""
-    from finetune.tokenization.chat import chat_of, merge_system, takes_system
-    from finetune.tokenization.chat_template import JinjaRenderer, template_text
+    from finetune.tokenization.chat import chat_of
+    from finetune.tokenization.chat_template import JinjaRenderer, base_template, template_text, tools_of
+    from finetune.tokenization.template_profile import TemplateProfile
     from finetune.tokenization.template_sandbox import check_template
 
     if rendering.template != "auto":
@@ -164,17 +165,21 @@ def chat_renderer(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> C
     elif tokenizer.chat_template is None:
         raise GateRefused("filter.count: rendered needs a chat template, and the base has none: set render.template")
     else:
-        template = tokenizer.get_chat_template()
+        template = base_template(tokenizer)[0]
     check_template(template, tokenizer.special_tokens_map, "the chat template that filter.count: rendered uses")
-    write = JinjaRenderer(template, tokenizer.special_tokens_map)
-    merge = rendering.merge_system and not takes_system(write)
+    try:
+        profile = TemplateProfile(JinjaRenderer(template, tokenizer.special_tokens_map))
+    except InputError as error:
+        raise GateRefused(f"filter.count: rendered: {error}; set render.template to another") from None
 
     def render(row: Example) -> str | basic.Verdict:
         if row.text is not None:
             return row.text
         chat = chat_of(row.messages)
+        if not rendering.merge_system and not profile.takes_system and chat and chat[0]["role"] == "system":
+            return basic.Drop("template", "the template has no place for a system message")
         try:
-            return write(merge_system(chat) if merge else chat)[0]
+            return profile.write(profile.adapt(chat), False, tools_of(row))[0]
         except InputError as error:
             return basic.Drop("template", str(error))
 

@@ -150,18 +150,17 @@ class Finder:
     def _all_asked(
         self, write: Write, chat: Chat, turns: Sequence[int], text: str, prompt: str | None
     ) -> dict[int, _Asked]:
-        exact = turns if len(turns) <= MOST_EXACT else [*turns[: MOST_EXACT // 2], *turns[-(MOST_EXACT // 2) :]]
+        exact = turns if len(turns) <= MOST_EXACT else [*turns[:2], turns[-1]]
         found: dict[int, _Asked] = {}
         for k in exact:
             last = k == turns[-1]
             written = text if k == len(chat) - 1 else None
             found[k] = self._asked(write, chat[: k + 1], prompt if last else None, written)
-        pattern = found[exact[len(exact) // 2 - 1]]
         for k in turns:
-            if k not in found:
+            if k not in found:  # of a long conversation, for which all prompts together would take quadratic time
                 if has_calls(chat[k]) or reasoning_of(chat[k]):
                     raise TemplateRefused(f"a conversation of {len(turns)} answers with tool calls or reasoning in it")
-                found[k] = replace(pattern, prompt="", core=answer_core(chat[k]))
+                found[k] = replace(found[turns[1]], prompt="", core=answer_core(chat[k]))
         return found
 
     def _asked(self, write: Write, chat: Chat, prompt: str | None, written: str | None) -> _Asked:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role
 # looked up in a mapping, a division, tool calls nested too deeply.
 TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+PLAIN = {"role", "content"}
 TOOL_USE = "tool_use"  # transformers' name of the template for rows with tools, beside "default"
 
 
@@ -84,8 +85,16 @@ class JinjaRenderer:
         from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         with limited(len(chat)):
+            compiled = _compile_jinja_template(self.template)
+            if not self._marked and not tools and all(turn.keys() <= PLAIN for turn in chat):
+                # what render_jinja_template does with plain text, without its copies of every value
+                text = compiled.render(
+                    messages=chat, tools=tools, documents=None, add_generation_prompt=generation_prompt,
+                    **self._special_tokens,
+                )  # fmt: skip
+                return str(text), []
             if self._marked:
-                count_once(_compile_jinja_template(self.template).environment)
+                count_once(compiled.environment)
             found: Any = render_jinja_template(
                 [chat],
                 tools=tools,  # type: ignore[arg-type]

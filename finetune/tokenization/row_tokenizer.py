@@ -30,6 +30,7 @@ from finetune.tokenization.label_mask import (
     token_mask,
 )
 from finetune.tokenization.rendering import Rendered, render_chat, render_prompt
+from finetune.tokenization.template_sandbox import RenderingTooLong, limited
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,7 +157,11 @@ class RowTokenizer:
 
     def _rendered(self, row: Example, tally: Tally) -> _Row | None:
         try:
-            text = self.render(row)
+            with limited(len(row.messages)):
+                text = self.render(row)
+        except RenderingTooLong:
+            tally.drop(row.id, f"the chat template does not come to an end on its {len(row.messages)} turns")
+            return None
         except InputError as error:
             tally.drop(row.id, str(error))
             return None

@@ -26,6 +26,9 @@ ROW_SECONDS, TURNS_PER_SECOND = 10, 1000  # of one conversation; a usual templat
 TOO_MUCH = f"it does not end within {CPU_SECONDS} s of work and {MEMORY_BYTES >> 20} MB on conversations of four turns"
 
 
+_armed = False  # whether a limit is on in this process: an inner one would only start the clock again
+
+
 class RenderingTooLong(BaseException):
     """One conversation takes too long; no ordinary exception, so that no template machinery holds it up."""
 
@@ -79,7 +82,8 @@ def limited(turns: int) -> Iterator[None]:
     It counts work, not the clock, so a busy machine changes nothing. Without a timer of that kind (Windows, another
     thread than the main one) nothing is limited.
     """
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+    global _armed
+    if _armed or sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -88,9 +92,11 @@ def limited(turns: int) -> Iterator[None]:
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS + turns / TURNS_PER_SECOND, 1)
+    _armed = True
     try:
         yield
     finally:
+        _armed = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 
