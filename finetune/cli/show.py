@@ -149,7 +149,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     Raises InputError where nothing is rendered yet.
     """
     from finetune.models.loading import load_tokenizer
-    from finetune.report.rows import InspectedRow, sources_and_repeats
+    from finetune.report.rows import InspectedRow, notes_on, sources_and_repeats
     from finetune.tokenization.inspection import segments
     from finetune.tokenization.token_rows import read_token_rows
 
@@ -160,9 +160,11 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     tokenizer: Any = load_tokenizer(base.folder)
     rows = read_token_rows(render.folder / "train.parquet", count, whole=False)
     split = render.inputs["split"].folder
+    read = [p for p in (split / "train.parquet", split / "rows.parquet") if p.is_file()][:1]
+    notes = notes_on([r.id for r in rows], read, render.folder / "masked.jsonl")
     sources, repeats = sources_and_repeats(
         [r.id for r in rows],
-        [p for p in (split / "train.parquet", split / "rows.parquet") if p.is_file()][:1],
+        read,
         dedup.folder / "pairs.parquet" if dedup.manifest and dedup.folder else None,
         dedup.inputs["filter"].folder / "rows.parquet" if dedup.manifest else None,
     )
@@ -175,6 +177,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
             segments=segments(tokenizer, row.ids.tolist(), row.mask.tolist()),
             repeats=repeats[row.id][0] if row.id in repeats else [],
             dropped=repeats[row.id][1] if row.id in repeats else 0,
+            notes=notes[row.id],
         )
         for row in rows
     ]
@@ -194,6 +197,8 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
             style = ("green" if segment.supervised else "") + (" reverse" if segment.special else "")
             text.append(visible(segment.text), style=style.strip())
         console.print(text, soft_wrap=True)
+        for note in row.notes:
+            console.print(Text(visible(note), style="dim"), soft_wrap=True)
         if row.repeats:
             near = ", ".join(f"{one.dropped.id} ({one.dropped.method} {one.dropped.score:.3f})" for one in row.repeats)
             more = f" and {row.dropped - len(row.repeats)} more" if row.dropped > len(row.repeats) else ""

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MODEL_FILES = ("config.json", "generation_config.json")
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 INDEX = "model.safetensors.index.json"
 
 
@@ -53,8 +54,13 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def copy_tokenizer(base: Path, target: Path) -> None:
     """Copy the tokenizer files of `base`, byte by byte, save for local paths."""
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *more_templates(base)):
         copy_clean(base / name, target / name)
+
+
+def more_templates(base: Path) -> list[str]:
+    """The files of a base's templates beside its default one, relative to `base`."""
+    return [path.relative_to(base).as_posix() for path in sorted(base.glob(MORE_TEMPLATES))]
 
 
 def copy_clean(source: Path, target: Path) -> None:
@@ -62,6 +68,7 @@ def copy_clean(source: Path, target: Path) -> None:
     if not source.is_file():
         return
     content = source.read_bytes()
+    target.parent.mkdir(exist_ok=True)
     if source.name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         value = json.loads(content)
         if "_name_or_path" in value or "name_or_path" in value:
@@ -132,7 +139,7 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    small = [*MODEL_FILES, *TOKENIZER_FILES, *(["*.py"] if model.trust_remote_code else [])]
+    small = [*MODEL_FILES, *TOKENIZER_FILES, MORE_TEMPLATES, *(["*.py"] if model.trust_remote_code else [])]
     # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor what lies in subfolders.
     wanted = [*small, "model*.safetensors", INDEX] if weights else small
     snapshot = partial(

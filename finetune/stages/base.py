@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
 from finetune.errors import InputError
 from finetune.recipe import Model, Recipe, Section
 from finetune.utils.files import file_digest, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Spec(Section):
@@ -70,7 +74,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
     parameters = loading.count_parameters(source, model.trust_remote_code)
     config = read_json(out / "config.json")
-    _require_fitting_vocabulary(model.id, len(loading.load_tokenizer(out)), config)
+    _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), config)
     pinned = {
         "id": model.id,
         "kind": model.kind,
@@ -102,15 +106,16 @@ def _digests(folder: Path) -> dict[str, str]:
     weights = loading.weight_files(folder)
     if not weights:
         raise InputError(f"model: {folder} lacks a shard that {loading.INDEX} names; download or copy it again")
-    small = [folder / n for n in (*loading.MODEL_FILES, *loading.TOKENIZER_FILES, loading.INDEX)]
+    more = loading.more_templates(folder)
+    small = [folder / n for n in (*loading.MODEL_FILES, *loading.TOKENIZER_FILES, loading.INDEX, *more)]
     code = sorted(folder.glob("*.py"))
-    return {p.name: file_digest(p) for p in [*small, *code, *weights] if p.exists()}
+    return {p.relative_to(folder).as_posix(): file_digest(p) for p in [*small, *code, *weights] if p.exists()}
 
 
-def _require_fitting_vocabulary(name: str, tokens: int, config: dict[str, object]) -> None:
-    size = config.get("vocab_size")
-    if isinstance(size, int) and tokens > size:
+def _require_fitting_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, config: dict[str, object]) -> None:
+    size, largest = config.get("vocab_size"), max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(size, int) and largest >= size:
         raise InputError(
-            f"the tokenizer of {name} has {tokens} tokens, its model only {size} embeddings; "
+            f"the tokenizer of {name} has the token id {largest}, its model only {size} embeddings; "
             "they do not belong together: take both from the same revision"
         )

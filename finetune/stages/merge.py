@@ -118,7 +118,7 @@ def _write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
     """The tokenizer and template that were trained: the adapter's, and the base's where the adapter has none."""
     from finetune.models import loading
 
-    for name in loading.TOKENIZER_FILES:
+    for name in (*loading.TOKENIZER_FILES, *loading.more_templates(base)):
         loading.copy_clean((adapter if (adapter / name).exists() else base) / name, out / name)
     settings = out / "tokenizer_config.json"
     if (out / "chat_template.jinja").exists() and settings.exists():

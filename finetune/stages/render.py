@@ -154,6 +154,7 @@ def _write(
             total = -(-pq.read_metadata(source).num_rows // BATCH)
             for batch in ctx.track(_batches(source), f"render {target.stem}", total):
                 writer.write_table(table(worker.batch(batch, tally)))
+                _note_masked(target.with_name("masked.jsonl"), tally)
                 for row in batch:
                     if row.id in tally.left_out:
                         reject(_reject(row, *tally.left_out.pop(row.id), worker.rules))
@@ -164,6 +165,17 @@ def _write(
             f"{target.name} holds rows, tokens, labels {found}, not what was counted; is the disk full?"
         )
     return tally
+
+
+def _note_masked(path: Path, tally: Tally) -> None:
+    """Append the assistant turns without a label: {"id", "turn", "reason"}; no file without any."""
+    from finetune.utils.files import canonical_json
+
+    if tally.masked_turns:
+        with path.open("a", encoding="utf-8") as file:
+            for row_id, turn, reason in tally.masked_turns:
+                file.write(canonical_json({"id": row_id, "turn": turn, "reason": reason}) + "\n")
+        tally.masked_turns.clear()
 
 
 def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:

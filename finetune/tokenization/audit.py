@@ -30,6 +30,7 @@ class Tally:
     longest: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first row ids
+    masked_turns: list[tuple[str, int, str]] = field(default_factory=list)  # until the caller has written them down
     left_out: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # until the caller has written them down
 
     def keep(self, row_id: str, length: int, supervised: int, truncated: bool, unterminated: bool = False) -> None:
@@ -45,10 +46,10 @@ class Tally:
             self.unterminated += 1
             self._remember("unterminated", row_id)
 
-    def mask(self, row_id: str, reason: str) -> None:
-        """Count an assistant turn that carries no label."""
+    def mask(self, row_id: str, turn: int, reason: str) -> None:
+        """Count an assistant turn (1-based in its conversation) that carries no label."""
         self.masked[reason] = self.masked.get(reason, 0) + 1
-        self._remember(reason, row_id)
+        self.masked_turns.append((row_id, turn, reason))
 
     def note_special(self, string: str, has_id: bool) -> None:
         """Count a row whose messages hold the text of a special token; `has_id`: the typed text became the token."""
@@ -278,7 +279,8 @@ def check_shares(
     total = sum(t.rows_in for t in tallies)
     cut = sum(t.truncated for t in tallies)
     lost = {r: sum(t.dropped.get(r, 0) for t in tallies) for t in tallies for r in t.dropped}
-    reasons = "; ".join(f"{count} × {reason} ({_named(tallies, reason)})" for reason, count in sorted(lost.items()))
+    causes = [f"{count} × {reason} ({_named(tallies, reason)})" for reason, count in sorted(lost.items())]
+    reasons = causes[0] if len(causes) == 1 else "".join(f"\n  {cause}" for cause in causes)
     if sum(lost.values()) > max_dropped * total:
         raise GateRefused(
             f"{sum(lost.values())} of {total} rows would be dropped, more than render.max_dropped_fraction "

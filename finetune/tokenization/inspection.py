@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.tokenization.audit import shared_length
+from finetune.utils.format import visible
 
 
 class Decoder(Protocol):
@@ -70,7 +71,7 @@ def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # 
     names = tokenizer.convert_ids_to_tokens(ids)
     shown = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
     ends = ", ".join(shown) if len(shown) <= 8 else f"{', '.join(shown[:4])} … {', '.join(shown[-4:])}"
-    return (
+    return visible(
         f"render: row {row['id']} as the model sees it, {sum(row['mask'])} of {len(ids)} ids supervised (»…«):\n"
         f"{text}\n  ids {ends}"
     )

@@ -175,7 +175,7 @@ class RowTokenizer:
                 continue
             reason = answer.masked or ("" if learn else "the row says that this turn is not learned")
             if reason:
-                tally.mask(row.id, reason)
+                tally.mask(row.id, answer.index + 1, reason)
             else:
                 answers.append(self._marked(text, answer))
         if self.rules.supervise == "all":
