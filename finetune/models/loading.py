@@ -49,7 +49,10 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise FinetuneError(f"{base} holds no tokenizer that transformers can read: {_first_line(error)}") from error
+        said = " ".join(str(error).split())[:300]
+        raise FinetuneError(
+            f"{base} has no tokenizer that transformers can read (a fast one is in tokenizer.json): {said}"
+        ) from error
 
 
 def copy_tokenizer(base: Path, target: Path) -> None:
