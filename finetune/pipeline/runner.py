@@ -63,10 +63,7 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
     folder = store.folder(stage.name, key, large=stage.large)
     manifest = store.find(folder)
     status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
-    older = None
-    if manifest is None:
-        keys = {v: make_key(stage.name, v, form, fingerprint, digests) for v in range(stage.version - 1, 0, -1)}
-        older = next((v for v, k in keys.items() if store.find(store.folder(stage.name, k, large=stage.large))), None)
+    older = None if manifest else store.older_version(folder.parent, stage.version, form, digests)
     return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint, older)
 
 

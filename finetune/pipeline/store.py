@@ -97,6 +97,15 @@ class Store:
                 return None
         return manifest
 
+    def older_version(self, parent: Path, version: int, spec: object, inputs: Mapping[str, str]) -> int | None:
+        """The newest version before `version` of which the stage's folder holds an output of this spec and inputs."""
+        found = []
+        for path in parent.glob(f"*/{MANIFEST}"):
+            made = self.find(path.parent)
+            if made and made.version < version and made.spec == spec and made.inputs == dict(inputs):
+                found.append(made.version)
+        return max(found, default=None)
+
     def verify(self, folder: Path, manifest: Manifest) -> list[str]:
         """Rehash every file; returns a sentence for each that differs from the manifest."""
         problems = []
