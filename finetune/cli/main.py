@@ -222,10 +222,11 @@ def clean(
         typer.echo("nothing to clean")
         return
     for item in unused:
-        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
+        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
+        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}{link}")
     if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
         still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
-        typer.echo(f"{cleaning.remove([item for item in unused if item.folder in still]):,} bytes freed")
+        typer.echo(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
     else:
         typer.echo("nothing deleted; add --yes")
 
