@@ -60,6 +60,17 @@ def require_plain(folder: Path, root: Path, what: str = "", beside: Sequence[Pat
             raise InputError(f"{what}{entry.path} is {fault}; it is not opened: remove it, or put a copy there")
 
 
+def require_model(folder: Path, what: str) -> None:
+    """Raise InputError unless a base's, an adapter's or an encoder's folder holds only files of its own.
+
+    It may come from somebody else, who can make a link in it to any file of this machine. A snapshot of the Hub's cache
+    consists of links to its blobs, `models--OWNER--NAME/blobs`, and may. Hidden folders are not read by any library.
+    """
+    real = Path(os.path.realpath(folder))
+    beside = [real.parent.parent / "blobs"] if real.parent.name == "snapshots" else []
+    require_plain(real, real, f"{what}: ", beside)
+
+
 def _fault(entry: os.DirEntry[str], allowed: Sequence[str]) -> str | None:
     if not entry.is_symlink():
         regular = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
@@ -75,7 +86,10 @@ def _fault(entry: os.DirEntry[str], allowed: Sequence[str]) -> str | None:
 
 
 def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """Every entry below `folder`, sorted; no link to a folder is entered. A folder that cannot be read has none."""
+    """Every entry below `folder`, sorted; no link to a folder and no hidden folder is entered.
+
+    A folder that cannot be read has none.
+    """
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda e: e.name)
@@ -83,7 +97,7 @@ def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
         return
     for entry in entries:
         yield entry
-        if entry.is_dir(follow_symlinks=False):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield from _walk(entry.path)
 
 
