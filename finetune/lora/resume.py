@@ -42,17 +42,21 @@ def folder_of(lora: Lora, ctx: Context) -> Path | None:
     """The folder that holds the adapter, downloaded if it must be; None where the recipe names none."""
     if lora.start_from is None or lora.start_folder is not None:
         return lora.start_folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    from finetune.hub.client import resolve_revision
+    from finetune.hub.client import resolve_revision, tree_of
     from finetune.hub.errors import sentences
+    from finetune.hub.verified import is_recorded, require_announced
 
     name, _, revision = lora.start_from.partition("@")
     commit = resolve_revision(name, revision or None, scratch=ctx.scratch, say=ctx.say)
     with sentences("download", name, "model"):
-        return Path(
+        folder = Path(
             snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=[CONFIG, WEIGHTS])
         )
+        listed = None if is_recorded(folder) or constants.is_offline_mode() else tree_of(HfApi(), name, "model", commit)
+    require_announced(folder, name, listed, ctx.say)
+    return folder
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -136,6 +136,9 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from finetune.hub.client import tree_of
+    from finetune.hub.verified import require_announced
+
     small = [*MODEL_FILES, *TOKENIZER_FILES, *(["*.py"] if model.trust_remote_code else [])]
     # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor what lies in subfolders.
     wanted = [*small, "model*.safetensors", INDEX] if weights else small
@@ -150,14 +153,16 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
     try:
         present = Path(snapshot(local_files_only=True))
         if (present / "config.json").exists() and (weight_files(present) or not weights):
+            require_announced(present, model.id, None, ctx.say, weights=weights)
             return present
     except LocalEntryNotFoundError:
         pass  # also where it is there in part
     ctx.say(f"base: {'downloading' if weights else 'reading'} {model.id} at {revision[:12]}")
     with sentences("download", model.id, "model"):
-        names = retried(lambda: HfApi().list_repo_files(model.id, revision=revision), ctx.say, time.sleep)
-        refuse_without_safetensors(f"{model.id} at {revision[:12]}", names)
+        listed = retried(lambda: tree_of(HfApi(), model.id, "model", revision), ctx.say, time.sleep)
+        refuse_without_safetensors(f"{model.id} at {revision[:12]}", [f.path for f in listed])
         folder = Path(retried(snapshot, ctx.say, time.sleep))
+        require_announced(folder, model.id, listed, ctx.say, weights=weights)
     if weights and not weight_files(folder):
         raise FinetuneError(f"the download of {model.id} is incomplete in {folder}; run the same command again")
     return folder

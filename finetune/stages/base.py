@@ -61,9 +61,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         source = model.folder
     else:
         from finetune.hub.client import resolve_revision
+        from finetune.hub.verified import announced_weights
 
         revision = resolve_revision(model.id, model.revision, scratch=ctx.scratch, say=ctx.say)
         source = loading.hub_snapshot(model, revision, ctx, weights=False)
+        metrics = {"weights_sha256": announced_weights(source)}  # what the download is compared with
     require_model(source, "model")
     with reading(f"{model.id} is no model that can be used"):
         for name in loading.MODEL_FILES:
