@@ -283,6 +283,7 @@ def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None
 
 def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
     try:
         app()
     except FinetuneError as error:
