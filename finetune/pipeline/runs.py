@@ -15,6 +15,7 @@ from finetune.errors import InputError, not_written
 from finetune.pipeline.store import Manifest
 from finetune.utils import links
 from finetune.utils.files import replace_bytes
+from finetune.utils.limits import reading
 
 PLAIN = re.compile(r"\w[\w.+-]*")  # a recipe's or a run's folder: below artifacts/runs, and no other place
 
@@ -182,10 +183,5 @@ def _is_stage(value: dict[str, Any]) -> bool:
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Show what run.json in `folder` holds: a figure that is not of the kind a run writes ends in InputError."""
-    try:
+    with reading(f"{folder / 'run.json'}: a figure in it, or in a file that it names, is not what a run writes"):
         yield
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{folder / 'run.json'}: a figure in it, or in a file that it names, is not what a run writes "
-            f"({type(error).__name__}: {error}); run the recipe again: it builds nothing that is there already"
-        ) from error
