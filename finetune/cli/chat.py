@@ -20,6 +20,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
 from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json, read_json
+from finetune.utils.links import require_model
 
 HELP = (
     "/system TEXT  begin anew under this system message (without TEXT: under none)\n"
@@ -102,6 +103,7 @@ def _model_folder(name: str) -> Path | None:
     """The model's folder that `name` is, or None for the name of a run. Raises InputError for another folder."""
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
+        require_model(path, name)
         return path
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter without its base; give the name of the run that trained it")

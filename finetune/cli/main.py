@@ -12,6 +12,7 @@ import typer
 
 from finetune.errors import FinetuneError
 from finetune.utils.resources import complete_recipe
+from finetune.utils.streams import print_text, steady
 
 app = typer.Typer(
     help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
@@ -58,7 +59,7 @@ def validate(
             loaded = load_recipe(name, sets or [])
             if missing := absent(loaded):
                 raise InputError("\n".join(missing))
-            typer.echo(f"{loaded.path}: fine ({loaded.recipe.name})")
+            print_text(f"{loaded.path}: fine ({loaded.recipe.name})")
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -83,7 +84,7 @@ def plan(
     loaded = load_recipe(recipe, sets or [])
     steps = runner.plan(loaded.recipe, Store(artifacts, scratch))
     result = pipeline_plan.predict(loaded.recipe, steps, device, scratch)
-    typer.echo(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
+    print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
 
 
 @app.command()
@@ -144,13 +145,14 @@ def show(
     from finetune.cli import show as cli_show
     from finetune.pipeline import run_view
     from finetune.pipeline.store import Store
+    from finetune.utils.format import json_text
 
     store = Store(artifacts, scratch)
     values = [run_view.read(store, name) for name in ([run, other] if other else [run])]
     problems = [p for v in values for p in run_view.verify(store, v)] if verify else []
     if as_json:
         public = [run_view.public(v) for v in values]
-        typer.echo(json.dumps(public[0] if len(public) == 1 else public, indent=1, ensure_ascii=False))
+        print_text(json_text(public[0] if len(public) == 1 else public))
     else:
         cli_show.print_runs(values)
     if problems:
@@ -178,7 +180,7 @@ def inspect(
         cli_show.print_rows(loaded, store, rows or 5)
     else:
         cli_show.write_rows_page(loaded, store, rows or 50, html)
-        typer.echo(html)
+        print_text(html)
 
 
 @app.command()
@@ -187,7 +189,7 @@ def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SC
     from finetune.pipeline.store import Store
     from finetune.report.page import write_report
 
-    typer.echo(write_report(Store(artifacts, scratch), run))
+    print_text(write_report(Store(artifacts, scratch), run))
 
 
 @app.command()
@@ -219,15 +221,16 @@ def clean(
     store = Store(artifacts, scratch)
     unused = cleaning.unused(store, keep)
     if not unused:
-        typer.echo("nothing to clean")
+        print_text("nothing to clean")
         return
     for item in unused:
-        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
+        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
+        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
     if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
         still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
-        typer.echo(f"{cleaning.remove([item for item in unused if item.folder in still]):,} bytes freed")
+        print_text(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
     else:
-        typer.echo("nothing deleted; add --yes")
+        print_text("nothing deleted; add --yes")
 
 
 @app.command()
@@ -269,7 +272,7 @@ def init(
     from finetune.cli.init import ask_terminal, write_recipe
 
     ask = ask_terminal if sys.stdin.isatty() else None
-    typer.echo(write_recipe(name, model, data, device, out, force=force, ask=ask))
+    print_text(write_recipe(name, model, data, device, out, force=force, ask=ask))
 
 
 @app.command()
@@ -282,6 +285,8 @@ def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None
 
 def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
+    steady()
     try:
         app()
     except FinetuneError as error:

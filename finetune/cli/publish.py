@@ -13,6 +13,7 @@ from finetune.pipeline.stage_list import stage_folder
 from finetune.pipeline.store import Store
 from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.console import Screen
+from finetune.utils.streams import print_text
 
 
 def publish_run(
@@ -64,12 +65,12 @@ def publish_run(
 def _print_receipt(receipt: dict[str, Any]) -> None:
     for push in receipt["pushes"]:
         if receipt["dry_run"]:
-            print(f"{push['kind']} → {push['repo']}: {len(push['files'])} files, {push['bytes']:,} bytes")  # noqa: T201
+            print_text(f"{push['kind']} → {push['repo']}: {len(push['files'])} files, {push['bytes']:,} bytes")
             for file in push["files"]:
-                print(f"  {file['bytes']:>15,}  {file['path']}")  # noqa: T201
-            print(f"\n{push['card']}")  # noqa: T201
+                print_text(f"  {file['bytes']:>15,}  {file['path']}")
+            print_text(f"\n{push['card']}")
         else:
-            print(f"{push['repo']} at {push['commit']}: {len(push['files'])} files verified")  # noqa: T201
+            print_text(f"{push['repo']} at {push['commit']}: {len(push['files'])} files verified")
 
 
 def _recipe_name(name: str) -> str:

@@ -20,6 +20,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import LoadedRecipe, load_recipe
 from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
+from finetune.utils.streams import print_text
 
 
 def run_recipe(
@@ -173,12 +174,12 @@ def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, s
         ("certificate", "certify", "certificate.json"),
     ):
         if folder := folders.get(stage):
-            print(f"{label:>20}  {folder / inside if inside else folder}")  # noqa: T201 - the command's result
+            print_text(f"{label:>20}  {folder / inside if inside else folder}")
     if (report := record.folder / "report.html").is_file():
-        print(f"{'report':>20}  {report}")  # noqa: T201
-    print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
+        print_text(f"{'report':>20}  {report}")
+    print_text(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
     if loaded.recipe.model.kind == "builtin":
-        print("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201
+        print_text("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.errors import LOG_IN, retried, sentences, tokens_page
+from finetune.hub.guard import install
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,6 +53,7 @@ def resolve_revision(
         InputError: the repository or revision does not exist, or this account may not read it.
         FinetuneError: the Hub cannot be reached and the cache does not know the revision.
     """
+    install()  # whatever is fetched of this repository next, by whichever library
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants

@@ -14,6 +14,7 @@ from finetune.recipe import LocalSource, Source
 from finetune.recipe.filters import LanguageRule, Own, Rule
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
+from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
 
@@ -28,13 +29,19 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     folder = recipe.model.folder
     if folder is not None and not (folder / "config.json").is_file():
         yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    named = (
+        (("model",), folder),
+        (("lora", "start_from"), recipe.lora.start_folder),
+        (("dedup", "embedding"), encoder),
+    )
+    yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
     for number, source in enumerate(recipe.data):
         yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
     for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
         yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
-    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     if encoder is not None and not encoder.is_dir():
         yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
     if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
@@ -47,6 +54,13 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def _not_its_own(folder: Path) -> Iterator[str]:
+    try:
+        require_model(folder, "found")
+    except InputError as error:
+        yield str(error)
 
 
 def rule_problem(rule: Rule) -> str | None:

@@ -22,6 +22,7 @@ from finetune.pipeline.stage_list import STAGES, Stage
 from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
 from finetune.recipe import Recipe
 from finetune.recipe.keys import key_form
+from finetune.utils import links
 from finetune.utils.runtime import describe_environment, peak_memory_bytes
 
 
@@ -62,6 +63,7 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
     key = make_key(stage.name, stage.version, form, fingerprint, digests)
     folder = store.folder(stage.name, key, large=stage.large)
     manifest = store.find(folder)
+    links.require_inside(folder, store.root(folder))
     status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
     older = None if manifest else store.older_version(folder.parent, stage.version, form, digests)
     return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint, older)
@@ -294,6 +296,8 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
     now = key_form(step.spec)
     for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
         folder = building.parent
+        if links.way_out(building, store.artifacts) is not None:
+            continue
         if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
             continue
         if store.find(folder) is not None or is_being_built(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,11 @@ from typing import Any, Self
 
 from finetune.errors import InputError, not_written
 from finetune.pipeline.store import Manifest
+from finetune.utils import links
 from finetune.utils.files import replace_bytes
+from finetune.utils.limits import reading
+
+PLAIN = re.compile(r"\w[\w.+-]*")  # a recipe's or a run's folder: below artifacts/runs, and no other place
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Run:
         if self.begun or not self.write:
             return
         name, count = self.name, 1
+        links.require_inside(self.parent, self.parent.parent.parent)
         with self._disk_faults_told():
             while True:
                 try:
@@ -122,17 +128,23 @@ class Run:
 def latest_run(parent: Path) -> Path | None:
     """The folder that `latest` names, or None."""
     try:
-        name = (parent / "latest").read_text(encoding="utf-8").strip()
+        name = links.read_regular(parent / "latest").decode(errors="replace").strip()
     except OSError:
         return None
     folder = parent / name
-    return folder if name and folder.is_dir() else None
+    return folder if PLAIN.fullmatch(name) and folder.is_dir() else None
 
 
 def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
     """run.json of a run (the newest by default); InputError names what there is."""
+    if odd := [name for name in (recipe, run or "latest") if not PLAIN.fullmatch(name)]:
+        raise InputError(f"{odd[0]!r} is not the name of a recipe or of a run; `ls {artifacts / 'runs'}` lists them")
     parent = artifacts / "runs" / recipe
     folder = latest_run(parent) if run is None else parent / run
+    if folder is None or not folder.is_dir():
+        links.require_inside(parent, artifacts)
+    else:
+        links.require_plain(folder, artifacts)
     if folder is None or not (folder / "run.json").is_file():
         there = sorted(p.parent.name for p in parent.glob("*/run.json"))
         what = f"no run {run!r} of {recipe}" if run else f"{recipe} has not run yet"
@@ -146,13 +158,30 @@ def read_record(folder: Path) -> dict[str, Any]:
     """run.json of a run's folder. Raises InputError where it is torn, edited or of another form."""
     path = folder / "run.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(links.read_regular(path))
         stages = value["stages"]
-        if not all(isinstance(s["status"], str) and isinstance(s["metrics"], dict) for s in stages.values()):
+        if not all(_is_stage(s) for s in stages.values()) or not all(isinstance(s, str) for s in value["sets"]):
             raise TypeError
         return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
             "nothing that is there already"
         ) from None
+
+
+def _is_stage(value: dict[str, Any]) -> bool:
+    """Whether a stage of run.json has the fields of a record, each of its kind."""
+    seconds, key = value.get("seconds"), value.get("key")
+    number = seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool))
+    texts = all(isinstance(value.get(name, ""), str) for name in ("status", "message"))
+    path = value.get("path") is None or isinstance(value["path"], str)
+    named = key is None or (isinstance(key, str) and bool(re.fullmatch(r"\w+", key)))
+    return number and texts and path and named and isinstance(value["metrics"], dict) and "status" in value
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Show what run.json in `folder` holds: a figure that is not of the kind a run writes ends in InputError."""
+    with reading(f"{folder / 'run.json'}: a figure in it, or in a file that it names, is not what a run writes"):
+        yield

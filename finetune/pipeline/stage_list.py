@@ -80,7 +80,10 @@ def stage_folder(store: Store, name: str, record: Mapping[str, Any]) -> Path | N
     stage = next((s for s in STAGES if s.name == name), None)
     if stage is None or not record.get("key") or record.get("status") == "off":
         return None
-    return store.folder(name, record["key"], large=stage.large)
+    key = record["key"]
+    if not isinstance(key, str) or not key.isalnum():  # of an edited record: `../..` is no stage
+        return None
+    return store.folder(name, key, large=stage.large)
 
 
 def stage_named(name: str) -> Stage:

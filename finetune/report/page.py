@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.pipeline.run_view import read as read_run_view
+from finetune.pipeline.runs import recorded
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
@@ -24,11 +25,16 @@ REPORT = "report.html"
 def write_report(store: Store, name: str) -> Path:
     """Write report.html of `RECIPE[@RUN]` from what is on disk now; the same state gives the same bytes.
 
-    Raises InputError where there is no such run.
+    Raises InputError where there is no such run, or what it recorded is not what a run records.
     """
     value = read_run_view(store, name)
     path: Path = value["folder"] / REPORT
-    replace_bytes(path, render_page("report.jinja", read_facts(store, value)))
+    with recorded(value["folder"]):
+        page = render_page("report.jinja", read_facts(store, value))
+    try:
+        replace_bytes(path, page)
+    except OSError as error:
+        raise FinetuneError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path
 
 

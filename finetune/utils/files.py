@@ -13,6 +13,8 @@ from typing import Any
 
 import xxhash
 
+from finetune.utils.links import read_regular
+
 CHUNK_BYTES = 1 << 22
 REMEMBERED_FROM_BYTES = 8 << 20  # reading a smaller file takes no longer than looking it up
 SETTLED_SECONDS = 2.0  # a file changed this recently may change again within one tick of its timestamp
@@ -113,5 +115,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
-    """The JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value in `path`. Raises OSError where it is no regular file, ValueError where it is no JSON."""
+    try:
+        return json.loads(read_regular(path).decode())
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
