@@ -11,6 +11,7 @@ from finetune.pipeline.leases import is_being_built, is_running
 from finetune.pipeline.runs import latest_run, read_record
 from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
+from finetune.utils.files import tree_bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
     left = [*store.scratch.glob("publish-*"), *store.artifacts.glob("incoming-*")]
     staged = [p for p in sorted(left) if p.is_dir()]
     folders += [p for p in staged if (pid := p.name.split("-")[1]).isdigit() and not is_running(int(pid))]
-    return [Unused(f, _size(f)) for f in [*folders, *old_runs]]
+    return [Unused(f, tree_bytes(f)) for f in [*folders, *old_runs] if not _leads_out(f, store)]
 
 
 def remove(items: list[Unused]) -> int:
@@ -62,5 +63,7 @@ def remove(items: list[Unused]) -> int:
     return freed
 
 
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+def _leads_out(folder: Path, store: Store) -> bool:
+    """Whether `folder` is a symbolic link, or is reached through one that leads out of both roots."""
+    roots = [store.artifacts.resolve(), store.scratch.resolve()]
+    return folder.is_symlink() or not any(folder.resolve().is_relative_to(root) for root in roots)

@@ -12,7 +12,7 @@ from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
-from finetune.pipeline import launch, runner
+from finetune.pipeline import launch, run_view, runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
@@ -61,7 +61,7 @@ def run_recipe(
 
         def after_building(step: runner.Step) -> None:
             if rank == 0:
-                _check_on_base(loaded.recipe, step, until)
+                _check_on_base(run_view.with_start(loaded.recipe, store), step, until)
 
         try:
             steps = runner.run(
@@ -134,8 +134,11 @@ def _preflight(
         last = STAGE_NAMES.index(until) if until else len(steps)
         asked = steps[: last + 1]
         preflight.check_folders(recipe, asked, store)
-        for note in preflight.check(recipe, asked, ctx.world, force=force):
+        recipe = run_view.with_start(recipe, store)
+        for note in preflight.check(recipe, asked, ctx.world, force=force, scratch=store.scratch):
             ctx.say(note)
+        if last >= STAGE_NAMES.index("train") and (line := preflight.more_epochs(recipe, steps, store)):
+            ctx.say(line)
 
 
 def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None:
