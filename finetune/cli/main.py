@@ -222,6 +222,38 @@ def publish(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="A folder that peft has saved, OWNER/NAME on the Hub, or RECIPE[@RUN]."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base: default, the one the adapter names.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Rows that were not trained on, for the certificate.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Put the merged model here as well.")] = None,
+    gguf: Annotated[list[str] | None, typer.Option(metavar="KIND", help="Also as GGUF: q8_0, q4_k_m …")] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Push it to OWNER/NAME on the Hub.")] = None,
+    four_bit: Annotated[
+        bool | None,
+        typer.Option("--four-bit/--16-bit", help="What the base was stored in when the adapter was trained."),
+    ] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Merge a peft adapter made by any tool, certify it on given rows, export and push it."""
+    from finetune.cli import merge as cli_merge
+
+    asked = cli_merge.Request(
+        adapter, base, tuple(data or ()), out, cli_merge.formats(gguf), push, four_bit, tuple(sets or ())
+    )
+    cli_merge.merge_adapter(asked, artifacts, scratch)
+
+
+@app.command()
 def runs(
     recipe: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe's.", autocompletion=complete_recipe)

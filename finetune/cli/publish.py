@@ -17,15 +17,22 @@ from finetune.utils.console import Screen
 
 
 def publish_run(
-    name: str, *, repo: str | None, dry_run: bool, sets: Sequence[str], artifacts: Path, scratch: Path
-) -> None:
-    """Push what a finished run made; prints where it went, or, dry, the files and the card."""
+    name: str,
+    *,
+    repo: str | None,
+    dry_run: bool,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Push what a finished run made; prints where it went, or, dry, the files and the card. Returns the receipt."""
     from finetune.publish import publish
     from finetune.publish.card import write_card
     from finetune.publish.contents import stages_read
 
     recipe_name = name.partition("@")[0]
-    store, screen = Store(artifacts, scratch), Screen()
+    store, screen = Store(artifacts, scratch), Screen(silent=quiet)
 
     def needs(value: dict[str, Any]) -> set[str]:
         return {stage for kind in _recipe(value, sets).publish.what for stage in NEEDED[kind]}
@@ -64,7 +71,9 @@ def publish_run(
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
         receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card)
-    _print_receipt(receipt)
+    if not quiet:
+        _print_receipt(receipt)
+    return receipt
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:

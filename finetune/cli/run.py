@@ -32,8 +32,11 @@ def run_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
-) -> None:
-    """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
+) -> Run:
+    """Load, check, build what is missing, and say where everything is; returns the run's record.
+
+    Errors pass through with their exit status.
+    """
     if until is not None:
         stage_named(until)
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
@@ -74,6 +77,7 @@ def run_recipe(
                 _write_report(store, record, screen)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start)
+    return record
 
 
 def _save_record(record: Run, screen: Screen) -> None:

@@ -47,13 +47,13 @@ def folder_of(lora: Lora, ctx: Context) -> Path | None:
 
     from finetune.hub.client import resolve_revision
     from finetune.hub.errors import sentences
+    from finetune.models.loading import TOKENIZER_FILES
 
     name, _, revision = lora.start_from.partition("@")
     commit = resolve_revision(name, revision or None, scratch=ctx.scratch, say=ctx.say)
     with sentences("download", name, "model"):
-        return Path(
-            snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=[CONFIG, WEIGHTS])
-        )
+        wanted = [CONFIG, WEIGHTS, *TOKENIZER_FILES]  # an imported adapter's tokenizer and template are compared
+        return Path(snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=wanted))
 
 
 def _file(folder: Path, name: str) -> Path:
