@@ -12,7 +12,7 @@ from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
-from finetune.pipeline import launch, runner
+from finetune.pipeline import launch, run_view, runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
@@ -33,8 +33,11 @@ def run_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
-) -> None:
-    """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
+) -> Run:
+    """Load, check, build what is missing, and say where everything is; returns the run's record.
+
+    Errors pass through with their exit status.
+    """
     if until is not None:
         stage_named(until)
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
@@ -62,7 +65,7 @@ def run_recipe(
 
         def after_building(step: runner.Step) -> None:
             if rank == 0:
-                _check_on_base(loaded.recipe, step, until)
+                _check_on_base(run_view.with_start(loaded.recipe, store), step, until)
 
         try:
             steps = runner.run(
@@ -75,6 +78,7 @@ def run_recipe(
                 _write_report(store, record, screen)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start)
+    return record
 
 
 def _save_record(record: Run, screen: Screen) -> None:
@@ -135,8 +139,11 @@ def _preflight(
         last = STAGE_NAMES.index(until) if until else len(steps)
         asked = steps[: last + 1]
         preflight.check_folders(recipe, asked, store)
-        for note in preflight.check(recipe, asked, ctx.world, force=force):
+        recipe = run_view.with_start(recipe, store)
+        for note in preflight.check(recipe, asked, ctx.world, force=force, scratch=store.scratch):
             ctx.say(note)
+        if last >= STAGE_NAMES.index("train") and (line := preflight.more_epochs(recipe, steps, store)):
+            ctx.say(line)
 
 
 def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None:

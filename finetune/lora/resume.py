@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import InputError
+from finetune.lora.start import CONFIG, WEIGHTS, Base, problems, read_adapter
+from finetune.models.architecture import read_modules
 from finetune.recipe import Lora
 from finetune.utils.files import file_digest, read_json
 from finetune.utils.limits import reading
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ON_HUB = r"\w[\w.-]*/\w[\w.-]*"
 COMPARED = (
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "modules_to_save", "bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "target_parameters",
@@ -32,6 +31,10 @@ def fingerprint(lora: Lora) -> Mapping[str, object]:
         return {}
     if lora.start_folder is not None:
         return {"start_from": {name: file_digest(_file(lora.start_folder, name)) for name in (CONFIG, WEIGHTS)}}
+    if lora.start_run is not None:
+        raise InputError(
+            f"lora.start_from: {lora.start_from}: its run was not looked for; this is a fault of the program"
+        )
     from finetune.hub.client import resolve_revision
 
     name, _, revision = lora.start_from.partition("@")
@@ -47,13 +50,13 @@ def folder_of(lora: Lora, ctx: Context) -> Path | None:
     from finetune.hub.client import resolve_revision, tree_of
     from finetune.hub.errors import sentences
     from finetune.hub.verified import is_recorded, require_announced
+    from finetune.models.loading import TOKENIZER_FILES
 
     name, _, revision = lora.start_from.partition("@")
     commit = resolve_revision(name, revision or None, scratch=ctx.scratch, say=ctx.say)
     with sentences("download", name, "model"):
-        folder = Path(
-            snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=[CONFIG, WEIGHTS])
-        )
+        wanted = [CONFIG, WEIGHTS, *TOKENIZER_FILES]  # an imported adapter's tokenizer and template are compared
+        folder = Path(snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=wanted))
         listed = None if is_recorded(folder) or constants.is_offline_mode() else tree_of(HfApi(), name, "model", commit)
     require_announced(folder, name, listed, ctx.say)
     return folder
@@ -78,22 +81,25 @@ def _settings(folder: Path) -> dict[str, Any]:
 def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool) -> None:
     """Refuse, before any weight of the base is read, an adapter that is not the recipe's kind on the recipe's base.
 
-    `base` is a folder with config.json. Raises InputError naming the first thing that differs; names of bases are
-    compared where both are the Hub's.
+    `base` is a folder with config.json. Raises InputError with everything that differs, a line each.
     """
     from peft import get_peft_model
 
     from finetune.lora.config import lora_config
     from finetune.models.layerwise import empty_model
 
-    named = _settings(folder).get("base_model_name_or_path")
-    on_hub = all(isinstance(n, str) and re.fullmatch(ON_HUB, n) for n in (named, base_id))
-    if on_hub and named != base_id:
-        raise InputError(
-            f"lora.start_from: the adapter in {folder.name} was trained on {named}, the recipe's model is {base_id}"
-        )
+    require_same(lora, folder, base, base_id, trust_remote_code)
     model = empty_model(base, trust_remote_code=trust_remote_code)
     _fitting(get_peft_model(model, lora_config(lora, model), low_cpu_mem_usage=True), folder)
+
+
+def require_same(
+    lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool, *, importing: bool = False
+) -> None:
+    """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
+    known = Base(base_id, read_modules(base, trust_remote_code), read_json(base / "config.json"))
+    if found := problems(lora, read_adapter(folder), known, importing=importing):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
 
 
 def load(model: PeftModel, folder: Path) -> None:

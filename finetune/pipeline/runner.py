@@ -17,8 +17,9 @@ from pydantic import BaseModel
 from finetune.context import Context
 from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
 from finetune.pipeline.leases import Lease, is_being_built
+from finetune.pipeline.run_view import with_start
 from finetune.pipeline.runs import Run, StageRecord
-from finetune.pipeline.stage_list import STAGES, Stage
+from finetune.pipeline.stage_list import STAGES, Stage, needs_of, spec_of
 from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
 from finetune.recipe import Recipe
 from finetune.recipe.keys import key_form
@@ -51,12 +52,13 @@ class Step:
 
 def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
     """Where one stage stands, given the outputs of the stages before it."""
-    spec = stage.spec(recipe)
+    spec = spec_of(stage, recipe)
     if spec is None:
         return Step(stage, "off")
-    if any(need not in outputs for need in stage.needs):
+    needs = needs_of(stage, recipe)
+    if any(need not in outputs for need in needs):
         return Step(stage, "unknown", spec)
-    inputs = {need: outputs[need] for need in stage.needs}
+    inputs = {need: outputs[need] for need in needs}
     fingerprint = stage.fingerprint(spec)
     digests = {name: output.digest for name, output in inputs.items()}
     form = key_form(spec)
@@ -73,6 +75,7 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
     """Every stage with its status. Builds nothing; a stage after an unbuilt one is unknown, as is one whose Hub
     revision cannot be asked for now. Raises InputError for a file that is not there.
     """
+    recipe = with_start(recipe, store)
     outputs: dict[str, Output] = {}
     steps = []
     for stage in STAGES:
@@ -81,7 +84,7 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
         except (InputError, GateRefused):
             raise
         except FinetuneError:
-            step = Step(stage, "unknown", stage.spec(recipe))
+            step = Step(stage, "unknown", spec_of(stage, recipe))
         _add_output(outputs, step)
         steps.append(step)
     return steps
@@ -112,6 +115,7 @@ def run(
     with every stage that was built: either may refuse.
     Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
     """
+    recipe = with_start(recipe, store, ctx.say)
     outputs: dict[str, Output] = {}
     steps: list[Step] = []
     checked = False
@@ -311,6 +315,10 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         changes = _differences(was.get("spec", {}), now)
         digests = {name: output.digest for name, output in step.inputs.items()}
         changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
+        outside = was.get("fingerprint", {})
+        changes += [
+            f"what {n} names" for n in {**outside, **step.fingerprint} if outside.get(n) != step.fingerprint.get(n)
+        ]
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
             if ctx.rank == 0:  # said once; the marker stays, so that undoing the change goes on with it

@@ -47,7 +47,7 @@ def sources(facts: Facts) -> list[Markdown]:
             words = f"a local file, {code(source.label)}{digest}, licence: unknown{weight}"
         else:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
-        lines.append(Markdown(words))
+        lines.append(Markdown(f"measured on, not trained on: {words}" if facts.recipe.train is None else words))
     return lines
 
 
@@ -227,6 +227,8 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     names = list(dict.fromkeys(s.label for s in facts.recipe.data))
+    if not names:  # an adapter that was merged without rows to measure on
+        return []
     on_hub = [s for s in facts.recipe.data if isinstance(s, HubSource)]
     where: dict[str, Any] = {
         "task_type": "text-generation",

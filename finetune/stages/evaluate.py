@@ -39,7 +39,7 @@ def spec(recipe: Recipe) -> Spec | None:
         seed=recipe.seed,
         model=recipe.model,
         quantization=recipe.quantization,
-        precision=recipe.train.precision,
+        precision=recipe.training.precision,
         evaluate=recipe.evaluate,
     )
 

@@ -84,6 +84,20 @@ def _write(cache: Path, entries: dict[str, str]) -> None:
         return
 
 
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; symbolic links are neither counted nor followed."""
+    total = 0
+    for path in [folder] if folder.is_symlink() or not folder.is_dir() else folder.iterdir():
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            total += tree_bytes(path)
+        else:
+            with suppress(OSError):  # removed meanwhile
+                total += path.stat().st_size
+    return total
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
