@@ -55,7 +55,7 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
     spec = spec_of(stage, recipe)
     if spec is None:
         return Step(stage, "off")
-    needs = needs_of(stage, recipe)
+    needs = (*needs_of(stage, recipe), *stage.also(spec))
     if any(need not in outputs for need in needs):
         return Step(stage, "unknown", spec)
     inputs = {need: outputs[need] for need in needs}

@@ -48,18 +48,19 @@ class Stage:
     large: bool = False  # lies in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
     rows: bool = False  # of no use without rows: off in a recipe without data
+    also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("base", 1, (), base.spec, base.fingerprint, base.run),
-    Stage("ingest", 1, (), ingest.spec, ingest.fingerprint, ingest.run, rows=True),
-    Stage("filter", 1, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows=True),
-    Stage("embed", 2, ("filter",), embed.spec, embed.fingerprint, embed.run, rows=True),
-    Stage("dedup", 2, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows=True),
+    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows=True),
+    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows=True),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows=True),
+    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows=True),
     Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run, rows=True),
     Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows=True),
-    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True),
+    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
     Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
     Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run, rows=True),
     Stage(
