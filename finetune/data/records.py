@@ -19,11 +19,15 @@ ROW_GROUP_CHARACTERS = 1 << 24  # what a Parquet file is read and written by; lo
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `extra` is canonical JSON of what else the turn carries (tool_calls, name), or None."""
+    """One turn. `extra` is canonical JSON of what else the turn carries (tool_calls, name), or None.
+
+    `learn` is False for an assistant turn that carries no label; it stays in the context of the turns after it.
+    """
 
     role: str
     content: str
     extra: str | None = None
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Example:
     `id` is `SOURCE:N`, N the 1-based number of the row in its source, so that a person can find it again.
     `messages` is empty for a raw-text row; `text` is None for every other row.
     `extra` is canonical JSON of the scalar columns that the format did not use (a score, a licence), or None.
+    `tools` is canonical JSON of the list of tool definitions that the row offers, or None.
     """
 
     id: str
@@ -40,6 +45,7 @@ class Example:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     extra: str | None = None
+    tools: str | None = None
 
     def joined(self, *roles: str) -> str:
         """The contents of all turns with one of `roles`, joined by newlines; a raw row's whole text."""
@@ -74,7 +80,8 @@ def rows_schema() -> pa.Schema:
     """The columns of every `rows.parquet`."""
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+    texts = [(name, pa.string()) for name in ("role", "content", "extra")]
+    message = pa.struct([*texts, ("learn", pa.bool_())])
     return pa.schema(
         [
             ("id", pa.string()),
@@ -82,6 +89,7 @@ def rows_schema() -> pa.Schema:
             ("messages", pa.list_(message)),
             ("text", pa.string()),
             ("extra", pa.string()),
+            ("tools", pa.string()),
         ]
     )
 
@@ -114,14 +122,13 @@ def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
 
     with pq.ParquetFile(path, pre_buffer=False) as file:  # which would read all row groups ahead
         for batch in file.iter_batches(batch_size=chunk):
-            for row in batch.to_pylist():
-                yield Example(
-                    id=row["id"],
-                    source=row["source"],
-                    messages=tuple(Message(**m) for m in row["messages"]),
-                    text=row["text"],
-                    extra=row["extra"],
-                )
+            yield from map(example_of, batch.to_pylist())
+
+
+def example_of(row: Mapping[str, Any]) -> Example:
+    """One row of such a file as an Example; `learn` and `tools` have their defaults in files without them."""
+    messages = tuple(Message(**m) for m in row["messages"])
+    return Example(row["id"], row["source"], messages, row["text"], row["extra"], row.get("tools"))
 
 
 def write_table(
@@ -157,5 +164,12 @@ def reject_writer(path: Path, chunk: int = 10_000) -> Iterator[Callable[[Reject]
 
 
 def _as_dict(row: Example) -> dict[str, object]:
-    messages = [{"role": m.role, "content": m.content, "extra": m.extra} for m in row.messages]
-    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text, "extra": row.extra}
+    messages = [{"role": m.role, "content": m.content, "extra": m.extra, "learn": m.learn} for m in row.messages]
+    return {
+        "id": row.id,
+        "source": row.source,
+        "messages": messages,
+        "text": row.text,
+        "extra": row.extra,
+        "tools": row.tools,
+    }

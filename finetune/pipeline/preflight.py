@@ -140,7 +140,7 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     if recipe.model.kind == "hub" and "base" in to_build:
         notes.append(hub_client.check_read(recipe.model.id, "model"))
     if "ingest" in to_build:
-        names = [s.id for s in recipe.data if isinstance(s, HubSource)]
+        names = [s.id for s in (*recipe.data, *(recipe.eval_data or [])) if isinstance(s, HubSource)]
         notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
     if recipe.publish.repo and "train" in to_build:
         notes.append(hub_client.check_write(recipe.publish.repo))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.recipe import LocalSource, Source
+from finetune.recipe.data import glob_parts
 from finetune.recipe.filters import LanguageRule, Own, Rule
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
@@ -38,6 +39,8 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
     for number, source in enumerate(recipe.data):
         yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
+    for number, source in enumerate(recipe.eval_data or []):
+        yield from ((("eval_data", number, "path"), why) for why in _no_file(source, loaded.path))
     for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
         yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
@@ -78,18 +81,26 @@ def rule_problem(rule: Rule) -> str | None:
 
 
 def _no_file(source: Source, recipe: Path) -> Iterator[str]:
-    if not isinstance(source, LocalSource) or source.path.is_file():
+    if not isinstance(source, LocalSource):
         return
-    if source.path.is_dir():
-        yield f"a folder, not a file: {source.path}"
-        return
-    tried = [source.path]
-    if source.path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
-        tried.append(recipe.absolute().parent / source.path.relative_to(Path.cwd()))
-    names = [p.name for path in tried if path.parent.is_dir() for p in path.parent.iterdir()]
-    near = difflib.get_close_matches(source.path.name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
+    from finetune.data.files import data_files
+
+    for path in source.paths:
+        if path.is_file():
+            continue
+        if path.is_dir() or glob_parts(path) is not None:
+            try:
+                data_files([path])
+            except InputError as error:
+                yield str(error)
+            continue
+        tried = [path]
+        if path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
+            tried.append(recipe.absolute().parent / path.relative_to(Path.cwd()))
+        names = [p.name for at in tried if at.parent.is_dir() for p in at.parent.iterdir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
 
 
 def _no_template(name: str) -> Iterator[str]:

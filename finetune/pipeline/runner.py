@@ -54,9 +54,10 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
     spec = stage.spec(recipe)
     if spec is None:
         return Step(stage, "off")
-    if any(need not in outputs for need in stage.needs):
+    needs = (*stage.needs, *stage.also(spec))
+    if any(need not in outputs for need in needs):
         return Step(stage, "unknown", spec)
-    inputs = {need: outputs[need] for need in stage.needs}
+    inputs = {need: outputs[need] for need in needs}
     fingerprint = stage.fingerprint(spec)
     digests = {name: output.digest for name, output in inputs.items()}
     form = key_form(spec)

@@ -47,18 +47,19 @@ class Stage:
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
     large: bool = False  # lies in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
+    also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("base", 1, (), base.spec, base.fingerprint, base.run),
-    Stage("ingest", 1, (), ingest.spec, ingest.fingerprint, ingest.run),
-    Stage("filter", 1, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run),
-    Stage("embed", 2, ("filter",), embed.spec, embed.fingerprint, embed.run),
-    Stage("dedup", 2, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run),
+    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run),
+    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run),
+    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run),
     Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run),
     Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
-    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
+    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, also=split.also),
     Stage("render", 3, ("split", "base"), render.spec, render.fingerprint, render.run),
     Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
     Stage(

@@ -16,8 +16,9 @@ CHUNK = 10_000
 def write_curated(source: Path, target: Path) -> dict[str, Any]:
     """Write the rows of `source` (records.rows_schema) as `id`, `source`, `messages` (role, content).
 
-    A message has `extra` too where one of the rows has it (tool calls, as JSON), and a row `text` where a row is raw
-    text. What a source had in other columns is left out. The same rows are the same bytes.
+    A message has `extra` too where one of the rows has it (tool calls, as JSON) and `learn` where a turn carries no
+    label; a row has `text` where a row is raw text and `tools` (JSON) where a row offers tools. What a source had in
+    other columns is left out. The same rows are the same bytes.
 
     Returns:
         {"rows", "columns": [name]}.
@@ -28,18 +29,26 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with_extra, with_text = False, False
+    with_extra, with_text, with_tools, with_learn = False, False, False, False
     for row in read_rows(source):
-        said = [row.joined("system", "user", "assistant", "tool"), *(m.extra or "" for m in row.messages)]
+        said = [
+            row.joined("system", "user", "assistant", "tool"),
+            *(m.extra or "" for m in row.messages),
+            row.tools or "",
+        ]
         if found := find_secrets("\n".join(said)):
             raise InputError(
                 f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; take it out and run again"
             )
         with_extra = with_extra or any(m.extra is not None for m in row.messages)
         with_text = with_text or row.text is not None
+        with_tools = with_tools or row.tools is not None
+        with_learn = with_learn or not all(m.learn for m in row.messages)
     fields = [("role", pa.string()), ("content", pa.string())] + ([("extra", pa.string())] if with_extra else [])
+    fields += [("learn", pa.bool_())] if with_learn else []
     columns = [("id", pa.string()), ("source", pa.string()), ("messages", pa.list_(pa.struct(fields)))]
-    schema = pa.schema(columns + ([("text", pa.string())] if with_text else []))
+    texts = [("text", with_text), ("tools", with_tools)]
+    schema = pa.schema(columns + [(name, pa.string()) for name, there in texts if there])
     target.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
@@ -60,5 +69,5 @@ def _batches(source: Path) -> Iterator[list[Example]]:
 
 
 def _as_dict(row: Example) -> dict[str, object]:
-    messages = [{"role": m.role, "content": m.content, "extra": m.extra} for m in row.messages]
-    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text}
+    messages = [{"role": m.role, "content": m.content, "extra": m.extra, "learn": m.learn} for m in row.messages]
+    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text, "tools": row.tools}

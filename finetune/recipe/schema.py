@@ -57,6 +57,8 @@ class Recipe(Section):
     """Decides every random choice."""
     data: Annotated[list[Source], Field(min_length=1)]
     """Where the rows come from; several sources are read one after the other."""
+    eval_data: Annotated[list[Source], Field(min_length=1)] | None = None
+    """Your own held-out rows: never trained on, and no training row repeats one; `split` is then null by default."""
     ingest: Ingest = Ingest()
     """How strict reading is."""
     filter: Filter | None = Filter()
@@ -94,9 +96,22 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Where the curves go."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_default(cls, value: object) -> object:
+        """With held-out rows of the user's own nothing else is held out, unless the recipe asks for it."""
+        if isinstance(value, dict) and value.get("eval_data") and "split" not in value:
+            return {**value, "split": None}
+        return value
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows to evaluate on."""
+        return self.split is not None or self.eval_data is not None
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self._sizes(), *self._asked_and_not_made()])
+        refuse([*self._sizes(), *self._asked_and_not_made(), *self._held_out_whole()])
         return self
 
     def _sizes(self) -> Iterator[Contradiction]:
@@ -132,7 +147,14 @@ class Recipe(Section):
             yield ("runtime", "cache_dequantized"), "there are no 4-bit weights where quantization is null; drop it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
             yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
-        if self.split is None and self.train.eval_steps is not None:
+        if not self.holds_out and self.train.eval_steps is not None:
             yield ("train", "eval_steps"), "it measures on held-out rows, and split is null; set split: {}"
         if self.runtime.device == "cpu" and self.train.precision == "fp16":
             yield ("train", "precision"), "fp16 needs a GPU, and runtime.device is cpu; take auto, fp32 or bf16"
+
+    def _held_out_whole(self) -> Iterator[Contradiction]:
+        for number, source in enumerate(self.eval_data or []):
+            for name in ("rows", "weight"):
+                if getattr(source, name) != type(source).model_fields[name].default:
+                    why = "held-out rows are used once each; limit them with take, or leave this out"
+                    yield ("eval_data", str(number), name), why

@@ -33,7 +33,7 @@ class Spec(Section):
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe says so, when nothing is merged, or when no row is held out."""
-    if recipe.certify is None or recipe.merge is None or recipe.split is None:
+    if recipe.certify is None or recipe.merge is None or not recipe.holds_out:
         return None
     return Spec(
         seed=recipe.seed,

@@ -33,7 +33,7 @@ class Spec(Section):
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe says so, or when it holds nothing out."""
-    if recipe.evaluate is None or recipe.split is None:
+    if recipe.evaluate is None or not recipe.holds_out:
         return None
     return Spec(
         seed=recipe.seed,

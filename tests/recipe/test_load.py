@@ -218,7 +218,9 @@ def test_a_key_written_twice_or_a_tag_hides_no_other_error(tmp_path):
 
 ABSENT = {
     "a data file": ("  - {source: local, path: rows.jsnl}\n", "r:6: data.1.path: no such file: ", "did you mean rows.jsonl?"),
-    "a data folder": ("  - {source: local, path: .}\n", "r:6: data.1.path: a folder, not a file", ""),
+    "a data folder": ("  - {source: local, path: none}\n", "r:6: data.1.path: ", "a folder without a file of rows; a file's name ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
+    "a data pattern": ("  - {source: local, path: x-*.jsonl}\n", "r:6: data.1.path: no file matches ", "under the working folder"),
+    "held-out rows": ("eval_data: [{source: local, path: rows.jsnl}]\n", "r:6: eval_data.0.path: no such file", "did you mean rows.jsonl?"),
     "evaluation data": ("decontaminate: {against: [{source: local, path: x}]}\n", "r:6: decontaminate.against.0.path: no such file", ""),
     "a template": ("render: {template: alpca}\n", "r:6: render.template: found 'alpca'; allowed: auto, alpaca, ", "did you mean alpaca?"),
     "a template file": ("render: {template: x.jinja}\n", "r:6: render.template: no such file: ", "x.jinja"),
@@ -229,6 +231,7 @@ ABSENT = {
 @pytest.mark.parametrize(("text", "start", "end"), ABSENT.values(), ids=ABSENT.keys())
 def test_what_is_named_and_not_there_is_said(text, start, end, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "none").mkdir()
     (tmp_path / "r.yaml").write_text(GOOD + text)
     (line,) = absent(load_recipe(str(tmp_path / "r.yaml")))
     line = line.replace(f"{tmp_path / 'r.yaml'}:", "r:")
