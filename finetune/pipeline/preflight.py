@@ -12,13 +12,13 @@ from pathlib import Path
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.estimate import memory as estimate_memory
 from finetune.estimate.choice import Options, device_like
-from finetune.estimate.shapes import Shapes, read_known_modules, read_shapes
+from finetune.estimate.shapes import Shapes, read_config, read_known_modules, read_shapes
 from finetune.eval import lm_eval
 from finetune.gguf import llama_cpp
 from finetune.lora import config as lora_config
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
-from finetune.pipeline.recipe_checks import rule_problem
+from finetune.pipeline.recipe_checks import base_problem, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
 from finetune.recipe import HubSource, Recipe
@@ -57,9 +57,13 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool 
 
 
 def check_adapter(recipe: Recipe, base: Path | None) -> None:
-    """Refuse a lora section that the base cannot take. `base` is the finished stage's folder; without one the check is
-    made where the modules are known all the same, and otherwise as soon as there is one.
+    """Refuse a base that the recipe cannot use, or a lora section that the base cannot take.
+
+    `base` is the finished stage's folder; without one the check is made where the modules are known all the same, and
+    otherwise as soon as there is one.
     """
+    if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
+        raise InputError(why)
     if base is not None:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
     elif (modules := read_known_modules(recipe)) is not None:

@@ -6,14 +6,16 @@ Kept out of the models, which look at nothing but the recipe, and out of reading
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import InputError
-from finetune.recipe import LocalSource, Source
+from finetune.recipe import LocalSource, Recipe, Source
 from finetune.recipe.filters import LanguageRule, Own, Rule
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
+from finetune.utils.files import read_json
 from finetune.utils.resources import resource
 
 
@@ -28,6 +30,8 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     folder = recipe.model.folder
     if folder is not None and not (folder / "config.json").is_file():
         yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    elif folder is not None and (why := base_problem(recipe, read_json(folder / "config.json"))):
+        yield ("model",), why
     for number, source in enumerate(recipe.data):
         yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
     for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
@@ -47,6 +51,20 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Why the base with this config.json cannot be taken to the end of the recipe, as far as its configuration says."""
+    from finetune.gguf import support
+    from finetune.models import quantized_base
+
+    merges = recipe.merge is not None
+    quantizes = recipe.quantization is not None
+    if why := quantized_base.problem(config, recipe.model.id, quantizes=quantizes, merges=merges):
+        return why
+    if recipe.export is not None and merges and recipe.export.gguf and (why := support.problem(config)):
+        return f"export.gguf: {why}; set export: null"
+    return None
 
 
 def rule_problem(rule: Rule) -> str | None:

@@ -51,7 +51,7 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("base", 1, (), base.spec, base.fingerprint, base.run),
+    Stage("base", 2, (), base.spec, base.fingerprint, base.run),
     Stage("ingest", 1, (), ingest.spec, ingest.fingerprint, ingest.run),
     Stage("filter", 1, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run),
     Stage("embed", 2, ("filter",), embed.spec, embed.fingerprint, embed.run),
@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
     Stage("render", 3, ("split", "base"), render.spec, render.fingerprint, render.run),
-    Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
+    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
