@@ -91,7 +91,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         "dropped": sum(dropped.values()),
         "dropped_because": dropped,
         "masked_turns": sum(sum(t.masked.values()) for t in tallies.values()),
-        "special_text": {s: rows for t in tallies.values() for s, (rows, _) in t.special_text.items()},
+        "special_text": {s: rows for s, (rows, _) in sorted(_special_text(tallies).items())},
         "rows": done.rows,
         "tokens": done.tokens,
         "longest": done.longest,
@@ -123,12 +123,23 @@ def _notes(tallies: Mapping[str, Tally]) -> Iterator[str]:
     for reason in sorted({r for t in tallies.values() for r in t.masked}):
         count = sum(t.masked.get(reason, 0) for t in tallies.values())
         yield f"{count:,} of {answers:,} assistant turns carry no label: {reason}"
-    for string in sorted({s for t in tallies.values() for s in t.special_text}):
-        rows, ids = (sum(t.special_text.get(string, [0, 0])[i] for t in tallies.values()) for i in (0, 1))
+    if ends := sum(t.open_ends for t in tallies.values()):
+        yield (
+            f"the end of {ends:,} of {answers:,} assistant turns carries no label: the template ends these "
+            "earlier turns otherwise than it asks for them"
+        )
+    for string, (rows, ids) in sorted(_special_text(tallies).items()):
         yield (
             f"{rows:,} rows hold the text {string!r}, a special token of this base; typed text is encoded as text: "
             f"{ids:,} of these rows hold it as a token"
         )
+
+
+def _special_text(tallies: Mapping[str, Tally]) -> dict[str, tuple[int, int]]:
+    """Special token -> rows of all splits with its text, and those of them with its id."""
+    strings = {s for t in tallies.values() for s in t.special_text}
+    every = {s: [t.special_text.get(s, [0, 0]) for t in tallies.values()] for s in strings}
+    return {s: (sum(rows for rows, _ in found), sum(ids for _, ids in found)) for s, found in every.items()}
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:

@@ -22,6 +22,7 @@ from finetune.tokenization.chat import (
     first_call,
     has_calls,
     reasoning_of,
+    text_of,
     without_reasoning,
 )
 
@@ -29,7 +30,9 @@ Write = Callable[[Chat, bool], tuple[str, list[Span]]]
 """From a chat, and whether the generation prompt follows, to the text and the ranges of generation blocks."""
 
 STAND_IN = 0xF0000  # private-use plane 15; plane 16 is taken by ControlStrings
-MOST_EXACT = 32  # answers of one conversation that are each rendered by themselves; the others follow their pattern
+# Answers of one conversation that are each rendered by themselves. Of more, only the first two and the last are, since
+# the prompts of all together take quadratic time, and the others are found by the pattern of the second.
+MOST_EXACT, MOST_EXACT_WITH_CALLS = 32, 256
 CLOSING = re.compile(r"</[A-Za-z_][\w-]*>\Z")
 OPENING = re.compile(r"\s*<([A-Za-z_][\w-]*)>\s*\Z")
 FUSED_LATER = "the template writes this earlier turn without its reasoning"
@@ -81,6 +84,17 @@ class _Asked:
     core: str  # the answer's own words, without white space at its edges
     trail: str  # what it writes after them, up to and with the end
     opened: str = ""  # the end of the prompt that the template's own rendering of the answer lacks
+    padding: tuple[str, str] = ("", "")  # of an answer found by a pattern: white space at its content's edges
+
+    @property
+    def leads(self) -> tuple[str, ...]:
+        """What may stand before the core: templates keep or trim the content's own white space."""
+        return (self.lead + self.padding[0], self.lead) if self.padding[0] else (self.lead,)
+
+    @property
+    def trails(self) -> tuple[str, ...]:
+        """What may stand after the core."""
+        return (self.padding[1] + self.trail, self.trail) if self.padding[1] else (self.trail,)
 
     @property
     def text(self) -> str:
@@ -150,17 +164,24 @@ class Finder:
     def _all_asked(
         self, write: Write, chat: Chat, turns: Sequence[int], text: str, prompt: str | None
     ) -> dict[int, _Asked]:
-        exact = turns if len(turns) <= MOST_EXACT else [*turns[:2], turns[-1]]
+        patterned = len(turns) > MOST_EXACT
+        if patterned and any(has_calls(chat[k]) or reasoning_of(chat[k]) for k in turns):
+            if len(turns) > MOST_EXACT_WITH_CALLS:
+                raise TemplateRefused(
+                    f"{len(turns)} answers, some with calls or reasoning: more than {MOST_EXACT_WITH_CALLS}"
+                )
+            patterned = False
         found: dict[int, _Asked] = {}
-        for k in exact:
+        for k in [*turns[:2], turns[-1]] if patterned else turns:
             last = k == turns[-1]
             written = text if k == len(chat) - 1 else None
             found[k] = self._asked(write, chat[: k + 1], prompt if last else None, written)
-        for k in turns:
-            if k not in found:  # of a long conversation, for which all prompts together would take quadratic time
-                if has_calls(chat[k]) or reasoning_of(chat[k]):
-                    raise TemplateRefused(f"a conversation of {len(turns)} answers with tool calls or reasoning in it")
-                found[k] = replace(found[turns[1]], prompt="", core=answer_core(chat[k]))
+        if patterned:
+            before, after = _padding(chat[turns[1]])
+            pattern = found[turns[1]]
+            bare = replace(pattern, lead=pattern.lead.removesuffix(before), trail=pattern.trail.removeprefix(after))
+            for k in turns[2:-1]:
+                found[k] = replace(bare, prompt="", core=answer_core(chat[k]), padding=_padding(chat[k]))
         return found
 
     def _asked(self, write: Write, chat: Chat, prompt: str | None, written: str | None) -> _Asked:
@@ -180,7 +201,9 @@ class Finder:
         at = self._core_position(write, chat, raw, core, written, common)
         if at < 0:
             raise TemplateRefused(f"the template does not write turn {k + 1}, an assistant's, as it was written")
-        end = self._end(raw, at + len(core), has_calls(chat[k]) or not core)
+        end = self._end_of_empty(write, chat, prompt, raw) if not core and not has_calls(chat[k]) else -1
+        if end < 0:
+            end = self._end(raw, at + len(core), has_calls(chat[k]) or not core)
         if end < 0:
             raw, end = self._borrowed_end(write, chat, raw)
         lead, trail = raw[:at], raw[at + len(core) : end]
@@ -210,6 +233,14 @@ class Finder:
                 break
             run.append(hit)
         return next((b for a, b in run if raw[a:b] in self.stops), run[-1][1])
+
+    def _end_of_empty(self, write: Write, chat: Chat, prompt: str, raw: str) -> int:
+        """Where an answer without words ends: behind what the template writes after an answer with words, or -1."""
+        word = chr(STAND_IN)
+        text = write([*chat[:-1], {**chat[-1], "content": _same_form(chat[-1]["content"], word)}], False)[0]
+        _, found, after = text.partition(word)
+        end = self._end(after, 0, False) if found and text.startswith(prompt) else -1
+        return raw.find(after[:end]) + end if end >= 0 and after[:end] in raw else -1
 
     def _borrowed_end(self, write: Write, chat: Chat, raw: str) -> tuple[str, int]:
         """The answer with the token that opens the next turn, if that token stops the base's own generation."""
@@ -281,13 +312,12 @@ class Finder:
                 raise TemplateRefused(f"assistant turn {k + 1} is not in the text as it was written")
             spot = (at, at + len(asked.core))
         a, b = spot
-        same_lead = text.endswith(asked.lead, cursor, a) and not asked.opened
-        start = a - len(asked.lead) if same_lead else a
-        border = start
-        if text.startswith(asked.trail, b):
-            end, ends = b + len(asked.trail), True
-        else:  # the template ends an earlier turn otherwise (gpt-oss), and the model must not learn that end
-            end, ends = b, False
+        lead = next((lead for lead in asked.leads if text.endswith(lead, cursor, a)), None)
+        same_lead = lead is not None and not asked.opened
+        start = border = a - len(lead or "") if same_lead else a
+        trail = next((trail for trail in asked.trails if text.startswith(trail, b)), None)
+        # the template ends an earlier turn otherwise (gpt-oss), and the model must not learn that end
+        end, ends = (b + len(trail), True) if trail is not None else (b, False)
         masked = "" if same_lead or not reasoning_of(message) else FUSED_LATER
         return Answer(k, start, end, border, ends, masked)
 
@@ -360,6 +390,17 @@ def _with_core(turn: dict[str, object], core: str, name: str) -> dict[str, objec
         return {**turn, "content": [{**part, "text": part["text"].replace(core, name)} for part in content]}
     before, _, after = str(content).rpartition(core)
     return {**turn, "content": before + name + after}
+
+
+def _padding(turn: dict[str, object]) -> tuple[str, str]:
+    """The white space at both edges of an answer's words."""
+    text = without_reasoning(turn)["content"]
+    shown = text_of(text)
+    return shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
+
+
+def _same_form(content: object, word: str) -> object:
+    return [{"type": "text", "text": word}] if isinstance(content, list) else word
 
 
 def _shared(one: str, other: str) -> int:

@@ -25,6 +25,7 @@ class Tally:
     truncated: int = 0
     unterminated: int = 0  # rows that hold part of a supervised turn, but not its end
     answers: int = 0  # assistant turns of the rows that are written
+    open_ends: int = 0  # learned answers whose end the template writes otherwise than it asks for it
     masked: dict[str, int] = field(default_factory=dict)  # reason -> assistant turns without a label
     special_text: dict[str, list[int]] = field(default_factory=dict)  # special token -> rows with its text, with its id
     longest: int = 0
@@ -76,6 +77,7 @@ class Tally:
             "longest": self.longest,
             "answers": self.answers,
             "masked": self.masked,
+            "open_ends": self.open_ends,
             "special_text": {s: {"rows_with_text": t, "rows_with_id": i} for s, (t, i) in self.special_text.items()},
             "dropped": self.dropped,
             "examples": self.examples,

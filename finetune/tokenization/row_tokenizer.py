@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.records import Example
-from finetune.errors import InputError
+from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Answer
 from finetune.tokenization.audit import (
     Tally,
     check_prompt,
     check_start,
+    check_system,
     check_terminator,
     lost_text,
 )
@@ -50,6 +51,9 @@ class Encoder(Protocol):
 
     def special_id(self, string: str) -> int:
         """The id of a special token."""
+
+
+MOST_ENDLESS = 3  # rows on which a template may take too long (10 s each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class RowTokenizer:
     terminators: set[int] = field(default_factory=set)
     labels: set[int] = field(default_factory=set)
     starts_with_bos: bool = False
+    endless: int = 0  # rows on which the template took too long
 
     def batch(self, rows: Sequence[Example], tally: Tally) -> list[TokenizedRow]:
         """The rows that can be trained on; the others are counted in `tally` with their reason.
@@ -148,6 +153,8 @@ class RowTokenizer:
         if row.text is not None:
             return self._raw(row.text)
         chat, template = chat_of(row.messages), self.template
+        if template.profile.system == "refuse" and not template.profile.takes_system:
+            check_system(row.id, chat, template.name)
         found = render_chat(template.profile, template.finder, self.encoder.controls, chat, tools_of(row))
         if not found.answers:
             raise InputError("no assistant turn")
@@ -160,6 +167,12 @@ class RowTokenizer:
             with limited(len(row.messages)):
                 text = self.render(row)
         except RenderingTooLong:
+            self.endless += 1
+            if self.endless == MOST_ENDLESS:
+                raise GateRefused(
+                    f"the chat template does not come to an end on {self.endless} rows, the last of them {row.id}; "
+                    "choose another by render.template, or leave such rows out by a rule of filter"
+                ) from None
             tally.drop(row.id, f"the chat template does not come to an end on its {len(row.messages)} turns")
             return None
         except InputError as error:
@@ -266,6 +279,7 @@ class RowTokenizer:
     def _count(self, found: _Row, ids: Sequence[int], tally: Tally) -> None:
         """Count the row's answers, and the special tokens whose text its messages hold."""
         tally.answers += len(found.text.answers)
+        tally.open_ends += sum(not answer.ends for answer in found.answers)
         if found.text.sealed is None:
             return
         for string, typed in self.encoder.typed_specials(found.text).items():

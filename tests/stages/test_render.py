@@ -68,7 +68,6 @@ def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
     assert metrics["masked_turns"] == 0
 
 
-@pytest.mark.xfail(reason="the figure of the evaluation rows overwrites that of the training rows", strict=True)
 def test_rows_with_the_text_of_a_special_token_are_summed_over_the_splits(inputs, tmp_path) -> None:
     metrics = run(Render(), inputs, tmp_path / "out")
     assert metrics["special_text"] == {"</s>": 620}  # each question holds it

@@ -266,18 +266,15 @@ def test_raw_text_is_split_without_a_token_lost(length) -> None:
     assert chat is None or (chat.truncated and len(chat.ids) == length)  # conversations are cut
 
 
-LONG = pytest.mark.xfail(reason="beyond 32 answers white space at an edge unlabels ends or drops the row", strict=True)
-
-
 @pytest.mark.parametrize(
     ("spaced", "edge"),
     [
         (0, "{} \n"),
         (0, " {}"),
         (39, "{} \n"),
-        pytest.param(15, "{} \n", marks=LONG),  # the pattern of the turns in the middle: 8 of 40 ends carry no label
-        pytest.param(16, "{} \n", marks=LONG),  # its own end carries no label
-        pytest.param(20, " {}", marks=LONG),  # dropped: "the answer's first token fuses with the end of the prompt"
+        (15, "{} \n"),
+        (16, "{} \n"),
+        (20, " {}"),
     ],
 )
 def test_white_space_in_a_long_conversation_keeps_every_end(spaced, edge) -> None:

@@ -140,7 +140,6 @@ def test_a_system_message_is_merged_or_refused() -> None:
         choose_template("mistral", None, build("metaspace"), rows, "refuse")
 
 
-@pytest.mark.xfail(reason="render.system: refuse is only looked at on the sampled rows; others are merged", strict=True)
 def test_a_system_message_outside_of_the_sample_is_refused_too() -> None:
     with pytest.raises(GateRefused, match=r"row r:1 has a system message.*render\.system: merge"):
         one(worker(system="refuse"), row("Q", "A", system="Be good."))

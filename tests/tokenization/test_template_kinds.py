@@ -155,12 +155,7 @@ def test_named_templates_without_a_default_are_refused_once() -> None:
     assert len(made.ids)
 
 
-NONE = pytest.param(
-    CALLS.replace("not m['content']", "m['content'] is none"),
-    marks=pytest.mark.xfail(
-        reason="apply_chat_template drops fields that are None, so the id gate refuses", strict=True
-    ),
-)
+NONE = CALLS.replace("not m['content']", "m['content'] is none")
 
 
 @pytest.mark.parametrize("template", [CALLS, NONE])
