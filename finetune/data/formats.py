@@ -94,6 +94,7 @@ class Decision:
     watched: tuple[str, ...] = ()
     known: frozenset[str] | None = None  # None: the rows are taken to have these columns
     required: frozenset[str] = frozenset()  # of the source's columns
+    meaningful: bool = True  # False: no column is watched
     mapping: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     notes: Counter[str] = field(default_factory=Counter, compare=False)
@@ -117,7 +118,7 @@ class Decision:
         columns = {**resolved, **{k: v for k, v in self.columns.items() if v in present or k not in resolved}}
         known = [*(self.known or ()), *sorted(present)]
         wider = _decision(self.format, columns, self.why, known, self.mapping, self.ignored, self.raw)
-        return replace(wider, notes=self.notes)
+        return replace(wider, notes=self.notes, watched=wider.watched if self.meaningful else ())
 
 
 def decide(
@@ -231,7 +232,7 @@ def _decision(
     replaced = {n for ours in mapping for same in SAME if ours in same for n in same}  # by the recipe, knowingly
     watched = tuple(c for c in unused if c.lower() in meaningful and c not in ignored and c not in replaced)
     required = frozenset(columns[ours] for ours in REQUIRED[name] if ours in columns)
-    return Decision(name, columns, why, unused, raw, watched, frozenset(present), required, mapping, ignored)
+    return Decision(name, columns, why, unused, raw, watched, frozenset(present), required, True, mapping, ignored)
 
 
 def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Example:
