@@ -27,7 +27,7 @@ DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_DEVICE = "t4"
 LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the longest that fits is taken
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
-FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)(\.gz|\.zst)?$")
+FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
 TINY = (  # recipes/tiny-pydoc.yaml tells why
@@ -42,6 +42,7 @@ COMMENTS = {  # by what a line begins with
     "name:": "runs lie in artifacts/runs/NAME",
     "model:": "the base; its revision is pinned when it is first read",
     "data:": "a line a source; weight: 2 takes its rows twice",
+    "eval_data:": "held out, and no row of data repeats one",
     "  - {source: local": "its format was found by its columns",
     "  - {source: hub": "split: train, format: auto, where not written",
     "  - {source: pydoc": "rows made of Python's own documentation",
@@ -67,6 +68,7 @@ def write_recipe(
     device: str | None,
     out: Path | None,
     *,
+    eval_data: str | None = None,
     force: bool = False,
     ask: Ask | None = None,
 ) -> str:
@@ -80,7 +82,7 @@ def write_recipe(
         raise InputError(f"finetune init can ask only on a terminal; give {', '.join(missing)}")
     if ask is not None:
         model = model or ask("base model (OWNER/NAME on the Hub, a folder, builtin:tiny-mistral)", DEFAULT_MODEL)
-        data = data or ask("data (a .jsonl, .json, .csv or .parquet file, OWNER/NAME on the Hub, or pydoc)", "")
+        data = data or ask("data (a file or folder of rows, a pattern, OWNER/NAME on the Hub, or pydoc)", "")
         if device is None and not model.startswith("builtin:"):
             device = ask(f"GPU to fit ({', '.join(DEVICES)}, or cpu)", DEFAULT_DEVICE)
         name = name or ask("name of the recipe", suggested_name(data))
@@ -90,7 +92,7 @@ def write_recipe(
         raise InputError(f"--out {path}: a recipe's file ends in .yaml")
     if path.exists() and not force:
         raise InputError(f"{path} is there already; --force writes over it, --out names another")
-    text, notes = recipe_text(name, model, data, device or DEFAULT_DEVICE, path)
+    text, notes = recipe_text(name, model, data, device or DEFAULT_DEVICE, path, eval_data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -103,7 +105,9 @@ def write_recipe(
     return "\n".join(lines)
 
 
-def recipe_text(name: str, model: str, data: str, device: str, path: Path) -> tuple[str, list[str]]:
+def recipe_text(
+    name: str, model: str, data: str, device: str, path: Path, eval_data: str | None = None
+) -> tuple[str, list[str]]:
     """The validated recipe that will lie at `path`, in 15 lines at most, and notes for the person.
 
     Raises InputError where a value cannot be, or nothing of this model fits the device.
@@ -113,6 +117,10 @@ def recipe_text(name: str, model: str, data: str, device: str, path: Path) -> tu
     source, form, notes = _source(data, path)
     where = _written_model(model, path)
     head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", f"  - {source}"]
+    if eval_data is not None:
+        held_out, _, more = _source(eval_data, path)
+        head += ["eval_data:", f"  - {held_out}"]
+        notes += more
     if model.startswith("builtin:"):
         lines = [*head, *TINY]
         _parse(lines, path)
@@ -172,7 +180,8 @@ def _source(data: str, path: Path) -> tuple[str, str, list[str]]:
     if data == "pydoc":
         return "{source: pydoc}", "messages", []
     file = _path("data", data)
-    if not (file.exists() or FILE.search(data) or data.startswith((".", "/", "~")) or data.count("/") > 1):
+    named = FILE.search(data) or any(c in data for c in "*?[")
+    if not (file.exists() or named or data.startswith((".", "/", "~")) or data.count("/") > 1):
         return f"{{source: hub, id: {_scalar(data)}}}", "", [f"{data}: its format is found when it is read"]
     from finetune.data.sources import read_source
 

@@ -348,7 +348,12 @@ def chat(
 def init(
     name: Annotated[str | None, typer.Option(help="The recipe's name.")] = None,
     model: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub, a folder, or builtin:tiny-mistral.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE|ID", help="A file, or OWNER/NAME on the Hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE|ID", help="A file, a folder, a pattern, or OWNER/NAME on the Hub.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="FILE|ID", help="Held-out rows of your own, named like --data.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="The GPU to fit: t4, l4, a100-40, h100 …; or cpu")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="Default: recipes/NAME.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
@@ -357,7 +362,7 @@ def init(
     from finetune.cli.init import ask_terminal, write_recipe
 
     ask = ask_terminal if sys.stdin.isatty() else None
-    print_text(write_recipe(name, model, data, device, out, force=force, ask=ask))
+    print_text(write_recipe(name, model, data, device, out, eval_data=eval_data, force=force, ask=ask))
 
 
 @app.command()

@@ -93,25 +93,32 @@ class Decision:
     raw: bool = False
     watched: tuple[str, ...] = ()
     known: frozenset[str] | None = None  # None: the rows are taken to have these columns
+    required: frozenset[str] = frozenset()  # of the source's columns
+    meaningful: bool = True  # False: no column is watched
     mapping: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     notes: Counter[str] = field(default_factory=Counter, compare=False)
     later: dict[frozenset[str], Decision] = field(default_factory=dict, compare=False)
 
     def for_row(self, row: RawRow) -> Decision:
-        """This decision, or for a row with columns that the first rows did not have, the one that reads them too."""
-        if self.known is None or row.keys() <= self.known:
+        """This decision, or one for a row whose columns are not those of the first rows (another shard, say)."""
+        keys = row.keys()
+        if self.known is None or (keys <= self.known and self.required <= keys):
             return self
-        new = frozenset(row.keys() - self.known)
-        if new not in self.later:
-            present = [*self.known, *sorted(new)]
-            resolved = _resolve(self.format, self.mapping, [c for c in present if c not in self.ignored])
-            columns = {**{k: v for k, v in resolved.items() if v in new or k not in self.columns}, **self.columns}
-            wider = _decision(self.format, columns, self.why, present, self.mapping, self.ignored, self.raw)
-            self.later[new] = replace(wider, notes=self.notes)
-        found = self.later[new]
-        self.notes[f"the column {listed(sorted(new))} is not in the first rows"] += 1
-        return found
+        present = frozenset(keys)
+        if present not in self.later:
+            self.later[present] = self._for_columns(present)
+        if new := sorted(present - self.known):
+            self.notes[f"the column {listed(new)} is not in the first rows"] += 1
+        return self.later[present]
+
+    def _for_columns(self, present: frozenset[str]) -> Decision:
+        names = sorted(present - self.ignored)
+        resolved = _resolve(self.format, self.mapping, names)
+        columns = {**resolved, **{k: v for k, v in self.columns.items() if v in present or k not in resolved}}
+        known = [*(self.known or ()), *sorted(present)]
+        wider = _decision(self.format, columns, self.why, known, self.mapping, self.ignored, self.raw)
+        return replace(wider, notes=self.notes, watched=wider.watched if self.meaningful else ())
 
 
 def decide(
@@ -224,7 +231,8 @@ def _decision(
     meaningful = MEANINGFUL | BESIDE_TEXT if name in ("text", "llama2_text") else MEANINGFUL
     replaced = {n for ours in mapping for same in SAME if ours in same for n in same}  # by the recipe, knowingly
     watched = tuple(c for c in unused if c.lower() in meaningful and c not in ignored and c not in replaced)
-    return Decision(name, columns, why, unused, raw, watched, frozenset(present), mapping, ignored)
+    required = frozenset(columns[ours] for ours in REQUIRED[name] if ours in columns)
+    return Decision(name, columns, why, unused, raw, watched, frozenset(present), required, True, mapping, ignored)
 
 
 def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Example:

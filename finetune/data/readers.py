@@ -69,6 +69,8 @@ def local_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
     """
     require_file(path)
     ending = file_ending(path)
+    if encoding is not None and ending in BINARY_ENDINGS:
+        raise InputError(f"{path}: encoding {encoding} is that of text, and {ending} holds none; leave encoding out")
     if ending == ".parquet":
         return _parquet(path)
     if ending == ".arrow":

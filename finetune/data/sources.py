@@ -34,13 +34,14 @@ def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str,
 
 
 def read_source(
-    source: Source, label: str, scratch: Path, ignore: Collection[str] = ()
+    source: Source, label: str, scratch: Path, ignore: Collection[str] = (), *, whole: bool = True
 ) -> tuple[Decision, Iterator[Example | Reject]]:
     """How the source is read, and its rows in order: each an Example, or a Reject where it does not fit.
 
-    `label` begins every row id; `scratch` keeps what comes from the Hub; columns named in `ignore` are not read. Raises
-    InputError where the source as a whole cannot be read: no such file, no format that fits, no rows, a column that
-    means something and is not used.
+    `label` begins every row id; `scratch` keeps what comes from the Hub; columns named in `ignore` are not read. With
+    `whole=False` rows may lose columns that mean something: they are only compared with others. Raises InputError where
+    the source as a whole cannot be read: no such file, no format that fits, no rows, a column that means something and
+    is not used.
     """
     columns_of: dict[str, set[str]] = {}
     raw = _raw_rows(source, scratch, columns_of)
@@ -51,6 +52,7 @@ def read_source(
         raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{_place(source)}")
     try:
         decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
+        decision = decision if whole else replace(decision, watched=(), meaningful=False)
         _check_unused(head, decision, label)
     except FormatError as error:
         raise InputError(f"data source {label}: {error}{_place(source)}") from error

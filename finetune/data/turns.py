@@ -65,6 +65,7 @@ def turn_notation(value: object) -> tuple[str, str] | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
+    value = _transposed(value)
     if not isinstance(value, list) or not value:
         return None
     first = value[0]
@@ -81,7 +82,7 @@ def turns_of(where: str, value: object, notes: Counter[str]) -> tuple[Message, .
 
     Raises RowError at the first place that does not fit.
     """
-    value = parsed(where, value, "a list of turns")
+    value = _transposed(parsed(where, value, "a list of turns"))
     if not isinstance(value, list):
         raise RowError("type", where, kind(value), "a list of turns")
     if not value:
@@ -99,6 +100,15 @@ def turns_of(where: str, value: object, notes: Counter[str]) -> tuple[Message, .
     if not kept:
         raise RowError("empty", where, "only an empty system turn", "one turn or more")
     return kept
+
+
+def _transposed(value: object) -> object:
+    """A mapping of lists of one length, as `datasets` keeps a sequence of mappings, as the list of mappings."""
+    if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if not any(key in value for key in ROLE_KEYS) or len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def _add_turn(where: str, turn: object, messages: list[Message], notes: Counter[str]) -> None:

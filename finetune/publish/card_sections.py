@@ -229,10 +229,11 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     """
     from huggingface_hub import EvalResult
 
-    names = list(dict.fromkeys(s.label for s in facts.recipe.data))
+    measured_on = facts.recipe.eval_data or facts.recipe.data
+    names = list(dict.fromkeys(s.label for s in measured_on))
     if not names:  # an adapter that was merged without rows to measure on
         return []
-    on_hub = [s for s in facts.recipe.data if isinstance(s, HubSource)]
+    on_hub = [s for s in measured_on if isinstance(s, HubSource)]
     where: dict[str, Any] = {
         "task_type": "text-generation",
         "dataset_name": f"held-out rows of {' and '.join(names)}",

@@ -111,10 +111,12 @@ def glob_parts(path: Path) -> tuple[Path, str] | None:
 
 def resolve_paths(value: object, info: ValidationInfo) -> object:
     """A path, or a list of paths, resolved; a pattern is looked for beside the recipe if a file there matches it."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, (str, Path)) for part in value):
         return tuple(resolve_paths(part, info) for part in value)
-    if not isinstance(value, str):
+    if isinstance(value, Path):
         return value
+    if not isinstance(value, str):
+        raise ValueError("allowed: a path, or a list of paths")
     path = resolve_path(value, info)
     if Path(value).is_absolute() or value.startswith("~") or glob_parts(path) is None:
         return path

@@ -219,7 +219,7 @@ def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Examp
     """The rows of an evaluation source. Raises InputError for one that cannot be read: it would not be protected."""
     from finetune.data.sources import read_source
 
-    _, rows = read_source(source, label, ctx.scratch)
+    _, rows = read_source(source, label, ctx.scratch, whole=False)
     for row in ctx.track(rows, f"read {label}", total=source.take):
         if isinstance(row, Reject):
             raise InputError(

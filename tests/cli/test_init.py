@@ -190,3 +190,15 @@ def test_any_text_survives_yaml(text):
     if any(c != " " and not c.isprintable() for c in text):
         return
     assert yaml.safe_load("{path: " + init._scalar(text) + "}") == {"path": text}
+
+
+def test_a_folder_a_pattern_and_rows_to_evaluate_on(folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "a.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    (folder / "held.csv").write_text("question;answer\nHi;Ho\n")
+    for data in ("more", "more/*.jsonl"):
+        said = write("many", data=data, eval_data="held.csv", force=True)
+        recipe = load_recipe("many.yaml").recipe
+        assert recipe.split is None and recipe.eval_data[0].label == "held.csv"
+        assert "held.csv: format prompt_completion" in said and "format prompt_completion, since" in said
+        assert len((folder / "many.yaml").read_text().splitlines()) <= 17

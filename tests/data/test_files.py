@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetune.data.files import data_files, digest
@@ -227,3 +228,17 @@ def test_a_wrong_encoding_is_refused_with_its_line(tmp_path: Path) -> None:
         InputError, match=r"found the byte 0xc3; allowed is ascii text; it reads as UTF-8: leave encoding out"
     ):
         list(local_rows(tmp_path / "x.jsonl", "ascii"))
+
+
+def test_an_encoding_of_a_binary_file_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="leave encoding out"):
+        local_rows(tmp_path / "x.parquet", "utf-16")
+
+
+def test_rows_that_are_only_compared_may_lose_columns(tmp_path: Path) -> None:
+    source = LocalSource(source="local", path=put(tmp_path, "x.jsonl", {**ROW, "choices": ["a", "b"]}))
+    with pytest.raises(InputError, match=r"ingest\.ignore: \[choices\]"):
+        read_source(source, "x", tmp_path)
+    _, rows = read_source(source, "x", tmp_path, whole=False)
+    assert [r.id for r in rows if isinstance(r, Example)] == ["x:1"]

@@ -180,6 +180,11 @@ def test_a_context_of_another_kind_names_the_way_on() -> None:
         convert({"question": "Hi", "answer": "Ho", "context": {"title": ["a"]}})
 
 
+def test_a_sequence_as_datasets_keeps_it() -> None:
+    row = {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Ho"], "weight": [None, 0]}}
+    assert convert(row).messages == (Message("user", "Hi"), Message("assistant", "Ho", learn=False))
+
+
 def test_raw_is_for_texts() -> None:
     assert convert({"text": "<|im_start|>user"}, raw=True).text == "<|im_start|>user"
     with pytest.raises(FormatError):

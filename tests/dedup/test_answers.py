@@ -66,5 +66,9 @@ def test_varied_answers_copies_and_few_rows_pass():
     checked([chat(i, "q", "the same row") for i in range(500)])  # copies of one row are duplicates, not labels
     checked([chat(i, f"q{i}", "yes") for i in range(49)])
     checked([chat(i, f"q{i}", t if i % 2 else "yes") for i, t in enumerate(sentences(200))])
+    often = [chat(1000 + i, f"of {i}", "an inherited method") for i in range(120)]
+    checked(often + [chat(i, f"q{i}", t) for i, t in enumerate(sentences(100))])  # 55 % lost, most answers once
     with pytest.raises(GateRefused):
         checked([chat(i, f"q{i}", "yes") for i in range(50)])
+    with pytest.raises(GateRefused):
+        checked(often * 3 + [chat(i, f"q{i}", t) for i, t in enumerate(sentences(30))])

@@ -21,7 +21,7 @@ model: ./base
 data:
   - {source: local, path: rows.jsonl}
 filter: {max_length_tokens: 100}
-dedup: {embedding: lsa, threshold: 0.98}
+dedup: {embedding: lsa, field: output, threshold: 0.98}
 split: {eval_fraction: 0.1}
 render: {max_length_tokens: 128}
 lora: {r: 4, alpha: 8, dropout: 0.1}

@@ -46,6 +46,7 @@ def test_every_absent_row_has_one_reason_and_it_is_the_right_one(lab):
         sets=[
             "data.1.weight=0.5", "filter={max_assistant_characters: 400, rules: [echo]}",
             f"dedup={{minhash: {{}}, embedding: 'model2vec:{static_model(lab.folder / 'static', rows)}'}}",
+            "dedup.field=output",
             f"decontaminate={{against: [{{source: local, path: '{evaluation}'}}]}}",
             "sample={top_k: 150}", "split={eval_fraction: 0.1}",
             "render={max_length_tokens: 420, overlong: drop, max_dropped_fraction: 0.9}",

@@ -332,3 +332,17 @@ def test_on_colab_a_key_comes_from_its_secrets_and_is_never_shown(tmp_path):
     assert "mounted /content/drive" in said and "/content/drive/MyDrive/finetune/artifacts" in said
     assert f"{tmp_path}/scratch" in said  # the large things stay on the local disk
     assert "['--set=seed=1', '--set=tracking.wandb=true']" in said
+
+
+def test_the_form_takes_data_and_rows_to_evaluate_on(tmp_path):
+    (tmp_path / "rows").mkdir()
+    start = (
+        f"import os, sys, json, subprocess\nfrom pathlib import Path\nchanges = []\nRECIPE = 'x'\n{cell('settings')}\n"
+    )
+    machine = cell("machine").partition('print("no GPU')[2].partition("\n")[2].partition('for name in ("t4"')[0]
+    code = f"{start}DATA, EVAL_DATA = 'rows', 'me/held'\n{machine}\nprint(*changes, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        '--set=data=[{"source": "local", "path": "rows"}]',
+        '--set=eval_data=[{"source": "hub", "id": "me/held"}]',
+    ]
