@@ -39,6 +39,10 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
     if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
         yield ("evaluate", "task_folder"), f"no such folder: {recipe.evaluate.task_path}"
+    if recipe.evaluate and recipe.evaluate.metrics:
+        from finetune.eval.answer_metrics import missing
+
+        yield from ((("evaluate", "metrics"), why) for why in missing(recipe.evaluate.metrics))
     start = recipe.lora.start_folder
     if start is not None and not (start / "adapter_config.json").is_file():
         yield ("lora", "start_from"), f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is no folder'}"
