@@ -98,7 +98,9 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
         files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
     rest = {k: v for k, v in evaluate.items() if k not in first and k not in ("tasks", "metrics")}
-    answers = [(name, words_of(name, f).removeprefix(f"{name} ")) for name, f in evaluate.get("metrics", {}).items()]
+    answers = [
+        (name, words_of(name, f).removeprefix(name).lstrip(": ")) for name, f in evaluate.get("metrics", {}).items()
+    ]
     tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
     on = []
     if "perplexity_base" in evaluate:

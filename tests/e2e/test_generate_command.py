@@ -1,6 +1,7 @@
 """`finetune generate`: rows in several formats, answers of each kind of model, and what a kill leaves."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -110,6 +111,18 @@ def test_a_merged_folder_answers_the_same_at_temperature_0_whatever_the_batch(wo
         )
     assert len({(tmp_path / f"{number}.jsonl").read_bytes() for number in range(2)}) == 1
     assert all(a["messages"][0] == {"role": "system", "content": "Be brief."} for a in lines(tmp_path / "0.jsonl"))
+
+
+def test_a_base_on_the_hub_answers_without_a_run(work, tmp_path):
+    commit = "c" * 40  # a cache as huggingface_hub leaves it, so that no network is asked
+    scratch = tmp_path / "scratch"
+    shutil.copytree(work.folder / "base", scratch / "hub" / "models--them--base" / "snapshots" / commit)
+    roots = ["--artifacts", str(tmp_path / "artifacts"), "--scratch", str(scratch)]
+    asked = command(work, tmp_path, name=f"them/base@{commit}")[:-4]
+    Done([*asked, *roots])
+    found = lines(tmp_path / "out.jsonl")
+    assert len(found) == ROWS and not (tmp_path / "artifacts" / "runs").exists()
+    assert "holds no config.json" in Done(command(work, tmp_path, name="./artifacts"), status=2).stderr
 
 
 def test_another_model_other_options_and_other_rows_are_refused(work, tmp_path):
