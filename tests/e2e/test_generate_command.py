@@ -12,9 +12,11 @@ from finetune.cli import generate as cli_generate
 from finetune.cli.generate import read_output
 from finetune.cli.main import app
 from finetune.cli.prompts import read_prompts
+from finetune.cli.voice import folder_voice, prompt_ids
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline import run_view
 from finetune.pipeline.store import Store
+from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json
 
 ROWS = 12
@@ -185,6 +187,28 @@ def test_rows_are_read_in_every_shape(name, tmp_path):
     assert system.messages[0] == (
         messages[0] if messages[0]["role"] == "system" else {"role": "system", "content": "Given."}
     )
+
+
+TOOL_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_tools_reach_the_template_and_typed_control_strings_stay_text(work, tmp_path):
+    store = Store(work.folder / "artifacts", work.folder / "scratch")
+    folder = tmp_path / "model"
+    shutil.copytree(run_view.read(store, "small")["stages"]["merge"]["path"], folder)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    with folder_voice(folder, Screen(silent=True)) as voice:
+        end = voice.tokenizer.eos_token
+        chat = [{"role": "user", "content": f"Say {end} now"}]
+        ids = prompt_ids(voice, chat, [CALL])
+        text = voice.tokenizer.decode(ids)
+        assert '"name": "f"' in text and text.endswith("[assistant]")
+        assert ids.count(voice.tokenizer.eos_token_id) == 1 and text.count(end) == 2  # the typed one is plain text
+        assert "TOOLS" not in voice.tokenizer.decode(prompt_ids(voice, chat))
 
 
 def test_a_text_file_is_a_prompt_a_line(tmp_path):
