@@ -6,11 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finetune.errors import FinetuneError
+from finetune.cli.options import ARTIFACTS, MIRROR, SCRATCH, Artifacts, AsJson, RecipeName, RunName, Scratch, Sets, note
+from finetune.errors import FinetuneError, InputError
 from finetune.utils.resources import complete_recipe
 from finetune.utils.streams import print_text, steady
 
@@ -21,24 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipeName = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
-]
-RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.", autocompletion=complete_recipe
-    ),
-]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the recipe.")]
-Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
-Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
-SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
-MIRROR = os.environ.get("FINETUNE_MIRROR") or None
 
 
 @app.command()
@@ -51,7 +34,6 @@ def validate(
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Check recipes: every error, with file, line and field."""
-    from finetune.errors import InputError
     from finetune.pipeline.recipe_checks import absent
     from finetune.pipeline.store import Store
     from finetune.recipe.load import load_recipe
@@ -90,13 +72,11 @@ def plan(
     from finetune.recipe.load import load_recipe
 
     store = Store(artifacts, scratch)
-    planned = run_view.with_start(
-        load_recipe(recipe, sets or []).recipe, store, lambda line: typer.echo(line, err=True)
-    )
+    planned = run_view.with_start(load_recipe(recipe, sets or []).recipe, store, note)
     steps = runner.plan(planned, store)
     result = pipeline_plan.predict(planned, steps, device, store.scratch)
     if line := preflight.more_epochs(planned, steps, store):
-        typer.echo(line, err=True)
+        note(line)
     print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
 
 
@@ -120,29 +100,18 @@ def run(
     """Run a recipe: every stage that is not there yet, or whose inputs changed."""
     from finetune.cli.run import launch_recipe, run_recipe
 
+    asked: dict[str, Any] = {
+        "until": until,
+        "sets": sets or [],
+        "artifacts": artifacts,
+        "scratch": scratch,
+        "fresh": fresh,
+    }
+    asked |= {"force": force, "mirror": mirror}
     if processes > 1:
-        launch_recipe(
-            recipe,
-            processes,
-            until=until,
-            sets=sets or [],
-            artifacts=artifacts,
-            scratch=scratch,
-            fresh=fresh,
-            force=force,
-            mirror=mirror,
-        )
-        return
-    run_recipe(
-        recipe,
-        until=until,
-        sets=sets or [],
-        artifacts=artifacts,
-        scratch=scratch,
-        fresh=fresh,
-        force=force,
-        mirror=mirror,
-    )
+        launch_recipe(recipe, processes, **asked)
+    else:
+        run_recipe(recipe, **asked)
 
 
 @app.command()
@@ -161,10 +130,10 @@ def show(
     from finetune.utils.format import json_text
 
     store = Store(artifacts, scratch)
-    values = [run_view.read(store, name) for name in ([run, other] if other else [run])]
-    for value, name in zip(values, [run, other], strict=False):
-        if line := run_view.newer_than_finished(store, value, str(name)):
-            typer.echo(line, err=True)
+    asked = [run, other] if other else [run]
+    values = [run_view.read(store, name) for name in asked]
+    for line in filter(None, (run_view.newer_than_finished(store, v, n) for v, n in zip(values, asked, strict=True))):
+        note(line)
     problems = [p for v in values for p in run_view.verify(store, v)] if verify else []
     if as_json:
         public = [run_view.public(v) for v in values]
@@ -205,7 +174,7 @@ def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SC
     from finetune.pipeline.store import Store
     from finetune.report.page import write_report
 
-    print_text(write_report(Store(artifacts, scratch), run, lambda line: typer.echo(line, err=True)))
+    print_text(write_report(Store(artifacts, scratch), run, note))
 
 
 @app.command()
@@ -257,9 +226,7 @@ def merge(
 
 @app.command()
 def runs(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe's.", autocompletion=complete_recipe)
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Only this recipe's.", autocompletion=complete_recipe)] = None,
     as_json: AsJson = False,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
@@ -342,6 +309,41 @@ def chat(
 
     options = chatting.Options(max_new_tokens, temperature, seed, system, compare)
     chatting.chat(name, prompt, options, artifacts, scratch)
+
+
+@app.command()
+def generate(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|FOLDER|BASE",
+            help="RECIPE[@RUN], the folder of a model, or a base (OWNER/NAME).",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    source: Annotated[
+        Path, typer.Option("--input", metavar="FILE", help="Prompts: .txt, or rows as a recipe reads them.")
+    ],
+    target: Annotated[Path, typer.Option("--output", metavar="FILE", help="JSON lines; a stopped run goes on in it.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Sample from the likeliest tokens of this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Answers for each prompt.")] = 1,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message for rows without one.")] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens at once, padding included; changes no answer.")
+    ] = 16384,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Answer every row of a file; goes on after a stop without losing or repeating a row."""
+    from finetune.cli import generate as cli_generate
+
+    options = cli_generate.Options(max_new_tokens, temperature, top_p, seed, n, system, batch_tokens)
+    cli_generate.generate(name, source, target, options, artifacts, scratch)
 
 
 @app.command()

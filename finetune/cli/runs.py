@@ -73,7 +73,8 @@ def print_list(lines: list[dict[str, Any]]) -> None:
                 f"{line['recipe']}@{line['run']}",
                 when,
                 line["status"],
-                " → ".join(perplexity),
+                " → ".join(perplexity)
+                or (f"merged {number(line['perplexity_merged'])}" if line["perplexity_merged"] else ""),
                 duration(line["seconds"]) if line["seconds"] else "",
                 size(line["bytes"]),
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
 from finetune.utils.console import Screen
-from finetune.utils.files import read_json
+from finetune.utils.files import file_digest, read_json
 from finetune.utils.links import require_model
 
+HUB_BASE = r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?"
 ROOM_FOR_CACHE = 0.85  # of the free GPU memory may go to weights; the rest holds keys, values and activations
 
 
@@ -29,9 +31,11 @@ class Voice:
     tokenizer: Any  # PreTrainedTokenizerBase
     encoder: Any  # tokenization.encoder.Encoder
     profile: Any  # tokenization.template_profile.TemplateProfile
+    template: str  # the text of its chat templates
     terminators: tuple[int, ...]
     pad_id: int
     positions: int | None  # the longest sequence the base was made for, in tokens
+    identity: str = ""  # digest of what answers: the same files give the same
 
 
 def model_folder(name: str) -> Path | None:
@@ -73,9 +77,13 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
     screen.say(f"{value['recipe']}@{value['run']}: adapter on {recipe.model.id} ({kind}), {precision}: {why}")
     frozen = loading.load_base(recipe.model, base, ctx, recipe.quantization, precision, device)
     model = loading.attach_adapter(frozen, adapter)
-    facts = read_json(adapter / "template" / "template.json")
+    described = adapter / "template" / "template.json"  # an adapter that was imported without rows has none
+    facts = read_json(described) if described.is_file() else {}
     with runtime.fitting(base, device):
-        yield _voice(model, base, adapter, facts["terminators"], facts["pad_token"])
+        stops = facts.get("terminators") or _generation_stops(base)
+        digests = [Path(value["stages"][stage]["path"]).name for stage in ("base", "train")]  # keys of the two stages
+        identity = f"{digests}, {precision}"
+        yield _voice(model, base, adapter, stops, facts.get("pad_token"), identity)
 
 
 def recipe_of(value: dict[str, Any], name: str) -> Recipe:
@@ -110,7 +118,42 @@ def folder_voice(folder: Path, screen: Screen) -> AbstractContextManager[Voice]:
     template_file = folder / "template.json"
     facts = read_json(template_file) if template_file.is_file() else {}
     stops = facts.get("terminators") or _generation_stops(folder)
-    return nullcontext(_voice(_load_folder(folder, precision, device), folder, folder, stops, facts.get("pad_token")))
+    model = _load_folder(folder, precision, device)
+    named = files + [f for n in ("config.json", "chat_template.jinja") if (f := folder / n).is_file()]
+    identity = f"{sorted(map(file_digest, named))}, {precision}"
+    return nullcontext(_voice(model, folder, folder, stops, facts.get("pad_token"), identity))
+
+
+@contextmanager
+def base_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iterator[Voice]:
+    """A base as it is published: OWNER/NAME[@REVISION] on the Hub, or a builtin, which is trained here first."""
+    from finetune.models import loading
+    from finetune.pipeline import runner
+    from finetune.pipeline.runs import Run
+
+    model, _, revision = name.partition("@")
+    asked = {"id": model, "revision": revision or None}
+    try:
+        recipe = Recipe.model_validate({"name": "base", "model": asked, "data": [{"source": "pydoc"}]})
+    except ValueError as error:
+        raise InputError(f"{name} is no run, folder or base: {str(error).splitlines()[2].strip()}") from None
+    store = Store(artifacts, scratch)
+    ctx = Context(store.scratch, recipe.runtime, recipe.tracking, say=screen.say, bar=screen.bar)
+    runner.run(recipe, store, ctx, Run(store.artifacts, "base", "", (), "0" * 8, write=False), until="base")
+    step = next(s for s in runner.plan(recipe, store) if s.stage.name == "base")
+    assert step.folder is not None  # noqa: S101 - it was built
+    weights = loading.ensure_base(recipe.model, step.folder, ctx)
+    with folder_voice(weights, screen) as voice:
+        yield voice
+
+
+def open_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> AbstractContextManager[Voice]:
+    """What `name` stands for, loaded: RECIPE[@RUN], the folder of a model, or a base. Raises InputError."""
+    is_base = name.startswith("builtin:") or re.fullmatch(HUB_BASE, name) is not None
+    if is_base and not Path(name).is_dir() and not name.partition("@")[0].endswith((".yaml", ".yml")):
+        return base_voice(name, artifacts, scratch, screen)
+    folder = model_folder(name)
+    return folder_voice(folder, screen) if folder else run_voice(name, artifacts, scratch, screen)
 
 
 def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], device: str) -> Any:  # noqa: ANN401 - model
@@ -153,6 +196,7 @@ def _voice(
     template_folder: Path,
     terminators: list[int],
     pad_token: str | None,
+    identity: str,
 ) -> Voice:
     from finetune.models.loading import load_tokenizer
     from finetune.tokenization.chat_template import JinjaRenderer, base_template
@@ -179,9 +223,11 @@ def _voice(
         tokenizer=tokenizer,
         encoder=Encoder(tokenizer),
         profile=profile,
+        template=template + (tool_use or ""),
         terminators=tuple(stops),
         pad_id=tokenizer.get_vocab()[pad] if pad else stops[0],
         positions=model.config.to_dict().get("max_position_embeddings"),
+        identity=identity,
     )
 
 

@@ -1,9 +1,8 @@
-"""Forward passes without gradients: the likelihood of held-out rows, and greedy answers."""
+"""Forward passes without gradients: the likelihood of held-out rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 POSITIONS = 1024  # that meet the vocabulary at once
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy generation. `finish` is "stop" (a terminator came, not part of `ids`) or "length"."""
-
-    ids: list[int]
-    finish: str
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -133,77 +124,3 @@ def _is_adapted(model: object) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
-
-
-def greedy(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
-    prompts: Sequence[np.ndarray],
-    limits: Sequence[int],
-    terminators: Sequence[int],
-    pad_id: int,
-    ctx: Context,
-    batch_tokens: int = 16384,
-) -> list[Answer]:
-    """Greedy answers to prompts of token ids, each of at most its own `limits` new tokens.
-
-    `batch_tokens` bounds prompts and answers of a batch together, padded: the key-value cache grows with it.
-    """
-    answers: list[Answer | None] = [None] * len(prompts)
-    groups = list(batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], batch_tokens))
-    for group in ctx.track(groups, "generating", len(groups)):
-        new = _generate(model, [prompts[i] for i in group], [limits[i] for i in group], terminators, pad_id, ctx)
-        for i, ids in zip(group, new, strict=True):
-            answers[int(i)] = _cut(ids, limits[int(i)], set(terminators))
-    return [a for a in answers if a is not None]
-
-
-def _generate(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
-    prompts: Sequence[np.ndarray],
-    limits: Sequence[int],
-    terminators: Sequence[int],
-    pad_id: int,
-    ctx: Context,
-) -> list[list[int]]:
-    import torch
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    for k, prompt in enumerate(prompts):  # padded on the left, so that the next token follows the prompt
-        ids[k, width - len(prompt) :] = torch.from_numpy(prompt)
-        attention[k, width - len(prompt) :] = 1
-    device = model.device
-    allowed = torch.tensor(limits, device=device)
-
-    class OwnLimit(StoppingCriteria):
-        """Each row ends at its own limit; a signal ends all."""
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-            ctx.stop.check()
-            return (input_ids.shape[1] - width) >= allowed
-
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=int(max(limits)),
-        eos_token_id=list(terminators),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=attention.to(device),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([OwnLimit()]),
-        )
-    return [row[width:].tolist() for row in out.cpu()]
-
-
-def _cut(ids: list[int], limit: int, terminators: set[int]) -> Answer:
-    for n, token in enumerate(ids[:limit]):
-        if token in terminators:
-            return Answer(ids[:n], "stop")
-    return Answer(ids[:limit], "length")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.lora.config import is_target, layer_count
+from finetune.lora.config import is_target, layer_count, layer_of
 from finetune.models.architecture import Modules
 from finetune.recipe import Lora
 from finetune.utils.files import read_json
@@ -60,13 +60,13 @@ class Adapter:
         keys = (re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_A\.weight", key) for key in self.shapes or {})
         return {match[1] for match in keys if match}
 
-    def whole(self) -> dict[str, int]:
-        """Modules whose weight is stored whole, and its rows; biases are not counted."""
+    def whole(self) -> dict[str, tuple[int, ...]]:
+        """Modules whose weight is stored whole, and its shape; biases are not counted."""
         found = {}
         for key, shape in (self.shapes or {}).items():
             name = key.removeprefix(PREFIX)
             if name.endswith(".weight") and ".lora_" not in name and ".token_adapter." not in name and shape:
-                found[name.removesuffix(".weight").removesuffix(".base_layer")] = shape[0]
+                found[name.removesuffix(".weight").removesuffix(".base_layer")] = shape
         return found
 
 
@@ -110,7 +110,8 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
     kind = adapter.config.get("peft_type")
     if kind != "LORA":
         return [(("lora", "start_from"), f"{adapter.where} is an adapter of type {kind}; only LORA is supported")]
-    found = [*_another_base(lora, adapter, base), *_vocabulary(adapter, base)]
+    known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
+    found = [*_another_base(lora, adapter, base, known), *_vocabulary(adapter, base)]
     if not importing:
         found += [*_settings(lora, adapter), *_not_trained(adapter), *_layers(lora, adapter, base)]
         if not any(field == ("model",) for field, _ in found):
@@ -118,7 +119,8 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
     return found
 
 
-def _another_base(lora: Lora, adapter: Adapter, base: Base) -> Iterator[Problem]:
+def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str] | None) -> Iterator[Problem]:
+    """`known`: the modules that may be adapted; those that are merged need not be ones that can be trained here."""
     named = adapter.base
     if (
         named
@@ -131,11 +133,11 @@ def _another_base(lora: Lora, adapter: Adapter, base: Base) -> Iterator[Problem]
             f"the adapter in {adapter.where} was trained on {named}, the recipe's model is {base.id}; set model: "
             f"{named}, or, if the two are the same model, lora.start_base: {named}",
         )
-    if base.modules is not None and (lost := sorted(adapter.adapted() - {*base.modules.linear, "lm_head"})):
-        if not any(name.endswith(lost[0].rpartition(".")[2]) for name in base.modules.every):
-            words = f"adapts {lost[0]}, a module that the base does not have"
-        else:
-            words = f"adapts {lost[0]}, which is no linear module of the base"
+    if known is not None and (lost := sorted(adapter.adapted() - set(known))):
+        there = base.modules is not None and lost[0] in base.modules.every
+        words = (
+            f"adapts {lost[0]}, {'which is no linear module of the base' if there else 'which the base does not have'}"
+        )
         yield ("model",), f"the adapter in {adapter.where} {words} ({len(lost)} such); it was trained on {named}"
         return
     for module in sorted(adapter.adapted()):
@@ -152,8 +154,9 @@ def _another_base(lora: Lora, adapter: Adapter, base: Base) -> Iterator[Problem]
 
 def _vocabulary(adapter: Adapter, base: Base) -> Iterator[Problem]:
     size = (base.config or {}).get("vocab_size")
-    for module, rows in adapter.whole().items():
-        if module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte") and isinstance(size, int) and rows != size:
+    for module, shape in adapter.whole().items():
+        rows, outside = shape[0], len(shape) == 2 and layer_of(module) is None  # an embedding, or the head
+        if outside and isinstance(size, int) and rows != size:
             yield (
                 ("model",),
                 f"the adapter holds {module} with {rows} rows, the vocabulary of {base.id} has {size}: tokens were "

@@ -57,6 +57,10 @@ def predict(
         **_data_figures(recipe, by_name),
         "embedding": _embedding(by_name, scratch),
     }
+    if recipe.train is None:
+        result["imports"] = str(recipe.lora.start_from).removeprefix("folder:")
+        parts = disk(shapes, recipe) if shapes else None
+        return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": parts, "devices": None, "steps": 0}
     if shapes is None:
         return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": None, "devices": None}
     result["notes"] = _notes(recipe, shapes, pinned)
@@ -155,6 +159,10 @@ def describe(result: dict[str, Any]) -> str:
         note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
         lines.append(f"  {name:<{width}}  {_status(status)}{note}")
     lines += ["", f"  access      {result['access']}"]
+    if "imports" in result:
+        lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
+        lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
+        return "\n".join(lines)
     if result["parameters"] is None:
         lines.append("  memory      unknown until the base stage has read its config")
     else:

@@ -13,7 +13,7 @@ from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.estimate import memory as estimate_memory
 from finetune.estimate.choice import Options, device_like
 from finetune.estimate.shapes import Shapes, read_config, read_known_modules, read_shapes
-from finetune.eval import lm_eval
+from finetune.eval import answer_metrics, lm_eval
 from finetune.gguf import llama_cpp
 from finetune.lora import config as lora_config
 from finetune.lora import start as lora_start
@@ -57,6 +57,8 @@ def check(
         llama_cpp.require_quantizer(recipe.export.gguf)
     if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
         lm_eval.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
+    if "evaluate" in to_build and recipe.evaluate and (lacks := answer_metrics.missing(recipe.evaluate.metrics)):
+        raise InputError("\n".join(f"evaluate.metrics: {why}" for why in lacks))
     if "train" in to_build:
         check_adapter(recipe, base.folder if base.manifest else None, scratch)
         notes += _check_training(recipe, shapes, world, force=force) if recipe.train else []

@@ -30,9 +30,7 @@ def absent(loaded: LoadedRecipe) -> list[str]:
 def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     recipe = loaded.recipe
     folder = recipe.model.folder
-    if folder is not None and not (folder / "config.json").is_file():
-        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
-    elif folder is not None and (why := base_problem(recipe, read_json(folder / "config.json"))):
+    if folder is not None and (why := _model_problem(recipe, folder)):
         yield ("model",), why
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (
@@ -53,6 +51,10 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
     if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
         yield ("evaluate", "task_folder"), f"no such folder: {recipe.evaluate.task_path}"
+    if recipe.evaluate and recipe.evaluate.metrics:
+        from finetune.eval.answer_metrics import missing
+
+        yield from ((("evaluate", "metrics"), why) for why in missing(recipe.evaluate.metrics))
     start = recipe.lora.start_folder
     if start is not None and not (start / "adapter_config.json").is_file():
         yield ("lora", "start_from"), f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is no folder'}"
@@ -61,6 +63,12 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def _model_problem(recipe: Recipe, folder: Path) -> str | None:
+    if not (folder / "config.json").is_file():
+        return f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    return base_problem(recipe, read_json(folder / "config.json"))
 
 
 def _not_its_own(folder: Path) -> Iterator[str]:

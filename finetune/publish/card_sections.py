@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.eval.answer_metrics import words_of
 from finetune.eval.metrics import never_stops
 from finetune.hub.client import Kind
 from finetune.publish.facts import Facts, Json
@@ -98,7 +99,10 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     if files:
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
         files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
-    rest = {k: v for k, v in evaluate.items() if k not in first and k != "tasks"}
+    rest = {k: v for k, v in evaluate.items() if k not in first and k not in ("tasks", "metrics")}
+    answers = [
+        (name, words_of(name, f).removeprefix(name).lstrip(": ")) for name, f in evaluate.get("metrics", {}).items()
+    ]
     tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
     on = []
     if "perplexity_base" in evaluate:
@@ -111,7 +115,9 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         )
     if files and "agreement" in export:
         on.append("`agreement_gguf_…`: the share of those rows' next tokens on which file and merged model agree")
-    return figures({**first, **files, **rest}) + tasks, "; ".join(on)
+    if answers:
+        on.append(f"the measures of answers on {number(evaluate['generations'])} greedy answers, base → adapter")
+    return figures({**first, **files, **rest}) + answers + tasks, "; ".join(on)
 
 
 def figures(values: Json) -> list[tuple[str, str]]:

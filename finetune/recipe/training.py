@@ -28,6 +28,7 @@ from finetune.recipe.data import (
 )
 
 BUILTIN_MODELS = ("builtin:tiny-mistral",)
+AnswerMetric = Literal["exact_match", "f1", "rouge_l", "bleu", "chrf", "json_valid", "tool_call_match"]
 GgufKind = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
@@ -209,6 +210,8 @@ class Evaluate(Section):
     """Held-out rows that are scored, at most."""
     generations: Annotated[int, Field(ge=0, le=10_000)] = 32
     """Held-out prompts that are answered, to see whether answers end; 0 answers none."""
+    metrics: list[AnswerMetric] = []
+    """How near those answers come to the held-out ones, base beside adapter; rouge_l, bleu, chrf: pip '.[metrics]'."""
     batch_tokens: Count = 4096
     """Tokens scored at once, padding included: memory against speed."""
     tasks: list[Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]] = []
@@ -229,7 +232,13 @@ class Evaluate(Section):
             return {**value, "task_folder": path.name, "task_path": path}
         return value
 
-    @field_validator("tasks")
+    @model_validator(mode="after")
+    def _answers_to_measure(self) -> Self:
+        if self.metrics and not self.generations:
+            refuse([(("metrics",), "they measure answers, and generations is 0; set it to the number of answers")])
+        return self
+
+    @field_validator("tasks", "metrics")
     @classmethod
     def _each_once(cls, tasks: list[str]) -> list[str]:
         if twice := [t for i, t in enumerate(tasks) if t in tasks[:i]]:

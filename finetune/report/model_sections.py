@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.eval.answer_metrics import verdict
 from finetune.eval.metrics import never_stops
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils import svg
 from finetune.utils.format import NONE, clipped, duration, interval, number, percent, size, task_figures
 
-SAMPLES, OPEN_SAMPLES = 24, 4
+SAMPLES, OPEN_SAMPLES, MOVED_SAMPLES = 24, 4, 5
 LONGEST_TEXT = 700
 MEMORY_KEYS = ("memory_bytes", "peak_memory_bytes")
 HELD_OUT_KEYS = ("held_out_loss", "eval_loss")
@@ -136,6 +137,8 @@ def evaluation_section(stages: Stages) -> dict[str, Any]:
         "intervals": perplexities(m, certificate(stages["certify"])),
         "figures": _evaluation_figures(m),
         "prompt": prompt_use(m),
+        "metrics": metric_rows(m),
+        "moved": [(words, [_sample(s) for s in found]) for words, found in moved(samples)],
         "samples": [_sample(s) for s in samples[:SAMPLES]],
         "all_samples": len(samples),
         "open_samples": OPEN_SAMPLES,
@@ -156,6 +159,34 @@ def _evaluation_figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
         base = f" (the base: {percent(m.get('stop_rate_base'))})" if m.get("stop_rate_base") is not None else ""
         lines.append(("answers that end by themselves", f"{percent(m.get('stop_rate'))} of {m['generations']}{base}"))
     return lines + [line for name, task in m.get("tasks", {}).items() for line in task_figures(name, task)]
+
+
+def metric_rows(m: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(measure, base, adapter, difference with its interval, verdict, rows better, rows worse, rows) of the answers."""
+    return [
+        (
+            name,
+            number(f.get("base")),
+            number(f.get("adapter")),
+            f"{number(f.get('difference'))} ({interval(f.get('interval'))})" if f.get("rows") else NONE,
+            verdict(f),
+            *(number(f.get(key)) for key in ("better", "worse", "rows")),
+        )
+        for name, f in (m.get("metrics") or {}).items()
+    ]
+
+
+def moved(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """The samples whose answers moved most, by the mean of adapter less base over the measures: better, then worse."""
+    changes = []
+    for sample in samples:
+        pairs = [p for p in (sample.get("scores") or {}).values() if None not in p]
+        if pairs:
+            changes.append((sum(a - b for b, a in pairs) / len(pairs), sample))
+    changes.sort(key=lambda change: change[0])
+    better = [s for change, s in reversed(changes) if change > 0][:MOVED_SAMPLES]
+    worse = [s for change, s in changes if change < 0][:MOVED_SAMPLES]
+    return [(words, found) for words, found in (("Got better", better), ("Got worse", worse)) if found]
 
 
 def _with_interval(m: Mapping[str, Any], name: str) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.context import Context, Metrics
-from finetune.errors import GateRefused
+from finetune.errors import GateRefused, InputError
+from finetune.eval.answer_metrics import missing
+from finetune.eval.answer_metrics import words_of as answer_words
 from finetune.eval.metrics import never_stops
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
 from finetune.utils.files import canonical_json, write_bytes, write_json
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.eval.scoring import Answer
+    from finetune.eval.generation import Answer
     from finetune.tokenization.token_rows import TokenRow
 
 
@@ -72,6 +74,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     template = json.loads((inputs["render"] / "template" / "template.json").read_text(encoding="utf-8"))
     tokenizer = loading.load_tokenizer(inputs["base"])
     settings = spec.evaluate
+    if lacks := missing(settings.metrics):
+        raise InputError("\n".join(f"evaluate.metrics: {why}" for why in lacks))
     # Read before the slow part: a task that cannot be loaded must not cost it.
     tasks = lm_eval.load(settings.tasks, settings.task_path, spec.seed) if settings.tasks else None
     base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device)
@@ -97,6 +101,8 @@ def _warn(result: Mapping[str, Any], ctx: Context) -> None:
         ctx.say(f"evaluate: perplexity does not tell base and adapter apart (ratio {ends}, which holds 1)")
     if words := never_stops(result):
         ctx.say(f"evaluate: {words}")
+    for name, figures in result.get("metrics", {}).items():
+        ctx.say(f"evaluate: {answer_words(name, figures)}")
     interval = result["nll_difference_interval"]
     if interval is None:
         ctx.say("evaluate: one held-out row has no other prompt to be compared with")
@@ -143,7 +149,21 @@ def _measure(
         "stop_rate": stopped / len(answers) if answers else None,
         "stop_rate_base": sum(a.finish == "stop" for a in base_answers) / len(answers) if answers else None,
     }
+    if settings.metrics:
+        result["metrics"] = _score_answers(lines, settings.metrics, spec.seed)
     return result, lines
+
+
+def _score_answers(lines: list[dict[str, Any]], names: Sequence[str], seed: int) -> dict[str, Any]:
+    """Base beside adapter by each measure; every line gets its own scores, [base, adapter]."""
+    from finetune.eval.answer_metrics import compare
+
+    references = [line["reference"] for line in lines]
+    base, adapter = ([line[side]["text"] for line in lines] for side in ("base", "adapter"))
+    figures, rows = compare(names, references, base, adapter, seed)
+    for line, scores in zip(lines, rows, strict=True):
+        line["scores"] = {name: list(pair) for name, pair in scores.items()}
+    return figures
 
 
 def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
@@ -190,7 +210,7 @@ def _generate(
     batch_tokens: int,
     ctx: Context,
 ) -> tuple[list[Answer], list[Answer]]:
-    from finetune.eval.scoring import greedy
+    from finetune.eval.generation import greedy
 
     prompts = [r.ids[: r.answer_start] for r in rows]
     limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]

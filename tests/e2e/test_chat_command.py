@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli.chat import Conversation, Options, printable
-from finetune.cli.prompt import history_file, read_question, remembering
+from finetune.cli.chat import Conversation, Options, history_file, printable, read_question, remembering
 from finetune.cli.voice import prompt_ids
 from finetune.utils.files import read_json
 

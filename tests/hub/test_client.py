@@ -284,3 +284,41 @@ def test_offline_is_said_before_anything(hub: LoopbackHub, folder: Path, monkeyp
     with pytest.raises(FinetuneError, match="HF_HUB_OFFLINE"):
         push(folder)
     assert hub.requests == []
+
+
+# --- an adapter that is continued or merged
+
+
+def test_an_adapter_is_described_by_its_configuration_and_header_alone(hub: LoopbackHub, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save
+
+    weights = save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 300_000)})
+    files = {"adapter_config.json": '{"peft_type": "LORA", "r": 4}', "adapter_model.safetensors": weights}
+    hub.plant("them/adapter", files)
+    config, shapes = under_test.read_adapter_files("them/adapter", None, tmp_path)
+    assert config["r"] == 4 and list(shapes.values()) == [(4, 300_000)]
+    assert not list(tmp_path.rglob("*.safetensors"))  # the plan downloads no weights
+    hub.plant("them/model", {"config.json": "{}"})
+    with pytest.raises(InputError, match=r"holds no adapter_config\.json"):
+        under_test.read_adapter_files("them/model", None, tmp_path)
+
+
+def test_a_plan_tells_what_differs_from_an_adapter_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from finetune.pipeline import preflight
+    from finetune.recipe import Recipe
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    config = '{"peft_type": "LORA", "r": 8, "lora_alpha": 32, "base_model_name_or_path": "them/other"}'
+    files = {"adapter_config.json": config, "adapter_model.safetensors": save({name: torch.ones(8, 64)})}
+    hub.plant("them/adapter", files)
+    raw = {"name": "a", "model": "them/base", "data": [{"source": "pydoc"}], "lora": {"start_from": "them/adapter"}}
+    recipe = Recipe.model_validate(raw)
+    with pytest.raises(InputError) as error:
+        preflight.refuse_start(recipe, None, tmp_path)
+    told = str(error.value).splitlines()
+    assert len(told) == 2 and "set model: them/other" in told[0] and "set lora.r: 8" in told[1]
+    preflight.refuse_start(recipe, None)  # `validate` asks no network

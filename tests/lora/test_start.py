@@ -106,6 +106,25 @@ def test_another_vocabulary_and_another_base_are_named(base, tmp_path):
     assert at == ("model",) and "layers.2" in why
 
 
+def test_an_adapter_on_modules_that_are_not_trained_here_can_be_imported(tmp_path):
+    shape = {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    gpt2 = save_tiny(tmp_path / "gpt2", "gpt2", **shape)  # its layers are Conv1D
+    save_adapter(gpt2, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    known_base = Base(BASE, read_modules(gpt2, False), read_json(gpt2 / "config.json"))
+    adapter = read_adapter(tmp_path / "a")
+    assert problems(Lora(**OURS), adapter, known_base, importing=True) == []
+    other = Base(BASE, read_modules(save_tiny(tmp_path / "b"), False))
+    ((at, why),) = problems(Lora(**OURS), adapter, other, importing=True)
+    assert at == ("model",) and "which the base does not have" in why
+
+
 @pytest.mark.parametrize("importing", [False, True])
 def test_a_base_of_another_name_is_refused_unless_the_recipe_says_that_it_is_the_same(base, importing):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "base_model_name_or_path": "them/theirs-bnb-4bit"}

@@ -84,3 +84,22 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_stage(offline, tmp_pa
     monkeypatch.setattr("finetune.pipeline.preflight.shutil.disk_usage", lambda path: usage(1, 1, 1000))
     with pytest.raises(FinetuneError, match="free some, or choose another folder"):
         preflight.check_folders(recipe, steps, store)
+
+
+def test_a_recipe_that_imports_an_adapter_plans_no_training(tmp_path):
+    from finetune.pipeline import plan as pipeline_plan
+    from finetune.pipeline import runner
+    from finetune.pipeline.store import Store
+    from finetune.recipe import Recipe
+    from finetune.utils.files import write_json
+
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "a" / "adapter_config.json", {"peft_type": "LORA"})
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    raw = {"name": "imp", "model": "builtin:tiny-mistral", "train": None, "lora": {"start_from": str(tmp_path / "a")}}
+    recipe = Recipe.model_validate(raw)
+    lora = recipe.lora.model_copy(update={"start_folder": tmp_path / "a"})
+    recipe = recipe.model_copy(update={"lora": lora})
+    result = pipeline_plan.predict(recipe, runner.plan(recipe, Store(tmp_path / "x", tmp_path / "y")))
+    assert result["stages"]["ingest"] == result["stages"]["certify"] == "off" and result["devices"] is None
+    assert "nothing is trained" in pipeline_plan.describe(result)

@@ -10,9 +10,13 @@ from finetune.cli.clean import unused
 from finetune.cli.main import app
 from finetune.cli.rm import remove_runs
 from finetune.errors import InputError
-from finetune.pipeline import run_view
+from finetune.pipeline import preflight, run_view
+from finetune.pipeline.runner import Step
 from finetune.pipeline.runs import latest_run, run_folders
+from finetune.pipeline.stage_list import STAGES, needs_of, spec_of, stage_named
 from finetune.pipeline.store import Manifest, Store
+from finetune.recipe import Recipe
+from finetune.recipe.keys import key_form
 
 BASE_TRAIN = ("base", "train")
 
@@ -190,3 +194,63 @@ def test_a_run_in_progress_is_not_removed(made):
     with made.store.lease(folder, lambda line: None, lambda: None), pytest.raises(InputError, match="is running"):
         remove_runs([f"made@{name_of(1)}"], made.store)
     assert (folder / "run.json").exists()
+
+
+# --- more epochs, and recipes without rows
+
+
+def recipe_with(**sections):
+    raw = {"name": "made", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}], **sections}
+    return Recipe.model_validate({k: v for k, v in raw.items() if v is not ...})
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        ({"epochs": 1}, {"epochs": 3}, "train.epochs was 1.0, is 3.0"),
+        ({"max_steps": 10}, {"max_steps": 20}, "train.max_steps was 10, is 20"),
+        ({"epochs": 3}, {"epochs": 1}, None),
+        ({"epochs": 1}, {"epochs": 1, "learning_rate": 1e-5}, None),
+    ],
+)
+def test_more_epochs_say_that_training_begins_again_and_name_the_other_way(made, was, now, told):
+    done = made.run(1, train="done")
+    folder = next((made.store.artifacts / "train").iterdir())
+    manifest = made.store.find(folder)
+    spec = key_form(stage_named("train").spec(recipe_with(train=was)))
+    made.store.commit(folder, manifest.model_copy(update={"spec": spec}))
+    asked = recipe_with(train=now)
+    step = Step(stage_named("train"), "missing", stage_named("train").spec(asked))
+    line = preflight.more_epochs(asked, [step], made.store)
+    assert (line is None) == (told is None)
+    if told:
+        assert told in line and f"lora.start_from: made@{done.name}" in line
+    other = recipe_with(train=now, lora={"r": 4})  # another adapter could not be gone on with
+    step = Step(stage_named("train"), "missing", stage_named("train").spec(other))
+    assert preflight.more_epochs(other, [step], made.store) is None
+    assert preflight.more_epochs(asked, [Step(stage_named("train"), "done")], made.store) is None
+    assert preflight.more_epochs(asked, [step], Store(made.store.artifacts / "none", made.store.scratch)) is None
+
+
+def test_every_stage_is_given_its_needs_but_in_a_recipe_without_rows():
+    whole = recipe_with(filter=None, dedup=None, sample=None, split=None, evaluate=None, pack=None, certify=None)
+    for stage in STAGES:
+        assert needs_of(stage, whole) == stage.needs
+    bare = recipe_with(data=..., lora={"start_from": "./adapter"}, train=None)
+    found = {stage.name: needs_of(stage, bare) for stage in STAGES if spec_of(stage, bare) is not None}
+    assert found == {"base": (), "train": ("base",), "merge": ("certify", "train", "base")}
+
+
+def test_a_run_is_named_by_recipe_or_by_recipe_and_run(made):
+    made.run(1, base="done", train="done")
+    (made.store.artifacts / "runs" / "made" / name_of(1) / "recipe.yaml").write_text("")
+    for name, words in (("made", name_of(1)), (f"made@{name_of(1)}", name_of(1))):
+        found = run_view.with_start(recipe_with(name="next", lora={"start_from": name}), made.store)
+        assert found.lora.start_folder.parent.parent.name == "train" and words
+        assert run_view.with_start(found, made.store) is found
+    made.run(2, key="b", base="done", train="failed")
+    found = run_view.with_start(recipe_with(name="next", lora={"start_from": "made"}), made.store)
+    assert "made" in str(found.lora.start_from) and found.lora.start_folder.is_relative_to(made.store.artifacts)
+    for name, words in (("other", "has not run yet"), (f"made@{name_of(2)}", "train of made"), ("made@x", "no run")):
+        with pytest.raises(InputError, match=words):
+            run_view.with_start(recipe_with(name="next", lora={"start_from": name}), made.store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from finetune.errors import FinetuneError, InputError, Stopped
 from finetune.eval import lm_eval
 from finetune.models import loading
 from finetune.recipe import Recipe
-from finetune.report.model_sections import _evaluation_figures
+from finetune.report.model_sections import _evaluation_figures, metric_rows, moved
 from finetune.stages import evaluate
 from finetune.tiny import model as tiny_model
 from finetune.utils.files import write_json
@@ -247,3 +248,27 @@ def test_what_the_figures_do_not_show_is_said_and_nothing_else(figures: dict[str
     good = {"stop_rate": 0.5, "nll_difference_interval": [0.1, 0.2], "perplexity_ratio_interval": [0.4, 0.6]}
     evaluate._warn({**good, "generations": 4, **figures}, dataclasses.replace(context(Path()), say=said.append))
     assert len(said) == (words is not None) and (words or "") in "".join(said)
+
+
+def test_answers_are_measured_base_beside_adapter(inputs: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    found = run(inputs, tmp_path / "out", said, generations=6, metrics=["f1", "bleu", "json_valid"])
+    assert set(found["metrics"]) == {"f1", "bleu", "json_valid"}
+    assert found["metrics"]["f1"]["rows"] == 6 and found["metrics"]["json_valid"]["rows"] == 0
+    assert any(line.startswith("evaluate: f1 ") for line in said)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    base = np.mean([line["scores"]["f1"][0] for line in lines])
+    assert found["metrics"]["f1"]["base"] == pytest.approx(base)
+    assert metric_rows(found)[0][0] == "f1"
+    shown = {sample["id"] for _, samples in moved(lines) for sample in samples}
+    assert shown <= {line["id"] for line in lines}
+
+
+def test_a_missing_package_stops_it_before_a_model_is_loaded(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rouge_score" else find(name))
+    monkeypatch.setattr(loading, "load_base", None)
+    with pytest.raises(InputError, match="rouge_l needs rouge-score"):
+        run(inputs, tmp_path / "out", metrics=["rouge_l"])

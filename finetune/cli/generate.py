@@ -1,0 +1,218 @@
+"""`finetune generate`: answer every row of a file; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from finetune.cli.prompts import PromptRow, read_prompts
+from finetune.cli.session import make_context, signals_handled
+from finetune.cli.voice import Voice, open_voice, prompt_ids
+from finetune.errors import FinetuneError, InputError, not_written
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
+from finetune.utils.console import Screen
+from finetune.utils.files import canonical_json, replace_bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How answers are made: `temperature` 0 is greedy, `n` answers a prompt; `batch_tokens` changes no answer."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    n: int = 1
+    system: str | None = None
+    batch_tokens: int = 16384
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer that is asked for: the row, and which of its `n` answers."""
+
+    row: PromptRow
+    sample: int
+    ids: list[int]
+
+    @property
+    def id(self) -> str:
+        """The id of the output line."""
+        return f"{self.row.id}-{self.sample}"
+
+
+def generate(name: str, source: Path, target: Path, options: Options, artifacts: Path, scratch: Path) -> None:
+    """Answer every row of `source` into `target`, a JSON object a line, in the order of the input.
+
+    A line is {"id", "row", "sample", "messages", "tools", "answer", "finish", "tokens", "made_by"}; `finish` is "stop"
+    or "length", `made_by` a digest of the model and the options. Each batch is appended and synced. Raises InputError
+    for a row that cannot be asked, and for a `target` that holds answers to other rows, of another model or options.
+    """
+    if options.n > 1 and options.temperature == 0:
+        raise InputError(f"--n {options.n}: at temperature 0 all answers are the same; give --temperature, or --n 1")
+    if source.resolve() == target.resolve():
+        raise InputError(f"--output {target} is the input itself; name another file")
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise InputError(f"--output {target}: {'it is a folder' if target.is_dir() else 'its folder does not exist'}")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in cli/run.py
+    rows = read_prompts(source, options.system)
+    screen, store = Screen(), Store(artifacts, scratch)
+    with open_voice(name, artifacts, scratch, screen) as voice, signals_handled(screen) as stop:
+        made_by = digest_of(voice, options)
+        tasks = _tasks(voice, rows, options, source)
+        done = read_output(target, {t.id for t in tasks}, made_by)
+        left = [t for t in tasks if t.id not in done]
+        if done:
+            screen.say(f"{len(done)} of {len(tasks)} answers are in {target}; going on")
+        recipe = Recipe.model_validate(
+            {"name": "generate", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
+        )
+        ctx = make_context(recipe, store, screen, stop, "generate", 0, 1)
+        _answer_all(voice, left, options, made_by, target, ctx)
+    order = {t.id: position for position, t in enumerate(tasks)}
+    lines = sorted(_read_lines(target), key=lambda line: order[line["id"]])
+    replace_bytes(target, "".join(canonical_json(line) + "\n" for line in lines).encode())
+    print(target)  # noqa: T201 - the command's result
+
+
+def digest_of(voice: Voice, options: Options) -> str:
+    """Digest of all that decides an answer beside its row: the model's files and the options but for the batch."""
+    asked = {k: v for k, v in asdict(options).items() if k not in ("batch_tokens", "n", "system")}
+    content = {"model": voice.identity, "template": voice.template, **asked}
+    return xxhash.xxh3_64_hexdigest(canonical_json(content).encode())
+
+
+def _tasks(voice: Voice, rows: Sequence[PromptRow], options: Options, source: Path) -> list[Task]:
+    """Every row as token ids. Raises InputError for the first row that the template or the model's length refuses."""
+    tasks = []
+    for row in rows:
+        try:
+            ids = prompt_ids(voice, row.messages, row.tools)
+        except InputError as error:
+            raise InputError(f"{source}, row {row.number + 1}: {error}") from None
+        if voice.positions is not None and len(ids) >= voice.positions:
+            raise InputError(
+                f"{source}, row {row.number + 1}: its prompt has {len(ids)} tokens, this model reads "
+                f"{voice.positions}; shorten or remove the row"
+            )
+        tasks += [Task(row, sample, ids) for sample in range(options.n)]
+    return tasks
+
+
+def _answer_all(
+    voice: Voice,
+    tasks: Sequence[Task],
+    options: Options,
+    made_by: str,
+    target: Path,
+    ctx: Any,  # noqa: ANN401 - Context
+) -> None:
+    from finetune.eval.generation import Request, Sampling, answer
+
+    limits = [options.max_new_tokens if voice.positions is None else voice.positions - len(t.ids) for t in tasks]
+    requests = [
+        Request(t.ids, min(options.max_new_tokens, limit), _stream(t.id, options.seed))
+        for t, limit in zip(tasks, limits, strict=True)
+    ]
+    sampling = Sampling(options.temperature, options.top_p)
+    bar = ctx.bar("generate", len(tasks))
+    start, tokens = time.monotonic(), 0
+    try:
+        made = answer(voice.model, requests, sampling, voice.terminators, voice.pad_id, ctx, options.batch_tokens)
+        for batch in made:
+            lines = []
+            for i, found in sorted(batch.items()):
+                tokens += len(found.ids)
+                text = voice.tokenizer.decode(found.ids, skip_special_tokens=True)
+                lines.append(_line(tasks[i], text, found.finish, len(found.ids), made_by))
+            append(target, lines)
+            bar.advance(len(batch), f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s")
+    finally:
+        bar.close()
+    seconds = time.monotonic() - start
+    if tasks:
+        ctx.say(
+            f"{len(tasks)} answers, {tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        )
+    else:
+        append(target, [])
+
+
+def _stream(task: str, seed: int) -> int:
+    """The key of an answer's random numbers: of the row's id, the sample's number and the seed alone."""
+    return int.from_bytes(xxhash.xxh3_128_digest(f"{seed}\0{task}".encode()), "big")
+
+
+def _line(task: Task, text: str, finish: str, tokens: int, made_by: str) -> dict[str, Any]:
+    asked: dict[str, Any] = {"messages": task.row.messages}
+    if task.row.tools:
+        asked["tools"] = task.row.tools
+    place = {"id": task.id, "row": task.row.number, "sample": task.sample}
+    return {**place, **asked, "answer": text, "finish": finish, "tokens": tokens, "made_by": made_by}
+
+
+def append(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Add JSON lines to a file and have the disk confirm them. Raises FinetuneError if it refuses."""
+    try:
+        with target.open("ab") as file:
+            file.write("".join(canonical_json(line) + "\n" for line in lines).encode("utf-8", "surrogatepass"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_written(target, error) from None
+
+
+def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
+    """The ids of the answers that an earlier run left in `target`; a line torn by a kill is cut off.
+
+    Raises InputError, and changes nothing, where the file is something else: other rows, another model or options.
+    """
+    if not target.exists():
+        return set()
+    found: set[str] = set()
+    for number, line in enumerate(_read_lines(target), start=1):
+        other = "is of another model or other options" if line["made_by"] != made_by else ""
+        if line["id"] not in expected:
+            other = "answers a row that the input does not have (or --system, or --n, was another)"
+        if line["id"] in found:
+            other = "answers a row for a second time"
+        if other:
+            raise InputError(f"--output {target}: line {number} {other}; name another file, or remove this one")
+        found.add(line["id"])
+    _cut_torn(target)
+    return found
+
+
+def _read_lines(target: Path) -> list[dict[str, Any]]:
+    """The whole lines of an output file. Raises InputError for a line that is no answer."""
+    lines = []
+    for number, text in enumerate(target.read_bytes().split(b"\n")[:-1], start=1):  # the last is torn, or empty
+        try:
+            line = json.loads(text)
+            if not all(isinstance(line[key], str) for key in ("id", "answer", "made_by")):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise InputError(
+                f"--output {target}: line {number} is no answer of this command; name another file, or remove this one"
+            ) from None
+        lines.append(line)
+    return lines
+
+
+def _cut_torn(target: Path) -> None:
+    content = target.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        try:
+            with target.open("r+b") as file:
+                file.truncate(whole)
+        except OSError as error:
+            raise FinetuneError(f"{target}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,31 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.utils.resources import complete_recipe
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE[@RUN]", help="A recipe's newest run, or the run named.", autocompletion=complete_recipe
+    ),
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the recipe.")]
+Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
+Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
+SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
+note = partial(typer.echo, err=True)
+MIRROR = os.environ.get("FINETUNE_MIRROR") or None

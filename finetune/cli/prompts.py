@@ -1,0 +1,137 @@
+"""The rows of `finetune generate`: prompts in a text file, or rows in any format that a recipe reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from finetune.data.formats import FormatError, decide, to_example
+from finetune.data.json_files import RawRow
+from finetune.data.readers import local_rows
+from finetune.data.values import RowError
+from finetune.errors import InputError
+from finetune.tokenization.chat import chat_of
+from finetune.utils.files import canonical_json
+
+ASKED = ("instruction", "prompt", "question", "query")  # columns that hold a question where none holds an answer
+ANSWERS = ("output", "completion", "response", "answer")
+SAMPLE_ROWS = 100
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt: `number` is 0-based in the input, `id` is made of it and of the content."""
+
+    number: int
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+    @property
+    def id(self) -> str:
+        """`NUMBER-HASH`: the row's place and the xxh3-64 of what is asked."""
+        content = canonical_json({"messages": self.messages, "tools": self.tools})
+        return f"{self.number}-{xxhash.xxh3_64_hexdigest(content.encode('utf-8', 'surrogatepass'))}"
+
+
+def read_prompts(path: Path, system: str | None) -> list[PromptRow]:
+    """The prompts of a file, every row of it.
+
+    `.txt` holds a prompt a line, blank lines left out. In every other format a row's last answer is left out: what
+    precedes it is the prompt. `system` goes before the rows that have no system message.
+
+    Raises InputError naming file, row and field where a row cannot be read, or asks nothing.
+    """
+    if path.suffix == ".txt":
+        rows = [(n, _user(line)) for n, line in enumerate(_lines(path), start=1) if line.strip()]
+        found = [PromptRow(i, messages) for i, (_, messages) in enumerate(rows)]
+    else:
+        found = _rows(path)
+    if not found:
+        raise InputError(f"{path} holds no prompt")
+    if system is None:
+        return found
+    first = {"role": "system", "content": system}
+    return [r if _has_system(r) else PromptRow(r.number, [first, *r.messages], r.tools) for r in found]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def _has_system(row: PromptRow) -> bool:
+    return row.messages[0]["role"] == "system"
+
+
+def _rows(path: Path) -> list[PromptRow]:
+    rows = list(local_rows(path))
+    for raw in rows:
+        if raw.row is None:
+            raise InputError(f"{path}, row {raw.number}: {raw.problem}")
+    asked = [_with_answer(raw.row or {}) for raw in rows]
+    if not asked:
+        return []
+    try:
+        decision = decide("auto", {}, asked[:SAMPLE_ROWS])
+    except FormatError as error:
+        raise InputError(f'{path}: {error}; or write each row as {{"prompt": …}}') from None
+    found = []
+    for number, (raw, row) in enumerate(zip(rows, asked, strict=True)):
+        try:
+            example = to_example(row, decision, f"{path.name}:{raw.number}", path.name)
+        except RowError as error:
+            raise InputError(f"{path}, row {raw.number}: {error}") from None
+        messages = _user(example.text) if example.text is not None else _asked(chat_of(example.messages))
+        if not messages:
+            raise InputError(f"{path}, row {raw.number}: it asks nothing: no turn comes before the answer")
+        found.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
+    return found
+
+
+def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with an empty answer where it holds a question only, so that a format fits it."""
+    holds = {name for name, value in row.items() if value is not None}
+    if not holds & set(ASKED) or holds & set(ANSWERS):
+        return row
+    return {**row, "output" if "instruction" in holds else "completion": ""}
+
+
+def _asked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What comes before the last answer; everything where the last turn is not an answer."""
+    chat = list(messages)
+    if chat and chat[-1]["role"] != "assistant":
+        return chat
+    last = next((i for i in range(len(chat) - 1, -1, -1) if chat[i]["role"] == "assistant"), 0)
+    return chat[:last]
+
+
+def _tools(read: str | None, raw: RawRow, path: Path) -> list[Any] | None:
+    """The row's tools: what its format made of them, else its `tools` column, a list or a JSON string."""
+    value: Any = read if read is not None else (raw.row or {}).get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InputError(
+                f"{path}, row {raw.number}: tools: found {value[:40]!r}; allowed: a list, or one as JSON"
+            ) from None
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise InputError(
+            f"{path}, row {raw.number}: tools: found a {type(value).__name__}; allowed: a list, or one as JSON"
+        )
+    return value
