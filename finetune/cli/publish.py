@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.cli.session import make_context, signals_handled
 from finetune.errors import FinetuneError, InputError
-from finetune.pipeline.runs import read_run
+from finetune.pipeline.runs import read_run, recipe_text
 from finetune.pipeline.stage_list import stage_folder
 from finetune.pipeline.store import Store
 from finetune.recipe.load import load_recipe, parse_recipe
@@ -28,7 +28,7 @@ def publish_run(
     store = Store(artifacts, scratch)
     short = _recipe_name(recipe_name)
     value = read_run(store.artifacts, short, run_name or None)
-    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
+    text = recipe_text(value["folder"])
     recipe = parse_recipe(text, value["folder"] / "recipe.yaml", [*value["sets"], *sets])
     found = {n: stage_folder(store, n, s) for n, s in value["stages"].items() if s["status"] == "done"}
     folders = {n: f for n, f in found.items() if f is not None}
