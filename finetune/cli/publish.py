@@ -9,6 +9,7 @@ from typing import Any
 from finetune.cli.session import make_context, signals_handled
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline import run_view
+from finetune.pipeline.runs import recipe_text
 from finetune.pipeline.store import Store
 from finetune.publish.contents import NEEDED
 from finetune.recipe import Recipe
@@ -40,7 +41,7 @@ def publish_run(
 
     value = run_view.finished(store, name, needs, screen.say)
     short = value["recipe"]
-    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
+    text = recipe_text(value["folder"])
     recipe = _recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
     # A stage that was done and whose files are gone is refused below, by name.
@@ -91,4 +92,4 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
 def _recipe(value: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
     """The recipe as that run read it, with further `--set`."""
     path = value["folder"] / "recipe.yaml"
-    return parse_recipe(path.read_text(encoding="utf-8"), path, [*value["sets"], *sets])
+    return parse_recipe(recipe_text(path.parent), path, [*value["sets"], *sets])

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from finetune.errors import InputError
 from finetune.pipeline import runner
-from finetune.pipeline.runs import recorded
+from finetune.pipeline.runs import recipe_text, recorded
 from finetune.pipeline.stage_list import STAGE_NAMES
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -46,7 +46,7 @@ def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
     names = [f"{v['recipe']}@{v['run']}" for v in (first, second)]
     try:
         asked = recipe_differences(*(_recipe(v) for v in (first, second)))
-    except (InputError, OSError, ValueError) as error:
+    except InputError as error:
         asked = [("recipe.yaml", "cannot be read now", str(error).splitlines()[0])]
     came = figure_differences(first["stages"], second["stages"])
     if not asked and not came:
@@ -60,7 +60,7 @@ def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
 def _recipe(value: dict[str, Any]) -> Recipe:
     """The recipe as that run read it, `--set` included."""
     path = value["folder"] / "recipe.yaml"
-    return parse_recipe(path.read_text(encoding="utf-8"), path, value["sets"])
+    return parse_recipe(recipe_text(value["folder"]), path, value["sets"])
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:

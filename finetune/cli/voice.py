@@ -12,6 +12,7 @@ from typing import Any, Literal
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline import run_view
+from finetune.pipeline.runs import recipe_text
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
@@ -88,7 +89,7 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
 
 def recipe_of(value: dict[str, Any], name: str) -> Recipe:
     """The recipe as this run read it; its relative paths are looked for beside the file it came from."""
-    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
+    text = recipe_text(value["folder"])
     origin = Path(name) if name.endswith((".yaml", ".yml")) else value["folder"] / "recipe.yaml"
     return parse_recipe(text, origin, value["sets"])
 

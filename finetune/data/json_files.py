@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune.data.formats import MEANINGFUL
-from finetune.data.text_files import chunks, first_line, lines, refuse
+from finetune.data.text_files import MOST_ROW_BYTES, chunks, first_line, lines, refuse
 
 BLANK = re.compile(r"[ \t\n\r]*")
 WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to see whether it wraps an array
@@ -249,6 +249,8 @@ class ArrayText:
     def _grow(self) -> bool:
         """Let go of what was parsed and at least double the rest, so that a long value is not parsed too often."""
         self._window, self._position = self._window[self._position :], 0
+        if len(self._window) > MOST_ROW_BYTES:
+            raise ValueError(f"a value without end; allowed are {MOST_ROW_BYTES >> 20} MB a row")
         wanted = max(1, len(self._window))
         parts: list[str] = []
         while wanted > 0 and (text := next(self._texts, None)) is not None:

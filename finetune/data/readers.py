@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from finetune.data.json_files import RawRow, json_file, json_lines
-from finetune.data.text_files import CHUNK_BYTES, first_line, lines, refuse
+from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, first_line, lines, refuse
 from finetune.errors import FinetuneError, InputError
+from finetune.utils.format import clipped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,7 +144,7 @@ def file_ending(path: Path) -> str:
 
 
 def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB would refuse a long document
+    csv.field_size_limit(MOST_ROW_BYTES)  # the default of 128 KiB would refuse a long document
     first = next((text for _, text in lines(path, encoding) if text.strip()), "")
     mark = _delimiter(first)
     reader = csv.reader((text for _, text in lines(path, encoding)), strict=True, delimiter=mark)
@@ -154,14 +156,16 @@ def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
                 continue
             if header is None:
                 header = cells
-                twice = next((c for i, c in enumerate(header) if c in header[:i]), None)
+                twice = next((c for c, times in Counter(header).items() if times > 1), None)
                 if twice is not None:
                     refuse(path, 1, f"two columns {twice!r}", "each name once in the first line")
                 continue
             number += 1
             if len(cells) != len(header):
                 problem = f"line {reader.line_num}: found {len(cells)} fields, allowed is one for each of the columns "
-                yield RawRow(number, None, f"{problem}{', '.join(header)}", mark.join(cells)[:200])
+                yield RawRow(
+                    number, None, problem + clipped(", ".join(header[:100]), 300), mark.join(cells[:200])[:200]
+                )
             else:
                 yield RawRow(number, dict(zip(header, cells, strict=True)))
     except csv.Error as error:

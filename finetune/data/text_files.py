@@ -8,6 +8,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -15,6 +16,8 @@ from finetune.data.zstd import ZstdStream
 from finetune.errors import InputError
 
 CHUNK_BYTES = 1 << 20
+MOST_ROW_BYTES = 1 << 27  # of one row: of JSON a value, of CSV a field; reading one takes some times that in memory
+MOST_GROWTH, UNPACKED_BYTES = 100, 1 << 23  # of a packed file, and from where it counts: rows grow tenfold or so
 GUESS_BYTES = 1 << 22  # of a file, to guess its encoding by; the guess is then tried on the whole file
 FOREIGN_LETTERS = 0.3  # a western text has a smaller share of letters beyond ASCII
 UNREADABLE = (EOFError, OSError, zlib.error)
@@ -41,10 +44,13 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
         with opened(path) as stream:
             if encoding is not None:
                 text = io.TextIOWrapper(stream, encoding, newline="\n")
-                for number, line in enumerate(text, start=1):
+                for number, line in enumerate(iter(partial(text.readline, MOST_ROW_BYTES + 1), ""), start=1):
+                    if len(line) > MOST_ROW_BYTES:
+                        refuse(path, number, "a line without end", f"at most {MOST_ROW_BYTES >> 20} MB a row")
                     yield number, line.removeprefix("\ufeff") if number == 1 else line
                 return
-            for number, raw in enumerate(stream, start=1):
+            for raw in _split(path, stream):
+                number += 1
                 if number == 1:
                     raw = _without_mark(path, raw)
                 yield number, raw.decode()
@@ -60,7 +66,7 @@ def chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
     line, first = 1, True
     try:
         with opened(path) as stream:
-            while raw := stream.read(CHUNK_BYTES):
+            for raw in _pieces(path, stream):
                 text = decoder.decode(_without_mark(path, raw) if first and encoding is None else raw)
                 text = text.removeprefix("\ufeff") if first else text
                 first = False
@@ -74,6 +80,40 @@ def chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
         _refuse_encoding(path, line, error, encoding)
     except UNREADABLE as error:
         refuse(path, line, f"a file that is damaged or cut off ({first_line(error)})", "a whole file")
+
+
+def _pieces(path: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a stream, 1 MB at a time. Raises InputError for a packed file that grows as no rows do."""
+    packed = path.suffix.lower() in (".gz", ".zst")
+    most = max(UNPACKED_BYTES, MOST_GROWTH * path.stat().st_size) if packed else float("inf")
+    taken = 0
+    while raw := stream.read(CHUNK_BYTES):
+        taken += len(raw)
+        if taken > most:
+            raise InputError(
+                f"{path} unpacks to more than {MOST_GROWTH} times its size, as no rows do; unpack it yourself if it is "
+                "right"
+            )
+        yield raw
+
+
+def _split(path: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream, with their ends. Raises InputError for one that is longer than a row may be."""
+    open_line: list[bytes] = []  # pieces of a line that has not ended
+    number = length = 0
+    for piece in _pieces(path, stream):
+        *whole, rest = piece.split(b"\n")
+        if whole:
+            whole[0] = b"".join([*open_line, whole[0]])
+            open_line, length, number = [], 0, number + len(whole)
+            for line in whole:
+                yield line + b"\n"
+        open_line.append(rest)
+        length += len(rest)
+        if length > MOST_ROW_BYTES:
+            refuse(path, number + 1, "a line without end", f"at most {MOST_ROW_BYTES >> 20} MB a row")
+    if last := b"".join(open_line):
+        yield last
 
 
 def _without_mark(path: Path, start: bytes) -> bytes:

@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 from finetune.errors import InputError
 
 CHUNK_BYTES = 1 << 17
+PIECE_BYTES = 1 << 11  # given to the decompressor at once: it may make 32,768 times as much of it, 64 MB
 
 
 class _Decompressor(Protocol):
@@ -40,8 +41,8 @@ class ZstdStream(io.RawIOBase):
         self._file = file
         self._new, self._error = _zstd()
         self._frame: _Decompressor | None = None
-        self._packed = b""
-        self._plain = b""
+        self._packed = memoryview(b"")
+        self._plain = memoryview(b"")
 
     def readable(self) -> bool:
         """It reads."""
@@ -50,17 +51,19 @@ class ZstdStream(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill `buffer`; 0 at the end. Raises EOFError where a frame is damaged or cut off."""
         while not self._plain:
-            self._packed = self._packed or self._file.read(CHUNK_BYTES)
+            self._packed = self._packed or memoryview(self._file.read(CHUNK_BYTES))
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("the last frame is cut off")
                 return 0
             frame = self._frame = self._frame or self._new()
+            piece, self._packed = self._packed[:PIECE_BYTES], self._packed[PIECE_BYTES:]
             try:
-                self._plain = frame.decompress(self._packed)
+                self._plain = memoryview(frame.decompress(bytes(piece)))
             except self._error as error:
                 raise EOFError(f"a frame is damaged: {error}") from error
-            self._packed = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                self._packed = memoryview(frame.unused_data + bytes(self._packed))
             if frame.eof:
                 self._frame = None
         size = min(len(buffer), len(self._plain))

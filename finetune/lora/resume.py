@@ -12,6 +12,7 @@ from finetune.lora.start import CONFIG, WEIGHTS, Base, problems, read_adapter
 from finetune.models.architecture import read_modules
 from finetune.recipe import Lora
 from finetune.utils.files import file_digest, read_json
+from finetune.utils.format import clipped
 from finetune.utils.limits import reading
 from finetune.utils.links import require_model
 
@@ -148,7 +149,8 @@ def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder
         one, other = theirs.get(name), ours.get(name)
         if _plain(one) != _plain(other):
             raise InputError(
-                f"lora.start_from: {name} is {one} in the adapter and {other} in the recipe; make them agree"
+                f"lora.start_from: {name} is {clipped(str(one), 200)} in the adapter and {other} in the recipe; make "
+                "them agree"
             )
 
 

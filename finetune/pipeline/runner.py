@@ -26,6 +26,8 @@ from finetune.recipe.keys import key_form
 from finetune.utils import links
 from finetune.utils.runtime import describe_environment, peak_memory_bytes
 
+NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file")
+
 
 @dataclass(frozen=True)
 class Output:
@@ -165,13 +167,26 @@ def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
         return "partial", Stopped(ctx.stop.signal_number)
     if isinstance(error, FinetuneError):
         return "failed", error
-    name, no_space = step.stage.name, isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if no_space or (step.folder and is_full(step.folder)):  # torch and safetensors have words of their own for it
+    name = step.stage.name
+    if _has_no_space(error) or (
+        step.folder and is_full(step.folder)
+    ):  # torch and safetensors have words of their own for it
         return "failed", disk_full(f"{name}: {step.folder}")
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return "failed", FinetuneError(f"{name}: {where}{error.strerror or error} {KEPT}")
     return "failed", error
+
+
+def _has_no_space(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is at the bottom of an error; C++ and Rust libraries have only words for it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:

@@ -246,6 +246,13 @@ def _is_stage(value: dict[str, Any]) -> bool:
     return number and texts and path and named and isinstance(value["metrics"], dict) and "status" in value
 
 
+def recipe_text(folder: Path) -> str:
+    """recipe.yaml of a run's folder. Raises InputError where it is gone or is no text."""
+    path = folder / "recipe.yaml"
+    with reading(f"{path}: not the recipe of a run; run the recipe again"):
+        return links.read_regular(path).decode()
+
+
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Show what run.json in `folder` holds: a figure that is not of the kind a run writes ends in InputError."""

@@ -77,7 +77,7 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
 def memory(more_bytes: int) -> Iterator[None]:
     """Let this process allocate at most `more_bytes` beyond what it has: MemoryError inside, not a machine that swaps.
 
-    Linux only (RLIMIT_DATA counts private writable memory since 4.7). Takes 20 µs: enter it once for many rows.
+    Linux only (RLIMIT_DATA counts private writable memory since 4.7). Takes 0.1 ms: enter it once for many rows.
     """
     if sys.platform != "linux":
         yield

@@ -244,3 +244,26 @@ def test_a_disk_that_refuses_a_deletion_is_one_sentence(made: MadeRun, monkeypat
     monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(FinetuneError, match="here: cannot be deleted: Permission denied"):
         remove(made.store, [Unused(made.folder("dedup"), 1)])
+
+
+def test_the_mirror_sends_and_places_nothing_through_a_link(made: MadeRun, foreign: Path, tmp_path: Path) -> None:
+    from finetune.pipeline.mirror import Mirror, _names
+    from tests.stages.finished import context
+
+    folder = made.store.artifacts / "train" / "partial"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "own").write_text("x")
+    (folder / "checkpoints" / "checkpoint-1").symlink_to(foreign)
+    (folder / "secret").symlink_to(foreign / "manifest.json")
+    assert _names(folder) == {"own"}
+    run = Run(made.store.artifacts, "made", "", (), "0" * 8, write=False)
+    run.folder = made.store.artifacts / "runs" / "made" / RUN
+    (run.folder / "secret.json").symlink_to(foreign / "manifest.json")
+    mirror = Mirror("me/x", made.store, run, context(tmp_path))
+    assert not any("secret" in name for name in mirror._record())
+    key = "ab" * 16
+    made.store.folder("dedup", key).symlink_to(foreign)
+    before = listing(foreign)
+    with pytest.raises(InputError, match="link"):
+        mirror._pull_stage("dedup", key, {}, tmp_path / "incoming", fresh=False)
+    assert listing(foreign) == before

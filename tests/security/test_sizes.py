@@ -1,0 +1,200 @@
+"""Data and recipes that are small and become large, or take for ever: one sentence soon, in bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune.data import text_files
+from finetune.data.readers import local_rows
+from finetune.data.zstd import ZstdStream
+from finetune.errors import InputError
+from finetune.recipe.load import load_recipe
+from finetune.utils import limits
+
+SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def soon() -> Iterator[None]:
+    """Every case ends within seconds of work."""
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < SECONDS
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1 MB at most, so that a test need not make larger ones."""
+    from finetune.data import json_files, readers
+
+    for module in (text_files, json_files, readers):
+        monkeypatch.setattr(module, "MOST_ROW_BYTES", 1_000_000)
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """Write a file, packed as its name says."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content, 1))
+    elif path.suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        path.write_bytes(zstandard.compress(content))
+    else:
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [
+        ("a.jsonl", b'{"text": "', b'"}\n'), ("a.json", b'[{"text": "', b'"}]'), ("a.csv", b'text\n"', b'"\n'),
+        ("b.json", b'{"rows": [{"text": "', b'"}]}'),
+    ],
+)  # fmt: skip
+def test_a_row_without_end_is_refused(name: str, begin: bytes, end: bytes, ending: str, tmp_path: Path) -> None:
+    noise = os.urandom(500_000).hex().encode()
+    path = packed(tmp_path / f"{name}{ending}", begin + noise * 4 + end)
+    with pytest.raises(InputError, match="without end"):
+        list(local_rows(path))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_line_without_end_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(('{"text": "' + "x" * 2_000_000 + '"}\n').encode(encoding))
+    with pytest.raises(InputError, match="without end"):
+        list(local_rows(tmp_path / "a.jsonl", encoding))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_csv_field_over_many_lines_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text\n"' + b"line\n" * 400_000 + b'"\n')
+    with pytest.raises(InputError, match="field limit"):
+        list(local_rows(tmp_path / "a.csv"))
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_the_largest_size_are_read(tmp_path: Path) -> None:
+    text = "x" * 900_000
+    (tmp_path / "a.jsonl").write_text('{"text": "' + text + '"}\n{"text": "b"}\n{"text": "c"}')
+    rows = [r.row for r in local_rows(tmp_path / "a.jsonl")]
+    assert rows == [{"text": text}, {"text": "b"}, {"text": "c"}]
+    (tmp_path / "a.json").write_text('[{"text": "' + text + '"}, {"text": "b"}]')
+    assert [r.row for r in local_rows(tmp_path / "a.json")] == rows[:2]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_bomb_of_many_short_lines_is_refused(
+    name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "UNPACKED_BYTES", 500_000)
+    path = packed(tmp_path / f"{name}{ending}", b"\n" * 3_000_000)
+    with pytest.raises(InputError, match="unpacks to more than 100 times its size"):
+        list(local_rows(path))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_repetitive_rows_of_a_usual_size_are_read(ending: str, tmp_path: Path) -> None:
+    path = packed(tmp_path / f"a.jsonl{ending}", b'{"text": "the same row"}\n' * 20_000)
+    assert sum(r.row is not None for r in local_rows(path)) == 20_000
+
+
+def test_a_zstd_file_is_unpacked_in_pieces(tmp_path: Path) -> None:
+    """Given at once, 128 kB of it may become 4 GB."""
+    tracemalloc = pytest.importorskip("tracemalloc")
+    path = packed(tmp_path / "a.zst", bytes(400_000_000))
+    buffer = memoryview(bytearray(1 << 20))
+    tracemalloc.start()
+    with path.open("rb") as file:
+        stream = ZstdStream(file)
+        total = 0
+        while size := stream.readinto(buffer):
+            total += size
+    assert total == 400_000_000 and tracemalloc.get_traced_memory()[1] < 200_000_000
+    tracemalloc.stop()
+
+
+def test_200_000_columns_take_linear_time(tmp_path: Path) -> None:
+    count = 200_000
+    header = ",".join(f"c{i}" for i in range(count))
+    (tmp_path / "a.csv").write_text(f"{header}\n{','.join('x' * count)}\n" + "a,b\n" * 2000)
+    rows = list(local_rows(tmp_path / "a.csv"))
+    assert rows[0].row is not None and len(rows[0].row) == count
+    assert len(rows[1].problem) < 500
+    (tmp_path / "b.csv").write_text(f"{header},c7\n")
+    with pytest.raises(InputError, match="two columns 'c7'"):
+        list(local_rows(tmp_path / "b.csv"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "".join(f"k{i}: {i}\n" for i in range(1_000_000)),
+        "lora: " + "{a: " * 5000 + "1" + "}" * 5000 + "\n",
+        "x: " + "[" * 50_000 + "\n",
+        "seed: " + "9" * 90_000 + "\n",
+        "x: &a [1,1]\n" + "".join(f"y{i}: &b{i} [*a,*a]\n" for i in range(2000)),
+    ],
+    ids=["keys", "nested", "open", "number", "aliases"],
+)
+def test_a_recipe_without_end_is_refused(extra: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"schema: 1\nname: r\nmodel: builtin:tiny-mistral\ndata: [{{source: pydoc}}]\n{extra}")
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path), [])
+    assert len(str(caught.value)) < 30_000
+
+
+def test_a_recipe_that_is_a_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="no such recipe file"):
+        load_recipe(str(tmp_path / "r.yaml"), [])
+
+
+def limited(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which may use 2 GB."""
+    head = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2 << 30,) * 2)\n"
+    return subprocess.run([sys.executable, "-P", "-c", head + code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("work", ["'a' * 10**9", "list(range(10**9))", "'{:>1000000000}'.format('a')"])
+def test_work_that_takes_too_much_memory_is_stopped_in_this_process(work: str) -> None:
+    done = limited(
+        "from finetune.utils.limits import bounded\nfrom finetune.errors import InputError\n"
+        f"try:\n    with bounded('x', cpu_seconds=30, memory_bytes=200_000_000): {work}\n"
+        "except InputError as error: print(error)\nprint(len('b' * 10**9))"
+    )
+    assert done.stdout == "x: it takes more than 0.2 GB of memory; is it what it should be?\n1000000000\n", done.stderr
+
+
+def test_work_that_takes_too_long_is_stopped() -> None:
+    with pytest.raises(InputError, match=r"x: it takes more than 0\.2 s of work"):
+        with limits.bounded("x", cpu_seconds=0.2, memory_bytes=10**9):
+            while True:
+                try:
+                    sum(range(1000))
+                except Exception:
+                    continue
+
+
+def test_work_within_its_bounds_is_left_alone() -> None:
+    with limits.bounded("x", cpu_seconds=5, memory_bytes=10**9):
+        assert len("a" * 10**6) == 10**6
+
+
+def test_the_disk_and_signals_are_no_fault_of_a_file() -> None:
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)), limits.reading("x"):
+            raise error
+    with pytest.raises(InputError, match="x: KeyError: 'a'"), limits.reading("x"):
+        raise KeyError("a")
