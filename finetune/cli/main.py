@@ -195,6 +195,9 @@ def publish(
     run: RunName,
     repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Push although the adapter is no better than its base.")
+    ] = False,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
@@ -202,7 +205,7 @@ def publish(
     """Push the adapter or the merged model to the Hub, then verify what was pushed."""
     from finetune.cli.publish import publish_run
 
-    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch)
+    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch, force=force)
 
 
 @app.command()

@@ -16,7 +16,14 @@ from finetune.utils.console import Screen
 
 
 def publish_run(
-    name: str, *, repo: str | None, dry_run: bool, sets: Sequence[str], artifacts: Path, scratch: Path
+    name: str,
+    *,
+    repo: str | None,
+    dry_run: bool,
+    sets: Sequence[str],
+    artifacts: Path,
+    scratch: Path,
+    force: bool = False,
 ) -> None:
     """Push what a finished run made; prints where it went, or, dry, the files and the card."""
     from finetune.publish import publish
@@ -57,7 +64,7 @@ def publish_run(
     screen = Screen()
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card)
+        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card, force=force)
     _print_receipt(receipt)
 
 

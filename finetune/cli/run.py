@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
 from finetune.pipeline import launch, runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
@@ -62,6 +63,8 @@ def run_recipe(
         def after_building(step: runner.Step) -> None:
             if rank == 0:
                 _check_on_base(loaded.recipe, step, until)
+                for line in warnings_before_training(loaded.recipe, step):
+                    screen.say(line)
 
         try:
             steps = runner.run(
@@ -73,7 +76,7 @@ def run_recipe(
             if rank == 0 and not stop.signal_number and not record.refused:
                 _write_report(store, record, screen)
     if rank == 0:
-        _print_result(loaded, steps, record, time.monotonic() - start)
+        _print_result(loaded, steps, record, time.monotonic() - start, until)
 
 
 def _save_record(record: Run, screen: Screen) -> None:
@@ -147,13 +150,70 @@ def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None
         preflight.check_adapter(recipe, step.folder)
 
 
+def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]:
+    """Warn of private text once the rows are split, and of few optimiser steps once they are rendered or packed."""
+    from finetune.publish.private_rows import private_text
+    from finetune.train.batch import sizing_advice, total_steps
+
+    name, manifest = step.stage.name, step.manifest
+    if manifest is None or step.folder is None:
+        return
+    if name == ("split" if recipe.split else "dedup") and (
+        line := private_text(recipe, {name: step.folder}, "training")
+    ):
+        yield line
+    if name != ("pack" if recipe.pack else "render"):
+        return
+    bins = int(manifest.metrics.get("bins") or manifest.metrics.get("rows") or 0)
+    documents = int(manifest.metrics.get("documents") or bins)
+    steps = total_steps(bins, recipe.train)
+    if line := few_steps(steps, sizing_advice(documents, bins)):
+        yield f"train: {line}"
+
+
+def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
+    """Rows that each stage left out, wherever it wrote them down; stages that left none out are not named."""
+    found = {}
+    for step in steps:
+        files = step.manifest.files if step.manifest else {}
+        named = [files[n].rows or 0 for n in ("refused.parquet", "rejects.parquet", "pairs.parquet") if n in files]
+        if total := sum(named):
+            found[step.stage.name] = total
+    return found
+
+
+def _print_verdict(steps: Sequence[runner.Step]) -> Verdict | None:
+    """The verdict in five lines, as at the head of the report."""
+    done = {s.stage.name: s for s in steps if s.manifest}
+    metrics = {name: s.manifest.metrics for name, s in done.items() if s.manifest}
+    judged = verdict_of(metrics, {name: s.folder for name, s in done.items()})
+    if judged is not None:
+        print("\nverdict")  # noqa: T201
+        for line in judged.lines:
+            print(f"  {line}")  # noqa: T201
+        print(f"  ({DEFINITIONS})")  # noqa: T201
+    return judged
+
+
+def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None) -> str:
+    """Return the command that mostly comes next for this recipe."""
+    name = loaded.recipe.name
+    if judged is None:
+        return f"next: finetune run {loaded.path}" if until else f"next: finetune show {name}"
+    if judged.refusal:
+        return f"next: finetune report {name}, then change train in {loaded.path} and run it again"
+    return f"next: finetune chat {name}"
+
+
 def _rejecting(steps: list[runner.Step]) -> list[str]:
     """The stages that left rows out, each of which its rejects.parquet names."""
     files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
     return [name for name, file in files.items() if file and file.rows]
 
 
-def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float) -> None:
+def _print_result(
+    loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float, until: str | None
+) -> None:
     rows = []
     for step in steps:
         m = step.manifest
@@ -177,8 +237,13 @@ def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, s
     if (report := record.folder / "report.html").is_file():
         print(f"{'report':>20}  {report}")  # noqa: T201
     print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
+    if dropped := dropped_rows(steps):
+        words = ", ".join(f"{count:,} by {stage}" for stage, count in dropped.items())
+        print(f"{'rows left out':>20}  {sum(dropped.values()):,}: {words}")  # noqa: T201
+    judged = _print_verdict(steps)
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
+    print(f"\n{next_step(loaded, judged, until)}")  # noqa: T201
     if loaded.recipe.model.kind == "builtin":
-        print("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201
+        print("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.eval.compare import ENOUGH_TOKENS
-from finetune.eval.copies import Copies
+from finetune.eval.copies import Copies, read_copies
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
 FEW_ROWS = 30  # held-out rows: fewer cannot tell a change of some per cent
@@ -22,6 +23,11 @@ ENDS_WELL = 0.9  # share of answers that end by themselves
 
 Metrics = Mapping[str, Any]
 GOOD, UNSURE, BAD = "good", "unsure", "bad"
+DEFINITIONS = (
+    "Perplexity: exp(mean negative log-likelihood of an answer token), lower is better. Ratio: adapter / base, under 1 "
+    "is better. 95 %: interval over resampled held-out rows. Nats: natural-log units of loss. Agreement: share of "
+    "positions at which merged and trained model choose the same next token. docs/glossary.md has the rest."
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,14 @@ def verdict(
     refusal = no_difference(evaluate) or _worse(evaluate)
     lines.append(_use(lines, certify, merged=merged, refusal=refusal))
     return Verdict(tuple(lines), refusal)
+
+
+def verdict_of(metrics: Mapping[str, Metrics], folders: Mapping[str, Path | None]) -> Verdict | None:
+    """Return the verdict from stage → metrics and stage → folder (None or absent where a stage has none)."""
+    sampled, rows = folders.get("evaluate"), folders.get("split")
+    copies = read_copies(sampled / "samples.jsonl", rows / "train.parquet") if sampled and rows else None
+    train, evaluate, certify = (metrics.get(stage) or {} for stage in ("train", "evaluate", "certify"))
+    return verdict(train, evaluate, certify, merged=bool(metrics.get("merge")), copies=copies)
 
 
 def few_steps(steps: int, to_set: str = "") -> str:
