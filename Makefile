@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDITS := $(foreach s,$(SET),--set '$(s)') $(if $(UNTIL),--until $(UNTIL))
 # CONFIG=fsdp or deepspeed_zero2 goes through accelerate; plain data parallel training needs no launcher but our own
-LAUNCH := $(if $(CONFIG),$(BIN)/accelerate launch --config_file recipes/accelerate/$(CONFIG).yaml --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
+LAUNCH := $(if $(CONFIG),PYTHONSAFEPATH=1 $(BIN)/accelerate launch --config_file recipes/accelerate/$(CONFIG).yaml --num_processes $(GPUS) -m finetune,$(BIN)/finetune)
 
 # two test processes whose threads spin for the same two cores would take turns, not run
 test test-slow: export OMP_NUM_THREADS := 1

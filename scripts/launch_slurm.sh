@@ -37,6 +37,7 @@ if [ -d .venv/bin ]; then
 fi
 export FINETUNE_ARTIFACTS="${FINETUNE_ARTIFACTS:-$PWD/artifacts}"
 export FINETUNE_SCRATCH="${FINETUNE_SCRATCH:-$PWD/scratch}"
+export PYTHONSAFEPATH=1 # `-m finetune` would put the submit folder, and any json.py in it, before Python's own modules
 export TORCHELASTIC_SHUTDOWN_TIMEOUT=100 # seconds for the checkpoint; the launcher's own 30 may be too few for a step
 
 nodes="${SLURM_NNODES:-1}"

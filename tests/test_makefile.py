@@ -37,7 +37,7 @@ def test_one_gpu_or_several(typed):
 
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero2"])
 def test_a_configuration_of_accelerate(config, typed):
-    launcher, *options = typed("RECIPE=mine", "GPUS=4", f"CONFIG={config}")
-    assert launcher == ".venv/bin/accelerate"
+    variable, launcher, *options = typed("RECIPE=mine", "GPUS=4", f"CONFIG={config}")
+    assert (variable, launcher) == ("PYTHONSAFEPATH=1", ".venv/bin/accelerate")
     assert options[:3] == ["launch", "--config_file", f"recipes/accelerate/{config}.yaml"]
     assert options[3:] == ["--num_processes", "4", "-m", "finetune", "run", "mine"]

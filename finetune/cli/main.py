@@ -12,6 +12,7 @@ import typer
 
 from finetune.errors import FinetuneError
 from finetune.utils.resources import complete_recipe
+from finetune.utils.streams import print_text, steady
 
 app = typer.Typer(
     help="QLoRA fine-tuning from one recipe: curate, train, certify, merge, publish.",
@@ -46,19 +47,27 @@ def validate(
         list[str], typer.Argument(metavar="RECIPE…", help="Paths or names.", autocompletion=complete_recipe)
     ],
     sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
 ) -> None:
     """Check recipes: every error, with file, line and field."""
     from finetune.errors import InputError
     from finetune.pipeline.recipe_checks import absent
+    from finetune.pipeline.store import Store
     from finetune.recipe.load import load_recipe
 
     problems = []
     for name in recipes:
         try:
             loaded = load_recipe(name, sets or [])
-            if missing := absent(loaded):
+            missing = absent(loaded)
+            if not missing and loaded.recipe.lora.start_from is not None:
+                from finetune.pipeline.preflight import start_mismatches
+
+                missing = start_mismatches(loaded, Store(artifacts, scratch))
+            if missing:
                 raise InputError("\n".join(missing))
-            typer.echo(f"{loaded.path}: fine ({loaded.recipe.name})")
+            print_text(f"{loaded.path}: fine ({loaded.recipe.name})")
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -76,14 +85,19 @@ def plan(
 ) -> None:
     """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
     from finetune.pipeline import plan as pipeline_plan
-    from finetune.pipeline import runner
+    from finetune.pipeline import preflight, run_view, runner
     from finetune.pipeline.store import Store
     from finetune.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, sets or [])
-    steps = runner.plan(loaded.recipe, Store(artifacts, scratch))
-    result = pipeline_plan.predict(loaded.recipe, steps, device, scratch)
-    typer.echo(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
+    store = Store(artifacts, scratch)
+    planned = run_view.with_start(
+        load_recipe(recipe, sets or []).recipe, store, lambda line: typer.echo(line, err=True)
+    )
+    steps = runner.plan(planned, store)
+    result = pipeline_plan.predict(planned, steps, device, store.scratch)
+    if line := preflight.more_epochs(planned, steps, store):
+        typer.echo(line, err=True)
+    print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
 
 
 @app.command()
@@ -144,13 +158,17 @@ def show(
     from finetune.cli import show as cli_show
     from finetune.pipeline import run_view
     from finetune.pipeline.store import Store
+    from finetune.utils.format import json_text
 
     store = Store(artifacts, scratch)
     values = [run_view.read(store, name) for name in ([run, other] if other else [run])]
+    for value, name in zip(values, [run, other], strict=False):
+        if line := run_view.newer_than_finished(store, value, str(name)):
+            typer.echo(line, err=True)
     problems = [p for v in values for p in run_view.verify(store, v)] if verify else []
     if as_json:
         public = [run_view.public(v) for v in values]
-        typer.echo(json.dumps(public[0] if len(public) == 1 else public, indent=1, ensure_ascii=False))
+        print_text(json_text(public[0] if len(public) == 1 else public))
     else:
         cli_show.print_runs(values)
     if problems:
@@ -178,16 +196,16 @@ def inspect(
         cli_show.print_rows(loaded, store, rows or 5)
     else:
         cli_show.write_rows_page(loaded, store, rows or 50, html)
-        typer.echo(html)
+        print_text(html)
 
 
 @app.command()
 def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
-    """Write report.html into a run's folder, anew where it is there already, and print its path."""
+    """Write report.html into the folder of the newest finished run, or of the run named, and print its path."""
     from finetune.pipeline.store import Store
     from finetune.report.page import write_report
 
-    typer.echo(write_report(Store(artifacts, scratch), run))
+    print_text(write_report(Store(artifacts, scratch), run, lambda line: typer.echo(line, err=True)))
 
 
 @app.command()
@@ -209,6 +227,75 @@ def publish(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="A folder that peft has saved, OWNER/NAME on the Hub, or RECIPE[@RUN]."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base: default, the one the adapter names.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Rows that were not trained on, for the certificate.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Put the merged model here as well.")] = None,
+    gguf: Annotated[list[str] | None, typer.Option(metavar="KIND", help="Also as GGUF: q8_0, q4_k_m …")] = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Push it to OWNER/NAME on the Hub.")] = None,
+    four_bit: Annotated[
+        bool | None,
+        typer.Option("--four-bit/--16-bit", help="What the base was stored in when the adapter was trained."),
+    ] = None,
+    sets: Sets = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Merge a peft adapter made by any tool, certify it on given rows, export and push it."""
+    from finetune.cli import merge as cli_merge
+
+    asked = cli_merge.Request(
+        adapter, base, tuple(data or ()), out, cli_merge.formats(gguf), push, four_bit, tuple(sets or ())
+    )
+    cli_merge.merge_adapter(asked, artifacts, scratch)
+
+
+@app.command()
+def runs(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe's.", autocompletion=complete_recipe)
+    ] = None,
+    as_json: AsJson = False,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """List the recorded runs: recipe, time, status, perplexity, bytes."""
+    from finetune.cli import runs as cli_runs
+    from finetune.pipeline.store import Store
+
+    lines = cli_runs.list_runs(Store(artifacts, scratch), recipe)
+    if as_json:
+        typer.echo(json.dumps(lines, indent=1, ensure_ascii=False))
+    elif lines:
+        cli_runs.print_list(lines)
+    else:
+        typer.echo(f"no run under {artifacts}")
+
+
+@app.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RECIPE@RUN…", help="Runs, as `finetune runs` lists them.")],
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Remove a run's record; its stages stay until `finetune clean` finds that no run uses them."""
+    from finetune.cli.rm import remove_runs
+    from finetune.pipeline.store import Store
+
+    for line in remove_runs(names, Store(artifacts, scratch)):
+        typer.echo(line)
+    typer.echo("`finetune clean` removes the stages that no run uses", err=True)
+
+
+@app.command()
 def clean(
     keep: Annotated[int, typer.Option(min=1, help="Runs of each recipe whose stages stay.")] = 1,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -222,15 +309,16 @@ def clean(
     store = Store(artifacts, scratch)
     unused = cleaning.unused(store, keep)
     if not unused:
-        typer.echo("nothing to clean")
+        print_text("nothing to clean")
         return
     for item in unused:
-        typer.echo(f"{item.bytes:>15,} bytes  {item.folder}")
+        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
+        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
     if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
         still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
-        typer.echo(f"{cleaning.remove([item for item in unused if item.folder in still]):,} bytes freed")
+        print_text(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
     else:
-        typer.echo("nothing deleted; add --yes")
+        print_text("nothing deleted; add --yes")
 
 
 @app.command()
@@ -272,7 +360,7 @@ def init(
     from finetune.cli.init import ask_terminal, write_recipe
 
     ask = ask_terminal if sys.stdin.isatty() else None
-    typer.echo(write_recipe(name, model, data, device, out, force=force, ask=ask))
+    print_text(write_recipe(name, model, data, device, out, force=force, ask=ask))
 
 
 @app.command()
@@ -285,6 +373,8 @@ def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None
 
 def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
+    steady()
     try:
         app()
     except FinetuneError as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.cli.session import make_context, signals_handled
 from finetune.errors import FinetuneError, InputError
-from finetune.pipeline.runs import read_run
-from finetune.pipeline.stage_list import stage_folder
+from finetune.pipeline import run_view
 from finetune.pipeline.store import Store
-from finetune.recipe.load import load_recipe, parse_recipe
+from finetune.publish.contents import NEEDED
+from finetune.recipe import Recipe
+from finetune.recipe.load import parse_recipe
 from finetune.utils.console import Screen
+from finetune.utils.streams import print_text
 
 
 def publish_run(
@@ -24,20 +26,27 @@ def publish_run(
     artifacts: Path,
     scratch: Path,
     force: bool = False,
-) -> None:
-    """Push what a finished run made; prints where it went, or, dry, the files and the card."""
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Push what a finished run made; prints where it went, or, dry, the files and the card. Returns the receipt."""
     from finetune.publish import publish
     from finetune.publish.card import write_card
     from finetune.publish.contents import stages_read
 
-    recipe_name, _, run_name = name.partition("@")
-    store = Store(artifacts, scratch)
-    short = _recipe_name(recipe_name)
-    value = read_run(store.artifacts, short, run_name or None)
+    recipe_name = name.partition("@")[0]
+    store, screen = Store(artifacts, scratch), Screen(silent=quiet)
+
+    def needs(value: dict[str, Any]) -> set[str]:
+        return {stage for kind in _recipe(value, sets).publish.what for stage in NEEDED[kind]}
+
+    value = run_view.finished(store, name, needs, screen.say)
+    short = value["recipe"]
     text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = parse_recipe(text, value["folder"] / "recipe.yaml", [*value["sets"], *sets])
-    found = {n: stage_folder(store, n, s) for n, s in value["stages"].items() if s["status"] == "done"}
-    folders = {n: f for n, f in found.items() if f is not None}
+    recipe = _recipe(value, sets)
+    screen.say(f"from the run {short}@{value['run']}")
+    # A stage that was done and whose files are gone is refused below, by name.
+    done = {n: s for n, s in value["stages"].items() if s["status"] == "done" or (s["path"] and s["metrics"])}
+    folders = {n: Path(s["path"]) for n, s in done.items()}
     needed = stages_read(list(recipe.publish.what), folders)
     manifests = {n: store.find(folders[n]) for n in needed | ({"ingest"} & set(folders))}
     unfinished = [n for n in folders if n in needed and manifests[n] is None]
@@ -61,26 +70,26 @@ def publish_run(
         versions=trained.environment.get("versions", {}) if trained else {},
         sources=read.fingerprint.get("sources", []) if read else [],
     )
-    screen = Screen()
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
         receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card, force=force)
-    _print_receipt(receipt)
+    if not quiet:
+        _print_receipt(receipt)
+    return receipt
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:
     for push in receipt["pushes"]:
         if receipt["dry_run"]:
-            print(f"{push['kind']} → {push['repo']}: {len(push['files'])} files, {push['bytes']:,} bytes")  # noqa: T201
+            print_text(f"{push['kind']} → {push['repo']}: {len(push['files'])} files, {push['bytes']:,} bytes")
             for file in push["files"]:
-                print(f"  {file['bytes']:>15,}  {file['path']}")  # noqa: T201
-            print(f"\n{push['card']}")  # noqa: T201
+                print_text(f"  {file['bytes']:>15,}  {file['path']}")
+            print_text(f"\n{push['card']}")
         else:
-            print(f"{push['repo']} at {push['commit']}: {len(push['files'])} files verified")  # noqa: T201
+            print_text(f"{push['repo']} at {push['commit']}: {len(push['files'])} files verified")
 
 
-def _recipe_name(name: str) -> str:
-    """Runs are filed under the recipe's `name:`; a path is read for it."""
-    if name.endswith((".yaml", ".yml")):
-        return load_recipe(name).recipe.name
-    return name
+def _recipe(value: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
+    """The recipe as that run read it, with further `--set`."""
+    path = value["folder"] / "recipe.yaml"
+    return parse_recipe(path.read_text(encoding="utf-8"), path, [*value["sets"], *sets])

@@ -13,7 +13,7 @@ from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
-from finetune.pipeline import launch, runner
+from finetune.pipeline import launch, run_view, runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
@@ -21,6 +21,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import LoadedRecipe, load_recipe
 from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
+from finetune.utils.streams import print_text
 
 
 def run_recipe(
@@ -33,8 +34,11 @@ def run_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
-) -> None:
-    """Load, check, build what is missing, and say where everything is. Errors pass through with their exit status."""
+) -> Run:
+    """Load, check, build what is missing, and say where everything is; returns the run's record.
+
+    Errors pass through with their exit status.
+    """
     if until is not None:
         stage_named(until)
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
@@ -62,7 +66,7 @@ def run_recipe(
 
         def after_building(step: runner.Step) -> None:
             if rank == 0:
-                _check_on_base(loaded.recipe, step, until)
+                _check_on_base(run_view.with_start(loaded.recipe, store), step, until)
                 for line in warnings_before_training(loaded.recipe, step):
                     screen.say(line)
 
@@ -77,6 +81,7 @@ def run_recipe(
                 _write_report(store, record, screen)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start, until)
+    return record
 
 
 def _save_record(record: Run, screen: Screen) -> None:
@@ -137,8 +142,11 @@ def _preflight(
         last = STAGE_NAMES.index(until) if until else len(steps)
         asked = steps[: last + 1]
         preflight.check_folders(recipe, asked, store)
-        for note in preflight.check(recipe, asked, ctx.world, force=force):
+        recipe = run_view.with_start(recipe, store)
+        for note in preflight.check(recipe, asked, ctx.world, force=force, scratch=store.scratch):
             ctx.say(note)
+        if last >= STAGE_NAMES.index("train") and (line := preflight.more_epochs(recipe, steps, store)):
+            ctx.say(line)
 
 
 def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None:
@@ -156,7 +164,7 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
     from finetune.train.batch import sizing_advice, total_steps
 
     name, manifest = step.stage.name, step.manifest
-    if manifest is None or step.folder is None:
+    if manifest is None or step.folder is None or recipe.train is None:
         return
     if name == ("split" if recipe.split else "dedup") and (
         line := private_text(recipe, {name: step.folder}, "training")
@@ -166,7 +174,7 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
         return
     bins = int(manifest.metrics.get("bins") or manifest.metrics.get("rows") or 0)
     documents = int(manifest.metrics.get("documents") or bins)
-    steps = total_steps(bins, recipe.train)
+    steps = total_steps(bins, recipe.training)
     if line := few_steps(steps, sizing_advice(documents, bins)):
         yield f"train: {line}"
 
@@ -188,10 +196,10 @@ def _print_verdict(steps: Sequence[runner.Step]) -> Verdict | None:
     metrics = {name: s.manifest.metrics for name, s in done.items() if s.manifest}
     judged = verdict_of(metrics, {name: s.folder for name, s in done.items()})
     if judged is not None:
-        print("\nverdict")  # noqa: T201
+        print_text("\nverdict")
         for line in judged.lines:
-            print(f"  {line}")  # noqa: T201
-        print(f"  ({DEFINITIONS})")  # noqa: T201
+            print_text(f"  {line}")
+        print_text(f"  ({DEFINITIONS})")
     return judged
 
 
@@ -233,17 +241,17 @@ def _print_result(
         ("certificate", "certify", "certificate.json"),
     ):
         if folder := folders.get(stage):
-            print(f"{label:>20}  {folder / inside if inside else folder}")  # noqa: T201 - the command's result
+            print_text(f"{label:>20}  {folder / inside if inside else folder}")
     if (report := record.folder / "report.html").is_file():
-        print(f"{'report':>20}  {report}")  # noqa: T201
-    print(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")  # noqa: T201
+        print_text(f"{'report':>20}  {report}")
+    print_text(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")
     if dropped := dropped_rows(steps):
         words = ", ".join(f"{count:,} by {stage}" for stage, count in dropped.items())
-        print(f"{'rows left out':>20}  {sum(dropped.values()):,}: {words}")  # noqa: T201
+        print_text(f"{'rows left out':>20}  {sum(dropped.values()):,}: {words}")
     judged = _print_verdict(steps)
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
-    print(f"\n{next_step(loaded, judged, until)}")  # noqa: T201
+    print_text(f"\n{next_step(loaded, judged, until)}")
     if loaded.recipe.model.kind == "builtin":
-        print("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")  # noqa: T201
+        print_text("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")

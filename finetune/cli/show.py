@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from finetune.errors import InputError
 from finetune.pipeline import runner
+from finetune.pipeline.runs import recorded
 from finetune.pipeline.stage_list import STAGE_NAMES
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -26,22 +27,18 @@ if TYPE_CHECKING:
 def print_runs(values: list[dict[str, Any]]) -> None:
     """A table a run; for two, the fields of their recipes and the figures that differ, side by side."""
     for value in values:
-        rows = []
-        for stage, record in value["stages"].items():
-            seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
-            figure = record.get("message") or stage_figure(stage, record["metrics"]) if record["metrics"] else ""
-            rows.append(
-                [
-                    stage,
-                    record["status"],
-                    stage_rows(stage, record["metrics"]),
-                    seconds,
-                    figure or record.get("message", ""),
-                ]
-            )
+        with recorded(value["folder"]):
+            rows = [_stage_line(stage, record) for stage, record in value["stages"].items()]
         print_table(f"{value['recipe']}@{value['run']}", ["stage", "status", "rows", "seconds", "figure"], rows)
     if len(values) == 2:
         _print_comparison(*values)
+
+
+def _stage_line(stage: str, record: Mapping[str, Any]) -> list[str]:
+    seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
+    figure = record.get("message") or stage_figure(stage, record["metrics"]) if record["metrics"] else ""
+    rows = stage_rows(stage, record["metrics"])
+    return [stage, record["status"], rows, seconds, figure or record.get("message", "")]
 
 
 def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -49,7 +46,7 @@ def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
     names = [f"{v['recipe']}@{v['run']}" for v in (first, second)]
     try:
         asked = recipe_differences(*(_recipe(v) for v in (first, second)))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         asked = [("recipe.yaml", "cannot be read now", str(error).splitlines()[0])]
     came = figure_differences(first["stages"], second["stages"])
     if not asked and not came:
@@ -190,7 +187,9 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
 
     console = Console()
     for row in inspected_rows(recipe, store, count):
-        head = Text.assemble((row.id, "bold"), f"  {row.source}  {row.tokens} tokens, {row.supervised} supervised")
+        head = Text.assemble(
+            (visible(row.id), "bold"), f"  {visible(row.source)}  {row.tokens} tokens, {row.supervised} supervised"
+        )
         console.print(head, highlight=False)
         text = Text()
         for segment in row.segments:
@@ -202,7 +201,7 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
         if row.repeats:
             near = ", ".join(f"{one.dropped.id} ({one.dropped.method} {one.dropped.score:.3f})" for one in row.repeats)
             more = f" and {row.dropped - len(row.repeats)} more" if row.dropped > len(row.repeats) else ""
-            console.print(Text(f"dropped for it: {near}{more}", style="dim"), soft_wrap=True)
+            console.print(Text(visible(f"dropped for it: {near}{more}"), style="dim"), soft_wrap=True)
         console.print()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from finetune.data.records import ROLES, Example, Message
+from finetune.data.chat_text import LLAMA2_START, parse_chat_text, parse_llama2
+from finetune.data.records import Example, Message
+from finetune.data.single_turn import optional_text, question_and_answer
+from finetune.data.tool_calls import tools_of
+from finetune.data.turns import READ_ROLES, turn_notation, turns_of
+from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, nearest, require_unicode, text_of
 from finetune.utils.files import canonical_json
 
 RawRow = Mapping[str, object]
@@ -23,54 +26,51 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "llama2_text": ("text",),
     "text": ("text",),
 }
+BESIDE = ("system", "history", "reasoning_content", "tools")  # of formats with one question and one answer
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "messages": ("system",),
-    "sharegpt": ("system",),
-    "alpaca": ("input", "system"),
-    "prompt_completion": ("system",),
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", *BESIDE),
+    "prompt_completion": ("context", *BESIDE),
     "llama2_text": (),
     "text": (),
 }
 # What else the same column is called in the wild, tried where the canonical name is not there.
+TURN_COLUMNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "chat", "turns")
+COMMON_ALIASES: dict[str, tuple[str, ...]] = {
+    "system": ("system_prompt", "system_message"),
+    "tools": ("functions",),
+    "reasoning_content": ("thinking", "reasoning"),
+}
 ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("conversations", "conversation")},
-    "sharegpt": {"conversations": ("conversation", "messages")},
+    "messages": {"messages": TURN_COLUMNS[1:]},
+    "sharegpt": {"conversations": ("conversation", "messages", *TURN_COLUMNS[3:])},
     "alpaca": {"output": ("response",), "input": ("context",)},
-    "prompt_completion": {"prompt": ("question", "query"), "completion": ("response", "answer")},
+    "prompt_completion": {
+        "prompt": ("question", "query"),
+        "completion": ("response", "answer", "answers"),
+        "context": ("input", "passage"),
+    },
     "llama2_text": {},
     "text": {},
 }
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-}
-MOST_LISTED = 20  # column names in a message
-ABSENT = object()  # in place of a value: this row has no such column
-LLAMA2_START = re.compile(r"\s*(?:<s>\s*)?\[INST\]")
-LLAMA2_TURN = re.compile(
-    r"\s*(?:<s>\s*)?\[INST\](?P<user>.*?)\[/INST\](?P<answer>.*?)(?P<end></s>|(?=<s>|\[INST\])|\Z)", re.S
+# Columns that mean something to a model in one of the known forms: left over, they are never left out silently.
+MEANINGFUL = frozenset(
+    {name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names}
+    | {n for aliases in (*ALIASES.values(), COMMON_ALIASES) for also in aliases.values() for n in also}
+    | {"choices", "options", "document", "documents", "function_call", "tool_calls"}
+    | {"image", "images", "audio", "audios", "video", "videos"}
 )
-LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(?P<system>.*?)<</SYS>>(?P<user>.*)", re.S)
-
-
-class RowError(ValueError):
-    """A row that does not fit its format: `reason` is a short name to count by, the text says it to a person."""
-
-    def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
-        hint = f"; did you mean {near!r}?" if near else ""
-        super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
-        self.reason = reason
+SAME = (  # names of one thing: a recipe that maps one of them has chosen among them
+    {"instruction", "prompt", "question", "query"},
+    {"output", "completion", "response", "answer", "answers"},
+    {"input", "context", "passage"},
+    {"messages", "conversations", *TURN_COLUMNS},
+    *({ours, *theirs} for ours, theirs in COMMON_ALIASES.items()),
+)
+BESIDE_TEXT = frozenset({"label", "labels", "label_text", "target", "summary"})  # an answer, if `text` is a question
+NUMBERED = frozenset({"answer_start"})  # places in a text, not text
+STRUCTURE = frozenset({*READ_ROLES, "text", "function"})  # words of a notation, not of a conversation
 
 
 class FormatError(ValueError):
@@ -79,73 +79,105 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The format a source is read by: canonical column name -> the source's name, and a sentence of why."""
+    """The format a source is read by: canonical column name -> the source's name, and a sentence of why.
+
+    `known` are all columns of the first rows, `unused` those that the format does not read, and `watched` those of them
+    that mean something: a row in which one holds what the messages do not is refused. `notes` counts what a person
+    should know of the rows that were read.
+    """
 
     format: str
     columns: Mapping[str, str]
     why: str
     unused: tuple[str, ...] = field(default=())
+    raw: bool = False
+    watched: tuple[str, ...] = ()
+    known: frozenset[str] | None = None  # None: the rows are taken to have these columns
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    notes: Counter[str] = field(default_factory=Counter, compare=False)
+    later: dict[frozenset[str], Decision] = field(default_factory=dict, compare=False)
+
+    def for_row(self, row: RawRow) -> Decision:
+        """This decision, or for a row with columns that the first rows did not have, the one that reads them too."""
+        if self.known is None or row.keys() <= self.known:
+            return self
+        new = frozenset(row.keys() - self.known)
+        if new not in self.later:
+            present = [*self.known, *sorted(new)]
+            resolved = _resolve(self.format, self.mapping, [c for c in present if c not in self.ignored])
+            columns = {**{k: v for k, v in resolved.items() if v in new or k not in self.columns}, **self.columns}
+            wider = _decision(self.format, columns, self.why, present, self.mapping, self.ignored, self.raw)
+            self.later[new] = replace(wider, notes=self.notes)
+        found = self.later[new]
+        self.notes[f"the column {listed(sorted(new))} is not in the first rows"] += 1
+        return found
 
 
-def decide(asked: str, columns: Mapping[str, str], sample: Sequence[RawRow]) -> Decision:
+def decide(
+    asked: str,
+    columns: Mapping[str, str],
+    sample: Sequence[RawRow],
+    ignored: Collection[str] = (),
+    raw: bool = False,
+) -> Decision:
     """How to read rows like those of `sample` (the first ones of a source; at least one).
 
-    `asked` is a format or "auto"; `columns` is the recipe's mapping, canonical name -> the source's column name.
+    `asked` is a format or "auto"; `columns` is the recipe's mapping, canonical name -> the source's column name;
+    `ignored` columns are not read, whatever they are called; `raw` takes texts as they are.
     Raises FormatError with what was found and what is allowed.
     """
-    present = list(dict.fromkeys(name for row in sample for name in row))
+    everything = list(dict.fromkeys(name for row in sample for name in row))
+    present = [name for name in everything if name not in ignored]
     _check_mapping(asked, columns, present)
-    if asked != "auto":
-        resolved = _resolve(asked, columns, present)
-        missing = [name for name in REQUIRED[asked] if name not in resolved]
+    if asked == "auto":
+        name, resolved, why = _guess(columns, present, sample)
+    else:
+        name, why = asked, "the recipe says so"
+        resolved = _resolve(asked, columns, present, sample)
+        missing = [needed for needed in REQUIRED[asked] if needed not in resolved]
         if missing:
             raise FormatError(
                 f"format {asked} needs the column {missing[0]!r}; the columns are {listed(present)}. "
                 f"Say which it is: columns: {{{missing[0]}: NAME}}"
             )
-        return _decision(asked, resolved, "the recipe says so", present)
-    return _guess(columns, present, sample)
+    return _decision(name, resolved, why, everything, columns, frozenset(ignored), raw)
 
 
-def _guess(columns: Mapping[str, str], present: Sequence[str], sample: Sequence[RawRow]) -> Decision:
+def _guess(
+    columns: Mapping[str, str], present: Sequence[str], sample: Sequence[RawRow]
+) -> tuple[str, dict[str, str], str]:
     no_turns = ""
-    for name in ("messages", "sharegpt", "alpaca", "prompt_completion"):
-        resolved = _resolve(name, columns, present)
+    for name in ("messages", "alpaca", "prompt_completion"):
+        resolved = _resolve(name, columns, present, sample)
         if any(column not in resolved for column in REQUIRED[name]):
             continue
         named = " and ".join(repr(resolved[column]) for column in REQUIRED[name])
-        if name in ("messages", "sharegpt"):
-            column = resolved[REQUIRED[name][0]]
-            keys = _turn_keys(sample, column)
+        if name == "messages":
+            column = resolved["messages"]
+            keys = next((keys for row in sample if (keys := turn_notation(row.get(column))) is not None), None)
             if keys is None:
                 first = next((value for row in sample if (value := row.get(column)) is not None), None)
-                no_turns = f" The column {column!r} holds no list of turns: its first value is {_kind(first)}."
+                no_turns = f" The column {column!r} holds no list of turns: its first value is {kind(first)}."
                 continue
-            name = "sharegpt" if "from" in keys else "messages"
-            resolved = {REQUIRED[name][0] if k in ("messages", "conversations") else k: v for k, v in resolved.items()}
-            named = f"{named}, a list of turns with {' and '.join(repr(k) for k in keys)}"
-        return _decision(name, resolved, f"there is {named}", present)
+            by = f"turns with {' and '.join(repr(k) for k in keys)}" if keys[0] else "texts, by turns the user's"
+            why = f"there is {named}, a list of {by}"
+            if keys[0] != "from":
+                return name, resolved, why
+            return "sharegpt", {"conversations" if k == "messages" else k: v for k, v in resolved.items()}, why
+        return name, resolved, f"there is {named}"
     resolved = _resolve("text", columns, present)
     if "text" in resolved:
         texts = [t for row in sample if isinstance(t := row.get(resolved["text"]), str)]
         share = sum(bool(LLAMA2_START.match(t)) for t in texts) / max(1, len(texts))
         if share > 0.5:
-            return _decision("llama2_text", resolved, f"{resolved['text']!r} begins with [INST]", present)
-        return _decision("text", resolved, f"there is only {resolved['text']!r}, and it is no chat", present)
+            return "llama2_text", resolved, f"{resolved['text']!r} begins with [INST]"
+        return "text", resolved, f"there is only {resolved['text']!r}"
     known = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
     raise FormatError(
         f"no format fits the columns {listed(present)}.{no_turns} Formats and their columns are {known}. "
         "Map yours, for example columns: {instruction: question, output: answer}"
     )
-
-
-def _turn_keys(sample: Sequence[RawRow], column: str) -> tuple[str, str] | None:
-    """The keys by which the turns name their role and content, from the first row that has a turn."""
-    for row in sample:
-        turns = row.get(column)
-        if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
-            return ("from", "value") if "from" in turns[0] else ("role", "content")
-    return None
 
 
 def _check_mapping(asked: str, columns: Mapping[str, str], present: Sequence[str]) -> None:
@@ -160,20 +192,39 @@ def _check_mapping(asked: str, columns: Mapping[str, str], present: Sequence[str
             raise FormatError(f"columns.{ours}: there is no column {theirs!r}{close}; there is {listed(present)}")
 
 
-def _resolve(name: str, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
-    """Canonical name -> the source's column, for those that are there: the recipe's mapping, the name, an alias."""
+def _resolve(
+    name: str, columns: Mapping[str, str], present: Sequence[str], sample: Sequence[RawRow] = ()
+) -> dict[str, str]:
+    """Canonical name -> the source's column, for those that are there: the recipe's mapping, the name, an alias.
+
+    Of several columns that could hold the turns, the first is taken that holds some in `sample`.
+    """
     resolved: dict[str, str] = {}
     for canonical in (*REQUIRED[name], *OPTIONAL[name]):
         taken = set(resolved.values()) | {v for k, v in columns.items() if k != canonical}
-        options = (columns.get(canonical, canonical), *ALIASES[name].get(canonical, ()))
-        found = next((o for o in options if o in present and o not in taken), None)
-        if found is not None:
-            resolved[canonical] = found
+        aliases = ALIASES[name].get(canonical, ()) + COMMON_ALIASES.get(canonical, ())
+        options = [o for o in (columns.get(canonical, canonical), *aliases) if o in present and o not in taken]
+        if canonical in ("messages", "conversations") and len(options) > 1:
+            options.sort(key=lambda o: not any(turn_notation(row.get(o)) for row in sample))
+        if options:
+            resolved[canonical] = options[0]
     return resolved
 
 
-def _decision(name: str, columns: Mapping[str, str], why: str, present: Sequence[str]) -> Decision:
-    return Decision(name, columns, why, tuple(c for c in present if c not in columns.values()))
+def _decision(
+    name: str,
+    columns: Mapping[str, str],
+    why: str,
+    present: Sequence[str],
+    mapping: Mapping[str, str],
+    ignored: frozenset[str],
+    raw: bool,
+) -> Decision:
+    unused = tuple(c for c in present if c not in columns.values())
+    meaningful = MEANINGFUL | BESIDE_TEXT if name in ("text", "llama2_text") else MEANINGFUL
+    replaced = {n for ours in mapping for same in SAME if ours in same for n in same}  # by the recipe, knowingly
+    watched = tuple(c for c in unused if c.lower() in meaningful and c not in ignored and c not in replaced)
+    return Decision(name, columns, why, unused, raw, watched, frozenset(present), mapping, ignored)
 
 
 def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Example:
@@ -181,141 +232,69 @@ def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Exa
 
     Raises RowError where the row does not fit.
     """
+    decision = decision.for_row(row)
     get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in decision.columns.items()}
     extra = canonical_json(scalars) if (scalars := _scalars(row, decision.columns.values())) else None
     if extra is not None:
-        _encodes(extra, "a column beside the text")
+        require_unicode(extra, "a column beside the text")
+    text = None
+    messages: tuple[Message, ...] = ()
     if decision.format == "text":
-        return Example(row_id, source, text=_text(*get["text"]), extra=extra)
-    if decision.format == "llama2_text":
-        messages = parse_llama2(_text(*get["text"]), get["text"][0])
+        text = text_of(*get["text"])
+        if not decision.raw and (chat := parse_chat_text(text, get["text"][0])) is not None:
+            decision.notes[f"texts in {chat[0]} notation were read back as turns"] += 1
+            text, messages = None, chat[1]
+    elif decision.format == "llama2_text":
+        messages = parse_llama2(text_of(*get["text"]), get["text"][0])
     elif decision.format in ("messages", "sharegpt"):
-        messages = _turns(*get[REQUIRED[decision.format][0]], sharegpt=decision.format == "sharegpt")
-    elif decision.format == "alpaca":
-        question = _text(*get["instruction"])
-        given = _optional_text(*get.get("input", ("input", None)))
-        messages = (
-            Message("user", f"{question}\n\n{given}" if given.strip() else question),
-            Message("assistant", _text(*get["output"])),
-        )
+        messages = turns_of(*get[REQUIRED[decision.format][0]], decision.notes)
     else:
-        messages = (*_side(*get["prompt"], role="user"), *_side(*get["completion"], role="assistant"))
-    system = _optional_text(*get.get("system", ("system", None)))
-    if system.strip() and messages[0].role != "system":
-        messages = (Message("system", system), *messages)
-    return Example(row_id, source, messages, extra=extra)
+        messages = question_and_answer(get, decision.format, decision.notes)
+    messages = _with_system(messages, get, decision.notes)
+    tools = tools_of(*get["tools"], decision.notes) if "tools" in get else None
+    for name in decision.watched:
+        _refuse_lost(name, row.get(name), messages, text, decision)
+    return Example(row_id, source, messages, text, extra, tools)
 
 
-def parse_llama2(text: str, where: str = "text") -> tuple[Message, ...]:
-    """The turns of `<s>[INST] <<SYS>>…<</SYS>> user [/INST] answer </s>…`, blanks around each turn taken off.
-
-    A last user turn without an answer gives no assistant turn. Raises RowError at the first place that does not fit.
-    """
-    messages: list[Message] = []
-    position, length = 0, len(text.rstrip())
-    while position < length:
-        turn = LLAMA2_TURN.match(text, position)
-        if turn is None:
-            raise RowError("llama2", where, repr(text[position : position + 40]), "<s>[INST] … [/INST] … </s>")
-        user = turn["user"]
-        system = LLAMA2_SYSTEM.fullmatch(user)
-        if ("<<SYS>>" in user) != bool(system) or (system and messages):
-            raise RowError("llama2", where, repr(user.strip()[:40]), "<<SYS>>…<</SYS>> at the start of the first turn")
-        if system:
-            if system["system"].strip():
-                messages.append(Message("system", system["system"].strip()))
-            user = system["user"]
-        messages.append(Message("user", user.strip()))
-        position = turn.end()
-        if turn["answer"].strip() or turn["end"] or position < length:
-            messages.append(Message("assistant", turn["answer"].strip()))
-    if not messages:
-        raise RowError("empty", where, "an empty text", "<s>[INST] … [/INST] … </s>")
-    return tuple(messages)
+def _with_system(
+    messages: tuple[Message, ...], get: Mapping[str, tuple[str, object]], notes: Counter[str]
+) -> tuple[Message, ...]:
+    system = optional_text(*get["system"]) if "system" in get else ""
+    if not system.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content.strip() != system.strip():
+            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
+        return messages
+    return (Message("system", system), *messages)
 
 
-def _turns(where: str, value: object, sharegpt: bool) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise RowError("type", where, _kind(value), "a list of turns")
-    if not value:
-        raise RowError("empty", where, "an empty list", "one turn or more")
-    messages = [_turn(f"{where}[{i}]", turn, sharegpt) for i, turn in enumerate(value)]
-    # An empty system turn says nothing, but some templates would render its brackets.
-    kept = tuple(m for m in messages if m.role != "system" or m.content.strip())
-    if not kept:
-        raise RowError("empty", where, "only an empty system turn", "one turn or more")
-    return kept
-
-
-def _turn(where: str, turn: object, sharegpt: bool) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError("type", where, _kind(turn), "a mapping with a role and a content")
-    role_key, content_key = ("from", "value") if sharegpt and "from" in turn else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in turn and not (key == "content" and turn.get("tool_calls")):
-            expected = ("from", "value") if sharegpt else ("role", "content")
-            near = next(iter(difflib.get_close_matches(key, [str(k) for k in turn], 1)), None)
-            raise RowError("missing", where, f"the keys {listed(turn)}", " and ".join(expected), near)
-    role = _role(f"{where}.{role_key}", turn[role_key], sharegpt)
-    rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
-    content = turn.get(content_key)
-    if content is None and role == "assistant" and rest.get("tool_calls"):
-        content = ""  # a turn that only calls a tool says nothing beside
-    extra = _plain_json(where, rest) if rest else None
-    if extra is not None:
-        _encodes(extra, where)
-    return Message(role, _content(f"{where}.{content_key}", content), extra)
-
-
-def _role(where: str, value: object, sharegpt: bool) -> str:
-    known = SHAREGPT_ROLES if sharegpt else {**{r: r for r in ROLES}, "function": "tool"}
-    if not isinstance(value, str):
-        raise RowError("role", where, _kind(value), listed(known))
-    role = known.get(value.strip().lower())
-    if role is None:
-        near = next(iter(difflib.get_close_matches(value.lower(), known, 1)), None)
-        raise RowError("role", where, repr(value), listed(known), near)
-    return role
-
-
-def _content(where: str, value: object) -> str:
-    """A text, or a list of text parts as chat interfaces write it."""
-    if isinstance(value, list):
-        texts = []
-        for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-                raise RowError("content_part", where, f"a part of type {kind!r}", "parts of type 'text'")
-            texts.append(_text(where, part.get("text")))
-        return "\n".join(texts)
-    return _text(where, value)
-
-
-def _side(where: str, value: object, role: str) -> tuple[Message, ...]:
-    """A prompt or a completion: a text, or a list of turns."""
-    if isinstance(value, list):
-        return _turns(where, value, sharegpt=False)
-    return (Message(role, _text(where, value)),)
-
-
-def _text(where: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise RowError("null" if value is None or value is ABSENT else "type", where, _kind(value), "a text")
-    _encodes(value, where)
-    return value
-
-
-def _optional_text(where: str, value: object) -> str:
-    return "" if value is None or value is ABSENT else _text(where, value)
-
-
-def _encodes(value: str, where: str) -> None:
-    """Half of a surrogate pair is no character: no file and no tokenizer can hold it."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
-        raise RowError("surrogate", where, found, "Unicode text") from None
+def _refuse_lost(name: str, value: object, messages: Sequence[Message], text: str | None, decision: Decision) -> None:
+    """Refuse a row whose column `name`, that the format does not use, holds what the messages do not."""
+    if is_blank(value):
+        return
+    ours = [text] if text is not None else [part for m in messages for part in (m.content, m.extra or "")]
+    joined = "\n".join(ours)
+    if isinstance(value, str) and all(part.strip() in value for part in ours if part and not part.startswith("{")):
+        return  # the whole conversation once more, as a template writes it
+    held = value if not isinstance(value, Mapping) else {k: v for k, v in value.items() if k not in NUMBERED}
+    if isinstance(value, str):
+        lost = value.strip() not in joined
+    else:
+        lost = any(leaf not in joined and leaf.lower() not in STRUCTURE for leaf in leaves(held))
+    if lost:
+        free = [n for n in (*REQUIRED[decision.format], *OPTIONAL[decision.format]) if n not in decision.columns]
+        use = f"use it (columns: {{{free[0]}: {name}}}, or another of {listed(free)}), or " if free else ""
+        if text is not None:
+            use = f"use it (format: prompt_completion, columns: {{prompt: text, completion: {name}}}), or "
+        raise RowError(
+            "unused_column",
+            name,
+            kind(value),
+            f"nothing there, since format {decision.format} does not read this column; {use}leave it out with "
+            f"ingest.ignore: [{name}]",
+        )
 
 
 def _scalars(row: RawRow, used: Iterable[str]) -> dict[str, object]:
@@ -331,14 +310,6 @@ def _scalars(row: RawRow, used: Iterable[str]) -> dict[str, object]:
     return kept
 
 
-def _plain_json(where: str, value: dict[str, object]) -> str:
-    """The mapping as canonical JSON, proved to be JSON."""
-    try:
-        return canonical_json(json.loads(json.dumps(value, allow_nan=False)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError("type", where, str(error), "values that JSON can hold") from None
-
-
 def unique_labels(labels: Iterable[str]) -> list[str]:
     """The labels with `#2`, `#3` … on those that were used before, so that no two sources share a row id."""
     out: list[str] = []
@@ -352,25 +323,5 @@ def unique_labels(labels: Iterable[str]) -> list[str]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def listed(names: Iterable[object]) -> str:
-    """The names, the first ones of very many; what no terminal and no file can hold shown as an escape."""
-    shown = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
-    more = f", … ({len(shown)} in all)" if len(shown) > MOST_LISTED else ""
-    return ", ".join(shown[:MOST_LISTED]) + more or "none"
-
-
-def _kind(value: object) -> str:
-    """What was found, as a person says it."""
-    if value is None or value is ABSENT:
-        return "null" if value is None else "no such column in this row"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else type(value).__name__
+    close = nearest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
 from finetune.data import pydoc_rows
-from finetune.data.formats import Decision, FormatError, RowError, decide, to_example
-from finetune.data.readers import RawRow, content_digest, hub_rows, local_rows
+from finetune.data.files import data_files, digest, is_one_file, skipped_files
+from finetune.data.formats import Decision, FormatError, decide, to_example
+from finetune.data.json_files import RawRow
+from finetune.data.readers import hub_rows, local_rows
 from finetune.data.records import Example, Reject
+from finetune.data.values import RowError, listed
 from finetune.errors import InputError
 from finetune.recipe import HubSource, LocalSource, Source
 
@@ -22,38 +27,65 @@ def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str,
     Raises InputError where the file or the data set does not exist.
     """
     if isinstance(source, LocalSource):
-        return {"file": source.path.name, "xxh3_128": content_digest(source.path)}
+        return digest(source.paths)
     if isinstance(source, HubSource):
         return {"commit": _commit(source, scratch)}
     return {"python": pydoc_rows.fingerprint()}
 
 
-def read_source(source: Source, label: str, scratch: Path) -> tuple[Decision, Iterator[Example | Reject]]:
+def read_source(
+    source: Source, label: str, scratch: Path, ignore: Collection[str] = ()
+) -> tuple[Decision, Iterator[Example | Reject]]:
     """How the source is read, and its rows in order: each an Example, or a Reject where it does not fit.
 
-    `label` begins every row id; `scratch` keeps what comes from the Hub. Raises InputError where the source as a whole
-    cannot be read: no such file, no format that fits, no rows.
+    `label` begins every row id; `scratch` keeps what comes from the Hub; columns named in `ignore` are not read. Raises
+    InputError where the source as a whole cannot be read: no such file, no format that fits, no rows, a column that
+    means something and is not used.
     """
-    raw = _raw_rows(source, scratch)
+    columns_of: dict[str, set[str]] = {}
+    raw = _raw_rows(source, scratch, columns_of)
     head = list(islice(raw, SAMPLE_ROWS))
-    sample = [r.row for r in head if r.row is not None]
+    sample = [r.row for _, r in head if r.row is not None]
     if not sample:
-        found = head[0].problem if head else "no row at all"
+        found = head[0][1].problem if head else "no row at all"
         raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{_place(source)}")
     try:
-        decision = decide(source.format, source.columns, sample)
+        decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
+        _check_unused(head, decision, label)
     except FormatError as error:
         raise InputError(f"data source {label}: {error}{_place(source)}") from error
-    return decision, _converted(chain(head, raw), decision, label)
+    if isinstance(source, LocalSource) and (skipped := skipped_files(source.paths)):
+        decision.notes[f"not read, by their names: {listed(skipped)}"] += len(skipped)
+    return decision, _converted(chain(head, raw), decision, label, columns_of)
 
 
 def _place(source: Source) -> str:
-    return f" ({source.path})" if isinstance(source, LocalSource) else ""
+    return f" ({', '.join(map(str, source.paths))})" if isinstance(source, LocalSource) else ""
 
 
-def _converted(rows: Iterator[RawRow], decision: Decision, label: str) -> Iterator[Example | Reject]:
-    for raw in rows:
-        row_id = f"{label}:{raw.number}"
+def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label: str) -> None:
+    """Stop at once where one of the first rows would lose a column; later ones are refused row by row."""
+    if not decision.watched:
+        return
+    trial = replace(decision, notes=Counter())
+    for file, raw in head:
+        try:
+            if raw.row is not None:
+                to_example(raw.row, trial, "", "")
+        except RowError as error:
+            if error.reason == "unused_column":
+                raise FormatError(f"row {_row_id(label, file, raw)}: {error}") from None
+
+
+def _row_id(label: str, file: str, raw: RawRow) -> str:
+    return f"{label}/{file}:{raw.number}" if file else f"{label}:{raw.number}"
+
+
+def _converted(
+    rows: Iterable[tuple[str, RawRow]], decision: Decision, label: str, columns_of: Mapping[str, set[str]]
+) -> Iterator[Example | Reject]:
+    for file, raw in rows:
+        row_id = _row_id(label, file, raw)
         if raw.row is None:
             yield Reject(row_id, label, "unreadable", raw.problem, _printable(raw.text))
             continue
@@ -61,12 +93,18 @@ def _converted(rows: Iterator[RawRow], decision: Decision, label: str) -> Iterat
             yield to_example(raw.row, decision, row_id, label)
         except RowError as error:
             yield Reject(row_id, label, error.reason, _printable(str(error)), _printable(_shown(raw.row)))
+    everywhere = set().union(*columns_of.values())
+    for column in sorted(everywhere):
+        lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
+        if lacking:
+            decision.notes[f"the column {column!r} is missing in {listed(lacking)}"] += len(lacking)
 
 
-def _raw_rows(source: Source, scratch: Path) -> Iterator[RawRow]:
+def _raw_rows(source: Source, scratch: Path, columns_of: dict[str, set[str]]) -> Iterator[tuple[str, RawRow]]:
+    """The rows, each with the name of its file where there are several; `columns_of` takes in the columns of each."""
     end = None if source.take is None else source.skip + source.take
     if isinstance(source, HubSource):
-        return hub_rows(
+        rows = hub_rows(
             source.id,
             source.split,
             config=source.config,
@@ -76,10 +114,23 @@ def _raw_rows(source: Source, scratch: Path) -> Iterator[RawRow]:
             take=source.take,
             cache=scratch / "hub",
         )
+        return (("", row) for row in rows)
     if isinstance(source, LocalSource):
-        return islice(local_rows(source.path), source.skip, end)
-    rows = (RawRow(number, row) for number, row in enumerate(pydoc_rows.rows(), start=1))
-    return islice(rows, source.skip, end)
+        return islice(_file_rows(source, columns_of), source.skip, end)
+    made = (("", RawRow(number, row)) for number, row in enumerate(pydoc_rows.rows(), start=1))
+    return islice(made, source.skip, end)
+
+
+def _file_rows(source: LocalSource, columns_of: dict[str, set[str]]) -> Iterator[tuple[str, RawRow]]:
+    if is_one_file(source.paths):
+        yield from (("", row) for row in local_rows(source.paths[0], source.encoding))
+        return
+    for file in data_files(source.paths):
+        seen = columns_of.setdefault(file.name, set())
+        for raw in local_rows(file.path, source.encoding):
+            if raw.row is not None and not raw.row.keys() <= seen:
+                seen |= raw.row.keys()
+            yield file.name, raw
 
 
 def _commit(source: HubSource, scratch: Path | None) -> str:

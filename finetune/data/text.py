@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 
 from finetune.data.records import Example
+from finetune.utils.files import canonical_json
 
 FIELD_ROLES = {"instruction": ("user",), "output": ("assistant",), "both": ("user", "assistant")}
 
@@ -22,9 +24,16 @@ def normalised(text: str) -> str:
 def field_text(row: Example, field: str) -> str:
     """What of a row is compared: all user turns (`instruction`), all assistant turns (`output`) or `both`, in order.
 
-    The text of a raw-text row is its whole text, whatever the field.
+    An assistant's turn is its text and its tool calls. A raw-text row's text is its whole text, whatever the field.
     """
-    return row.joined(*FIELD_ROLES[field])
+    if row.text is not None or all(m.extra is None for m in row.messages):
+        return row.joined(*FIELD_ROLES[field])
+    parts = []
+    for message in row.messages:
+        if message.role in FIELD_ROLES[field]:
+            calls = json.loads(message.extra).get("tool_calls") if message.extra else None
+            parts += [message.content] + ([canonical_json(calls)] if calls else [])
+    return "\n".join(parts)
 
 
 def text_key(text: str) -> bytes:

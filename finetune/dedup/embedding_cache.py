@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.utils import links
 from finetune.utils.files import canonical_json
 
 DIGEST_BYTES = 16
@@ -37,6 +38,7 @@ class EmbeddingCache:
         name = hashlib.blake2b(canonical_json(dict(made_by)).encode(), digest_size=DIGEST_BYTES).hexdigest()
         self._root = scratch / "embeddings"
         self._folder = self._root / name
+        links.require_inside(self._folder, scratch)
         self._say = say
 
     def find(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -104,11 +106,12 @@ class EmbeddingCache:
     def _bound(self) -> None:
         """Remove the longest unused shards, of any model, while there are too many or too large ones."""
         shards = []
-        for left in self._root.glob("*/.*"):  # by a process that was killed while it wrote
+        own = [p for p in self._root.glob("*") if links.way_out(p, self._root) is None]
+        for left in (p for folder in own for p in folder.glob(".*")):  # by a process that was killed while it wrote
             with suppress(OSError):
                 if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                     left.unlink()
-        for path in self._root.glob("*/*.parquet"):
+        for path in (p for folder in own for p in folder.glob("*.parquet")):
             try:
                 stat = path.stat()
             except OSError:

@@ -30,12 +30,14 @@ def model_fingerprint(name: str, folder: Path | None) -> Mapping[str, object]:
 def _digests(folder: Path) -> dict[str, str]:
     """xxh3-128 of every file but hidden ones, by relative path."""
     from finetune.utils.files import file_digest
+    from finetune.utils.links import require_model
 
     if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"dedup.embedding: {folder} holds no embedding model (no modules.json or config.json); "
             "give the folder of one, a Hub name such as thenlper/gte-large, or lsa"
         )
+    require_model(folder, "dedup.embedding")
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -177,13 +177,37 @@ def links_between(left: Vectors, right: Vectors, threshold: float, new_search: N
     """
     a, b = np.flatnonzero(nonzero(left)), np.flatnonzero(nonzero(right))
     measure = Cosine(np.concatenate([left[a], right[b]]), threshold, new_search)
+    rows, partners, scores = _best_partners(measure, np.arange(len(a)), np.arange(len(a), len(a) + len(b)))
+    return a[rows], b[partners - len(a)], scores
+
+
+def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measures: Sequence[Measure]) -> list[Pair]:
+    """The `rows` that are like one of `others`, each with the one it repeats, in order; the first measure decides.
+
+    Alike is as in `select`: the same key, or the threshold of one of `measures` reached. Every pair counts, whether or
+    not one of `others` is like another of them.
+    """
+    found: dict[int, Pair] = {}
+    if keys is not None:
+        first: dict[Hashable, int] = {}
+        for other in others.tolist():
+            first.setdefault(keys[other], other)
+        found = {r: Pair(r, first[keys[r]], 1.0, "exact") for r in rows.tolist() if keys[r] and keys[r] in first}
+    for measure in measures:
+        for row, other, score in zip(*(part.tolist() for part in _best_partners(measure, rows, others)), strict=True):
+            found.setdefault(row, Pair(row, other, score, measure.name))
+    return [found[row] for row in sorted(found)]
+
+
+def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Rows, Scores]:
+    """The `rows` that reach the threshold with some of `others`, the best of these (the first on a tie), the score."""
     search = measure.search()
-    search.add(right[b])
-    best = Best(np.arange(len(a)), measure)
-    for i, j, scores in search.pairs(left[a], threshold - measure.band):
-        best.take(i, len(a) + j, scores)
+    search.add(measure.features(others))
+    best = Best(rows, measure)
+    for i, j, scores in search.pairs(measure.features(rows), measure.threshold - measure.band):
+        best.take(i, others[j], scores)
     hits = np.flatnonzero(best.row >= 0)
-    return a[hits], b[best.row[hits] - len(a)], best.score[hits]
+    return rows[hits], best.row[hits], best.score[hits]
 
 
 def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:

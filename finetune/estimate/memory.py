@@ -46,7 +46,7 @@ class Training:
         return cls(
             lora=recipe.lora,
             quantization=recipe.quantization,
-            train=recipe.train,
+            train=recipe.training,
             runtime=recipe.runtime,
             packed=recipe.pack is not None,
             row_tokens=own or recipe.render.max_length_tokens,
@@ -180,8 +180,8 @@ def disk(shapes: Shapes, recipe: Recipe) -> dict[str, int]:
     adapter and its checkpoints.
     """
     adapter = adapter_bytes(shapes, recipe.lora)
-    optimizer = optimizer_bytes(shapes, recipe.lora, recipe.train.optimizer)
-    best = adapter if recipe.train.keep_best else 0
+    optimizer = optimizer_bytes(shapes, recipe.lora, recipe.training.optimizer)
+    best = adapter if recipe.training.keep_best else 0
     return {
         "download": _bytes_of(shapes.dtype) * shapes.parameters if recipe.model.kind == "hub" else 0,
         "quantized_copy": weight_bytes(shapes, recipe.quantization) if keeps_copy(shapes, recipe) else 0,

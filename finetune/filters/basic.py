@@ -24,22 +24,23 @@ Verdict = Drop | None
 
 
 def empty_turn(row: Example) -> Verdict:
-    """A turn without text, or no turn at all. An assistant turn that calls a tool may say nothing beside."""
+    """A turn without text, or no turn at all. A turn that calls a tool may say nothing, and a tool return nothing."""
     if row.text is not None:
         return None if row.text.strip() else Drop("empty", "the text is blank")
     if not row.messages:
         return Drop("empty", "there is no turn")
     for number, message in enumerate(row.messages, start=1):
-        calls = message.role == "assistant" and message.extra is not None and '"tool_calls":' in message.extra
-        if not message.content.strip() and not calls:
+        if not message.content.strip() and message.role != "tool" and not _calls(message):
             return Drop("empty", f"turn {number} ({message.role}) is blank")
     return None
 
 
 def no_assistant(row: Example) -> Verdict:
     """A conversation in which there is nothing to learn from."""
-    if row.text is not None or any(m.role == "assistant" for m in row.messages):
+    if row.text is not None or any(m.role == "assistant" and m.learn for m in row.messages):
         return None
+    if any(m.role == "assistant" for m in row.messages):
+        return Drop("no_assistant", "every turn of the assistant is marked as not to be learned (weight, train, mask)")
     return Drop("no_assistant", f"the roles are {_roles(row.messages)}")
 
 
@@ -67,11 +68,12 @@ def not_alternating(row: Example) -> Verdict:
 def length_outside(row: Example, role: str, least: int, most: int | None) -> Verdict:
     """All turns of `role` together have fewer than `least` or more than `most` characters.
 
-    A raw text is all of it learned, so it counts as the assistant's, and never as the user's.
+    A raw text is all of it learned, so it counts as the assistant's, and never as the user's. The JSON of tool calls
+    counts, too.
     """
     if row.text is not None and role != "assistant":
         return None
-    found = len(row.joined(role))
+    found = len(row.joined(role)) + sum(len(m.extra or "") for m in row.messages if m.role == role and _calls(m))
     if found < least:
         return Drop(f"{role}_short", f"{found} characters, at least {least}", found, least)
     if most is not None and found > most:
@@ -98,6 +100,10 @@ def tokens_outside(tokens: int, least: int | None, most: int | None) -> Verdict:
     if least is not None and tokens < least:
         return Drop("tokens", f"{tokens} tokens, at least {least}", tokens, least)
     return None
+
+
+def _calls(message: Message) -> bool:
+    return message.role == "assistant" and message.extra is not None and '"tool_calls":' in message.extra
 
 
 def contents(row: Example) -> Iterator[str]:

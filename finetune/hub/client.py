@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.errors import LOG_IN, retried, sentences, tokens_page
+from finetune.hub.guard import install
+from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,6 +54,7 @@ def resolve_revision(
         InputError: the repository or revision does not exist, or this account may not read it.
         FinetuneError: the Hub cannot be reached and the cache does not know the revision.
     """
+    install()  # whatever is fetched of this repository next, by whichever library
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -93,6 +96,27 @@ def check_read(repo_id: str, repo_type: RepoType = "model") -> str | None:
         InputError: it does not exist, is private, or is gated and its terms are not accepted yet.
     """
     return _checked("read", repo_id, repo_type, lambda: _ask(f"/api/{repo_type}s/{repo_id}/auth-check"))
+
+
+def read_adapter_files(
+    repo_id: str, revision: str | None, scratch: Path
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Read an adapter's configuration and the shapes of its tensors from the Hub, without its weights.
+
+    Raises InputError if the repository holds no adapter in safetensors, FinetuneError if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    commit = resolve_revision(repo_id, revision, scratch=scratch)
+    with sentences("read", repo_id, "model"):
+        names = HfApi().list_repo_files(repo_id, revision=commit)
+        if missing := [n for n in ("adapter_config.json", "adapter_model.safetensors") if n not in names]:
+            raise InputError(f"{repo_id} holds no {missing[0]}; an adapter is a repository that peft has saved")
+        config = read_json(
+            Path(hf_hub_download(repo_id, "adapter_config.json", revision=commit, cache_dir=scratch / "hub"))
+        )
+        stored = HfApi().parse_safetensors_file_metadata(repo_id, "adapter_model.safetensors", revision=commit)
+    return config, {name: tuple(info.shape) for name, info in stored.tensors.items()}
 
 
 def check_write(repo_id: str) -> str | None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from finetune.errors import FinetuneError, InputError
+from finetune.hub.guard import install
 from finetune.utils.secrets import redact
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ def sentences(action: str, repo_id: str, repo_type: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    install()
     what = f"cannot {action} {repo_type} {repo_id}" if action != "push to" else f"cannot push to {repo_id}"
     try:
         yield

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import InputError
+from finetune.lora.start import CONFIG, WEIGHTS, Base, problems, read_adapter
+from finetune.models.architecture import read_modules
 from finetune.recipe import Lora
 from finetune.utils.files import file_digest, read_json
+from finetune.utils.limits import reading
+from finetune.utils.links import require_model
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ON_HUB = r"\w[\w.-]*/\w[\w.-]*"
 COMPARED = (
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "modules_to_save", "bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "target_parameters",
@@ -30,6 +31,10 @@ def fingerprint(lora: Lora) -> Mapping[str, object]:
         return {}
     if lora.start_folder is not None:
         return {"start_from": {name: file_digest(_file(lora.start_folder, name)) for name in (CONFIG, WEIGHTS)}}
+    if lora.start_run is not None:
+        raise InputError(
+            f"lora.start_from: {lora.start_from}: its run was not looked for; this is a fault of the program"
+        )
     from finetune.hub.client import resolve_revision
 
     name, _, revision = lora.start_from.partition("@")
@@ -40,44 +45,61 @@ def folder_of(lora: Lora, ctx: Context) -> Path | None:
     """The folder that holds the adapter, downloaded if it must be; None where the recipe names none."""
     if lora.start_from is None or lora.start_folder is not None:
         return lora.start_folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    from finetune.hub.client import resolve_revision
+    from finetune.hub.client import resolve_revision, tree_of
     from finetune.hub.errors import sentences
+    from finetune.hub.verified import is_recorded, require_announced
+    from finetune.models.loading import TOKENIZER_FILES
 
     name, _, revision = lora.start_from.partition("@")
     commit = resolve_revision(name, revision or None, scratch=ctx.scratch, say=ctx.say)
     with sentences("download", name, "model"):
-        return Path(
-            snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=[CONFIG, WEIGHTS])
-        )
+        wanted = [CONFIG, WEIGHTS, *TOKENIZER_FILES]  # an imported adapter's tokenizer and template are compared
+        folder = Path(snapshot_download(name, revision=commit, cache_dir=ctx.scratch / "hub", allow_patterns=wanted))
+        listed = None if is_recorded(folder) or constants.is_offline_mode() else tree_of(HfApi(), name, "model", commit)
+    require_announced(folder, name, listed, ctx.say)
+    return folder
 
 
 def _file(folder: Path, name: str) -> Path:
+    require_model(folder, "lora.start_from")
     if not (folder / name).is_file():
         raise InputError(f"lora.start_from: {folder} holds no {name}; an adapter is a folder that peft has saved")
     return folder / name
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    path = _file(folder, CONFIG)
+    with reading(f"lora.start_from: {path} is not an adapter's configuration"):
+        value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"lora.start_from: {path}: found a {type(value).__name__}, allowed is an object")
+    return value
+
+
 def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool) -> None:
     """Refuse, before any weight of the base is read, an adapter that is not the recipe's kind on the recipe's base.
 
-    `base` is a folder with config.json. Raises InputError naming the first thing that differs; names of bases are
-    compared where both are the Hub's.
+    `base` is a folder with config.json. Raises InputError with everything that differs, a line each.
     """
     from peft import get_peft_model
 
     from finetune.lora.config import lora_config
     from finetune.models.layerwise import empty_model
 
-    named = read_json(_file(folder, CONFIG)).get("base_model_name_or_path")
-    on_hub = all(isinstance(n, str) and re.fullmatch(ON_HUB, n) for n in (named, base_id))
-    if on_hub and named != base_id:
-        raise InputError(
-            f"lora.start_from: the adapter in {folder.name} was trained on {named}, the recipe's model is {base_id}"
-        )
+    require_same(lora, folder, base, base_id, trust_remote_code)
     model = empty_model(base, trust_remote_code=trust_remote_code)
     _fitting(get_peft_model(model, lora_config(lora, model), low_cpu_mem_usage=True), folder)
+
+
+def require_same(
+    lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool, *, importing: bool = False
+) -> None:
+    """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
+    known = Base(base_id, read_modules(base, trust_remote_code), read_json(base / "config.json"))
+    if found := problems(lora, read_adapter(folder), known, importing=importing):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
 
 
 def load(model: PeftModel, folder: Path) -> None:
@@ -93,8 +115,10 @@ def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    _compare_settings(read_json(_file(folder, CONFIG)), model.peft_config["default"].to_dict(), folder)
-    stored = load_file(str(_file(folder, WEIGHTS)))
+    _compare_settings(_settings(folder), model.peft_config["default"].to_dict(), folder)
+    file = _file(folder, WEIGHTS)
+    with reading(f"lora.start_from: {file} is not an adapter's weights"):
+        stored = load_file(str(file))
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if odd := sorted(own.keys() ^ stored.keys()):
         where = "is not in the adapter" if odd[0] in own else "is in the adapter and has no place"
@@ -106,6 +130,11 @@ def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
             raise InputError(
                 f"lora.start_from: {name} is {list(tensor.shape)} in the adapter and {list(own[name].shape)} here; "
                 "is it the right base, and the same rank?"
+            )
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"lora.start_from: {name} in {folder.name} is {str(tensor.dtype).removeprefix('torch.')}; allowed are "
+                "float32, float16 and bfloat16"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"lora.start_from: {name} in {folder.name} holds a value that is no number")
@@ -127,4 +156,4 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
     """One form for what means the same: nothing set, and lists in any order."""
     if not value or value == "none":
         return None
-    return sorted(value) if isinstance(value, list | set | tuple) else value
+    return sorted(value, key=str) if isinstance(value, list | set | tuple) else value

@@ -17,6 +17,8 @@ from finetune.models import quantized_cache
 from finetune.models.attention import prepared
 from finetune.models.device import Precision, gpu_index
 from finetune.utils.files import file_digest, read_json, write_bytes, write_json
+from finetune.utils.limits import OF_THE_DISK, bounded, reading
+from finetune.utils.links import read_regular
 from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -40,16 +42,15 @@ TOKENIZER_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json")
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 INDEX = "model.safetensors.index.json"
+BUILD_SECONDS, BUILD_BYTES = 20, 2_000_000_000  # of an architecture without weights; 0.3 s for a 7B
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a base folder; the network is not asked."""
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{base} holds no tokenizer that transformers can read"):
         return AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FinetuneError(f"{base} holds no tokenizer that transformers can read: {_first_line(error)}") from error
 
 
 def copy_tokenizer(base: Path, target: Path) -> None:
@@ -67,10 +68,12 @@ def copy_clean(source: Path, target: Path) -> None:
     """Copy a small file if it is there; a JSON file loses the path it was once loaded from."""
     if not source.is_file():
         return
-    content = source.read_bytes()
+    content = read_regular(source)
     target.parent.mkdir(exist_ok=True)
     if source.name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        value = json.loads(content)
+        value = read_json(source)
+        if not isinstance(value, dict):
+            raise InputError(f"{source}: found a {type(value).__name__}, allowed is an object")
         if "_name_or_path" in value or "name_or_path" in value:
             kept = {k: v for k, v in value.items() if k not in ("_name_or_path", "name_or_path")}
             content = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
@@ -93,7 +96,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises InputError where the index names a file outside the folder: it comes with a download, and is data.
     """
     if (folder / INDEX).exists():
-        names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
+        with reading(f"{folder / INDEX} is no index of weights"):
+            names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
         if outside := sorted(n for n in names if not n.endswith(".safetensors") or Path(n).name != n):
             raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is no safetensors file of this folder")
         shards = sorted(folder / name for name in names)
@@ -139,6 +143,9 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from finetune.hub.client import tree_of
+    from finetune.hub.verified import require_announced
+
     small = [*MODEL_FILES, *TOKENIZER_FILES, MORE_TEMPLATES, *(["*.py"] if model.trust_remote_code else [])]
     # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor what lies in subfolders.
     wanted = [*small, "model*.safetensors", INDEX] if weights else small
@@ -148,19 +155,21 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
         revision=revision,
         cache_dir=ctx.scratch / "hub",
         allow_patterns=wanted,
-        ignore_patterns=["*/*"],
+        ignore_patterns=[f"*/*.{kind}" for kind in ("safetensors", "json", "py", "txt", "model")],
     )
     try:
         present = Path(snapshot(local_files_only=True))
         if (present / "config.json").exists() and (weight_files(present) or not weights):
+            require_announced(present, model.id, None, ctx.say, weights=weights)
             return present
     except LocalEntryNotFoundError:
         pass  # also where it is there in part
     ctx.say(f"base: {'downloading' if weights else 'reading'} {model.id} at {revision[:12]}")
     with sentences("download", model.id, "model"):
-        names = retried(lambda: HfApi().list_repo_files(model.id, revision=revision), ctx.say, time.sleep)
-        refuse_without_safetensors(f"{model.id} at {revision[:12]}", names)
+        listed = retried(lambda: tree_of(HfApi(), model.id, "model", revision), ctx.say, time.sleep)
+        refuse_without_safetensors(f"{model.id} at {revision[:12]}", [f.path for f in listed])
         folder = Path(retried(snapshot, ctx.say, time.sleep))
+        require_announced(folder, model.id, listed, ctx.say, weights=weights)
     if weights and not weight_files(folder):
         raise FinetuneError(f"the download of {model.id} is incomplete in {folder}; run the same command again")
     return folder
@@ -211,7 +220,11 @@ def load_base(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if (isinstance(error, OSError) and error.errno in OF_THE_DISK) or isinstance(error, MemoryError):
+            raise
         raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
     _require_all_weights(model.id, report)
     if copy and not ready and ctx.rank == 0:
@@ -334,13 +347,16 @@ def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
+    what = f"{folder / 'config.json'} describes no causal language model"
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        with torch.device("meta"):
+        with bounded(what, cpu_seconds=BUILD_SECONDS, memory_bytes=BUILD_BYTES), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except FinetuneError:
+        raise
+    except Exception as error:  # a configuration class may raise anything of values that it does not know
         if not trust_remote_code and "trust_remote_code" in str(error):  # what transformers asks for
             raise InputError(
                 f"{folder / 'config.json'} needs the Python code beside it, and none was run; read it, and set "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
+from finetune.utils import links
 from finetune.utils.files import canonical_json, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def find(folder: Path, about: dict[str, Any], ctx: Context) -> bool:
     """Whether `folder` holds a whole copy; every byte is read, and one that is not as it was written is removed."""
     if not folder.is_dir():
         return False
+    links.require_inside(folder, folder.parent.parent)
     wrong = _fault(folder, about)
     if wrong is None:
         return True
@@ -87,6 +89,7 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any], needed: i
     """
     from safetensors import SafetensorError
 
+    links.require_inside(folder, folder.parent.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder.parent)
     free = shutil.disk_usage(folder.parent).free
@@ -136,11 +139,12 @@ def unneeded(scratch: Path, bases: Sequence[Path]) -> list[Path]:
     """The copies that are of none of the bases pinned in the folders `bases`, and what was never finished."""
     kept = [identity(base) for base in bases]
     found = []
+    links.require_inside(scratch / FOLDER, scratch)
     for folder in sorted(p for p in (scratch / FOLDER).glob("*") if p.is_dir()):
         process = folder.name.rpartition("-")[2] if "-" in folder.name else ""
         if process.isdigit() and _alive(int(process)):
             continue
-        found += [] if _copied(folder) in kept else [folder]
+        found += [] if not folder.is_symlink() and _copied(folder) in kept else [folder]
     return found
 
 

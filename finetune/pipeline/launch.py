@@ -80,9 +80,11 @@ def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 SMALLER: str(asked),
+                "PYTHONSAFEPATH": "1",
             }
             # A session of its own: Ctrl-C in a terminal reaches every process of a group, and then once more from here.
-            command = [sys.executable, "-m", "finetune", *arguments]
+            # -P, and the variable for its own children: a json.py in the working folder is data, not a module.
+            command = [sys.executable, "-P", "-m", "finetune", *arguments]
             started.append(subprocess.Popen(command, env=environment, start_new_session=True))
             if received:
                 started[-1].send_signal(received[0])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import FinetuneError
+from finetune.utils.links import read_regular
 
 LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
 BEAT_SECONDS = 5.0
@@ -168,7 +169,7 @@ def _leases(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return b""
 

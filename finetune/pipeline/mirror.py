@@ -26,6 +26,7 @@ from finetune.pipeline.leases import is_being_built
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGES
 from finetune.pipeline.store import BUILDING, MANIFEST, Manifest, Store
+from finetune.utils import links
 from finetune.utils.files import read_json, replace_bytes, write_json
 
 POLL_SECONDS, AFTER_FAILURE_SECONDS = 1.0, 60.0
@@ -137,16 +138,19 @@ class Mirror:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FinetuneError(f"{self.repo_id}: {parent}/{name}/run.json is not the record of a run") from None
         folder, latest = self.store.artifacts / parent / name, self.store.artifacts / parent / "latest"
+        links.require_inside(folder / "run.json", self.store.artifacts)
         if not (folder / "run.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(names, key=lambda n: n.endswith("/run.json")):
                 (incoming / file).replace(folder / Path(file).name)
+        links.require_inside(latest, self.store.artifacts)
         if not latest.exists() or latest.read_text(encoding="utf-8").strip() < name:
             replace_bytes(latest, f"{name}\n".encode())
         return {stage: key for stage, key in keys.items() if re.fullmatch(r"[0-9a-f]{32}", key)}
 
     def _pull_stage(self, name: str, key: str, there: Mapping[str, Remote], incoming: Path, *, fresh: bool) -> None:
         folder = self.store.folder(name, key)
+        links.require_inside(folder, self.store.artifacts)
         if self.store.find(folder) is not None or is_being_built(folder):
             return
         prefix = f"{name}/{folder.name}"
@@ -319,7 +323,7 @@ class Mirror:
         if not (folder / "run.json").is_file():
             return {}
         parent = f"runs/{self.run.recipe}"
-        files = [p for p in folder.iterdir() if p.is_file() and _is_plain(p.name)]
+        files = [p for p in folder.iterdir() if p.is_file() and not p.is_symlink() and _is_plain(p.name)]
         found: dict[str, Content] = {f"{parent}/{folder.name}/{p.name}": p.read_bytes() for p in files}
         return found | {f"{parent}/latest": f"{folder.name}\n".encode()}
 
@@ -338,7 +342,8 @@ def _lately(moment: float | None, seconds: float) -> bool:
 def _names(folder: Path) -> set[str]:
     if not folder.is_dir():
         return set()
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    paths = (p for p in folder.rglob("*") if p.is_file() and links.way_out(p, folder) is None)
+    return {p.relative_to(folder).as_posix() for p in paths}
 
 
 def _newest(names: set[str]) -> int:

@@ -16,6 +16,7 @@ from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Optio
 from finetune.estimate.memory import Training, disk, ram, windowed
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_known_modules, read_shapes
 from finetune.lora.config import check_modules
+from finetune.pipeline.preflight import refuse_start
 from finetune.recipe import Recipe
 from finetune.train.batch import total_steps
 
@@ -37,7 +38,8 @@ def predict(
     by_name = {s.stage.name: s for s in steps}
     base = by_name["base"]
     pinned = base.folder if base.manifest else None
-    if (modules := read_known_modules(recipe, pinned)) is not None:
+    refuse_start(recipe, pinned, scratch)
+    if recipe.train is not None and (modules := read_known_modules(recipe, pinned)) is not None:
         check_modules(recipe.lora, modules)
     shapes = read_shapes(recipe, pinned)
     result: dict[str, Any] = {
@@ -90,14 +92,14 @@ def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     if last is None:
         return {"rows": None, "tokens": None, "steps": None}
     rows = int(last.metrics.get("bins") or last.metrics.get("rows") or 0)
-    return {"rows": rows, "tokens": int(last.metrics.get("tokens") or 0), "steps": total_steps(rows, recipe.train)}
+    return {"rows": rows, "tokens": int(last.metrics.get("tokens") or 0), "steps": total_steps(rows, recipe.training)}
 
 
 def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
     """Of all steps; the rows' own count is of one epoch."""
     if not figures["rows"]:
         return None
-    return float(figures["steps"] * recipe.train.batch_rows * figures["tokens"] / figures["rows"])
+    return float(figures["steps"] * recipe.training.batch_rows * figures["tokens"] / figures["rows"])
 
 
 def _warns(shapes: Shapes, run: Training, choice: Choice) -> bool:
@@ -112,7 +114,7 @@ def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str
         "memory_bytes": choice.budget_bytes,
         "peak_bytes": choice.total,
         "micro_batch_rows": choice.rows,
-        "accumulation": max(1, recipe.train.batch_rows // choice.rows),
+        "accumulation": max(1, recipe.training.batch_rows // choice.rows),
         "checkpointing": choice.policy,
         "tokens_per_second": choice.tokens_per_second,
         "train_seconds": tokens / choice.tokens_per_second if tokens else None,

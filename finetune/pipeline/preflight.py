@@ -12,16 +12,21 @@ from pathlib import Path
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.estimate import memory as estimate_memory
 from finetune.estimate.choice import Options, device_like
-from finetune.estimate.shapes import Shapes, read_known_modules, read_shapes
+from finetune.estimate.shapes import Shapes, read_config, read_known_modules, read_shapes
 from finetune.eval import lm_eval
 from finetune.gguf import llama_cpp
 from finetune.lora import config as lora_config
+from finetune.lora import start as lora_start
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
+from finetune.pipeline import run_view
 from finetune.pipeline.recipe_checks import rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
 from finetune.recipe import HubSource, Recipe
+from finetune.recipe.keys import key_form
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.messages import in_file_order
 from finetune.train import batch, distributed, tracking
 from finetune.train.batch import batch_shape
 from finetune.utils.files import read_json
@@ -31,17 +36,19 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters; above that one step takes minutes 
 DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 
 
-def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False) -> list[str]:
+def check(
+    recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False, scratch: Path | None = None
+) -> list[str]:
     """Refuse what cannot end well; returns notes on what could not be checked, or was overruled by `force`.
 
-    `steps` is the plan up to the stage asked for. Raises InputError (no access, no tracker), GateRefused (no GPU for
-    this size, or one that is too small).
+    `steps` is the plan up to the stage asked for; `scratch` is where the Hub's files are kept (None: not asked).
+    Raises InputError (no access, no tracker), GateRefused (no GPU for this size, or one that is too small).
     """
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
     notes = _check_access(recipe, to_build)
     base = next(s for s in steps if s.stage.name == "base")
     shapes = read_shapes(recipe, base.folder if base.manifest else None)
-    if shapes is not None and to_build & set(NEEDS_WEIGHTS):
+    if shapes is not None and to_build & set(NEEDS_WEIGHTS if recipe.train else ("evaluate",)):
         _check_device(recipe, shapes)
     if "filter" in to_build and recipe.filter:
         for lack in filter(None, map(rule_problem, recipe.filter.rules)):
@@ -51,19 +58,98 @@ def check(recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool 
     if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
         lm_eval.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
     if "train" in to_build:
-        check_adapter(recipe, base.folder if base.manifest else None)
-        notes += _check_training(recipe, shapes, world, force=force)
+        check_adapter(recipe, base.folder if base.manifest else None, scratch)
+        notes += _check_training(recipe, shapes, world, force=force) if recipe.train else []
     return notes
 
 
-def check_adapter(recipe: Recipe, base: Path | None) -> None:
-    """Refuse a lora section that the base cannot take. `base` is the finished stage's folder; without one the check is
-    made where the modules are known all the same, and otherwise as soon as there is one.
+def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
+    """Refuse a lora section that the base or the adapter of lora.start_from cannot take.
+
+    `base` is the finished stage's folder; without one the check is made where the modules are known all the same, and
+    otherwise as soon as there is one. `scratch`: where what is read from the Hub is kept; None asks no network.
     """
+    refuse_start(recipe, base, scratch)
+    if recipe.train is None:
+        return
     if base is not None:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
     elif (modules := read_known_modules(recipe)) is not None:
         lora_config.check_modules(recipe.lora, modules)
+
+
+def refuse_start(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
+    """Raise InputError with a line for each of `start_problems`."""
+    if found := start_problems(recipe, base, scratch):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
+
+
+def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> list[lora_start.Problem]:
+    """All in which the adapter of lora.start_from differs from the recipe and its base, as far as both are known now.
+
+    Raises InputError if the adapter itself cannot be read.
+    """
+    adapter = _start(recipe, scratch)
+    if adapter is None:
+        return []
+    config, shapes = read_config(recipe, base), read_shapes(recipe, base)
+    sizes = shapes.linears() if shapes else None
+    known = lora_start.Base(recipe.model.id, read_known_modules(recipe, base), config, sizes)
+    return lora_start.problems(recipe.lora, adapter, known, importing=recipe.train is None)
+
+
+def start_mismatches(loaded: LoadedRecipe, store: Store) -> list[str]:
+    """A sentence, with file and line, for each way in which lora.start_from does not fit; the network is not asked."""
+    if loaded.recipe.lora.start_from is None:
+        return []
+    try:
+        found = start_problems(run_view.with_start(loaded.recipe, store), None)
+    except InputError as error:
+        found = [(("lora", "start_from"), str(error).removeprefix("lora.start_from: "))]
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(at)}: {why}" for at, why in found)
+
+
+def _start(recipe: Recipe, scratch: Path | None) -> lora_start.Adapter | None:
+    lora = recipe.lora
+    if lora.start_folder is not None:
+        return lora_start.read_adapter(lora.start_folder)
+    if lora.start_from is None or lora.start_run is not None or scratch is None:
+        return None
+    from finetune.hub.client import read_adapter_files
+
+    name, _, revision = lora.start_from.partition("@")
+    try:
+        files = read_adapter_files(name, revision or None, scratch)
+    except InputError:
+        raise
+    except FinetuneError:
+        return None  # offline: the train stage compares what it has downloaded
+    return lora_start.Adapter(name, *files)
+
+
+def more_epochs(recipe: Recipe, steps: Sequence[Step], store: Store) -> str | None:
+    """A line if training begins from the base although a finished run of this recipe trained on fewer steps."""
+    train = next(s for s in steps if s.stage.name == "train")
+    if train.status in ("off", "done") or recipe.train is None or recipe.lora.start_from is not None:
+        return None
+    try:
+        earlier = run_view.finished(store, recipe.name, lambda _: ("train",))
+    except InputError:
+        return None
+    record = earlier["stages"]["train"]
+    manifest = store.find(Path(record["path"])) if record["status"] == "done" else None
+    if manifest is None or train.spec is None:
+        return None
+    was, now = manifest.spec, key_form(train.spec)
+    before, after = was.get("train") or {}, now.get("train") or {}
+    fields = [n for n in ("epochs", "max_steps") if (after.get(n) or 0) > (before.get(n) or 0)]
+    if not fields or any(was.get(n) != now.get(n) for n in ("model", "lora")):
+        return None
+    changed = ", ".join(f"train.{n} was {before.get(n)}, is {after.get(n)}" for n in fields)
+    return (
+        f"train: starts from the base again ({changed}); to go on from the finished adapter instead set "
+        f"lora.start_from: {recipe.name}@{earlier['run']}"
+    )
 
 
 def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
@@ -71,7 +157,7 @@ def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force:
     notes = []
     if world > 1:
         distributed.check_devices(recipe.runtime.device, world, os.environ)
-    batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
     if recipe.runtime.checkpointing == "offload" and pick_device(recipe.runtime.device) == "cpu":
         raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world)):
@@ -95,9 +181,12 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     needed = dict.fromkeys(("download", "quantized_copy", "merged", "export", "adapter", "training_checkpoints"), 0)
     needed |= estimate_memory.disk(shapes, recipe) if shapes else {}
     loads = bool(to_build & set(NEEDS_WEIGHTS))
-    durable = DURABLE_SLACK + (needed["adapter"] + needed["training_checkpoints"] if "train" in to_build else 0)
+    trained = "train" in to_build and recipe.train is not None
+    durable = DURABLE_SLACK + (needed["adapter"] if "train" in to_build else 0)
+    durable += needed["training_checkpoints"] if trained else 0
     local = sum(needed[part] for part, stage in (("merged", "merge"), ("export", "export")) if stage in to_build)
-    local += needed["download"] if loads and not is_downloaded(recipe, pinned, store.scratch) else 0
+    downloads = loads or "merge" in to_build
+    local += needed["download"] if downloads and not is_downloaded(recipe, pinned, store.scratch) else 0
     local += needed["quantized_copy"] if loads and not (pinned and quantized_cache.exists(store.scratch, pinned)) else 0
     disks: dict[int, list[tuple[Path, int]]] = {}
     for root, bytes_needed in ((store.artifacts, durable), (store.scratch, local)):
@@ -140,7 +229,7 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     if recipe.model.kind == "hub" and "base" in to_build:
         notes.append(hub_client.check_read(recipe.model.id, "model"))
     if "ingest" in to_build:
-        names = [s.id for s in recipe.data if isinstance(s, HubSource)]
+        names = [s.id for s in (*recipe.data, *(recipe.eval_data or [])) if isinstance(s, HubSource)]
         notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
     if recipe.publish.repo and "train" in to_build:
         notes.append(hub_client.check_write(recipe.publish.repo))
@@ -150,6 +239,11 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
 def _check_device(recipe: Recipe, shapes: Shapes) -> None:
     if shapes.parameters < LARGEST_ON_CPU:
         return
+    if pick_device(recipe.runtime.device) == "cpu" and recipe.train is None:
+        raise GateRefused(
+            f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
+            "evaluating it would take days; set evaluate: null (certify and merge work without a GPU)"
+        )
     if pick_device(recipe.runtime.device) == "cpu":
         raise GateRefused(
             f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "

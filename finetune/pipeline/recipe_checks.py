@@ -11,9 +11,11 @@ from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.recipe import LocalSource, Source
+from finetune.recipe.data import glob_parts
 from finetune.recipe.filters import LanguageRule, Own, Rule
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
+from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
 
@@ -28,13 +30,21 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     folder = recipe.model.folder
     if folder is not None and not (folder / "config.json").is_file():
         yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
+    named = (
+        (("model",), folder),
+        (("lora", "start_from"), recipe.lora.start_folder),
+        (("dedup", "embedding"), encoder),
+    )
+    yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
     for number, source in enumerate(recipe.data):
         yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
+    for number, source in enumerate(recipe.eval_data or []):
+        yield from ((("eval_data", number, "path"), why) for why in _no_file(source, loaded.path))
     for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
         yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
-    encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     if encoder is not None and not encoder.is_dir():
         yield ("dedup", "embedding"), f"no such folder: {encoder}; allowed: lsa, OWNER/NAME, a folder"
     if recipe.evaluate and recipe.evaluate.task_path and not recipe.evaluate.task_path.is_dir():
@@ -47,6 +57,13 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def _not_its_own(folder: Path) -> Iterator[str]:
+    try:
+        require_model(folder, "found")
+    except InputError as error:
+        yield str(error)
 
 
 def rule_problem(rule: Rule) -> str | None:
@@ -64,18 +81,26 @@ def rule_problem(rule: Rule) -> str | None:
 
 
 def _no_file(source: Source, recipe: Path) -> Iterator[str]:
-    if not isinstance(source, LocalSource) or source.path.is_file():
+    if not isinstance(source, LocalSource):
         return
-    if source.path.is_dir():
-        yield f"a folder, not a file: {source.path}"
-        return
-    tried = [source.path]
-    if source.path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
-        tried.append(recipe.absolute().parent / source.path.relative_to(Path.cwd()))
-    names = [p.name for path in tried if path.parent.is_dir() for p in path.parent.iterdir()]
-    near = difflib.get_close_matches(source.path.name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
+    from finetune.data.files import data_files
+
+    for path in source.paths:
+        if path.is_file():
+            continue
+        if path.is_dir() or glob_parts(path) is not None:
+            try:
+                data_files([path])
+            except InputError as error:
+                yield str(error)
+            continue
+        tried = [path]
+        if path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
+            tried.append(recipe.absolute().parent / path.relative_to(Path.cwd()))
+        names = [p.name for at in tried if at.parent.is_dir() for p in at.parent.iterdir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
 
 
 def _no_template(name: str) -> Iterator[str]:

@@ -2,21 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from finetune.pipeline.runs import read_run
+from finetune.errors import InputError
+from finetune.pipeline.runs import named_run, read_run, run_folders
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_folder
 from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
 
 
 def read(store: Store, name: str) -> dict[str, Any]:
-    """run.json of `RECIPE[@RUN]`, every stage's status as it is on disk now."""
+    """run.json of `RECIPE[@RUN]`, the newest by default, every stage's status as it is on disk now."""
+    recipe, run = split_name(name)
+    return _as_now(store, read_run(store.artifacts, recipe, run))
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Split `RECIPE[@RUN]`; a path to a recipe is read for its `name:`, under which its runs are filed."""
     recipe, _, run = name.partition("@")
     if recipe.endswith((".yaml", ".yml")):
         recipe = load_recipe(recipe).recipe.name
-    value = read_run(store.artifacts, recipe, run or None)
+    return recipe, run or None
+
+
+def finished(
+    store: Store,
+    name: str,
+    needs: Callable[[dict[str, Any]], Collection[str]] = lambda value: (),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Read `RECIPE@RUN`; of `RECIPE` alone the newest finished run in which the stages of `needs` are done.
+
+    A run is finished if no stage in its record failed, was refused or was left half built. Without such a run the
+    newest in which the needed stages are done is taken, and without that the newest. `say` gets one line if a newer run
+    is passed over. Raises InputError if there is no run, or none whose record can be read.
+    """
+    recipe, run = split_name(name)
+    if run is not None:
+        return read(store, name)
+    folders = run_folders(store.artifacts / "runs" / named_run(store.artifacts, recipe, None).parent.name)
+    usable: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            value = _as_now(store, read_run(store.artifacts, recipe, folder.name))
+            satisfied = all(value["stages"][stage]["status"] == "done" for stage in needs(value))
+        except InputError as error:
+            if len(folders) == 1:
+                raise
+            say(str(error))
+            continue
+        if satisfied and unfinished_stage(value) is None:
+            break
+        usable += [value] if satisfied else []
+    else:
+        value = usable[0] if usable else read(store, name)
+    if value["folder"] != folders[0]:
+        say(f"{recipe}: {_why_passed_over(store, recipe, folders[0].name)}; using {recipe}@{value['run']}")
+    return value
+
+
+def with_start(recipe: Recipe, store: Store, say: Callable[[str], None] = lambda line: None) -> Recipe:
+    """Return the recipe with the folder of the adapter if lora.start_from names a run; any other recipe as it is.
+
+    Raises InputError if there is no such run, or none whose training is finished.
+    """
+    if recipe.lora.start_run is None or recipe.lora.start_folder is not None:
+        return recipe
+    name = str(recipe.lora.start_from)
+    try:
+        value = finished(store, name, lambda _: ("train",), say)
+    except InputError as error:
+        raise InputError(f"lora.start_from: {error}; a folder is written /… or ./…, a Hub id OWNER/NAME") from None
+    train = value["stages"]["train"]
+    if train["status"] != "done":
+        raise InputError(
+            f"lora.start_from: train of {value['recipe']}@{value['run']} is {train['status']}; name a run whose "
+            "training is finished (`finetune runs` lists them)"
+        )
+    say(f"lora.start_from: the adapter of {value['recipe']}@{value['run']}")
+    lora = recipe.lora.model_copy(update={"start_folder": Path(train["path"]) / "adapter"})
+    return recipe.model_copy(update={"lora": lora})
+
+
+def unfinished_stage(value: dict[str, Any]) -> str | None:
+    """Return the stage in which a run ended early (failed, refused, or half built); None if it finished."""
+    return next((n for n, s in value["stages"].items() if _ended_early(s)), None)
+
+
+def _ended_early(record: dict[str, Any]) -> bool:
+    begun = record["status"] == "missing" and record.get("key") and not record["metrics"]  # its folder was cleaned away
+    return bool(begun) or record["status"] in ("failed", "refused", "partial")
+
+
+def status_of(value: dict[str, Any]) -> str:
+    """Return how a run ended, for a table: done, `until STAGE`, or `failed in STAGE` (refused, partial, gone)."""
+    stage = unfinished_stage(value)
+    if stage is not None:
+        status = value["stages"][stage]["status"]
+        return f"{'partial' if status == 'missing' else status} in {stage}"
+    recorded = [n for n, s in value["stages"].items() if s["status"] != "missing" or s.get("key")]
+    if gone := [n for n in recorded if value["stages"][n]["status"] == "missing"]:
+        return f"done, files of {gone[0]} gone"
+    return "done" if recorded[-1:] == [STAGE_NAMES[-1]] else f"until {recorded[-1]}" if recorded else "empty"
+
+
+def newer_than_finished(store: Store, value: dict[str, Any], name: str) -> str:
+    """Return a line that names the newest finished run if `name` asked for none and `value` is a newer attempt."""
+    if "@" in name or unfinished_stage(value) is None:
+        return ""
+    done = finished(store, value["recipe"])
+    if done["run"] == value["run"]:
+        return ""
+    shown = f"{value['recipe']}@{value['run']} is {status_of(value)}"
+    return f"{shown}; the newest finished run is {value['recipe']}@{done['run']}"
+
+
+def _why_passed_over(store: Store, recipe: str, run: str) -> str:
+    try:
+        return f"the newest run {run} is {status_of(read(store, f'{recipe}@{run}'))}"
+    except InputError:
+        return f"the newest run {run} cannot be read"
+
+
+def _as_now(store: Store, value: dict[str, Any]) -> dict[str, Any]:
     for stage in STAGE_NAMES:
         record = value["stages"].setdefault(stage, {"status": "missing", "path": None, "seconds": None, "metrics": {}})
         folder = stage_folder(store, stage, record)

@@ -17,11 +17,13 @@ from pydantic import BaseModel
 from finetune.context import Context
 from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
 from finetune.pipeline.leases import Lease, is_being_built
+from finetune.pipeline.run_view import with_start
 from finetune.pipeline.runs import Run, StageRecord
-from finetune.pipeline.stage_list import STAGES, Stage
+from finetune.pipeline.stage_list import STAGES, Stage, needs_of, spec_of
 from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, make_key, output_digest
 from finetune.recipe import Recipe
 from finetune.recipe.keys import key_form
+from finetune.utils import links
 from finetune.utils.runtime import describe_environment, peak_memory_bytes
 
 
@@ -50,23 +52,22 @@ class Step:
 
 def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
     """Where one stage stands, given the outputs of the stages before it."""
-    spec = stage.spec(recipe)
+    spec = spec_of(stage, recipe)
     if spec is None:
         return Step(stage, "off")
-    if any(need not in outputs for need in stage.needs):
+    needs = (*needs_of(stage, recipe), *stage.also(spec))
+    if any(need not in outputs for need in needs):
         return Step(stage, "unknown", spec)
-    inputs = {need: outputs[need] for need in stage.needs}
+    inputs = {need: outputs[need] for need in needs}
     fingerprint = stage.fingerprint(spec)
     digests = {name: output.digest for name, output in inputs.items()}
     form = key_form(spec)
     key = make_key(stage.name, stage.version, form, fingerprint, digests)
     folder = store.folder(stage.name, key, large=stage.large)
     manifest = store.find(folder)
+    links.require_inside(folder, store.root(folder))
     status = "done" if manifest else "partial" if folder.is_dir() and any(folder.iterdir()) else "missing"
-    older = None
-    if manifest is None:
-        keys = {v: make_key(stage.name, v, form, fingerprint, digests) for v in range(stage.version - 1, 0, -1)}
-        older = next((v for v, k in keys.items() if store.find(store.folder(stage.name, k, large=stage.large))), None)
+    older = None if manifest else store.older_version(folder.parent, stage.version, form, digests)
     return Step(stage, status, spec, key, folder, manifest, inputs, fingerprint, older)
 
 
@@ -74,6 +75,7 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
     """Every stage with its status. Builds nothing; a stage after an unbuilt one is unknown, as is one whose Hub
     revision cannot be asked for now. Raises InputError for a file that is not there.
     """
+    recipe = with_start(recipe, store)
     outputs: dict[str, Output] = {}
     steps = []
     for stage in STAGES:
@@ -82,7 +84,7 @@ def plan(recipe: Recipe, store: Store) -> list[Step]:
         except (InputError, GateRefused):
             raise
         except FinetuneError:
-            step = Step(stage, "unknown", stage.spec(recipe))
+            step = Step(stage, "unknown", spec_of(stage, recipe))
         _add_output(outputs, step)
         steps.append(step)
     return steps
@@ -113,6 +115,7 @@ def run(
     with every stage that was built: either may refuse.
     Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
     """
+    recipe = with_start(recipe, store, ctx.say)
     outputs: dict[str, Output] = {}
     steps: list[Step] = []
     checked = False
@@ -297,6 +300,8 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
     now = key_form(step.spec)
     for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
         folder = building.parent
+        if links.way_out(building, store.artifacts) is not None:
+            continue
         if folder == step.folder or not any(folder.glob("checkpoints/*/COMPLETE")):
             continue
         if store.find(folder) is not None or is_being_built(folder):
@@ -310,6 +315,10 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         changes = _differences(was.get("spec", {}), now)
         digests = {name: output.digest for name, output in step.inputs.items()}
         changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
+        outside = was.get("fingerprint", {})
+        changes += [
+            f"what {n} names" for n in {**outside, **step.fingerprint} if outside.get(n) != step.fingerprint.get(n)
+        ]
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
             if ctx.rank == 0:  # said once; the marker stays, so that undoing the change goes on with it

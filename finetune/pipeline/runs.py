@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.errors import InputError, not_written
+from finetune.errors import FinetuneError, InputError, not_written
 from finetune.pipeline.store import Manifest
+from finetune.utils import links
 from finetune.utils.files import replace_bytes
+from finetune.utils.limits import reading
+
+PLAIN = re.compile(r"\w[\w.+-]*")  # a recipe's or a run's folder: below artifacts/runs, and no other place
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Run:
         if self.begun or not self.write:
             return
         name, count = self.name, 1
+        links.require_inside(self.parent, self.parent.parent.parent)
         with self._disk_faults_told():
             while True:
                 try:
@@ -122,23 +129,94 @@ class Run:
 def latest_run(parent: Path) -> Path | None:
     """The folder that `latest` names, or None."""
     try:
-        name = (parent / "latest").read_text(encoding="utf-8").strip()
+        name = links.read_regular(parent / "latest").decode(errors="replace").strip()
     except OSError:
         return None
     folder = parent / name
-    return folder if name and folder.is_dir() else None
+    return folder if PLAIN.fullmatch(name) and folder.is_dir() else None
 
 
-def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
-    """run.json of a run (the newest by default); InputError names what there is."""
+def run_folders(parent: Path) -> list[Path]:
+    """Return the folders of a recipe's recorded runs: the one that `latest` names, then the others, newest first."""
+    folders = sorted((p.parent for p in parent.glob("*/run.json")), reverse=True)
+    newest = latest_run(parent)
+    return [newest, *(f for f in folders if f != newest)] if newest in folders else folders
+
+
+def named_run(artifacts: Path, recipe: str, run: str | None) -> Path:
+    """Return the folder of a recorded run (the newest by default).
+
+    Raises InputError with the names of the last runs if there is no such run, and for a link that leaves the root.
+    """
+    if odd := [name for name in (recipe, run or "latest") if not PLAIN.fullmatch(name)]:
+        raise InputError(f"{odd[0]!r} is not the name of a recipe or of a run; `finetune runs` lists them")
     parent = artifacts / "runs" / recipe
-    folder = latest_run(parent) if run is None else parent / run
-    if folder is None or not (folder / "run.json").is_file():
-        there = sorted(p.parent.name for p in parent.glob("*/run.json"))
+    links.require_inside(parent, artifacts)
+    folders = run_folders(parent)
+    folder = next((f for f in folders if run is None or f.name == run), None)
+    if folder is not None:
+        links.require_plain(folder, artifacts)
+    if folder is None:
+        there = sorted(f.name for f in folders)
         what = f"no run {run!r} of {recipe}" if run else f"{recipe} has not run yet"
         raise InputError(
             f"{what} under {artifacts} ({'there is ' + ', '.join(there[-5:]) if there else 'no run there'})"
         )
+    return folder
+
+
+def find_run(artifacts: Path, name: str) -> Path:
+    """Return the folder of the run `RECIPE@RUN`, or of `RUN` if a single recipe has a run of this name.
+
+    Raises InputError for another name, and for a folder that is reached through a symbolic link out of `artifacts`.
+    """
+    recipe, _, run = name.rpartition("@")
+    if recipe:
+        folder = named_run(artifacts, recipe, run)
+    else:
+        found = [p.parent for p in sorted((artifacts / "runs").glob("*/*/run.json")) if p.parent.name == name]
+        if len(found) != 1:
+            parent = artifacts / "runs" / name
+            there = [f.name for f in run_folders(parent)] if _is_plain(name) else []
+            what = f"{name} is a recipe; name one of its runs" if there else f"no run {name!r} under {artifacts}"
+            names = ", ".join(f"{name}@{r}" for r in there[:5])
+            also = ", ".join(f"{f.parent.name}@{f.name}" for f in found)
+            raise InputError(f"{what} ({names or also or '`finetune runs` lists them'})")
+        folder = found[0]
+    if folder.is_symlink() or not folder.resolve().is_relative_to((artifacts / "runs").resolve()):
+        raise InputError(f"{folder} is reached through a symbolic link that leads elsewhere; remove it by hand")
+    return folder
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's folder; `latest` then names the newest run that is left. Symbolic links in it are not followed.
+
+    Raises FinetuneError if the disk refuses.
+    """
+    parent = folder.parent
+    left = [f for f in run_folders(parent) if f != folder]
+    try:
+        if latest_run(parent) == folder:
+            if left:
+                replace_bytes(parent / "latest", f"{left[0].name}\n".encode())
+            else:
+                (parent / "latest").unlink()
+        (folder / "run.json").unlink()  # first: a folder half removed by a kill is no run
+        shutil.rmtree(folder)
+        if not left and not any(parent.iterdir()):
+            parent.rmdir()
+    except OSError as error:
+        raise FinetuneError(f"{folder}: cannot be removed: {error.strerror or error}") from None
+
+
+def _is_plain(recipe: str) -> bool:
+    """Whether `recipe` names one folder below runs/ and does not lead elsewhere."""
+    return recipe not in ("", ".", "..") and Path(recipe).name == recipe
+
+
+def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
+    """run.json of a run (the newest by default); InputError names what there is."""
+    folder = named_run(artifacts, recipe, run)
     return read_record(folder) | {"folder": folder}
 
 
@@ -146,13 +224,30 @@ def read_record(folder: Path) -> dict[str, Any]:
     """run.json of a run's folder. Raises InputError where it is torn, edited or of another form."""
     path = folder / "run.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(links.read_regular(path))
         stages = value["stages"]
-        if not all(isinstance(s["status"], str) and isinstance(s["metrics"], dict) for s in stages.values()):
+        if not all(_is_stage(s) for s in stages.values()) or not all(isinstance(s, str) for s in value["sets"]):
             raise TypeError
         return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
             "nothing that is there already"
         ) from None
+
+
+def _is_stage(value: dict[str, Any]) -> bool:
+    """Whether a stage of run.json has the fields of a record, each of its kind."""
+    seconds, key = value.get("seconds"), value.get("key")
+    number = seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool))
+    texts = all(isinstance(value.get(name, ""), str) for name in ("status", "message"))
+    path = value.get("path") is None or isinstance(value["path"], str)
+    named = key is None or (isinstance(key, str) and bool(re.fullmatch(r"\w+", key)))
+    return number and texts and path and named and isinstance(value["metrics"], dict) and "status" in value
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Show what run.json in `folder` holds: a figure that is not of the kind a run writes ends in InputError."""
+    with reading(f"{folder / 'run.json'}: a figure in it, or in a file that it names, is not what a run writes"):
+        yield

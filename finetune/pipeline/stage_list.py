@@ -47,26 +47,28 @@ class Stage:
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
     large: bool = False  # lies in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
+    rows: bool = False  # of no use without rows: off in a recipe without data
+    also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("base", 1, (), base.spec, base.fingerprint, base.run),
-    Stage("ingest", 1, (), ingest.spec, ingest.fingerprint, ingest.run),
-    Stage("filter", 1, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run),
-    Stage("embed", 2, ("filter",), embed.spec, embed.fingerprint, embed.run),
-    Stage("dedup", 2, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run),
-    Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run),
-    Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run),
-    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run),
-    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run),
-    Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run),
+    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows=True),
+    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows=True),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows=True),
+    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows=True),
+    Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run, rows=True),
+    Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows=True),
+    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
+    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
+    Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run, rows=True),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
     ),
-    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run),
-    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run),
+    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows=True),
+    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows=True),
     Stage("merge", 2, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
     Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
@@ -75,12 +77,31 @@ STAGES: tuple[Stage, ...] = (
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
+def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
+    """What the stage sees of the recipe; None if it is off."""
+    return None if stage.rows and not recipe.data else stage.spec(recipe)
+
+
+def needs_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """The stages whose outputs this one is given: its needs, less those that are off with nothing to pass on."""
+    return tuple(need for need in stage.needs if _gives(stage_named(need), recipe))
+
+
+def _gives(stage: Stage, recipe: Recipe) -> bool:
+    if spec_of(stage, recipe) is not None:
+        return True
+    return bool(stage.needs) and _gives(stage_named(stage.needs[0]), recipe)
+
+
 def stage_folder(store: Store, name: str, record: Mapping[str, Any]) -> Path | None:
     """Where a recorded stage lies under these roots, wherever they lay when it was recorded (a Drive mounted anew)."""
     stage = next((s for s in STAGES if s.name == name), None)
     if stage is None or not record.get("key") or record.get("status") == "off":
         return None
-    return store.folder(name, record["key"], large=stage.large)
+    key = record["key"]
+    if not isinstance(key, str) or not key.isalnum():  # of an edited record: `../..` is no stage
+        return None
+    return store.folder(name, key, large=stage.large)
 
 
 def stage_named(name: str) -> Stage:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline.leases import Lease, acquire
 from finetune.utils import files as utils_files
+from finetune.utils import links
 
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
@@ -83,19 +84,40 @@ class Store:
         """Where the stage of this key lies, whether or not it exists."""
         return (self.scratch if large else self.artifacts) / stage / key[:16]
 
+    def root(self, folder: Path) -> Path:
+        """The root, artifacts or scratch, that `folder` is in; one may lie in the other."""
+        roots = [root for root in (self.artifacts, self.scratch) if folder.is_relative_to(root)]
+        return max(roots, key=lambda root: len(root.parts), default=self.artifacts)
+
     def find(self, folder: Path) -> Manifest | None:
-        """The manifest of a complete folder whose files are all there at their size, else None."""
+        """The manifest of a complete folder whose files are all there at their size, else None.
+
+        What is reached only through a link out of the store is not there.
+        """
+        root = self.root(folder)
         try:
-            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+            if links.way_out(folder / MANIFEST, root) is not None:
+                return None
+            manifest = Manifest.model_validate_json(links.read_regular(folder / MANIFEST))
         except (OSError, ValidationError, ValueError):
             return None
         for name, entry in manifest.files.items():
+            path = folder / name
             try:
-                if (folder / name).stat().st_size != entry.bytes:
+                if path.stat().st_size != entry.bytes or links.way_out(path, folder) is not None:
                     return None
-            except OSError:
+            except (OSError, ValueError):
                 return None
         return manifest
+
+    def older_version(self, parent: Path, version: int, spec: object, inputs: Mapping[str, str]) -> int | None:
+        """The newest version before `version` of which the stage's folder holds an output of this spec and inputs."""
+        found = []
+        for path in parent.glob(f"*/{MANIFEST}"):
+            made = self.find(path.parent)
+            if made and made.version < version and made.spec == spec and made.inputs == dict(inputs):
+                found.append(made.version)
+        return max(found, default=None)
 
     def verify(self, folder: Path, manifest: Manifest) -> list[str]:
         """Rehash every file; returns a sentence for each that differs from the manifest."""
@@ -111,10 +133,12 @@ class Store:
     @contextlib.contextmanager
     def lease(self, folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Iterator[Lease]:
         """Own `folder` for a build; waits for a live owner (`on_wait` gets one line), takes over from a dead one."""
+        links.require_inside(folder, self.root(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FinetuneError(f"{folder}: cannot be written: {error.strerror}") from None
+        links.require_plain(folder, self.root(folder))
         lease = acquire(folder, on_wait, check)
         lease.start()
         try:
@@ -126,7 +150,18 @@ class Store:
         """Remove what a build that died left behind, but not the lease."""
         for path in folder.iterdir():
             if not path.name.startswith("lease."):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                links.remove(path, folder)
+
+    def remove(self, folder: Path) -> None:
+        """Delete a stage's or a run's folder, or the link that stands in its place. Two may do so at once.
+
+        The manifest goes first: a folder half deleted by a kill must not look complete. Raises InputError where a
+        folder above it is a link out of the store.
+        """
+        links.require_inside(folder.parent, self.root(folder))
+        if not folder.is_symlink():
+            links.remove(folder / MANIFEST, folder)
+        links.remove(folder, self.root(folder))
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
         """Declare the folder complete. The manifest is written last; a torn write of it is not valid JSON."""

@@ -45,10 +45,12 @@ def sources(facts: Facts) -> list[Markdown]:
             words = f"{link}, split {code(source.split)}, revision {at}, licence: {licence}{weight}"
         elif isinstance(source, LocalSource):
             digest = f", xxh3 {code(pinned['xxh3_128'])}" if "xxh3_128" in pinned else ""
-            words = f"a local file, {code(source.label)}{digest}, licence: unknown{weight}"
+            files = len(pinned.get("files") or [1])
+            what = "a local file" if files == 1 else f"{files} local files"
+            words = f"{what}, {code(source.label)}{digest}, licence: unknown{weight}"
         else:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
-        lines.append(Markdown(words))
+        lines.append(Markdown(f"measured on, not trained on: {words}" if facts.recipe.train is None else words))
     return lines
 
 
@@ -224,8 +226,9 @@ def limits(kind: Kind, facts: Facts) -> list[str]:
 def without_folders(text: str, recipe: Recipe) -> str:
     """The recipe's text with the local folders it names shortened: where files lie is nobody else's business."""
     text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
-    every = [*recipe.data, *(recipe.decontaminate.against if recipe.decontaminate else [])]
-    paths = [s.path for s in every if isinstance(s, LocalSource)]
+    compared = recipe.decontaminate.against if recipe.decontaminate else []
+    every = [*recipe.data, *(recipe.eval_data or []), *compared]
+    paths = [path for s in every if isinstance(s, LocalSource) for path in s.paths]
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder)
     paths += [p for p in named if p is not None]
@@ -246,6 +249,8 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     names = list(dict.fromkeys(s.label for s in facts.recipe.data))
+    if not names:  # an adapter that was merged without rows to measure on
+        return []
     on_hub = [s for s in facts.recipe.data if isinstance(s, HubSource)]
     where: dict[str, Any] = {
         "task_type": "text-generation",

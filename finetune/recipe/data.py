@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -100,6 +101,28 @@ def resolve_path(value: str, info: ValidationInfo) -> Path:
     return beside if beside.exists() else Path(context.get("working_folder", ".")).absolute() / path
 
 
+def glob_parts(path: Path) -> tuple[Path, str] | None:
+    """The folder and the pattern of a path with *, ? or [ ], or None for any other path, and for a file called so."""
+    first = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), None)
+    if first is None or path.exists():
+        return None
+    return Path(*path.parts[:first]), "/".join(path.parts[first:])
+
+
+def resolve_paths(value: object, info: ValidationInfo) -> object:
+    """A path, or a list of paths, resolved; a pattern is looked for beside the recipe if a file there matches it."""
+    if isinstance(value, list):
+        return tuple(resolve_paths(part, info) for part in value)
+    if not isinstance(value, str):
+        return value
+    path = resolve_path(value, info)
+    if Path(value).is_absolute() or value.startswith("~") or glob_parts(path) is None:
+        return path
+    beside = Path((info.context or {}).get("folder", ".")).absolute() / value
+    parts = glob_parts(beside)
+    return beside if parts and next(parts[0].glob(parts[1]), None) is not None else path
+
+
 def path_of(field: str, value: str, info: ValidationInfo, written: str | None = None) -> Path:
     """`resolve_path`, with a refusal that names the field; `written` is what the file has where that is more."""
     try:
@@ -125,6 +148,14 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+def _is_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError("no encoding of that name; as in utf-16, cp1252, latin-1, gb18030, shift_jis") from None
+    return name
+
+
 Pattern = Annotated[str, BeforeValidator(lambda v: _compiles(v) if isinstance(v, str) else v)]
 
 
@@ -139,6 +170,8 @@ class _SourceFields(Section):
     """Read this many rows at most; null reads all."""
     skip: Annotated[int, Field(ge=0)] = 0
     """Leave out this many rows at the start."""
+    raw: bool = False
+    """With `format: text`: learn whole texts, also a user's words and a chat template's control tokens in them."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
@@ -146,6 +179,8 @@ class _SourceFields(Section):
             refuse([(("rows",), "rows and weight both say how many rows are used: keep one")])
         if self.rows is not None and self.take is not None and self.rows > self.take:
             refuse([(("rows",), f"{self.rows} rows are to be used and only take {self.take} are read")])
+        if self.raw and getattr(self, "format", "auto") != "text":
+            refuse([(("raw",), "only texts can be learned whole; set format: text, or leave raw out")])
         return self
 
 
@@ -174,21 +209,29 @@ class HubSource(_SourceFields):
 
 
 class LocalSource(_SourceFields):
-    """A jsonl, json, csv or parquet file, plain or as .gz or .zst."""
+    """Files of rows: jsonl, json, csv or tsv, plain or as .gz or .zst; parquet; Arrow, also a save_to_disk folder."""
 
     source: Literal["local"]
-    """A file on this machine."""
-    path: Annotated[Path, BeforeValidator(lambda v, i: resolve_path(v, i) if isinstance(v, str) else v)] = Field(
+    """Files on this machine."""
+    path: Annotated[Path | Annotated[tuple[Path, ...], Field(min_length=1)], BeforeValidator(resolve_paths)] = Field(
         exclude=True
     )
-    """The file: beside the recipe, else under the working folder, else absolute. `..` is not allowed."""
+    """A file, a folder, a pattern as in part-*.jsonl, or a list: beside the recipe, else under the working folder."""
     format: Format = "auto"
     """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
+    encoding: Annotated[str, AfterValidator(_is_encoding)] | None = None
+    """The encoding of a text file, as in cp1252 or utf-16; null: UTF-8."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """What the recipe names, as a list."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
 
     @property
     def label(self) -> str:
         """The source's name in row ids."""
-        return self.path.name
+        first, *others = self.paths
+        return f"{first.name}+{len(others)}" if others else first.name
 
 
 class PydocSource(_SourceFields):
@@ -213,6 +256,8 @@ class Ingest(Section):
 
     max_refused_fraction: Fraction = 0.01
     """Stop (exit 2) where a larger share of all rows cannot be read as their format."""
+    ignore: list[str] = []
+    """Columns that are not read, although their names mean something in a known format."""
 
 
 class MinHash(Section):
@@ -233,7 +278,7 @@ class Dedup(Section):
     """Drop rows that share most runs of words with a kept one; {} takes the defaults, null: not by wording."""
     embedding: Annotated[str, Field(min_length=1)] | None = "lsa"
     """What makes the vectors: lsa, a Hub model or a folder (static ones after `model2vec:`); null: no cosine."""
-    field: Literal["instruction", "output", "both"] = "output"
+    field: Literal["instruction", "output", "both"] = "both"
     """Which text is compared: the user's, the assistant's, or all."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Cosine from which two rows are near-duplicates; no two kept rows reach it."""

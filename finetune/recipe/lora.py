@@ -14,6 +14,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import REPOSITORY, REVISION, Count, Pattern, Positive, Section, path_of, refuse
 
+RUN_OF_RECIPE = r"\w[\w.-]*(@[\w-]+)?"
+
 
 class Lora(Section):
     """The adapter (arXiv:2106.09685)."""
@@ -39,7 +41,9 @@ class Lora(Section):
     modules_to_save: list[Annotated[str, Field(pattern=r"^\w[\w.]*$", max_length=200)]] = []
     """Embeddings (embed_tokens), lm_head or norms to train whole, in 32 bits; what is not named stays frozen."""
     start_from: Annotated[str, Field(min_length=1, max_length=400)] | None = None
-    """An earlier adapter to go on from: a folder (/… or ./…), or OWNER/NAME@REVISION on the Hub; null starts anew."""
+    """An adapter to go on from: RECIPE (its newest run), RECIPE@RUN, a folder (/… or ./…) or OWNER/NAME@REVISION."""
+    start_base: Annotated[str, Field(min_length=1, max_length=400)] | None = None
+    """The base's name in that adapter's own configuration, if it is another name of this recipe's model."""
     start_folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -53,16 +57,39 @@ class Lora(Section):
         if name.startswith(("/", "./", "~")):
             path = path_of("start_from", name, info)
             return {**value, "start_from": f"folder:{path.name}", "start_folder": path}
+        if re.fullmatch(RUN_OF_RECIPE, name):
+            return value  # found among the recorded runs by pipeline/run_view.py, which sets start_folder
         repository, _, revision = name.partition("@")
         if not re.fullmatch(REPOSITORY, repository) or not re.fullmatch(REVISION, revision or "main"):
-            refuse([(("start_from",), f"{name[:60]!r} is no folder (/… or ./…) and no OWNER/NAME@REVISION")])
+            refuse(
+                [
+                    (
+                        ("start_from",),
+                        f"{name[:60]!r} is no recipe, RECIPE@RUN, folder (/… or ./…) or OWNER/NAME@REVISION",
+                    )
+                ]
+            )
         return value
+
+    @property
+    def start_run(self) -> tuple[str, str | None] | None:
+        """The recipe and the run (null: the newest finished one) that start_from names; None if it names no run."""
+        if self.start_from is None or not re.fullmatch(RUN_OF_RECIPE, self.start_from):
+            return None
+        recipe, _, run = self.start_from.partition("@")
+        return recipe, run or None
 
     @model_validator(mode="after")
     def _layers_of_names(self) -> Self:
         if self.last_layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
             why = "it goes with all-linear or a list of names; an expression can say itself which layers it means"
             refuse([(("last_layers",), why)])
+        return self
+
+    @model_validator(mode="after")
+    def _base_of_a_start(self) -> Self:
+        if self.start_base is not None and self.start_from is None:
+            refuse([(("start_base",), "it describes the adapter of lora.start_from, and that is null; drop it")])
         return self
 
     @field_validator("modules_to_save")

@@ -55,8 +55,10 @@ class Recipe(Section):
     """The base model: OWNER/NAME on the Hub, a folder (/… or ./…), builtin:tiny-mistral, or {id: …, revision: …}."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides every random choice."""
-    data: Annotated[list[Source], Field(min_length=1)]
-    """Where the rows come from; several sources are read one after the other."""
+    data: Annotated[list[Source], Field(min_length=1)] = Field(default=[])
+    """Where the rows come from, one source after the other; only train: null does without, uncertified."""
+    eval_data: Annotated[list[Source], Field(min_length=1)] | None = None
+    """Your own held-out rows: never trained on, and no training row repeats one; `split` is then null by default."""
     ingest: Ingest = Ingest()
     """How strict reading is."""
     filter: Filter | None = Filter()
@@ -77,8 +79,8 @@ class Recipe(Section):
     """The adapter."""
     quantization: Quantization | None = Quantization()
     """How the frozen base is stored while training; null keeps it in 16 or 32 bits."""
-    train: Train = Train()
-    """The optimisation."""
+    train: Train | None = Train()
+    """The optimisation; null trains nothing and imports the adapter that lora.start_from names."""
     evaluate: Evaluate | None = Evaluate()
     """What is measured after training; null measures nothing."""
     certify: Certify | None = Certify()
@@ -94,13 +96,31 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Where the curves go."""
 
+    @property
+    def training(self) -> Train:
+        """The train section; its defaults if train is null."""
+        return self.train or Train()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_default(cls, value: object) -> object:
+        """With held-out rows of the user's own nothing else is held out, unless the recipe asks for it."""
+        if isinstance(value, dict) and value.get("eval_data") and "split" not in value:
+            return {**value, "split": None}
+        return value
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows to evaluate on."""
+        return self.split is not None or self.eval_data is not None
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self._sizes(), *self._asked_and_not_made()])
+        refuse([*self._sizes(), *self._trained_from(), *self._asked_and_not_made(), *self._held_out_whole()])
         return self
 
     def _sizes(self) -> Iterator[Contradiction]:
-        micro, batch, longest = self.runtime.micro_batch_rows, self.train.batch_rows, self.render.max_length_tokens
+        micro, batch, longest = self.runtime.micro_batch_rows, self.training.batch_rows, self.render.max_length_tokens
         if micro != "auto" and batch % micro:
             fits = ", ".join(str(d) for d in range(1, min(batch, 4096) + 1) if batch % d == 0)
             yield (
@@ -112,6 +132,21 @@ class Recipe(Section):
                 ("pack", "length_tokens"),
                 f"{self.pack.length_tokens} is under render.max_length_tokens {longest}: "
                 "a whole document would not fit a row",
+            )
+
+    def _trained_from(self) -> Iterator[Contradiction]:
+        if not self.data and self.train is not None:
+            yield ("data",), "missing; name one source or more (only a recipe with train: null goes without)"
+        if self.train is None and self.lora.start_from is None:
+            yield (
+                ("train",),
+                "null imports the adapter that lora.start_from names, and that is null; set it, or train: {}",
+            )
+        if self.lora.start_run == (self.name, None):
+            yield (
+                ("lora", "start_from"),
+                f"the newest run of {self.name} itself changes with every run; name one, as {self.name}@RUN "
+                "(`finetune runs` lists them)",
             )
 
     def _asked_and_not_made(self) -> Iterator[Contradiction]:
@@ -132,7 +167,14 @@ class Recipe(Section):
             yield ("runtime", "cache_dequantized"), "there are no 4-bit weights where quantization is null; drop it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
             yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
-        if self.split is None and self.train.eval_steps is not None:
+        if not self.holds_out and self.training.eval_steps is not None:
             yield ("train", "eval_steps"), "it measures on held-out rows, and split is null; set split: {}"
-        if self.runtime.device == "cpu" and self.train.precision == "fp16":
+        if self.runtime.device == "cpu" and self.training.precision == "fp16":
             yield ("train", "precision"), "fp16 needs a GPU, and runtime.device is cpu; take auto, fp32 or bf16"
+
+    def _held_out_whole(self) -> Iterator[Contradiction]:
+        for number, source in enumerate(self.eval_data or []):
+            for name in ("rows", "weight"):
+                if getattr(source, name) != type(source).model_fields[name].default:
+                    why = "held-out rows are used once each; limit them with take, or leave this out"
+                    yield ("eval_data", str(number), name), why

@@ -92,8 +92,8 @@ class Render(Section):
     """Stop (exit 3) where a larger share of the rows would be dropped."""
     max_unterminated_fraction: Fraction = 0.1
     """Stop (exit 3) where a larger share of the rows would hold an answer that was cut before its end."""
-    prove_rows: Count | Literal["all"] = 200
-    """Rows whose ids are compared with the base's own apply_chat_template: a number, or all."""
+    prove_rows: Count | Literal["all"] = "all"
+    """Rows whose ids are compared with apply_chat_template: a number; all takes 200 (every text is proved)."""
     reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
     """Reasoning in rows: as the template writes it, kept in every turn, in the last turn only, or left out."""
     template_file: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None

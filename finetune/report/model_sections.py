@@ -94,6 +94,8 @@ def _range(name: str, points: Sequence[tuple[float, float]]) -> str:
 def _train_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not metrics:
         return []
+    if "imported" in metrics:
+        return [(k.replace("_", " "), number(v)) for k, v in metrics.items()]
     first = [("loss", f"{number(metrics.get('first_loss'))} → {number(metrics.get('loss'))}")]
     rest = {k: v for k, v in metrics.items() if k not in HIDDEN_TRAIN_FIGURES}
     return first + [(k.replace("_", " "), number(v)) for k, v in rest.items() if isinstance(v, (str, int, float))]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, DEFINITIONS, Verdict, verdict_of
-from finetune.pipeline.run_view import read as read_run_view
+from finetune.pipeline import run_view
+from finetune.pipeline.runs import recorded
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
@@ -22,14 +23,20 @@ from finetune.utils.format import NONE, duration, number, percent, size
 REPORT = "report.html"
 
 
-def write_report(store: Store, name: str) -> Path:
+def write_report(store: Store, name: str, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write report.html of `RECIPE[@RUN]` from what is on disk now; the same state gives the same bytes.
 
-    Raises InputError where there is no such run.
+    Without @RUN it is the newest finished run; `say` gets a line if a newer one is passed over.
+    Raises InputError where there is no such run, or what it recorded is not what a run records.
     """
-    value = read_run_view(store, name)
+    value = run_view.finished(store, name, say=say)
     path: Path = value["folder"] / REPORT
-    replace_bytes(path, render_page("report.jinja", read_facts(store, value)))
+    with recorded(value["folder"]):
+        page = render_page("report.jinja", read_facts(store, value))
+    try:
+        replace_bytes(path, page)
+    except OSError as error:
+        raise FinetuneError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path
 
 
@@ -103,7 +110,7 @@ def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
     shapes = read_shapes(recipe, base.folder if base.manifest else None)
     if shapes is None:
         return None
-    usual = batch_shape(recipe.train.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
+    usual = batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
     attention = Attention(varlen=is_varlen(str(train.get("attention", ""))))
     rows, policy = train.get("micro_batch_rows") or usual, train.get("checkpointing", "full")
     parts = training(shapes, Training.of(recipe), rows, policy, attention, train.get("processes", 1))
@@ -171,7 +178,7 @@ def tiles(stages: Stages) -> list[tuple[str, str, str]]:
         found.append(("Perplexity, merged", apart, f"adapter → merged, {number(certified.get('rows'))} held-out rows"))
         kl = f"merged as trained; mean KL {certified['mean_kl']:.2g} nats"
         found.append(("Same next token", percent(certified["agreement"]), kl))
-    if train:
+    if train and "imported" not in train:
         device = train.get("device")
         found.append(("Tokens per second", number(train.get("tokens_per_second")), f"training on {device}"))
         where = "RAM of the process" if device == "cpu" else "GPU memory"

@@ -59,6 +59,8 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
             return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated{dropped}"
         case "pack":
             return f"{number('efficiency', '.1%')} full"
+        case "train" if "imported" in m:
+            return f"imported {m['imported']}"
         case "train":
             return f"loss {number('first_loss')} → {number('loss')}, {number('tokens_per_second', ',.0f')} tokens/s"
         case "evaluate":

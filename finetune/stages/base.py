@@ -11,6 +11,8 @@ from finetune.context import Context, Metrics
 from finetune.errors import InputError
 from finetune.recipe import Model, Recipe, Section
 from finetune.utils.files import file_digest, read_json, write_json
+from finetune.utils.limits import reading
+from finetune.utils.links import require_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
     from finetune.models import loading, remote_code
+    from finetune.models.base_limits import check_config, check_tokenizer
 
     model, revision, metrics = spec.model, None, {}
     weights: dict[str, str] = {}
@@ -62,16 +65,22 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         source = model.folder
     else:
         from finetune.hub.client import resolve_revision
+        from finetune.hub.verified import announced_weights
 
         revision = resolve_revision(model.id, model.revision, scratch=ctx.scratch, say=ctx.say)
         source = loading.hub_snapshot(model, revision, ctx, weights=False)
-    for name in loading.MODEL_FILES:
-        loading.copy_clean(source / name, out / name)
-    loading.copy_tokenizer(source, out)
+        metrics = {"weights_sha256": announced_weights(source)}  # what the download is compared with
+    require_model(source, "model")
+    with reading(f"{model.id} is no model that can be used"):
+        for name in loading.MODEL_FILES:
+            loading.copy_clean(source / name, out / name)
+        loading.copy_tokenizer(source, out)
+    check_tokenizer(out / "tokenizer.json")
     if model.trust_remote_code and source != out:
         remote_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
     if not (out / "config.json").exists():
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
+    check_config(out / "config.json")
     parameters = loading.count_parameters(source, model.trust_remote_code)
     config = read_json(out / "config.json")
     _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), config)
@@ -97,11 +106,14 @@ def _train_builtin(seed: int, out: Path, ctx: Context) -> Metrics:
 def _digests(folder: Path) -> dict[str, str]:
     """Name → digest of every file in `folder` that makes up the model. Raises InputError where there is no model."""
     from finetune.models import loading
+    from finetune.models.base_limits import check_config
 
     if not folder.is_dir():
         raise InputError(f"model: there is no folder {folder}")
+    require_model(folder, "model")
     if not (folder / "config.json").exists():
         raise InputError(f"model: {folder} holds no config.json; a base is a folder that transformers can load")
+    check_config(folder / "config.json")
     loading.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
     weights = loading.weight_files(folder)
     if not weights:

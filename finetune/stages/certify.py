@@ -33,13 +33,13 @@ class Spec(Section):
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe says so, when nothing is merged, or when no row is held out."""
-    if recipe.certify is None or recipe.merge is None or recipe.split is None:
+    if recipe.certify is None or recipe.merge is None or not recipe.holds_out:
         return None
     return Spec(
         seed=recipe.seed,
         model=recipe.model,
         quantization=recipe.quantization,
-        precision=recipe.train.precision,
+        precision=recipe.training.precision,
         merge_dtype=recipe.merge.dtype,
         certify=recipe.certify,
     )

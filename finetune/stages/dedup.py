@@ -55,6 +55,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     import pyarrow as pa
 
     from finetune.data.text import field_text, text_key
+    from finetune.dedup.answers import AnswerCheck
     from finetune.dedup.recall import measured_recall
     from finetune.dedup.select import select
 
@@ -62,10 +63,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     ids: list[str] = []
     keys: list[bytes] = []
     ranks: list[float] = []
+    answers = AnswerCheck()
     for row in ctx.track(read_rows(source), "read rows"):
+        if spec.field == "output" and spec.max_dropped_fraction < 1:
+            answers.add(row)
         ids.append(row.id)
         keys.append(text_key(field_text(row, spec.field)))
         ranks.append(_rank(row, spec.keep))
+    answers.require_varied()
     if spec.keep.startswith("column:") and ids and not any(math.isfinite(r) for r in ranks):
         name = spec.keep.removeprefix("column:")
         raise InputError(f"dedup.keep: no row has a column {name!r} that the format left over; use longest or first")

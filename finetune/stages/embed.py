@@ -24,6 +24,7 @@ class Spec(Section):
     embedding: str
     field: Literal["instruction", "output", "both"]
     folder: Annotated[Path | None, Field(exclude=True)] = None
+    varied_answers: Annotated[bool, Field(exclude=True)] = False  # refuse labels before they are embedded
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -31,7 +32,8 @@ def spec(recipe: Recipe) -> Spec | None:
     dedup = recipe.dedup
     if dedup is None or dedup.embedding is None:
         return None
-    return Spec(embedding=dedup.embedding, field=dedup.field, folder=dedup.embedding_folder)
+    varied = dedup.field == "output" and dedup.max_dropped_fraction < 1
+    return Spec(embedding=dedup.embedding, field=dedup.field, folder=dedup.embedding_folder, varied_answers=varied)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -40,16 +42,24 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json."""
+    """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json.
+
+    Raises GateRefused where answers are to be compared alone and are labels.
+    """
     import numpy as np
 
     from finetune.data.text import field_text
+    from finetune.dedup.answers import AnswerCheck
     from finetune.dedup.embed import embed_counted
 
     ids, texts = [], []
+    answers = AnswerCheck()
     for row in ctx.track(read_rows(inputs["filter"] / "rows.parquet"), "read rows"):
         ids.append(row.id)
         texts.append(field_text(row, spec.field))
+        if spec.varied_answers:
+            answers.add(row)
+    answers.require_varied()
     start = time.monotonic()
     vectors, made = embed_counted(texts, spec.embedding, ctx, spec.folder, made_by=fingerprint(spec))
     seconds = time.monotonic() - start

@@ -33,13 +33,13 @@ class Spec(Section):
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe says so, or when it holds nothing out."""
-    if recipe.evaluate is None or recipe.split is None:
+    if recipe.evaluate is None or not recipe.holds_out:
         return None
     return Spec(
         seed=recipe.seed,
         model=recipe.model,
         quantization=recipe.quantization,
-        precision=recipe.train.precision,
+        precision=recipe.training.precision,
         evaluate=recipe.evaluate,
     )
 

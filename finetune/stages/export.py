@@ -150,7 +150,7 @@ def _read_again(
             differences[weights.path.name] = max(weights.difference(p) for p in tracked)
     metrics: Metrics = {"reload_difference": differences} if differences else {}
     metrics |= {"not_loaded": not_loaded} if not_loaded else {}
-    rows = _rows(spec, inputs["render"] / "eval.parquet", exact, ctx)
+    rows = _rows(spec, inputs["render"] / "eval.parquet", exact, ctx) if "render" in inputs else []
     if not rows:
         for kind in kinds:
             files[kind].require_finite(plans.get(kind, exact))

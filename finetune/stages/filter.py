@@ -188,8 +188,8 @@ def chat_renderer(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> C
 
 
 def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int | basic.Verdict]:
-    """Tokens of each row's turns, each tokenised by itself without special tokens, summed."""
-    texts = [list(basic.contents(row)) for row in rows]
+    """Tokens of each row's turns and of their tool calls, each tokenised by itself without special tokens, summed."""
+    texts = [[*basic.contents(row), *(m.extra for m in row.messages if m.extra)] for row in rows]
     lengths = iter(_lengths([text for turns in texts for text in turns], tokenizer))
     return [sum(islice(lengths, len(turns))) for turns in texts]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from finetune.context import Context, Metrics
-from finetune.data.formats import listed, unique_labels
+from finetune.data.formats import Decision, unique_labels
 from finetune.data.records import Example, Reject, reject_writer, write_rows
 from finetune.data.sources import read_source, source_fingerprint
+from finetune.data.values import listed
 from finetune.errors import InputError
 from finetune.recipe import Recipe, Section, Source
 
@@ -22,21 +23,31 @@ class Spec(Section):
 
     data: list[Source]
     max_refused_fraction: float
+    ignore: tuple[str, ...] = ()
+    eval_data: tuple[Source, ...] = ()
 
 
 def spec(recipe: Recipe) -> Spec:
     """Ingest is never off."""
     data = [source.model_copy(update={"weight": 1.0, "rows": None}) for source in recipe.data]
-    return Spec(data=data, max_refused_fraction=recipe.ingest.max_refused_fraction)
+    return Spec(
+        data=data,
+        max_refused_fraction=recipe.ingest.max_refused_fraction,
+        ignore=tuple(sorted(set(recipe.ingest.ignore))),
+        eval_data=tuple(recipe.eval_data or ()),
+    )
 
 
 def fingerprint(spec: Spec) -> dict[str, object]:
     """For each source, what its rows depend on: a file's name and digest, a commit of the Hub, a version of Python."""
-    return {"sources": [source_fingerprint(source) for source in spec.data]}
+    found: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
+    if spec.eval_data:
+        found["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
+    return found
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Write rows.parquet and refused.parquet.
+    """Write rows.parquet and refused.parquet; with `eval_data` its rows to eval.parquet, apart from the others.
 
     Raises InputError where a source cannot be read, no row is left, or more than the allowed share is refused.
     """
@@ -44,13 +55,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     refused: Counter[str] = Counter()
     refused_of: Counter[str] = Counter()
     rows_of: Counter[str] = Counter()
-    formats: dict[str, str] = {}
-    labels = unique_labels(source.label for source in spec.data)
+    decisions: dict[str, Decision] = {}
+    labels = unique_labels(source.label for source in (*spec.data, *spec.eval_data))
+    named = list(zip(labels, (*spec.data, *spec.eval_data), strict=True))
 
-    def read(refuse: Callable[[Reject], None]) -> Iterator[Example]:
-        for source, label in zip(spec.data, labels, strict=True):
-            decision, rows = read_source(source, label, ctx.scratch)
-            formats[label] = decision.format
+    def read(refuse: Callable[[Reject], None], sources: Iterable[tuple[str, Source]]) -> Iterator[Example]:
+        for label, source in sources:
+            decision, rows = read_source(source, label, ctx.scratch, spec.ignore)
+            decisions[label] = decision
             unused = f"; kept beside the text or left out: {listed(decision.unused)}" if decision.unused else ""
             ctx.say(f"{label}: format {decision.format}, since {decision.why}{unused}")
             here: list[Reject] = []
@@ -65,31 +77,42 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
                 first.extend([row] * (len(first) < SHOWN_ROWS))
                 here.extend([row] * (len(here) < SHOWN_ROWS))
                 if rows_of[label] == 0 and refused_of[label] >= HOPELESS_ROWS:
-                    shown = f"{_first(here)} {_read_as({label: decision.format})}"
+                    shown = f"{_first(here)} {_read_as({label: decision})}"
                     raise InputError(f"data source {label}: none of its first rows fits. {shown}")
+            for note, rows_noted in sorted(decision.notes.items()):
+                ctx.say(f"{label}: {note} ({rows_noted:,})")
 
     with reject_writer(out / "refused.parquet") as refuse:
-        count = write_rows(out / "rows.parquet", read(refuse))
-    total = refused.total()
-    if not count:
-        raise InputError(f"no row could be read from {', '.join(labels)}. {_first(first)} {_read_as(formats)}")
-    fraction = total / (count + total)
+        count = write_rows(out / "rows.parquet", read(refuse, named[: len(spec.data)]))
+        held_out = 0
+        if spec.eval_data:
+            held_out = write_rows(out / "eval.parquet", read(refuse, named[len(spec.data) :]))
+    total, read_rows = refused.total(), count + held_out
+    empty = [label for label in labels if not rows_of[label]]
+    if not count or (spec.eval_data and not held_out):
+        raise InputError(f"no row could be read from {', '.join(empty)}. {_first(first)} {_read_as(decisions)}")
+    fraction = total / (read_rows + total)
     if fraction > spec.max_refused_fraction:
         raise InputError(
-            f"{total} of {count + total} rows ({fraction:.1%}) do not fit their format, allowed are "
-            f"{spec.max_refused_fraction:.1%} (ingest.max_refused_fraction). {_first(first)} {_read_as(formats)}"
+            f"{total} of {read_rows + total} rows ({fraction:.1%}) do not fit their format, allowed are "
+            f"{spec.max_refused_fraction:.1%} (ingest.max_refused_fraction). {_first(first)} {_read_as(decisions)}"
         )
+    absent = set(spec.ignore) - {column for decision in decisions.values() for column in decision.known or ()}
+    if absent:
+        ctx.say(f"ingest.ignore: no source has a column {listed(sorted(absent))} in its first rows")
     return {
         "rows_out": count,
         "sources": {label: {"rows": rows_of[label], "refused": refused_of[label]} for label in labels},
         "refused": dict(sorted(refused.items())),
-        "formats": formats,
-    }
+        "formats": {label: decision.format for label, decision in decisions.items()},
+        "unused": {label: list(decision.unused) for label, decision in decisions.items() if decision.unused},
+        "notes": {label: dict(sorted(d.notes.items())) for label, d in decisions.items() if d.notes},
+    } | ({"eval_rows": held_out} if spec.eval_data else {})
 
 
-def _read_as(formats: Mapping[str, str]) -> str:
+def _read_as(decisions: Mapping[str, Decision]) -> str:
     """How each source was read, and what to do where that is wrong."""
-    shown = ", ".join(f"{label} as {format_}" for label, format_ in formats.items())
+    shown = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
     return f"(Read: {shown}. Mend those rows, or set the source's format and columns.)"
 
 

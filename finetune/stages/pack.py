@@ -18,8 +18,8 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """The pack section; its length is render's where it states none. None where packing is off."""
-    if recipe.pack is None:
+    """The pack section; its length is render's where it states none. None if packing is off or nothing is trained."""
+    if recipe.pack is None or recipe.train is None:
         return None
     return Spec(method=recipe.pack.method, length_tokens=recipe.pack.length_tokens or recipe.render.max_length_tokens)
 

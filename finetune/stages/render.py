@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from finetune.tokenization.id_check import IdCheck
     from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 
+SAMPLE = 200  # rows that a template is tried on, and whose ids are compared with the base's own
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
 
 
@@ -51,7 +51,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
     tokenizer = load_tokenizer(inputs["base"])
-    asked = sys.maxsize if spec.prove_rows == "all" else spec.prove_rows
+    asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
     sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), asked)
     template = choose_template(
         spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]

@@ -1,4 +1,7 @@
-"""QLoRA fine-tuning through TRL: packed rows in, an adapter out. Resumes from its own checkpoints."""
+"""QLoRA fine-tuning through TRL: packed rows in, an adapter out. Resumes from its own checkpoints.
+
+With `train: null` the adapter is one that any tool has made: lora/imported.py checks and copies it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
+from finetune.errors import InputError
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 from finetune.utils.files import read_json
 
@@ -24,11 +28,11 @@ class Spec(Section):
     model: Model
     lora: Lora
     quantization: Quantization | None
-    train: Train
+    train: Train | None
 
 
 def spec(recipe: Recipe) -> Spec:
-    """Training is never off."""
+    """Never off: without a train section the stage imports the adapter that lora.start_from names."""
     return Spec(
         seed=recipe.seed,
         model=recipe.model,
@@ -59,6 +63,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.train import trainer as train_trainer
     from finetune.utils import runtime
 
+    if spec.train is None:
+        return import_adapter(spec, inputs, out, ctx)
     lora_config.check_targets(spec.lora, inputs["base"], spec.model.trust_remote_code)
     start = lora_resume.folder_of(spec.lora, ctx)
     if start is not None:
@@ -126,6 +132,33 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     }
 
 
+def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """Copy the adapter that lora.start_from names, once it is proved to fit the base and the rendered template."""
+    from finetune.lora import imported
+    from finetune.lora import resume as lora_resume
+
+    start = lora_resume.folder_of(spec.lora, ctx)
+    if start is None:
+        raise InputError("train: null imports the adapter that lora.start_from names, and it names none")
+    model = spec.model
+    lora_resume.require_same(spec.lora, start, inputs["base"], model.id, model.trust_remote_code, importing=True)
+    template = inputs["render"] / "template" if "render" in inputs else None
+    if template is not None:
+        imported.require_same_tokens(start, inputs["base"], ctx.say)
+        imported.require_same_template(start, inputs["base"], template)
+    if ctx.rank != 0:
+        return {}
+    adapter = out / "adapter"
+    counts = imported.copy_adapter(start, inputs["base"], adapter)
+    if template is not None:
+        facts = read_json(template / "template.json")
+        _add_template(template, inputs["base"], adapter, facts["pad_token"])
+    else:
+        imported.copy_tokenizer(start, inputs["base"], adapter)
+    ctx.say(f"train: imported the adapter {spec.lora.start_from}; nothing was trained")
+    return {"imported": str(spec.lora.start_from).removeprefix("folder:"), **counts}
+
+
 def _decide(
     spec: Spec, base: Path, rows: Path | pa.Table, device: str, ctx: Context, *, varlen: bool
 ) -> tuple[str, int | None, bool]:
@@ -138,6 +171,7 @@ def _decide(
     from finetune.estimate.shapes import shapes_of
     from finetune.train import batch
 
+    assert spec.train is not None  # noqa: S101 - run() imports an adapter otherwise
     asked = ctx.runtime.checkpointing
     shapes = shapes_of(read_json(base / "config.json"))
     if device == "cpu" or shapes is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from finetune.utils import links
 
 COMPLETE = "COMPLETE"
 
@@ -19,7 +21,8 @@ def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
         if number.isdigit() and (path / COMPLETE).exists():
             found[int(number)] = path
         elif remove_incomplete:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                links.remove(path, folder)
     return found[max(found)] if found else None
 
 

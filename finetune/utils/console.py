@@ -1,4 +1,4 @@
-"""What a command shows in the terminal: lines, bars and tables."""
+"""What a command shows in the terminal: lines, bars and tables. All text is data: no markup, no escape in it counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from finetune.utils.format import visible
 from finetune.utils.progress import Bar, SilentBar, position
 
 PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
@@ -31,21 +33,21 @@ class RichBar:
 
     def __init__(self, console: Console, label: str, total: int | None) -> None:
         self._progress = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task(label, total=total, note="")
+        self._task = self._progress.add_task(visible(label), total=total, note="")
         self._progress.start()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move by `steps`."""
-        self._progress.update(self._task, advance=steps, note=note)
+        self._progress.update(self._task, advance=steps, note=visible(note))
 
     def close(self) -> None:
         """Take the bar away."""
@@ -74,7 +76,7 @@ class PlainBar:
         if self._total and self._done > self._from:
             left = f", {(now - self._start) * (self._total - self._done) / (self._done - self._from):.0f} s left"
         where = position(self._label, self._done, self._total)
-        self._console.print(f"  {where}{left} {note}".rstrip(), highlight=False, markup=False)
+        self._console.print(visible(f"  {where}{left} {note}".rstrip()), highlight=False, markup=False)
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -90,7 +92,7 @@ class Screen:
     def say(self, line: str) -> None:
         """One line."""
         if not self._silent:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(visible(line), highlight=False, markup=False)
 
     def bar(self, label: str, total: int | None) -> Bar:
         """A bar fit for where stderr goes."""
@@ -102,15 +104,15 @@ class Screen:
 
 def print_error(message: str) -> None:
     """An error for a person, on stderr."""
-    Quiet(stderr=True, soft_wrap=True).print(message, style="bold red", highlight=False, markup=False)
+    Quiet(stderr=True, soft_wrap=True).print(visible(message), style="bold red", highlight=False, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; wide enough for its cells when stdout is no terminal."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(visible(title)), title_justify="left")
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(visible(name)), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     console.print(table)

@@ -13,6 +13,8 @@ from typing import Any
 
 import xxhash
 
+from finetune.utils.links import read_regular
+
 CHUNK_BYTES = 1 << 22
 REMEMBERED_FROM_BYTES = 8 << 20  # reading a smaller file takes no longer than looking it up
 SETTLED_SECONDS = 2.0  # a file changed this recently may change again within one tick of its timestamp
@@ -82,6 +84,20 @@ def _write(cache: Path, entries: dict[str, str]) -> None:
         return
 
 
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; symbolic links are neither counted nor followed."""
+    total = 0
+    for path in [folder] if folder.is_symlink() or not folder.is_dir() else folder.iterdir():
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            total += tree_bytes(path)
+        else:
+            with suppress(OSError):  # removed meanwhile
+                total += path.stat().st_size
+    return total
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -113,5 +129,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
-    """The JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value in `path`. Raises OSError where it is no regular file, ValueError where it is no JSON."""
+    try:
+        return json.loads(read_regular(path).decode())
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None

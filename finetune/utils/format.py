@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,12 @@ NONE = "–"
 def visible(text: str) -> str:
     """`text` with every control character as a visible one; line ends and tabs stay."""
     return text.translate(SHOWN)
+
+
+def json_text(value: object) -> str:
+    """Indented JSON for a terminal or a program: what is no visible character is an escape of JSON's own."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return "".join(c if c == "\n" or ord(c) not in SHOWN else f"\\u{ord(c):04x}" for c in text)
 
 
 def clipped(text: str, most: int) -> str:

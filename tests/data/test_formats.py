@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.formats import Decision, FormatError, RowError, decide, parse_llama2, to_example, unique_labels
+from finetune.data.chat_text import parse_llama2
+from finetune.data.formats import Decision, FormatError, decide, to_example, unique_labels
 from finetune.data.records import Example, Message
+from finetune.data.values import RowError
 
 USER, ANSWER = Message("user", "Hi"), Message("assistant", "Ho")
 
@@ -132,7 +134,7 @@ def test_unused_plain_columns_are_kept() -> None:
     [
         ({"messages": []}, "empty", "an empty list"),
         ({"messages": None}, "type", "null"),
-        ({"messages": ["Hi"]}, "type", r"messages\[0\]: found the text 'Hi'"),
+        ({"messages": [7]}, "type", r"messages\[0\]: found the number 7"),
         ({"messages": [{"role": "system", "content": ""}]}, "empty", "system"),
         ({"messages": [{"role": "user", "content": None}]}, "null", r"messages\[0\].content: found null"),
         ({"messages": [{"role": "user", "content": 7}]}, "type", "the number 7"),

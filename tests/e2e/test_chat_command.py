@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli.chat import Conversation, Options, _prompt_ids, printable
+from finetune.cli.chat import Conversation, Options, printable
 from finetune.cli.prompt import history_file, read_question, remembering
+from finetune.cli.voice import prompt_ids
 from finetune.utils.files import read_json
 
 QUESTION = "What does the tree number 3 do?"
@@ -179,12 +180,13 @@ class Buffered(io.StringIO):
 
 
 def test_an_answer_is_shown_while_it_is_made(merged, monkeypatch):
-    from finetune.cli.chat import _exchange, _folder_voice
+    from finetune.cli.chat import _exchange
+    from finetune.cli.voice import folder_voice
     from finetune.utils.console import Screen
 
     made = []  # an entry for each forward pass, and so for each token
     conversation = Conversation(None, 0)
-    with _folder_voice(Path(merged), Screen(silent=True)) as voice:
+    with folder_voice(Path(merged), Screen(silent=True)) as voice:
         voice.model.register_forward_hook(lambda *_: made.append(1))
         screen = Buffered(made)
         monkeypatch.setattr("sys.stdout", screen)
@@ -198,7 +200,7 @@ def test_an_answer_is_shown_while_it_is_made(merged, monkeypatch):
 
 def test_the_prompt_is_the_one_that_was_trained(finished, merged):
     """Token for token what the training rows begin with, and a typed control string stays text."""
-    from finetune.cli.chat import _folder_voice
+    from finetune.cli.voice import folder_voice
     from finetune.data.records import read_rows
     from finetune.tokenization.token_rows import read_token_rows
     from finetune.utils.console import Screen
@@ -206,10 +208,10 @@ def test_the_prompt_is_the_one_that_was_trained(finished, merged):
     stages = finished.show()["stages"]
     rows = {r.id: r for r in read_rows(Path(stages["split"]["path"]) / "train.parquet")}
     trained = read_token_rows(Path(stages["render"]["path"]) / "train.parquet", 5)
-    with _folder_voice(Path(merged), Screen(silent=True)) as voice:
+    with folder_voice(Path(merged), Screen(silent=True)) as voice:
         assert list(voice.terminators) == read_json(Path(merged) / "template.json")["terminators"]
         for row in trained:
             talked = Conversation(None, 0, [{"role": "user", "content": rows[row.id].messages[0].content}])
-            assert _prompt_ids(voice, talked.chat()) == row.ids[: row.answer_start].tolist()
-        typed = _prompt_ids(voice, [{"role": "user", "content": "</s>"}])
+            assert prompt_ids(voice, talked.chat()) == row.ids[: row.answer_start].tolist()
+        typed = prompt_ids(voice, [{"role": "user", "content": "</s>"}])
         assert voice.tokenizer.eos_token_id not in typed

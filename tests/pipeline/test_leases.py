@@ -20,7 +20,7 @@ from finetune.pipeline.store import Store
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "artifacts", tmp_path / "scratch")
+    return Store(tmp_path, tmp_path / "scratch")
 
 
 BUILDER = textwrap.dedent("""

@@ -124,8 +124,11 @@ BAD = {
     "a number past all floats": (GOOD + "train: {epochs: 1e400}\n", "r:6: train.epochs: found inf; allowed: a finite number"),
     "minus infinity": (GOOD + "train: {weight_decay: -.inf}\n", "r:6: train.weight_decay: found -inf"),
     "a weight that is not a number": (GOOD + "  - {source: pydoc, weight: .nan}\n", "r:6: data.1.weight: found nan; allowed: a finite number"),
-    "a section that cannot be off": (GOOD + "train: null\n", "r:6: train: found null; allowed: fields, as in {learning_rate: …}; leave the line out"),
-    "a section without its fields": (GOOD + "train:\n", "r:6: train: found null"),
+    "a section that cannot be off": (GOOD + "lora: null\n", "r:6: lora: found null; allowed: fields, as in {r: …}; leave the line out"),
+    "a section without its fields": (GOOD + "lora:\n", "r:6: lora: found null"),
+    "no training and no adapter": (GOOD + "train: null\n", "r:6: train: null imports the adapter that lora.start_from names"),
+    "a base of no adapter": (GOOD + "lora: {start_base: a/b}\n", "r:6: lora.start_base: it describes the adapter of lora.start_from"),
+    "its own newest run": (GOOD.replace("name: good", "name: again") + "lora: {start_from: again}\n", "name one, as again@RUN"),
     "data that is no list": ("name: a\nmodel: a/b\ndata: {source: pydoc}\n", "r:3: data: found {'source': 'pydoc'}; allowed: a list, each source in a line that begins with -"),
     "a source that is a word": ("name: a\nmodel: a/b\ndata: [x]\n", "r:3: data.0: found 'x'; allowed: a source, as in {source: local, path: rows.jsonl}"),
     "a model that is a number": (GOOD.replace("builtin:tiny-mistral", "5"), "r:3: model: found 5; allowed: fields, as in {id: …}"),
@@ -218,7 +221,9 @@ def test_a_key_written_twice_or_a_tag_hides_no_other_error(tmp_path):
 
 ABSENT = {
     "a data file": ("  - {source: local, path: rows.jsnl}\n", "r:6: data.1.path: no such file: ", "did you mean rows.jsonl?"),
-    "a data folder": ("  - {source: local, path: .}\n", "r:6: data.1.path: a folder, not a file", ""),
+    "a data folder": ("  - {source: local, path: none}\n", "r:6: data.1.path: ", "a folder without a file of rows; a file's name ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
+    "a data pattern": ("  - {source: local, path: x-*.jsonl}\n", "r:6: data.1.path: no file matches ", "under the working folder"),
+    "held-out rows": ("eval_data: [{source: local, path: rows.jsnl}]\n", "r:6: eval_data.0.path: no such file", "did you mean rows.jsonl?"),
     "evaluation data": ("decontaminate: {against: [{source: local, path: x}]}\n", "r:6: decontaminate.against.0.path: no such file", ""),
     "a template": ("render: {template: alpca}\n", "r:6: render.template: found 'alpca'; allowed: auto, alpaca, ", "did you mean alpaca?"),
     "a template file": ("render: {template: x.jinja}\n", "r:6: render.template: no such file: ", "x.jinja"),
@@ -229,6 +234,7 @@ ABSENT = {
 @pytest.mark.parametrize(("text", "start", "end"), ABSENT.values(), ids=ABSENT.keys())
 def test_what_is_named_and_not_there_is_said(text, start, end, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "none").mkdir()
     (tmp_path / "r.yaml").write_text(GOOD + text)
     (line,) = absent(load_recipe(str(tmp_path / "r.yaml")))
     line = line.replace(f"{tmp_path / 'r.yaml'}:", "r:")

@@ -107,7 +107,7 @@ BAD = {
     "a truth for a number": {"lora": {"r": True}},
     "a rate of zero": {"train": {"learning_rate": 0}},
     "half a batch": {"train": {"batch_rows": 1.5}},
-    "a section that cannot be off": {"train": None},
+    "a section that cannot be off": {"lora": None},
     "a list for a section": {"train": [1]},
     "no data": {"data": []},
     "data that is no list": {"data": {"source": "pydoc"}},

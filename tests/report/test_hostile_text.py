@@ -18,10 +18,10 @@ from finetune.tokenization import template_sandbox
 from finetune.tokenization.audit import Tally
 from finetune.tokenization.chat import TemplateRefused, turn
 from finetune.tokenization.chat_template import JinjaRenderer, choose_template, template_text
-from finetune.tokenization.encoder import Encoder
 from finetune.tokenization.label_mask import fuses_with_prompt, last_tokens, token_mask
-from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
+from finetune.tokenization.row_tokenizer import RowTokenizer
 from finetune.tokenization.template_sandbox import check_template, limited
+from tests.helpers import row_workers
 from tests.helpers.base_templates import ALL
 from tests.helpers.tiny_tokenizers import build
 
@@ -88,12 +88,12 @@ def test_a_hostile_template_is_refused_before_it_is_used(short: None, tmp_path: 
     with pytest.raises(
         InputError, match=rf"render\.template mine\.jinja: .*{says}.*choose another by render\.template"
     ):
-        choose_template("mine.jinja", file, build("metaspace"), [], merge=True)
+        choose_template("mine.jinja", file, build("metaspace"), [])
 
 
 def test_the_bases_own_template_is_tried_out_too() -> None:
     with pytest.raises(InputError, match="the base's chat template: the sandbox forbids"):
-        choose_template("auto", None, build("metaspace", "{{ ''.__class__ }}" + GOOD), [], merge=True)
+        choose_template("auto", None, build("metaspace", "{{ ''.__class__ }}" + GOOD), [])
 
 
 def test_the_filter_tries_its_template_out_too(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_template_that_hangs_on_one_conversation_only_is_stopped_there(short: 
     check_template(text, SPECIAL, "sly")
     render = JinjaRenderer(text, SPECIAL)
     assert render([turn("user", "a"), turn("assistant", "b")])[0] == "<s>Q: a\nA: b</s>"
-    with pytest.raises(GateRefused, match=r"does not come to an end on a conversation of 1 turns .*'a trap'"):
+    with pytest.raises(TemplateRefused, match="does not come to an end on a conversation of 1 turns"):
         render([turn("user", "a trap")])
     assert render([turn("user", "a"), turn("assistant", "b")])[1] == [(11, 16)]  # and nothing is left behind
 
@@ -159,9 +159,9 @@ def test_tool_calls_nested_too_deeply_refuse_the_row() -> None:
 def test_no_template_is_taken_that_would_train_on_what_the_base_refuses() -> None:
     rows = [Example("r:1", "r", (Message("user", "a"), Message("user", "b"), Message("assistant", "c")))]
     with pytest.raises(GateRefused, match=r"takes none of the 1 rows .*row r:1: .*alternate!"):
-        choose_template("auto", None, build("metaspace", ALL["mistral_card"]), rows, merge=True)
+        choose_template("auto", None, build("metaspace", ALL["mistral_card"]), rows)
     rows.append(Example("r:2", "r", (Message("user", "a"), Message("assistant", "c"))))
-    assert choose_template("auto", None, build("metaspace", ALL["mistral_card"]), rows, merge=True).name == "base"
+    assert choose_template("auto", None, build("metaspace", ALL["mistral_card"]), rows).name == "base"
 
 
 def test_marked_ranges_are_transformers_own_without_its_quadratic_count() -> None:
@@ -186,9 +186,9 @@ typed = st.lists(st.sampled_from(TYPED), min_size=1, max_size=8).map("".join)
 
 def worker(kind: str, name: str) -> tuple[RowTokenizer, object]:
     """A row tokenizer with a named template."""
-    tokenizer, text = build(kind), template_text(name, None)
-    rules = Rules(name, "assistant", 10_000, "drop", "merge", None, None, False, tokenizer.eos_token)
-    return RowTokenizer(JinjaRenderer(text, tokenizer.special_tokens_map), Encoder(tokenizer, text), rules), tokenizer
+    tokenizer = build(kind)
+    chosen = row_workers.template(tokenizer, template_text(name, None))
+    return row_workers.worker(tokenizer, chosen, max_length=10_000, overlong="drop", bos_id=None), tokenizer
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def test_a_hub_model_is_pinned_without_its_weights(
         pinned, metrics = run(tmp_path, "lab/model")
         assert pinned["revision"] == metrics["revision"] == commit
         assert pinned["weights"] == {}
+        content = (fitting / "model.safetensors").read_bytes()
+        assert metrics["weights_sha256"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
         assert not list((tmp_path / "scratch").rglob("*.safetensors"))
         assert not hub.asked("GET", r"resolve/.*safetensors")
         plant(hub, fitting, {"README.md": b"new"})

@@ -13,7 +13,7 @@ LONG = " ".join(sentences(9))
 
 
 def built(tmp_path, rows, vectors="lsa", **section):
-    whole = recipe(dedup={"threshold": 0.9, **section})
+    whole = recipe(dedup={"threshold": 0.9, "field": "output", **section})
     kept = folder(tmp_path / "filter", rows)
     embedded = kept
     if vectors is not None:

@@ -19,7 +19,7 @@ def built(tmp_path, name, spec, rows=ROWS):
 
 
 def test_vectors_lie_in_the_order_of_the_rows(tmp_path):
-    spec = embed.spec(recipe())
+    spec = embed.spec(recipe(dedup={"field": "output"}))
     out, metrics = built(tmp_path, "out", spec)
     vectors = np.load(out / "vectors.npy")
     assert vectors.dtype == np.float32 and vectors.shape == (21, metrics["dimension"])
@@ -61,7 +61,7 @@ def test_a_folder_is_known_by_its_files_and_not_by_its_place(tmp_path, monkeypat
         for file in ("modules.json", "model.safetensors", ".hidden"):
             (place / file).write_text(name if file == ".hidden" else file)
         specs.append(embed.spec(recipe(dedup={"embedding": str(tmp_path / name / "minilm")})))
-    assert specs[0].model_dump() == specs[1].model_dump() == {"embedding": "folder:minilm", "field": "output"}
+    assert specs[0].model_dump() == specs[1].model_dump() == {"embedding": "folder:minilm", "field": "both"}
     before = embed.fingerprint(specs[0])
     assert before == embed.fingerprint(specs[1])
     (tmp_path / "two" / "minilm" / "modules.json").write_text("[]")

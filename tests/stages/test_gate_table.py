@@ -28,11 +28,17 @@ GENERATED = "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %
 MARKED = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA: {% else %}"
 MARKED += GENERATED + "{% endif %}{% endfor %}"
 TOOLS = '{"tool_calls":[{"function":{"arguments":{"at":"sea"},"name":"look"}}]}'
-# a template that cannot be marked by itself, so that ours is taken for it; it changes one word that few rows have
+# a template that changes one word, which few rows have
 QUIRK = (
     "{% for m in messages %}{% set said = m['content'] | replace('zebra', 'horse') %}"
     "{{ '<|im_start|>' + m['role'] + '\n' }}{{ said }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VARIABLE = "{{ bos_token }}{% for m in messages %}{% set x = m.role ~ ': ' ~ m.content ~ END %}{{ x }}{% endfor %}"
+GREEDY = (
+    "{% generation %}"
+    + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    + "{% endgeneration %}"
 )
 
 
@@ -65,13 +71,12 @@ class Case:
     good: tuple[str, str | None, list[Example]]
     spec: dict[str, object] = field(default_factory=dict)
     good_spec: dict[str, object] = field(default_factory=dict)
-    file: tuple[str, str] | None = None  # a template file of the recipe: with the fault, without it
 
 
 GOOD = ("metaspace", CARD, chats())
 CASES = {
     "the end of an answer carries no label": Case(
-        "ends an answer with .*no special token",
+        r"row r:0: the terminator .* carries no label",
         (
             "metaspace",
             MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"),
@@ -80,7 +85,9 @@ CASES = {
         ("metaspace", MARKED, chats()),
     ),
     "the terminator is no token of the base": Case(
-        r"row r:0: .*no special token", ("metaspace", CHATML, chats()), ("byte_level", CHATML, chats())
+        "writes no token that ends an answer.*alpaca and mistral",
+        ("metaspace", CHATML, chats()),
+        ("byte_level", CHATML, chats()),
     ),
     "no special token is left to pad with": Case(
         "no unused special token to pad with",
@@ -93,30 +100,16 @@ CASES = {
         ("metaspace", CARD, [Example("t:1", "t", text="<s><s>the sea")]),
         ("metaspace", CARD, [Example("t:1", "t", text="<s>the sea")]),
     ),
-    "no generation markers, and none can be proved": Case(
-        "which tokens .* are the assistant's is unknown",
-        ("metaspace", "{% for m in messages %}{% set x = m.role ~ m.content %}{{ x }}{% endfor %}", chats()),
-        GOOD,
+    "an answer has no end": Case(
+        "writes no token that ends an answer.* would never learn to stop",
+        ("metaspace", VARIABLE.replace("END", "'\n'"), chats()),
+        ("metaspace", VARIABLE.replace("END", "eos_token"), chats()),
     ),
     "no chat template": Case("no chat template of its own", ("metaspace", None, chats()), GOOD),
-    "the training form writes another text on one row of many": Case(
-        "row r:431: the training form .* parts", ("byte_level", QUIRK, zebra(431)), ("byte_level", QUIRK, zebra(-1))
-    ),
     "the generation prompt does not begin an answer": Case(
-        "prompt",
-        ("byte_level", CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"), chats()),
+        r"the generation prompt ends with 'Sure: ', which the template does not write before an answer \(r:0",
+        ("byte_level", CHATML.replace("assistant\n' }}{% endif", "assistant\nSure: ' }}{% endif"), chats()),
         ("byte_level", CHATML, chats()),
-    ),
-    "loss on the prompt": Case(
-        r"12 × the generation block of assistant turn 1 holds more.*\(r:0",
-        ("metaspace", None, chats()),
-        ("metaspace", None, chats()),
-        file=(
-            "{% generation %}"
-            + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-            + "{% endgeneration %}",
-            MARKED,
-        ),
     ),
     "answers are cut": Case(
         "rows would be cut.*r:0", GOOD, GOOD, {"max_length_tokens": 24}, {"max_length_tokens": 200}
@@ -143,12 +136,12 @@ CASES = {
         {"max_length_tokens": 200, "overlong": "drop"},
     ),
     "a tool's result is passed over": Case(
-        r"does not write .*\(r:0",
+        r"no place for tool calls and their results \(r:0",
         ("metaspace", ZEPHYR, [called(0), *chats()[1:4]]),
         ("byte_level", ALL["qwen_tools"], [called(0), *chats()[1:4]]),
     ),
     "a call is passed over": Case(
-        r"does not write the call of look.*\(r:0",
+        r"no place for tool calls and their results \(r:0",
         ("metaspace", CARD, [Example("r:0", "r", called(0).messages[:2]), *chats()[1:4]]),
         ("byte_level", ALL["llama3.1"], [Example("r:0", "r", called(0).messages[:2]), *chats()[1:4]]),
     ),
@@ -186,16 +179,12 @@ def test_the_gate(name, tmp_path) -> None:
     for which, base, spec in (("bad", case.bad, case.spec), ("good", case.good, case.good_spec)):
         folder = tmp_path / which
         folder.mkdir()
-        made = dict(spec)
-        if case.file:
-            made["template"] = str(folder / "mine.jinja")
-            (folder / "mine.jinja").write_text(case.file[which == "good"], encoding="utf-8")
         if which == "bad":
             with pytest.raises(GateRefused, match=f"(?s){case.says}") as refused:
-                stage(folder, base, made)
+                stage(folder, base, spec)
             assert refused.value.exit_status == 3
         else:
-            check(stage(folder, base, made), base)
+            check(stage(folder, base, spec), base)
 
 
 def check(out: Path, base: tuple[str, str | None, list[Example]]) -> None:
@@ -209,6 +198,25 @@ def check(out: Path, base: tuple[str, str | None, list[Example]]) -> None:
         labels = [i for i, m in zip(ids, mask, strict=True) if m]
         assert labels and pad not in labels and row["length"] == len(ids) and row["supervised"] == len(labels)
         assert labels[-1] in facts["terminators"] and mask[0] == 0
+
+
+@pytest.mark.parametrize("template", [MARKED, GREEDY])
+def test_no_question_is_learned_whatever_the_markers_hold(template, tmp_path) -> None:
+    (tmp_path / "mine.jinja").write_text(template, encoding="utf-8")
+    out = stage(tmp_path, ("metaspace", None, chats()), {"template": str(tmp_path / "mine.jinja")})
+    tokenizer = build("metaspace")
+    for i, row in enumerate(pq.read_table(out / "train.parquet").to_pylist()):
+        labels = [t for t, m in zip(row["input_ids"], row["mask"], strict=True) if m]
+        assert tokenizer.decode(labels).strip() == f"It is {i}, the sea is wide and blue.</s>"
+
+
+def test_a_row_that_the_template_rewrites_is_left_out_and_the_run_goes_on(tmp_path) -> None:
+    out = stage(tmp_path, ("byte_level", QUIRK, zebra(431)), {})
+    assert len(pq.read_table(out / "train.parquet")) == 699
+    (reject,) = pq.read_table(out / "rejects.parquet").to_pylist()
+    assert reject["id"] == "r:431" and "does not write turn 1, a user's" in reject["reason"]
+    audit = read_json(out / "audit.json")["splits"]["train"]
+    assert list(audit["dropped"].values()) == [1] and audit["rows_in"] == 700
 
 
 def test_a_pad_token_that_is_the_terminator_is_not_taken(tmp_path) -> None:

@@ -55,6 +55,8 @@ def test_rows_refusals_and_figures(tmp_path: Path) -> None:
         "sources": {"x.jsonl": {"rows": 2, "refused": 1}, "x.jsonl#2": {"rows": 1, "refused": 0}},
         "refused": {"null": 1},
         "formats": {"x.jsonl": "alpaca", "x.jsonl#2": "alpaca"},
+        "unused": {"x.jsonl": ["score"], "x.jsonl#2": ["score"]},
+        "notes": {},
     }
     rows = list(read_rows(out / "rows.parquet"))
     assert [(r.id, r.source) for r in rows] == [

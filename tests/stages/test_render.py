@@ -58,16 +58,23 @@ def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
     template = read_json(tmp_path / "out" / "template" / "template.json")
     assert template["terminators"] == [2] and template["pad_token"] == "<unk>" and template["bos"] is True
     assert (tmp_path / "out" / "template" / "inference.jinja").read_text() == MISTRAL_LATER
-    assert "{% generation %}" in (tmp_path / "out" / "template" / "chat_template.jinja").read_text()
+    assert (tmp_path / "out" / "template" / "chat_template.jinja").read_text() == MISTRAL_LATER
     audit = read_json(tmp_path / "out" / "audit.json")
     assert audit["splits"]["train"]["rows"] == 600 and audit["prompts_proved"] == 200
-    assert audit["rows_proved"] == 620 and metrics["unterminated"] == 0
+    assert audit["ids_equal"] == 200 and not audit["ids_not_compared"] and metrics["unterminated"] == 0
+    assert metrics["masked_turns"] == 0
+
+
+@pytest.mark.xfail(reason="the figure of the evaluation rows overwrites that of the training rows", strict=True)
+def test_rows_with_the_text_of_a_special_token_are_summed_over_the_splits(inputs, tmp_path) -> None:
+    metrics = run(Render(), inputs, tmp_path / "out")
+    assert metrics["special_text"] == {"</s>": 620}  # each question holds it
 
 
 def test_a_number_of_rows_is_proved_where_the_recipe_names_one(inputs, tmp_path) -> None:
     run(Render(prove_rows=40), inputs, tmp_path / "out")
     audit = read_json(tmp_path / "out" / "audit.json")
-    assert audit["prompts_proved"] == 40 and audit["rows_proved"] == 0
+    assert audit["prompts_proved"] == audit["ids_equal"] == 40
 
 
 def test_the_same_rows_give_the_same_bytes(inputs, tmp_path) -> None:

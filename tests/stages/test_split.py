@@ -13,7 +13,11 @@ from tests.stages.rows import chat, context, folder, ids, recipe, sentences
 
 
 def built(tmp_path, rows, vectors="lsa", embedded_rows=None, **section):
-    whole = recipe(split={"eval_fraction": 0.2, **section}, seed=section.pop("seed", 0) if "seed" in section else 0)
+    whole = recipe(
+        dedup={"field": "output"},
+        split={"eval_fraction": 0.2, **section},
+        seed=section.pop("seed", 0) if "seed" in section else 0,
+    )
     filtered = folder(tmp_path / "filter", embedded_rows or rows)
     embedded = filtered
     if vectors is not None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 
 from finetune.errors import GateRefused
+from finetune.tokenization.answers import Answer
 from finetune.tokenization.audit import (
     Tally,
+    check_ids,
     check_pad,
     check_prompt,
-    check_same,
     check_shares,
+    check_special_counts,
     check_start,
     check_system,
     check_terminator,
-    lost_turn,
-    marking_problem,
+    lost_text,
     shared_length,
 )
 from finetune.tokenization.chat import turn
@@ -24,26 +25,40 @@ CHAT = [turn("user", "Q"), turn("assistant", " A b ")]
 TEXT = "<s>[Q] A b </s>"
 
 
-def test_a_block_with_the_answer_and_its_terminator_is_right() -> None:
-    assert marking_problem(TEXT, [(6, 15)], CHAT) is None
-    assert marking_problem("Q</s>", [(1, 5)], [turn("user", "Q"), turn("assistant", "")]) is None
+def lost(text: str, spans: list[tuple[int, int]], chat: list, **more: object) -> str | None:
+    return lost_text(text, [Answer(i, a, b, a, **more) for i, (a, b) in enumerate(spans)], chat)
+
+
+def test_an_answer_that_is_found_whole_is_right() -> None:
+    assert lost(TEXT, [(6, 15)], CHAT) is None
+    assert lost("Q</s>", [(1, 5)], [turn("user", "Q"), turn("assistant", "")]) is None
 
 
 @pytest.mark.parametrize(
     ("spans", "said"),
     [
-        ([(3, 15)], "more than the answer"),  # the question too
-        ([(6, 8)], "not in its generation block"),
-        ([], "0 generation blocks for 1"),
-        ([(3, 6), (6, 15)], "2 generation blocks"),
+        ([(3, 15)], "turn 1, a user's"),  # the question too
+        ([(6, 8)], "the content of turn 2"),
+        ([], "0 of its answers are in the text"),
+        ([(3, 6), (6, 15)], "2 of its answers"),
     ],
 )
-def test_a_wrong_block_is_named(spans, said) -> None:
-    assert said in str(marking_problem(TEXT, spans, CHAT))
+def test_a_wrong_range_is_named(spans, said) -> None:
+    assert said in str(lost(TEXT, spans, CHAT))
 
 
-def test_text_after_the_terminator_is_no_answer() -> None:
-    assert marking_problem("A</s> user: Q", [(0, 13)], [turn("assistant", "A")])
+@pytest.mark.parametrize(
+    ("text", "masked", "says"),
+    [
+        ("Q<think>why</think>A", "", None),
+        ("QxxxxxxxxxxxxxxxxxxA", "", "the reasoning of turn 2"),
+        ("QA", "left out", None),
+    ],
+)
+def test_the_reasoning_is_in_an_answer_unless_it_is_masked(text, masked, says) -> None:
+    chat = [turn("user", "Q"), {**turn("assistant", "A"), "reasoning_content": "why"}]
+    found = lost(text, [(1, len(text))], chat, masked=masked)
+    assert found is None if says is None else says in str(found)
 
 
 def call(arguments: object, name: str = "look") -> dict[str, object]:
@@ -73,7 +88,7 @@ def test_every_turn_stands_in_its_place(written, turns, said) -> None:
             spans.append((len(text), len(text) + len(part)))
         text += part + "\0"
     chat = [turn("assistant", t) if isinstance(t, str) else turn(*t) for t in turns]
-    problem = lost_turn(text, spans, chat)
+    problem = lost(text, spans, chat)
     assert (problem is None) if said is None else (said in str(problem))
 
 
@@ -85,24 +100,32 @@ def test_every_turn_stands_in_its_place(written, turns, said) -> None:
         ({"at": 'é"', "n": [1, 2.5, True, None]}, '{"name": "look", "arguments": {"at": "é\\"", "n": [1, 2.5]}}', None),
         ({"at": "é"}, 'look at "\\u00e9"', None),
         ({"at": "sea"}, "</s>", "call of look of turn 2"),
-        ({"at": "sea"}, "look at", "'sea', an argument of the call of look of turn 2"),
+        ({"at": "sea"}, "look at", "'sea', an argument of the call of look, of turn 2"),
         ({"n": 17}, "look n", "'17', an argument"),
         (None, "look", None),
     ],
 )
 def test_every_call_stands_in_its_block(arguments, block, said) -> None:
-    problem = lost_turn("Q" + block, [(1, 1 + len(block))], [turn("user", "Q"), call(arguments)])
+    problem = lost("Q" + block, [(1, 1 + len(block))], [turn("user", "Q"), call(arguments)])
     assert (problem is None) if said is None else (said in str(problem))
 
 
 def test_a_call_without_a_name_is_lost() -> None:
-    assert "a tool without a name" in str(lost_turn("Q x", [(2, 3)], [turn("user", "Q"), call({}, name="")]))
+    assert "a tool without a name" in str(lost("Q x", [(2, 3)], [turn("user", "Q"), call({}, name="")]))
 
 
-def test_the_training_form_writes_the_same() -> None:
-    check_same("r:1", "abc", "abc", "base")
-    with pytest.raises(GateRefused, match=r"row r:1: .*character 2: 'c'"):
-        check_same("r:1", "abc", "abd", "base")
+def test_ids_are_the_bases_own() -> None:
+    check_ids("r:1", [1, 2, 3], [1, 2, 3], str)
+    for ids in ([1, 9, 3], [1, 2], [1, 2, 3, 4], []):
+        with pytest.raises(GateRefused, match=r"row r:1: its token ids differ .* apply_chat_template at token \d"):
+            check_ids("r:1", ids, [1, 2, 3], str)
+
+
+def test_typed_special_tokens_are_no_ids() -> None:
+    check_special_counts("r:1", [1, 5, 2], [1, 2, 5, 2], {2: 1}, str)
+    check_special_counts("r:1", [1, 2, 2], [1, 2], {}, str)  # nothing was typed
+    with pytest.raises(GateRefused, match=r"row r:1: .*'2' \(id 2\) is in its ids 2 times.*writes it 1 times.*1 times"):
+        check_special_counts("r:1", [1, 2, 5, 2], [1, 2, 5, 2], {2: 1}, str)
 
 
 def test_a_system_message_without_a_place() -> None:
@@ -114,6 +137,7 @@ def test_a_system_message_without_a_place() -> None:
 
 def test_too_many_without_an_end_names_rows() -> None:
     made = Tally()
+    made.rows_in = 10
     for i in range(10):
         made.keep(f"r:{i}", 10, 4, truncated=False, unterminated=i < 2)
     check_shares([made], 0.1, 0.1, 0.2)
@@ -154,6 +178,7 @@ def test_pad_is_no_label() -> None:
 def tally(kept: int, cut: int = 0, lost: int = 0) -> Tally:
     made = Tally()
     for i in range(kept):
+        made.rows_in += 1
         made.keep(f"r:{i}", 10, 4, truncated=i < cut)
     for i in range(lost):
         made.drop(f"x:{i}", "no assistant turn")

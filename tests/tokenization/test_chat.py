@@ -10,24 +10,26 @@ from hypothesis import strategies as st
 
 from finetune.data.records import Example, Message
 from finetune.errors import InputError
+from finetune.tokenization.answers import Finder
 from finetune.tokenization.chat import (
     Chat,
     ControlStrings,
+    Renderer,
     Span,
     TemplateRefused,
     chat_of,
     merge_system,
-    prompt_of,
-    render_row,
     takes_system,
     turn,
     verification_sample,
 )
+from finetune.tokenization.rendering import Rendered, render_chat
+from finetune.tokenization.template_profile import TemplateProfile
 
 CONTROLS = ControlStrings(["<s>", "</s>", "<|im_end|>", "<|im_end|>x"])
 
 
-def plain(chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+def plain(chat: Chat, generation_prompt: bool = False, tools: object = None) -> tuple[str, list[Span]]:
     text, spans = "<s>", []
     for message in chat:
         start = len(text)
@@ -35,6 +37,10 @@ def plain(chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]
         if message["role"] == "assistant":
             spans.append((start, len(text)))
     return text, spans
+
+
+def rendered(render: Renderer, chat: Chat) -> Rendered:
+    return render_chat(TemplateProfile(render), Finder(CONTROLS.strings, ["</s>"]), CONTROLS, chat)
 
 
 def test_extra_fields_stand_beside_role_and_content() -> None:
@@ -54,19 +60,13 @@ def test_system_without_a_user_turn_cannot_be_merged() -> None:
 
 
 def test_whether_a_template_takes_a_system_message_is_tried_out() -> None:
-    def deaf(chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def deaf(chat: Chat, generation_prompt: bool = False, tools: object = None) -> tuple[str, list[Span]]:
         return plain([m for m in chat if m["role"] != "system"])
 
-    def strict(chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def strict(chat: Chat, generation_prompt: bool = False, tools: object = None) -> tuple[str, list[Span]]:
         raise TemplateRefused("no system")
 
     assert takes_system(plain) and not takes_system(deaf) and not takes_system(strict)
-
-
-def test_the_prompt_ends_before_the_last_answer() -> None:
-    chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d"), turn("user", "e")]
-    assert prompt_of(chat) == chat[:3]
-    assert prompt_of([turn("user", "a")]) is None
 
 
 def test_the_sample_is_bounded_repeatable_and_holds_unusual_rows() -> None:
@@ -88,9 +88,9 @@ pieces = st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", "<", "s>", "x", 
 @given(pieces, pieces)
 def test_hiding_and_sealing_keep_lengths_and_the_typed_text(question: str, answer: str) -> None:
     chat = [turn("user", question), turn("assistant", answer)]
-    row = render_row(plain, CONTROLS, chat)
+    row = rendered(plain, chat)
     text, spans = plain(chat)
-    assert row.text == text and row.spans == tuple(spans)
+    assert row.text == text and [(a.start, a.end) for a in row.answers] == spans
     if not any(CONTROLS.in_text(s) for s in (question, answer)):
         assert row.sealed is None
         return
@@ -102,15 +102,15 @@ def test_hiding_and_sealing_keep_lengths_and_the_typed_text(question: str, answe
 
 
 def test_a_template_that_acts_on_a_typed_control_string_is_refused() -> None:
-    def reader(chat: Chat, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def reader(chat: Chat, generation_prompt: bool = False, tools: object = None) -> tuple[str, list[Span]]:
         return ("cut", []) if "</s>" in chat[0]["content"] else plain(chat)
 
-    assert render_row(reader, CONTROLS, [turn("user", "fine")]).text == "<s>fine</s>"
+    assert rendered(reader, [turn("user", "fine")]).text == "<s>fine</s>"
     with pytest.raises(TemplateRefused, match="control string"):
-        render_row(reader, CONTROLS, [turn("user", "a</s>b")])
+        rendered(reader, [turn("user", "a</s>b")])
 
 
 def test_private_characters_beside_a_control_string_are_refused() -> None:
-    assert render_row(plain, CONTROLS, [turn("user", "\U00100000")]).sealed is None
+    assert rendered(plain, [turn("user", "\U00100000")]).sealed is None
     with pytest.raises(InputError, match=r"U\+100000"):
-        render_row(plain, CONTROLS, [turn("user", "\U00100000</s>")])
+        rendered(plain, [turn("user", "\U00100000</s>")])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from finetune.data.records import Example, Message
 from finetune.errors import GateRefused, InputError
-from finetune.tokenization.audit import lost_turn, marking_problem
+from finetune.tokenization.answers import Finder
+from finetune.tokenization.audit import lost_text
 from finetune.tokenization.chat import TemplateRefused, turn
 from finetune.tokenization.chat_template import (
     JinjaRenderer,
@@ -20,9 +21,10 @@ from finetune.tokenization.chat_template import (
     sha256,
     template_text,
 )
-from finetune.tokenization.generation_markers import has_markers, strip_markers
+from finetune.tokenization.generation_markers import strip_markers
 from tests.helpers.base_templates import ALL, kind_of
-from tests.helpers.tiny_tokenizers import build
+from tests.helpers.row_workers import learned, one, worker
+from tests.helpers.tiny_tokenizers import BYTE_SPECIAL, build
 
 EQUAL = {  # ours -> what the family's bases ship
     "mistral": "mistral_card",
@@ -44,7 +46,19 @@ CALL = {
     "tool_calls": [{"function": {"name": "look", "arguments": {"at": 'the "sea" é'}}}],
 }
 texts = st.text(st.sampled_from("ab \n<>[]/"), max_size=12)
+ENDS = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
+
+
+FINDER = Finder([*BYTE_SPECIAL, "<s>", "</s>"], BYTE_SPECIAL)
+
+
+def found(render: JinjaRenderer, chat: list) -> list[tuple[int, int]]:
+    """Where the answers are by rendering alone; none of the chat's words is lost."""
+    done = FINDER.find(lambda turns, prompt: (render(turns, prompt)[0], []), chat)
+    assert lost_text(done.text, done.answers, chat) is None and done.own and not done.added
+    assert all(a.ends and not a.masked and a.border == a.start for a in done.answers)
+    return [(a.start, a.end) for a in done.answers]
 
 
 def example(number: int, *contents: str, system: str | None = None) -> Example:
@@ -70,8 +84,19 @@ def test_ours_write_byte_for_byte_what_the_base_writes(name, said, system) -> No
         chat.insert(0, turn("system", system))
     assert ours(chat)[0] == theirs(chat)[0]
     assert ours(chat[:-1], True)[0] == theirs(chat[:-1], True)[0]
-    assert marking_problem(*ours(chat), chat) is None
     assert ours(chat)[1][-1][0] == len(ours(chat[:-1], True)[0])
+    if name != "phi3" or all(a.strip() for _, a in said):  # see the next test
+        assert found(ours, chat) == found(theirs, chat) == ours(chat)[1]
+
+
+@pytest.mark.xfail(reason="an empty answer takes in what the template writes at the end of every text", strict=True)
+def test_an_empty_answer_ends_before_what_the_template_writes_at_the_end_of_a_text() -> None:
+    render = JinjaRenderer(ALL["phi3"], build("byte_level").special_tokens_map)
+    assert render([turn("user", "q"), turn("assistant", "")])[0].endswith("<|end|>\n<|end_of_text|>")
+    for answers in ([""], ["", ""], ["a", "", "b"]):
+        chat = [m for a in answers for m in (turn("user", "q"), turn("assistant", a))]
+        text = render(chat)[0]
+        assert [text[a:b] for a, b in found(render, chat)] == [f"{a}<|end|>" for a in answers]
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3.1"])
@@ -83,7 +108,7 @@ def test_calls_and_their_results_are_written_as_the_base_writes_them(name, syste
     chat = [turn("system", system)] * (system is not None) + chat
     text, spans = ours(chat)
     assert text == theirs(chat)[0] and ours(chat[:-1], True)[0] == theirs(chat[:-1], True)[0]
-    assert marking_problem(text, spans, chat) is None and lost_turn(text, spans, chat) is None
+    assert found(ours, chat) == found(theirs, chat) == spans
     assert "look" in text[slice(*spans[0])] and "22" not in text[slice(*spans[0])]
 
 
@@ -95,15 +120,21 @@ def test_a_template_without_a_place_for_calls_does_not_lose_them_unseen(name) ->
     with pytest.raises(TemplateRefused):
         render([turn("user", "Look."), CALL, turn("tool", "22"), turn("assistant", "Blue.")])
     chat = [turn("user", "Look."), CALL]
-    assert "call of look" in str(lost_turn(*render(chat), chat))
+    done = FINDER.find(lambda turns, prompt: render(turns, prompt), chat)
+    assert "call of look" in str(lost_text(done.text, done.answers, chat))
 
 
-def test_auto_marks_calls_by_our_template_where_the_base_writes_them() -> None:
+def test_auto_finds_calls_where_the_base_writes_them() -> None:
     message = Message("assistant", "", '{"tool_calls":[{"function":{"arguments":{"at":"sea"},"name":"look"}}]}')
-    said = (Message("user", "Look."), message, Message("tool", "22"), Message("assistant", "Blue."))
+    said = Example(
+        "r:9", "r", (Message("user", "Look."), message, Message("tool", "22"), Message("assistant", "Blue."))
+    )
     tokenizer = build("byte_level", ALL["qwen_tools"])
-    chosen = choose_template("auto", None, tokenizer, [*ROWS, Example("r:9", "r", said)], merge=True)
-    assert chosen.name == "base, marked as qwen2.5" and chosen.inference == ALL["qwen_tools"]
+    chosen = choose_template("auto", None, tokenizer, [*ROWS, said])
+    assert (chosen.name, chosen.training, chosen.inference) == ("base", ALL["qwen_tools"], ALL["qwen_tools"])
+    call, answer = learned(tokenizer, one(worker(tokenizer, chosen), said)[0])
+    assert call == '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call><|im_end|>'
+    assert answer == "Blue.<|im_end|>"
 
 
 def test_alpaca_writes_the_published_prompt() -> None:
@@ -119,57 +150,50 @@ def test_alpaca_writes_the_published_prompt() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_auto_finds_the_assistants_text_in_every_base(name) -> None:
     tokenizer = build(kind_of(name), ALL[name])
-    chosen = choose_template("auto", None, tokenizer, ROWS, merge=True)
-    assert chosen.inference == ALL[name] and has_markers(chosen.training)
-    assert chosen.system == (name not in ("mistral_first", "mistral_card", "mistral_v3", "mistral_tekken", "gemma2"))
-    assert chosen.name == ("base, marked as llama3" if name == "llama3" else "base")
-    render = JinjaRenderer(chosen.training, tokenizer.special_tokens_map)
-    text, spans = render([turn("user", "Hi"), turn("assistant", "Hello.")])
-    assert text[spans[0][0] : spans[0][1]].strip().removeprefix("Hello.").strip() in (
-        "</s>",
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-    )
+    chosen = choose_template("auto", None, tokenizer, ROWS)
+    assert (chosen.name, chosen.training, chosen.inference) == ("base", ALL[name], ALL[name])
+    known = ("mistral_first", "mistral_card", "mistral_v3", "mistral_tekken", "gemma2")
+    assert chosen.profile.takes_system == (name not in known)
+    for text in learned(tokenizer, one(worker(tokenizer, chosen), example(1, "the sea", "Paris", "sea", "blue"))[0]):
+        assert text.strip().removeprefix("Paris").removeprefix("blue").strip() in ENDS
 
 
-def test_the_tiny_builtin_template_is_marked() -> None:
+def test_the_tiny_builtin_template_works() -> None:
     from finetune.tiny.model import CHAT_TEMPLATE
 
-    chosen = choose_template("auto", None, build("unigram", CHAT_TEMPLATE), ROWS, merge=True)
-    assert chosen.name == "base" and chosen.inference == CHAT_TEMPLATE and has_markers(chosen.training)
+    tokenizer = build("unigram", CHAT_TEMPLATE)
+    chosen = choose_template("auto", None, tokenizer, ROWS)
+    assert (chosen.name, chosen.training, chosen.inference) == ("base", CHAT_TEMPLATE, CHAT_TEMPLATE)
+    (text,) = learned(tokenizer, one(worker(tokenizer, chosen), example(1, "the sea", "the sea"))[0])
+    assert text.replace(" ", "") == "thesea</s>"
 
 
 def test_a_base_with_markers_keeps_its_template() -> None:
     own = template_text("zephyr", None)
-    chosen = choose_template("auto", None, build("unigram", own), ROWS, merge=True)
+    chosen = choose_template("auto", None, build("unigram", own), ROWS)
     assert (chosen.training, chosen.inference, chosen.name) == (own, own, "base")
     assert chosen.digest == sha256(own)
 
 
 def test_a_base_without_template_is_refused_with_the_names() -> None:
     with pytest.raises(GateRefused, match=r"alpaca, chatml, gemma2, llama2, llama3, llama3\.1, mistral, mistral-t"):
-        choose_template("auto", None, build("metaspace"), ROWS, merge=True)
+        choose_template("auto", None, build("metaspace"), ROWS)
 
 
-def test_a_template_that_nothing_matches_is_refused_with_reasons() -> None:
+def test_a_template_without_an_end_is_refused() -> None:
     strange = "{% for m in messages %}{% set x = m.role ~ ': ' ~ m.content %}{{ x }}{{ '\n' }}{% endfor %}"
-    with pytest.raises(GateRefused, match=r"(?s)alpaca.*marked as mistral: row r:1 differs"):
-        choose_template("auto", None, build("metaspace", strange), ROWS, merge=False)
-
-
-def test_markers_in_the_wrong_place_are_not_proved() -> None:
-    # the generation prompt holds a word that the template does not write before an answer
-    wrong = ALL["chatml"].replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
-    with pytest.raises(GateRefused, match="generation prompt"):
-        choose_template("auto", None, build("byte_level", wrong), ROWS, merge=True)
+    with pytest.raises(GateRefused, match=r"template base: .*no token that ends an answer.*alpaca and mistral"):
+        choose_template("auto", None, build("metaspace", strange), ROWS)
+    ended = strange.replace("m.content %}", "m.content ~ '</s>' %}")
+    chosen = choose_template("auto", None, build("metaspace", ended), ROWS)
+    made, _ = one(worker(build("metaspace"), chosen), ROWS[0])
+    assert [t.strip() for t in learned(build("metaspace"), made)] == ["assistant: Hello.</s>"]  # nothing asks for it
 
 
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_a_named_template_travels_without_its_markers(name) -> None:
     tokenizer = build(kind_of(name))
-    chosen = choose_template(name, None, tokenizer, ROWS, merge=True)
+    chosen = choose_template(name, None, tokenizer, ROWS)
     assert chosen.training == template_text(name, None)
     assert chosen.inference == strip_markers(chosen.training) and "generation -" not in chosen.inference
     with_, without = (JinjaRenderer(t, tokenizer.special_tokens_map) for t in (chosen.training, chosen.inference))
@@ -177,11 +201,11 @@ def test_a_named_template_travels_without_its_markers(name) -> None:
     assert with_(chat)[0] == without(chat)[0]
 
 
-def test_a_file_without_markers_gets_them(tmp_path: Path) -> None:
+def test_a_file_without_markers_stays_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(ALL["chatml"], encoding="utf-8")
-    chosen = choose_template("mine.jinja", file, build("byte_level"), ROWS, merge=True)
-    assert chosen.name == "mine.jinja" and chosen.inference == ALL["chatml"] and has_markers(chosen.training)
+    chosen = choose_template("mine.jinja", file, build("byte_level"), ROWS)
+    assert chosen.name == "mine.jinja" and chosen.inference == chosen.training == ALL["chatml"]
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
@@ -195,7 +219,7 @@ def test_editing_a_template_changes_the_fingerprint(tmp_path: Path) -> None:
     before = fingerprint_of("mine.jinja", file)
     file.write_text("b", encoding="utf-8")
     assert fingerprint_of("mine.jinja", file) != before
-    assert set(fingerprint_of("auto", None)["templates"]) == set(named_templates())
+    assert fingerprint_of("auto", None) == {}  # the base's own is part of the base
 
 
 def test_a_template_may_refuse_a_chat_but_not_run_code() -> None:

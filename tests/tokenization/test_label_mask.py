@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from finetune.tokenization.label_mask import fuses_with_prompt, last_tokens, supervised_spans, token_mask
+from finetune.tokenization.label_mask import fuses_with_prompt, last_tokens, token_mask
 
 # "<s>Q A</s>": BOS, "Q", an empty added space, " A" (the template's space and the answer), EOS
 OFFSETS = np.array([(0, 3), (3, 4), (5, 5), (4, 6), (6, 10)])
@@ -19,14 +18,6 @@ def test_a_token_over_the_left_edge_is_supervised_and_so_is_the_terminator() -> 
 def test_the_first_token_never_carries_a_label() -> None:
     assert token_mask(OFFSETS, [(0, 10)]).tolist() == [0, 1, 1, 1, 1]
     assert token_mask(np.zeros((0, 2), np.int64), [(0, 1)]).tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("supervise", "expected"),
-    [("assistant", ((1, 2), (5, 6))), ("last", ((5, 6),)), ("all", ((0, 9),))],
-)
-def test_which_spans_carry_loss(supervise, expected) -> None:
-    assert supervised_spans([(1, 2), (5, 6)], supervise, 9) == expected
 
 
 def test_the_last_token_of_a_span() -> None:

@@ -24,9 +24,12 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from finetune.tokenization.chat import merge_system, render_row, turn
+from finetune.tokenization.answers import Finder
+from finetune.tokenization.chat import merge_system, turn
 from finetune.tokenization.chat_template import JinjaRenderer, template_text
 from finetune.tokenization.encoder import Encoder
+from finetune.tokenization.rendering import render_chat
+from finetune.tokenization.template_profile import TemplateProfile
 from tests.helpers.mistral_tokenizers import DATA, FILES, load
 
 TEMPLATES = {"v1": "mistral", "v3": "mistral-v3", "tekken": "mistral-tekken"}
@@ -59,14 +62,15 @@ def encoded(version: str, said: Said):
 
 
 @cache
-def encoder(version: str, prepend: str) -> tuple[JinjaRenderer, Encoder]:
+def encoder(version: str, prepend: str) -> tuple[TemplateProfile, Encoder]:
     tokenizer, text = load(version, prepend=prepend), template_text(TEMPLATES[version], None)
-    return JinjaRenderer(text, tokenizer.special_tokens_map), Encoder(tokenizer, text)
+    return TemplateProfile(JinjaRenderer(text, tokenizer.special_tokens_map)), Encoder(tokenizer)
 
 
 def ids(version: str, said: Said, prepend: str | None = None) -> list[int]:
-    render, made = encoder(version, prepend or ("every" if version == "v1" else "first"))
-    row = render_row(render, made.controls, merge_system([turn(*t) for t in said]))
+    profile, made = encoder(version, prepend or ("every" if version == "v1" else "first"))
+    finder = Finder(made.controls.strings, ["</s>"])
+    row = render_chat(profile, finder, made.controls, [turn(*t) for t in said])
     return made.encode_rendered([row])[0][0]
 
 

@@ -1,0 +1,192 @@
+"""Load what answers (a run's adapter on its base, a merged model, a base) with its template and terminators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.context import Context
+from finetune.errors import FinetuneError, InputError
+from finetune.pipeline import run_view
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
+from finetune.recipe.load import parse_recipe
+from finetune.utils.console import Screen
+from finetune.utils.files import read_json
+from finetune.utils.links import require_model
+
+ROOM_FOR_CACHE = 0.85  # of the free GPU memory may go to weights; the rest holds keys, values and activations
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A loaded model with all that turns a conversation into its prompt and tells where its answer ends."""
+
+    model: Any  # PreTrainedModel or PeftModel
+    tokenizer: Any  # PreTrainedTokenizerBase
+    encoder: Any  # tokenization.encoder.Encoder
+    profile: Any  # tokenization.template_profile.TemplateProfile
+    terminators: tuple[int, ...]
+    pad_id: int
+    positions: int | None  # the longest sequence the base was made for, in tokens
+
+
+def model_folder(name: str) -> Path | None:
+    """The model's folder that `name` is, or None for the name of a run. Raises InputError for another folder."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        require_model(path, name)
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{name} is an adapter without its base; give the name of the run that trained it")
+    looks_like_path = "/" in name and not name.partition("@")[0].endswith((".yaml", ".yml"))
+    if looks_like_path:
+        what = "holds no config.json" if path.is_dir() else "is no folder"
+        raise InputError(f"{name} {what}; give a recipe (also RECIPE@RUN) or the folder of a merged model")
+    return None
+
+
+@contextmanager
+def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iterator[Voice]:
+    """The adapter of a run on the base it was trained on, quantised as it was then."""
+    from finetune.models import loading
+    from finetune.models.device import pick_device, pick_precision
+    from finetune.utils import runtime
+
+    store = Store(artifacts, scratch)
+    value = run_view.finished(store, name, lambda _: ("base", "train"), screen.say)
+    recipe_name = name.partition("@")[0]
+    for stage in ("base", "train"):
+        if value["stages"][stage]["status"] != "done":
+            status = value["stages"][stage]["status"]
+            raise InputError(f"{stage} of {value['recipe']} is {status}: run `finetune run {recipe_name}` first")
+    base, adapter = (Path(value["stages"][stage]["path"]) for stage in ("base", "train"))
+    adapter /= "adapter"
+    recipe = recipe_of(value, recipe_name)
+    device = pick_device(recipe.runtime.device)
+    ctx = Context(scratch.absolute(), recipe.runtime, recipe.tracking, say=screen.say, bar=screen.bar, device=device)
+    precision, why = pick_precision(recipe.training.precision, device)
+    kind = recipe.quantization.type.upper() if recipe.quantization else "unquantised"
+    screen.say(f"{value['recipe']}@{value['run']}: adapter on {recipe.model.id} ({kind}), {precision}: {why}")
+    frozen = loading.load_base(recipe.model, base, ctx, recipe.quantization, precision, device)
+    model = loading.attach_adapter(frozen, adapter)
+    facts = read_json(adapter / "template" / "template.json")
+    with runtime.fitting(base, device):
+        yield _voice(model, base, adapter, facts["terminators"], facts["pad_token"])
+
+
+def recipe_of(value: dict[str, Any], name: str) -> Recipe:
+    """The recipe as this run read it; its relative paths are looked for beside the file it came from."""
+    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8")
+    origin = Path(name) if name.endswith((".yaml", ".yml")) else value["folder"] / "recipe.yaml"
+    return parse_recipe(text, origin, value["sets"])
+
+
+def folder_voice(folder: Path, screen: Screen) -> AbstractContextManager[Voice]:
+    """A merged model, in 16 bits on a GPU and in 32 on a CPU."""
+    import torch
+
+    from finetune.models import loading
+    from finetune.models.device import pick_device, pick_precision
+
+    files = loading.weight_files(folder)
+    loading.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
+    if not files:
+        raise InputError(f"{folder} lacks a shard that {loading.INDEX} names; copy it again")
+    device = pick_device("auto")
+    precision, why = pick_precision("auto", device)
+    needed = sum(p.stat().st_size for p in files)
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        if needed > ROOM_FOR_CACHE * free:
+            raise FinetuneError(
+                f"{folder} holds {needed / 1e9:.1f} GB of weights and the GPU has {free / 1e9:.1f} GB free; give the "
+                "name of its run, whose 4-bit base takes about a third"
+            )
+    screen.say(f"{folder}: {precision} on {device}: {why}")
+    template_file = folder / "template.json"
+    facts = read_json(template_file) if template_file.is_file() else {}
+    stops = facts.get("terminators") or _generation_stops(folder)
+    return nullcontext(_voice(_load_folder(folder, precision, device), folder, folder, stops, facts.get("pad_token")))
+
+
+def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], device: str) -> Any:  # noqa: ANN401 - model
+    import torch
+    import transformers
+
+    from finetune.models.device import DTYPES
+    from finetune.utils.quiet import quiet
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        with quiet():
+            model, report = auto.from_pretrained(
+                folder,
+                dtype=dtypes[DTYPES[precision]],
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FinetuneError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    if wrong := [
+        f"{kind.removesuffix('_keys')} {sorted(map(str, report[kind]))[0]}" for kind in report if report[kind]
+    ]:
+        raise FinetuneError(f"the weights in {folder} are not those its config.json describes: {'; '.join(wrong)}")
+    return model.requires_grad_(False).eval()
+
+
+def _generation_stops(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    stops = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [stops] if isinstance(stops, int) else list(stops or [])
+
+
+def _voice(
+    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    tokenizer_folder: Path,
+    template_folder: Path,
+    terminators: list[int],
+    pad_token: str | None,
+) -> Voice:
+    from finetune.models.loading import load_tokenizer
+    from finetune.tokenization.chat_template import JinjaRenderer
+    from finetune.tokenization.encoder import Encoder
+    from finetune.tokenization.template_profile import TemplateProfile
+
+    tokenizer: Any = load_tokenizer(tokenizer_folder)
+    file = template_folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.chat_template
+    if not template:
+        raise InputError(f"{template_folder} has no chat template (chat_template.jinja): it was not made to chat")
+    profile = TemplateProfile(JinjaRenderer(template, tokenizer.special_tokens_map))
+    stops = terminators or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    if not stops:
+        raise InputError(f"{template_folder} names no token that ends an answer (generation_config.json: eos_token_id)")
+    pad = pad_token or tokenizer.pad_token
+    return Voice(
+        model=model,
+        tokenizer=tokenizer,
+        encoder=Encoder(tokenizer),
+        profile=profile,
+        terminators=tuple(stops),
+        pad_id=tokenizer.get_vocab()[pad] if pad else stops[0],
+        positions=model.config.to_dict().get("max_position_embeddings"),
+    )
+
+
+def prompt_ids(voice: Voice, chat: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+    """The prompt as training rendered it; a control string that a person types stays text.
+
+    Raises TemplateRefused (an InputError) if the chat template refuses these messages.
+    """
+    from finetune.tokenization.rendering import render_prompt
+
+    rendered = render_prompt(voice.profile, voice.encoder.controls, [dict(m) for m in chat], tools)
+    ids: list[int] = voice.encoder.encode_rendered([rendered])[0][0]
+    return ids

@@ -1,0 +1,166 @@
+"""Text of local files: unpacked, decoded, with the line at which reading failed and the encoding that would work."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+from finetune.data.zstd import ZstdStream
+from finetune.errors import InputError
+
+CHUNK_BYTES = 1 << 20
+GUESS_BYTES = 1 << 22  # of a file, to guess its encoding by; the guess is then tried on the whole file
+FOREIGN_LETTERS = 0.3  # a western text has a smaller share of letters beyond ASCII
+UNREADABLE = (EOFError, OSError, zlib.error)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path, "rb") as stream:
+            yield cast("BinaryIO", stream)
+    elif path.suffix.lower() == ".zst":
+        with path.open("rb") as file:
+            yield io.BufferedReader(ZstdStream(file), CHUNK_BYTES)
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
+    """The lines of a text file (UTF-8 where no encoding is given) with their numbers; a byte order mark is left out."""
+    number = 0
+    try:
+        with opened(path) as stream:
+            if encoding is not None:
+                text = io.TextIOWrapper(stream, encoding, newline="\n")
+                for number, line in enumerate(text, start=1):
+                    yield number, line.removeprefix("\ufeff") if number == 1 else line
+                return
+            for number, raw in enumerate(stream, start=1):
+                if number == 1:
+                    raw = _without_mark(path, raw)
+                yield number, raw.decode()
+    except UnicodeError as error:
+        _refuse_encoding(path, number + (encoding is not None), error, encoding)
+    except UNREADABLE as error:
+        refuse(path, number + 1, f"a file that is damaged or cut off ({first_line(error)})", "a whole file")
+
+
+def chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """The text of a file in pieces, none of them empty."""
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
+    line, first = 1, True
+    try:
+        with opened(path) as stream:
+            while raw := stream.read(CHUNK_BYTES):
+                text = decoder.decode(_without_mark(path, raw) if first and encoding is None else raw)
+                text = text.removeprefix("\ufeff") if first else text
+                first = False
+                if text:
+                    yield text
+                line += text.count("\n")
+            decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError) and encoding is None:
+            line += error.object[: error.start].count(b"\n")
+        _refuse_encoding(path, line, error, encoding)
+    except UNREADABLE as error:
+        refuse(path, line, f"a file that is damaged or cut off ({first_line(error)})", "a whole file")
+
+
+def _without_mark(path: Path, start: bytes) -> bytes:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        refuse(path, 1, "UTF-16 text", f"UTF-8 text; {_advice(path)}")
+    if b"\0" in start[:2]:  # no text begins so, but one in UTF-16 does where its mark is missing
+        refuse(path, 1, "a zero byte, as in UTF-16 text", f"UTF-8 text; {_advice(path)}")
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
+def _refuse_encoding(path: Path, line: int, error: UnicodeError, encoding: str | None) -> NoReturn:
+    found = first_line(error)
+    if isinstance(error, UnicodeDecodeError):
+        byte = f"the byte 0x{error.object[error.start]:02x}"
+        found = byte if encoding is not None else f"{byte} at byte {error.start}"
+    refuse(path, line, found, f"{encoding or 'UTF-8'} text; {_advice(path, encoding)}")
+
+
+def _advice(path: Path, tried: str | None = None) -> str:
+    works = encoding_of(path)
+    if works is None:
+        return "most of the file is UTF-8, so mend that place or save the file as UTF-8"
+    if works == tried:
+        return "save the file as UTF-8"
+    if works == "utf-8":
+        return "it reads as UTF-8: leave encoding out"
+    return f"it reads as {works}: set encoding: {works} on the source, or save the file as UTF-8"
+
+
+def encoding_of(path: Path) -> str | None:
+    """The name of an encoding by which the whole file reads as text; None for UTF-8 text with damaged places."""
+    with opened(path) as stream:
+        sample = stream.read(GUESS_BYTES)
+    if sample.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    zeros = (sample[0:2000:2].count(0), sample[1:2000:2].count(0))
+    if max(zeros) > len(sample[:2000]) // 5:
+        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    valid = sample.decode("utf-8", "ignore")
+    foreign = sum(1 for c in valid if ord(c) > 127)
+    damaged = len(sample) - len(valid.encode())
+    if damaged <= 3 and _decodes(path, "utf-8"):  # a character may be cut at the end of the sample
+        return "utf-8"
+    if foreign > damaged:
+        return None
+    return next((name for name in _guesses(sample) if _decodes(path, name)), "latin-1")
+
+
+def _guesses(sample: bytes) -> Iterator[str]:
+    try:
+        text = sample.decode("cp1252")
+    except UnicodeDecodeError:
+        text = ""
+    letters = [c for c in text if c.isalpha()]
+    # Cyrillic, Greek or Chinese text read as cp1252 is nearly all accented letters, and letters beside signs.
+    if text and sum(ord(c) > 127 for c in letters) <= FOREIGN_LETTERS * len(letters):
+        yield "cp1252"
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        pass
+    else:
+        best = from_bytes(sample).best()
+        if best is not None:
+            yield best.encoding.replace("_", "-")
+    yield "cp1252"
+
+
+def _decodes(path: Path, encoding: str) -> bool:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        with opened(path) as stream:
+            while raw := stream.read(CHUNK_BYTES):
+                decoder.decode(raw)
+            decoder.decode(b"", final=True)
+    except (UnicodeError, *UNREADABLE):
+        return False
+    return True
+
+
+def refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
+    """Raise the InputError of a file that cannot be read on from `line`."""
+    raise InputError(f"{path}, line {line}: found {found}; allowed is {allowed}")
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,116 @@
+"""Checks on the values of a raw row, and the error that names what does not fit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+MOST_LISTED = 20  # column names in a message
+ABSENT = object()  # in place of a value: this row has no such column
+
+
+class RowError(ValueError):
+    """A row that does not fit its format: `reason` is a short name to count by, the text says it to a person."""
+
+    def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
+        hint = f"; did you mean {near!r}?" if near else ""
+        super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
+        self.reason = reason
+
+
+def text_of(where: str, value: object) -> str:
+    """`value`, proved to be Unicode text. Raises RowError."""
+    if not isinstance(value, str):
+        raise RowError("null" if value is None or value is ABSENT else "type", where, kind(value), "a text")
+    require_unicode(value, where)
+    return value
+
+
+def require_unicode(value: str, where: str) -> None:
+    """Half of a surrogate pair is no character: no file and no tokenizer can hold it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
+        raise RowError("surrogate", where, found, "Unicode text") from None
+
+
+def is_blank(value: object) -> bool:
+    """Whether a column is empty in this row: absent, null, an empty list or mapping, or blank text."""
+    if value is None or value is ABSENT:
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, (list, Mapping)) and not value
+
+
+def parsed(where: str, value: object, allowed: str, reason: str = "type") -> object:
+    """`value`, or what it holds when it is JSON text. Raises RowError for other text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(reason, where, kind(value), f"{allowed}, also as JSON text") from None
+
+
+def without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """`value` without the null fields that Arrow adds to mappings; nulls that are elements of a list stay."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def plain_json(where: str, value: object) -> str:
+    """`value` as compact JSON, proved to be JSON and Unicode. Raises RowError.
+
+    Only the keys of an outermost mapping are sorted: a template writes tool definitions and arguments in the order that
+    they have here, and the model would otherwise learn an order that it never sees when it is used.
+    """
+    if isinstance(value, Mapping):
+        value = dict(sorted(value.items()))
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("type", where, str(error), "values that JSON can hold") from None
+    require_unicode(text, where)
+    return text
+
+
+def leaves(value: object) -> Iterator[str]:
+    """The texts and numbers inside a value, as texts, blank ones left out."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    elif value is not None and (text := str(value).strip()):
+        yield text
+
+
+def nearest(name: object, known: Iterable[object]) -> str | None:
+    """The known name that is most like `name`, or None."""
+    return next(iter(difflib.get_close_matches(str(name).lower(), [str(k) for k in known], 1)), None)
+
+
+def listed(names: Iterable[object]) -> str:
+    """The names, the first ones of very many; what no terminal and no file can hold shown as an escape."""
+    shown = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
+    more = f", … ({len(shown)} in all)" if len(shown) > MOST_LISTED else ""
+    return ", ".join(shown[:MOST_LISTED]) + more or "none"
+
+
+def kind(value: object) -> str:
+    """What was found, as a person says it."""
+    if value is None or value is ABSENT:
+        return "null" if value is None else "no such column in this row"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else type(value).__name__

@@ -1,0 +1,119 @@
+"""What bounds a base's config.json and tokenizer.json: they come from somebody else, and are programs of a kind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
+from finetune.utils.files import read_json
+from finetune.utils.limits import reading
+
+MOST_LAYERS = 2000  # the deepest base has 126
+LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
+MOST_BYTES = 512 << 20  # the largest that a base has is 35 MB
+MOST_GROWTH = 256.0  # of a text, by all replacements together; a usual tokenizer's is 1
+CPU_SECONDS, CLOCK_SECONDS = 10, 120
+MEMORY_BYTES = 2 << 30
+# Runs of one character make a pattern that backtracks do so for ever, and a chain of replacements grow.
+PROBE_TEXTS = (
+    "".join(map(chr, range(32, 127))) * 4,
+    *(c * 400 + end for c in "ax 0A.\n\t\u00e9\u4e2d" for end in ("", "!", "b")),
+    "The 12 quick brown foxes, don't they?\n\n  " * 40,
+)
+CHILD = """
+import json, resource, sys
+asked = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (asked["cpu"], asked["cpu"] + 1))
+resource.setrlimit(resource.RLIMIT_DATA, (asked["memory"],) * 2)
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(asked["file"])
+for text in asked["texts"]:
+    ids = tokenizer.encode(text).ids
+    assert len(ids) <= asked["growth"] * (len(text) + 100), f"{len(ids)} tokens for {len(text)} characters"
+    tokenizer.decode(ids)
+print("fine")
+"""
+
+
+def check_config(path: Path) -> None:
+    """Raise InputError where a config.json is no object, or asks for more layers than memory or time would hold."""
+    with reading(f"{path} is not a configuration"):
+        config: Any = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: found a {type(config).__name__}, allowed is an object")
+    nested = [value for value in config.values() if isinstance(value, dict)]  # text_config and its like
+    for name, value in (item for part in (config, *nested) for item in part.items()):
+        if LAYERS.fullmatch(str(name)) and isinstance(value, int | float) and not 0 <= value <= MOST_LAYERS:
+            raise InputError(f"{path}: {name} is {value:,}, allowed is up to {MOST_LAYERS:,}; is it what it should be?")
+
+
+def check_tokenizer(path: Path) -> None:
+    """Look a tokenizer.json through and try it out in a process of its own, before it is used here.
+
+    Raises InputError where it is larger, or lets a text grow more, than any tokenizer does, or where its patterns do
+    not end on short texts; FinetuneError where somebody else ended that process. Takes 0.2 s.
+    """
+    if not path.is_file():
+        return
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, allowed are {MOST_BYTES:,}; is it a tokenizer?")
+    with reading(f"{path} is not a tokenizer"):
+        value: Any = read_json(path)
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: found a {type(value).__name__}, allowed is an object")
+        growth = 1.0
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            for factor in _growth(value.get(part)):
+                growth *= factor
+    if growth > MOST_GROWTH:
+        raise InputError(
+            f"{path}: its replacements may make a text {growth:.3g} times as long, allowed is {MOST_GROWTH:g}; "
+            "take the base's own tokenizer"
+        )
+    _try_out(path)
+
+
+def _growth(value: object) -> Iterator[float]:
+    """By how much each replacement in a part of the file may lengthen a text; 1 for one that shortens it."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _growth(inner)
+    if not isinstance(value, dict):
+        return
+    if value.get("type") in ("Replace", "Metaspace") and isinstance(pattern := value.get("pattern", {}), dict):
+        new = str(value.get("content", value.get("replacement", "")))
+        old = str(pattern.get("String") or " ")  # a regular expression may match one character
+        yield max(1.0, len(new) / len(old))
+    for name, inner in value.items():
+        if name not in ("vocab", "precompiled_charsmap"):
+            yield from _growth(inner)
+
+
+def _try_out(path: Path) -> None:
+    asked = {
+        "file": str(path), "texts": PROBE_TEXTS, "growth": MOST_GROWTH, "cpu": CPU_SECONDS, "memory": MEMORY_BYTES,
+    }  # fmt: skip
+    too_much = (
+        f"{path}: it does not end within {CPU_SECONDS} s of work and {MEMORY_BYTES / 1e9:.1f} GB on texts of 400 "
+        "characters; take the base's own tokenizer"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", CHILD], input=json.dumps(asked), capture_output=True, text=True,
+            errors="replace", check=False, timeout=CLOCK_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise InputError(too_much) from None
+    if from_outside(done.returncode) and done.returncode != -9:  # -9 is also what the hard limit on time ends with
+        raise FinetuneError(f"the process that tries the tokenizer out {how_it_ended(done.returncode)}; run again")
+    if done.returncode < 0:
+        raise InputError(too_much)
+    if done.returncode:
+        last = next(iter(done.stderr.strip().splitlines()[-1:]), "no word")
+        raise InputError(f"{path} is not a tokenizer that can be used: {last[:300]}")

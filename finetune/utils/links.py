@@ -1,0 +1,139 @@
+"""Folders that may hold what somebody else put there: no link out of them is followed, no pipe or device is opened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from finetune.errors import InputError
+
+MOST_ENTRIES = 200_000  # of one folder that is looked through
+SPECIAL = "no regular file but a pipe, a socket or a device"
+
+
+def way_out(path: Path, root: Path) -> Path | None:
+    """The first link between `root` and `path` that leads out of `root`, else None. `root` itself may be a link.
+
+    A `path` that is not below `root`, or goes up by `..`, is its own way out.
+    """
+    try:
+        parts = path.relative_to(root).parts
+    except ValueError:
+        return path
+    if ".." in parts:
+        return path
+    at, real = root, ""
+    for part in parts:
+        at = at / part
+        if at.is_symlink():
+            real = real or os.path.realpath(root)
+            if not _inside(os.path.realpath(at), real):
+                return at
+    return None
+
+
+def require_inside(path: Path, root: Path) -> None:
+    """Raise InputError where a link between `root` and `path` leads out of `root`."""
+    if (link := way_out(path, root)) is not None:
+        what = f"is a link to {os.path.realpath(link)}, outside" if link.is_symlink() else "is not below"
+        raise InputError(
+            f"{link} {what} {root}; nothing is read, written or deleted through it: remove it, or put the folder "
+            "itself there"
+        )
+
+
+def require_plain(folder: Path, root: Path, what: str = "", beside: Sequence[Path] = ()) -> None:
+    """Raise InputError unless `folder` holds only regular files, folders, and links to them below `root`.
+
+    A link may also lead below one of the folders `beside`. Nothing is opened. `what` begins the message.
+    """
+    require_inside(folder, root)
+    allowed = [os.path.realpath(root), *(str(Path(os.path.realpath(p.parent), p.name)) for p in beside)]
+    for count, entry in enumerate(_walk(folder)):
+        fault = _fault(entry, allowed)
+        if count >= MOST_ENTRIES:
+            raise InputError(f"{what}{folder} holds more than {MOST_ENTRIES:,} files; is it the right folder?")
+        if fault is not None:
+            raise InputError(f"{what}{entry.path} is {fault}; it is not opened: remove it, or put a copy there")
+
+
+def require_model(folder: Path, what: str) -> None:
+    """Raise InputError unless a base's, an adapter's or an encoder's folder holds only files of its own.
+
+    It may come from somebody else, who can make a link in it to any file of this machine. A snapshot of the Hub's cache
+    consists of links to its blobs, `models--OWNER--NAME/blobs`, and may. Hidden folders are not read by any library.
+    """
+    real = Path(os.path.realpath(folder))
+    beside = [real.parent.parent / "blobs"] if real.parent.name == "snapshots" else []
+    require_plain(real, real, f"{what}: ", beside)
+
+
+def _fault(entry: os.DirEntry[str], allowed: Sequence[str]) -> str | None:
+    if not entry.is_symlink():
+        regular = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+        return None if regular else SPECIAL
+    target = os.path.realpath(entry.path)
+    if not any(_inside(target, place) for place in allowed):
+        return f"a link to {target}, outside its folder"
+    try:
+        mode = Path(target).stat().st_mode
+    except OSError:
+        return f"a link to {target}, which is not there"
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else SPECIAL
+
+
+def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """Every entry below `folder`, sorted; no link to a folder and no hidden folder is entered.
+
+    A folder that cannot be read has none.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda e: e.name)
+    except OSError:
+        return
+    for entry in entries:
+        yield entry
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            yield from _walk(entry.path)
+
+
+def remove(path: Path, root: Path) -> None:
+    """Delete a file, a link (never what it names) or a folder and all that is in it; what is gone already is fine.
+
+    Raises InputError where a link between `root` and `path` leads out of `root`, OSError where the disk refuses.
+    """
+    require_inside(path.parent, root)
+    while os.path.lexists(path):
+        try:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(path)  # which does not follow the links in it
+        except FileNotFoundError:
+            continue  # somebody else deletes it at the same time
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError for anything else, also for a pipe, which would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(22, SPECIAL, str(path))
+    return path.read_bytes()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in `folder`; a link counts as none, and what goes meanwhile as nothing."""
+    total = 0
+    for entry in _walk(folder):
+        try:
+            total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+        except OSError:
+            continue
+    return total
+
+
+def _inside(target: str, root: str) -> bool:
+    return target == root or target.startswith(root.rstrip(os.sep) + os.sep)

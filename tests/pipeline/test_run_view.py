@@ -1,0 +1,192 @@
+"""Which run a command uses; the list of runs and their removal. Runs are made by hand."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune.cli import runs as cli_runs
+from finetune.cli.clean import unused
+from finetune.cli.main import app
+from finetune.cli.rm import remove_runs
+from finetune.errors import InputError
+from finetune.pipeline import run_view
+from finetune.pipeline.runs import latest_run, run_folders
+from finetune.pipeline.store import Manifest, Store
+
+BASE_TRAIN = ("base", "train")
+
+
+def name_of(second):
+    return f"20260102T0304{second:02d}Z-01234567"
+
+
+class Made:
+    """Runs of the recipe `made`; a stage marked done has a committed folder with one file."""
+
+    def __init__(self, root):
+        self.store = Store(root / "artifacts", root / "scratch")
+
+    def run(self, second, recipe="made", key="a", **statuses):
+        stages = {}
+        for stage, status in statuses.items():
+            folder = self.store.folder(stage, f"{stage}{key:0<20}", large=stage == "merge")
+            if status == "done" and self.store.find(folder) is None:
+                folder.mkdir(parents=True)
+                (folder / "x").write_bytes(b"12345")
+                files = self.store.read_files(folder, {})
+                made = Manifest(
+                    stage=stage, version=1, key=stage, spec={}, fingerprint={}, inputs={}, files=files, digest="0",
+                    metrics={}, seconds=1.0, peak_memory_bytes=1, environment={},
+                )  # fmt: skip
+                self.store.commit(folder, made)
+            done = status == "done"
+            stages[stage] = {
+                "status": status, "path": None, "key": f"{stage}{key:0<20}", "seconds": 1.0 if done else None,
+                "metrics": {"perplexity_base": 4.0, "perplexity_adapter": 2.5} if stage == "evaluate" and done else {},
+            }  # fmt: skip
+        folder = self.store.artifacts / "runs" / recipe / name_of(second)
+        folder.mkdir(parents=True)
+        value = {"recipe": recipe, "run": folder.name, "sets": [], "stages": stages}
+        (folder / "run.json").write_text(json.dumps(value))
+        (folder.parent / "latest").write_text(folder.name + "\n")
+        return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    return Made(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        {"base": "failed"},
+        {"base": "done", "train": "failed"},
+        {"base": "done", "train": "partial"},
+        {"base": "done", "train": "done", "certify": "refused"},  # trained, but not a finished run
+    ],
+)
+def test_a_failed_attempt_does_not_hide_a_finished_run(made, attempt):
+    made.run(1, base="done", train="done")
+    made.run(2, base="done", train="done", evaluate="done", certify="done", merge="done")
+    made.run(3, key="b", **attempt)
+    said = []
+    value = run_view.finished(made.store, "made", lambda _: BASE_TRAIN, said.append)
+    assert value["run"] == name_of(2)
+    assert name_of(3) in said[0] and f"using made@{name_of(2)}" in said[0]
+    assert run_view.finished(made.store, f"made@{name_of(3)}", lambda _: BASE_TRAIN)["run"] == name_of(3)
+    newest = run_view.read(made.store, "made")
+    assert newest["run"] == name_of(3)  # `show`
+    assert f"made@{name_of(2)}" in run_view.newer_than_finished(made.store, newest, "made")
+
+
+def test_the_newest_run_is_used_without_a_word_if_it_has_what_is_needed(made):
+    made.run(1, base="done", train="done")
+    made.run(2, base="done", train="done", merge="off")
+    said = []
+    assert run_view.finished(made.store, "made", lambda _: BASE_TRAIN, said.append)["run"] == name_of(2)
+    assert said == []
+    assert run_view.newer_than_finished(made.store, run_view.read(made.store, "made"), "made") == ""
+
+
+def test_a_run_without_what_is_needed_is_passed_over(made):
+    made.run(1, base="done", train="done", merge="done")
+    made.run(2, base="done", train="done")  # --until train
+    said = []
+    assert run_view.finished(made.store, "made", lambda _: ("merge",), said.append)["run"] == name_of(1)
+    assert "until train" in said[0]
+    assert run_view.finished(made.store, "made", lambda _: BASE_TRAIN)["run"] == name_of(2)
+
+
+def test_without_a_finished_run_the_newest_with_what_is_needed_is_used(made):
+    made.run(1, base="done", train="done", certify="refused")
+    made.run(2, key="b", base="failed")
+    assert run_view.finished(made.store, "made", lambda _: BASE_TRAIN)["run"] == name_of(1)
+    assert run_view.finished(made.store, "made", lambda _: ("merge",))["run"] == name_of(2)
+
+
+def test_a_torn_record_is_passed_over_and_named(made):
+    made.run(1, base="done", train="done")
+    (made.run(2, base="done", train="done") / "run.json").write_text('{"rec')
+    said = []
+    assert run_view.finished(made.store, "made", lambda _: BASE_TRAIN, said.append)["run"] == name_of(1)
+    assert any("torn or edited" in line for line in said)
+
+
+def test_every_run_is_listed_with_status_perplexity_and_bytes(made):
+    made.run(1, base="done", train="done", evaluate="done")
+    made.run(2, key="b", base="failed")
+    made.run(1, recipe="other", base="done")
+    lines = {(line["recipe"], line["run"]): line for line in cli_runs.list_runs(made.store)}
+    assert len(lines) == 3
+    whole = lines["made", name_of(1)]
+    assert whole["status"] == "until evaluate" and whole["perplexity_adapter"] == 2.5 and whole["bytes"] > 15
+    assert whole["time"] == "2026-01-02T03:04:01Z"
+    assert lines["made", name_of(2)]["status"] == "failed in base"
+    roots = ["--artifacts", str(made.store.artifacts), "--scratch", str(made.store.scratch)]
+    shown = CliRunner().invoke(app, ["runs", "made", "--json", *roots])
+    assert {line["run"] for line in json.loads(shown.stdout)} == {name_of(1), name_of(2)}
+    with pytest.raises(InputError, match="has not run yet"):
+        cli_runs.list_runs(made.store, "nothing")
+
+
+def test_a_removed_run_leaves_what_others_use(made):
+    made.run(1, base="done", train="done")
+    made.run(2, base="done", key="a", train="done", merge="done")
+    before = {u.folder for u in unused(made.store, 1)}
+    assert remove_runs([f"made@{name_of(2)}"], made.store)[0].endswith(f"the newest run left is made@{name_of(1)}")
+    parent = made.store.artifacts / "runs" / "made"
+    assert latest_run(parent).name == name_of(1) and [f.name for f in run_folders(parent)] == [name_of(1)]
+    gone = {u.folder for u in unused(made.store, 1)} - before
+    assert [f.parent.name for f in gone] == ["merge"]  # left for `clean`; base and train are used by the first run
+    assert remove_runs([name_of(1)], made.store)[0].endswith("made has no run left")
+    assert not parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("made", "is a recipe; name one of its runs"),
+        ("made@nothing", "no run 'nothing'"),
+        ("made@../../../secret", "no run"),
+        ("../runs/made@" + name_of(1), "no run"),
+        ("..@made", "no run"),
+        ("gone", "no run 'gone'"),
+        ("@" + name_of(1), "no run"),
+    ],
+)
+def test_a_name_that_is_no_run_removes_nothing(made, tmp_path, name, words):
+    made.run(1, base="done")
+    (tmp_path / "secret").mkdir()
+    with pytest.raises(InputError, match=words):
+        remove_runs([f"made@{name_of(1)}", name], made.store)
+    assert (made.store.artifacts / "runs" / "made" / name_of(1) / "run.json").exists()
+
+
+def test_no_symbolic_link_is_followed_out_of_the_root(made, tmp_path):
+    folder = made.run(1, base="done")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "keep").write_text("x")
+    (folder / "link").symlink_to(outside)
+    elsewhere = tmp_path / "elsewhere" / name_of(2)
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "run.json").write_text((folder / "run.json").read_text())
+    (folder.parent / name_of(2)).symlink_to(elsewhere)
+    (made.store.artifacts / "runs" / "whole").symlink_to(elsewhere.parent)
+    for name in (f"made@{name_of(2)}", f"whole@{name_of(2)}"):
+        with pytest.raises(InputError, match="symbolic link"):
+            remove_runs([name], made.store)
+    (made.store.artifacts / "train").mkdir()
+    (made.store.artifacts / "train" / "linked").symlink_to(outside)
+    assert not any(u.folder.name == "linked" for u in unused(made.store, 1))
+    remove_runs([f"made@{name_of(1)}"], made.store)
+    assert (outside / "keep").exists() and (elsewhere / "run.json").exists() and not folder.exists()
+
+
+def test_a_run_in_progress_is_not_removed(made):
+    folder = made.run(1, base="done")
+    with made.store.lease(folder, lambda line: None, lambda: None), pytest.raises(InputError, match="is running"):
+        remove_runs([f"made@{name_of(1)}"], made.store)
+    assert (folder / "run.json").exists()
