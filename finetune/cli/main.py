@@ -354,13 +354,26 @@ def init(
     data: Annotated[str | None, typer.Option(metavar="FILE|ID", help="A file, or OWNER/NAME on the Hub.")] = None,
     device: Annotated[str | None, typer.Option(help="The GPU to fit: t4, l4, a100-40, h100 …; or cpu")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="Default: recipes/NAME.yaml.")] = None,
+    question: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the question.")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the answer.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column with a system text.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="'COLUMN>=N'", help="Keep only such rows.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="AXOLOTL.yaml", help="Translate an axolotl configuration.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
 ) -> None:
-    """Write a recipe; asks for what is not given."""
-    from finetune.cli.init import ask_terminal, write_recipe
+    """Write a recipe for your data, sized to its rows; asks on a terminal for what is not given."""
+    from finetune.cli.init import ask_terminal, from_axolotl, write_recipe
+    from finetune.init.columns import Chosen
+    from finetune.pipeline.store import Store
 
     ask = ask_terminal if sys.stdin.isatty() else None
-    print_text(write_recipe(name, model, data, device, out, force=force, ask=ask))
+    chosen, store = Chosen(question, answer, system, tuple(keep or ())), Store(ARTIFACTS, SCRATCH)
+    if from_ is not None:
+        print_text(from_axolotl(from_, name, out, force=force))
+    else:
+        print_text(write_recipe(name, model, data, device, out, force=force, ask=ask, chosen=chosen, store=store))
 
 
 @app.command()
