@@ -19,6 +19,7 @@ FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its ba
 FEW_ROWS = 30  # held-out rows: fewer cannot tell a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
+COPIED_NATS = 0.25  # and training loss this much under the held-out one: formulaic rows repeat without being memorised
 ENDS_WELL = 0.9  # share of answers that end by themselves
 
 Metrics = Mapping[str, Any]
@@ -138,13 +139,14 @@ def _better(train: Metrics, evaluate: Metrics) -> Line:
 
 
 def memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> bool:
-    """Whether the training loss is far under the held-out one, or sampled answers repeat training answers."""
-    if copies is not None and copies.answers - copies.references >= COPIED_MORE * copies.samples > 0:
-        return True
+    """Whether the training loss is far under the held-out one, or less far and sampled answers repeat training ones."""
+    copied = copies is not None and copies.answers - copies.references >= COPIED_MORE * copies.samples > 0
     loss, held = train.get("loss"), evaluate.get("perplexity_adapter")
     if not isinstance(loss, (int, float)) or not isinstance(held, (int, float)) or held <= 1:
-        return False
+        return copied
     nats = math.log(held)
+    if copied and nats - loss > COPIED_NATS:
+        return True
     return bool(loss < MEMORISED_SHARE * nats and nats - loss > MEMORISED_NATS)
 
 
