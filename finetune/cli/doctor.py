@@ -115,12 +115,13 @@ def devices() -> list[Finding]:
     try:
         import torch
 
-        from finetune.models.device import pick_precision
+        from finetune.models.device import machine_notes, pick_precision
     except (ImportError, OSError) as error:  # OSError: a shared library that it needs
         return [Finding("torch works", f"no: {_first_line(error)}", "rm -rf .venv && make setup", True)]
+    others = [Finding(note.partition(": ")[0], note.partition(": ")[2]) for note in machine_notes()]
     if not torch.cuda.is_available():
-        return [_no_gpu(torch.__version__, torch.version.cuda), _quantises("cpu")]
-    found = []
+        return [_no_gpu(torch.__version__, torch.version.cuda), *others, _quantises("cpu")]
+    found = others
     for i in range(torch.cuda.device_count()):
         properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
         precision, _ = pick_precision("auto", f"cuda:{i}")

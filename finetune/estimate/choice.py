@@ -168,7 +168,7 @@ def flops_per_token(
     head, adapter = shapes.vocabulary * shapes.hidden, sum(trained_tensors(shapes, run.lora))
     scores = shapes.layers * shapes.heads * shapes.head_dim * length * (2 if dense else 1)
     return (
-        (4 + 2 * products) * shapes.quantized_parameters
+        (4 + 2 * products) * shapes.active_parameters
         + 6 * head
         + (6 + 2 * products) * adapter
         + (7 + 2 * attention) * scores

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.estimate.activations import MicroBatch, Policy, peak
 from finetune.estimate.shapes import Shapes, decoder, saved_tensors, trained_tensors
 from finetune.gguf.writer import ENDS, bytes_of_kinds, bytes_with_metadata, data_bytes, stored_kind
 from finetune.lora.config import is_saved
+from finetune.models.inventory import why_not_packed
 from finetune.models.quantized_cache import wanted
 from finetune.recipe import Export, Lora, Merge, Quantization, Recipe, Runtime, Train
 
@@ -40,15 +43,18 @@ class Training:
     row_tokens: int  # of the longest row
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Training:
-        """With the longest rows that the recipe allows."""
-        own = recipe.pack.length_tokens if recipe.pack else None
+    def of(cls, recipe: Recipe, base: Path | None = None) -> Training:
+        """With the longest rows that the recipe allows; `base` is the folder of a finished base stage, which knows
+        whether rows can be packed.
+        """
+        packed = recipe.pack is not None and (base is None or why_not_packed(base) is None)
+        own = recipe.pack.length_tokens if recipe.pack and packed else None
         return cls(
             lora=recipe.lora,
             quantization=recipe.quantization,
             train=recipe.training,
             runtime=recipe.runtime,
-            packed=recipe.pack is not None,
+            packed=packed,
             row_tokens=own or recipe.render.max_length_tokens,
         )
 
@@ -60,10 +66,8 @@ def weight_bytes(shapes: Shapes, quantization: Quantization | None, element: int
     other = element * shapes.other_parameters + 4 * shapes.head_dim
     if quantization is None:
         return element * shapes.quantized_parameters + other
-    matrices = sum(
-        _matrix_bytes(inner * outer, double=quantization.double) for inner, outer in shapes.linears().values()
-    )
-    return shapes.layers * matrices + other
+    sizes = Counter(inner * outer for _, inner, outer in shapes.matrices)
+    return sum(n * _matrix_bytes(size, double=quantization.double) for size, n in sizes.items()) + other
 
 
 def _matrix_bytes(count: int, *, double: bool) -> int:
@@ -155,7 +159,7 @@ def training(
 
 def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, int]:
     """Bytes of RAM at the highest moment of each part of the work, the process itself among them."""
-    largest = max(shapes.vocabulary * shapes.hidden, *(i * o for i, o in shapes.linears().values()))
+    largest = max(shapes.vocabulary * shapes.hidden, *(i * o for _, i, o in shapes.matrices), _experts_of_layer(shapes))
     offloaded = 2 * shapes.layers * rows * Training.of(recipe).row_tokens * shapes.hidden if policy == "offload" else 0
     copying = SHARD_BYTES if keeps_copy(shapes, recipe) else 0
     return {
@@ -167,11 +171,16 @@ def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, 
     }
 
 
+def _experts_of_layer(shapes: Shapes) -> int:
+    """Elements of the fused experts of one layer, about."""
+    return shapes.inventory.experts // shapes.layers if shapes.inventory else 0
+
+
 def _layer_by_layer(shapes: Shapes) -> int:
     """Where rows go through a layer at a time in fp32: three layers' room (of a 7B 3.5 GB, as was measured), or two
     heads.
     """
-    layer = sum(i * o for i, o in shapes.linears().values())
+    layer = shapes.quantized_parameters // shapes.layers + _experts_of_layer(shapes)
     return STREAM_BYTES + 4 * max(3 * layer, 2 * shapes.vocabulary * shapes.hidden)
 
 
@@ -209,8 +218,8 @@ def _export_bytes(shapes: Shapes, merge: Merge, export: Export) -> int:
 def _gguf_bytes(shapes: Shapes, kind: str) -> int:
     ends = ("token_embd.weight",) if shapes.tied else ENDS
     tensors = [(name, (shapes.vocabulary, shapes.hidden)) for name in ends]
-    tensors += [(name, (outer, inner)) for name, (inner, outer) in shapes.linears().items()] * shapes.layers
-    vectors = 4 * (shapes.biases + (2 * shapes.layers + 1) * shapes.hidden)
+    tensors += [(name.rpartition(".")[2], (outer, inner)) for name, inner, outer in shapes.matrices]
+    vectors = 4 * (shapes.other_parameters - len(ends) * shapes.vocabulary * shapes.hidden)
     return bytes_with_metadata([vectors, *(data_bytes(shape, stored_kind(n, shape, kind)) for n, shape in tensors)])
 
 

@@ -1,4 +1,8 @@
-"""The dimensions of a Llama-like base, and which of its matrices an adapter goes to."""
+"""The dimensions of a base, and which of its matrices an adapter goes to.
+
+Mistral, Llama and Qwen2 are counted by a formula, without importing transformers; every other architecture by its own
+class on the meta device (models/inventory.py). A test holds the formula to the class.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,19 @@ from typing import Any
 
 from finetune.estimate.activations import Decoder
 from finetune.estimate.operators import Linear
-from finetune.lora.config import is_saved, is_target, rank_of
-from finetune.models.architecture import Modules, known_modules
+from finetune.lora.config import is_saved, is_target, layer_of, rank_of
+from finetune.models.architecture import Modules, known_modules, scaled
+from finetune.models.inventory import Inventory, count, elements, read_inventory
 from finetune.recipe import Lora, Recipe
 from finetune.tiny import model as tiny_model
 from finetune.utils.resources import resource
 
+BY_FORMULA = ("mistral", "llama", "qwen2")  # model types whose layers are q, k, v, o, gate, up, down and two norms
+
 
 @dataclass(frozen=True)
 class Shapes:
-    """The dimensions of a Llama-like base."""
+    """The dimensions of a base. Without an `inventory` its layers are Llama's and all counts follow from these."""
 
     hidden: int
     intermediate: int
@@ -34,9 +41,14 @@ class Shapes:
     gated: bool = False
     window: int | None = None  # tokens that a token attends to, where they are fewer than all before it
     dtype: str = "bfloat16"  # what its weights are stored in, where the configuration says it
+    positions: int | None = None  # max_position_embeddings
+    inventory: Inventory | None = None  # what the model's class counts; it goes before the formulas
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Module name → (in, out) of one decoder layer's matrices, which are what gets quantised."""
+        """Module name → (in, out) of the matrices of one Llama layer of these widths.
+
+        For another architecture that is the layer whose activations are predicted in place of its own.
+        """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, query),
@@ -49,15 +61,44 @@ class Shapes:
         }
 
     @cached_property
+    def matrices(self) -> list[tuple[str, int, int]]:
+        """(module, in, out) of every matrix that is stored in 4 bits."""
+        if self.inventory is not None:
+            return [(name, inner, outer) for name, (inner, outer) in self.inventory.quantized.items()]
+        return [
+            (_llama_path(layer, name), inner, outer)
+            for layer in range(self.layers)
+            for name, (inner, outer) in self.linears().items()
+        ]
+
+    @cached_property
+    def adaptable(self) -> list[tuple[str, int, int]]:
+        """(module, in, out) of every linear module that an adapter can go to."""
+        if self.inventory is None:
+            return self.matrices
+        others = [(name, inner, outer) for name, (inner, outer) in self.inventory.other_linears.items()]
+        frozen = set(self.inventory.not_adapted)
+        return [matrix for matrix in self.matrices + others if matrix[0] not in frozen]
+
+    @cached_property
     def quantized_parameters(self) -> int:
-        """Elements of all decoder matrices."""
+        """Elements of all matrices that are stored in 4 bits."""
+        if self.inventory is not None:
+            return elements(self.inventory.quantized)
         return self.layers * sum(i * o for i, o in self.linears().values())
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, lm_head, norms and biases, which stay 16-bit."""
+        """Embeddings, lm_head, norms, biases and fused experts, which stay 16-bit."""
+        if self.inventory is not None:
+            return self.inventory.parameters - self.quantized_parameters
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + (2 * self.layers + 1) * self.hidden + self.biases
+
+    @property
+    def active_parameters(self) -> int:
+        """Elements of the layers' matrices that one token is multiplied by."""
+        return self.quantized_parameters + (self.inventory.active_experts if self.inventory else 0)
 
     @property
     def parameters(self) -> int:
@@ -65,10 +106,20 @@ class Shapes:
         return self.quantized_parameters + self.other_parameters
 
 
+def _llama_path(layer: int, name: str) -> str:
+    block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{block}.{name}"
+
+
 def read_shapes(recipe: Recipe, base_folder: Path | None = None) -> Shapes | None:
     """From the finished base stage, the local folder, or recipes/shapes; None when only the Hub knows."""
     config = read_config(recipe, base_folder)
-    return None if config is None else shapes_of(config)
+    return None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
+
+
+def shapes_in(base: Path) -> Shapes | None:
+    """The shapes of the base in the folder of a finished base stage; None if they are unknown."""
+    return shapes_of(json.loads((base / "config.json").read_text(encoding="utf-8")), read_inventory(base))
 
 
 def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, Any] | None:
@@ -80,7 +131,7 @@ def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, An
     for path in [*candidates, *([shipped] if shipped else [])]:
         if path.is_file():
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return config
+            return scaled(config, recipe.model.rope_scaling) if recipe.model.rope_scaling else config
     return None
 
 
@@ -92,13 +143,18 @@ def read_known_modules(recipe: Recipe, base_folder: Path | None = None) -> Modul
     return None if config is None else known_modules(config)
 
 
-def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
-    """From the content of a config.json; None where it is no Llama-like configuration."""
+def shapes_of(config: Mapping[str, Any], inventory: Inventory | None = None) -> Shapes | None:
+    """From the content of a config.json, and what the base stage counted; None if neither the formula nor transformers
+    has the architecture: nothing is predicted rather than something wrong.
+    """
+    if not _by_formula(config):
+        found = inventory or count(config)
+        return None if found is None else _counted(config, found)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         kv = int(config.get("num_key_value_heads") or heads)
         head_dim = int(config.get("head_dim") or hidden // heads)
-        bias = config.get("attention_bias", config.get("model_type") == "qwen2")
+        bias = config.get("attention_bias", config["model_type"] == "qwen2")
         layers = int(config["num_hidden_layers"])
         return Shapes(
             hidden=hidden,
@@ -112,10 +168,46 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes | None:
             biases=layers * (heads + 2 * kv) * head_dim if bias else 0,
             gated=bool(config.get("gated", False)),
             window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+            dtype=_dtype(config),
+            positions=config.get("max_position_embeddings"),
         )
     except (KeyError, TypeError, ValueError):
-        return None  # nothing is predicted rather than something wrong
+        return None
+
+
+def _by_formula(config: Mapping[str, Any]) -> bool:
+    """Whether the layers are exactly what the formula counts."""
+    biased = config.get("mlp_bias") or (config.get("model_type") == "llama" and config.get("attention_bias"))
+    return config.get("model_type") in BY_FORMULA and not biased and "auto_map" not in config
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    text = config.get("text_config") or {}
+    return str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
+
+
+def _counted(config: Mapping[str, Any], inventory: Inventory) -> Shapes:
+    """With the counts of the model's class. A token passes through `experts_per_token` experts at once."""
+    sizes = inventory.sizes
+    wide = sizes["intermediate"] or 4 * sizes["hidden"]
+    if inventory.experts:
+        wide = max(1, sizes["experts_per_token"]) * (sizes["expert_intermediate"] or wide)
+    return Shapes(
+        hidden=sizes["hidden"],
+        intermediate=wide,
+        layers=sizes["layers"],
+        heads=max(1, sizes["heads"]),
+        kv_heads=max(1, sizes["kv_heads"]),
+        head_dim=sizes["head_dim"] or sizes["hidden"],
+        vocabulary=sizes["vocabulary"],
+        tied=inventory.tied,
+        biases=0,
+        gated=bool(config.get("gated", False)),
+        window=sizes["window"] or None,
+        dtype=_dtype(config),
+        positions=sizes["positions"] or None,
+        inventory=inventory,
+    )
 
 
 def decoder(shapes: Shapes, lora: Lora, *, quantized: bool) -> Decoder:
@@ -133,13 +225,33 @@ def decoder(shapes: Shapes, lora: Lora, *, quantized: bool) -> Decoder:
 
 
 def _adapted(shapes: Shapes, lora: Lora, layer: int) -> dict[str, Linear]:
-    """The matrices of one layer with the rank of the adapter that each gets."""
-    found = {}
-    for name, (inner, outer) in shapes.linears().items():
-        block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-        path = f"model.layers.{layer}.{block}.{name}"
-        found[name] = Linear(inner, outer, rank_of(lora, path) if is_target(lora, path, shapes.layers) else 0)
-    return found
+    """The matrices of one (equivalent) layer with the rank of the adapter that each gets."""
+    if shapes.inventory is None:
+        return {
+            name: Linear(inner, outer, _rank(shapes, lora, _llama_path(layer, name)))
+            for name, (inner, outer) in shapes.linears().items()
+        }
+    ranks = _ranks_of_layer(shapes, lora, layer)
+    widest = max(ranks.values(), default=0)
+    own = {name: rank for name, rank in ranks.items() if name in shapes.linears()}
+    return {
+        name: Linear(inner, outer, own.get(name, widest if len(own) < len(ranks) else 0))
+        for name, (inner, outer) in shapes.linears().items()
+    }
+
+
+def _ranks_of_layer(shapes: Shapes, lora: Lora, layer: int) -> dict[str, int]:
+    """Last word of a module's name → the largest rank it has in decoder layer `layer`."""
+    ranks: dict[str, int] = {}
+    for path, _, _ in shapes.adaptable:
+        if layer_of(path) == layer:
+            word = path.rpartition(".")[2]
+            ranks[word] = max(ranks.get(word, 0), _rank(shapes, lora, path))
+    return ranks
+
+
+def _rank(shapes: Shapes, lora: Lora, path: str) -> int:
+    return rank_of(lora, path) if is_target(lora, path, shapes.layers) else 0
 
 
 def trained_tensors(shapes: Shapes, lora: Lora) -> list[int]:
@@ -147,16 +259,17 @@ def trained_tensors(shapes: Shapes, lora: Lora) -> list[int]:
     whole.
     """
     found = saved_tensors(shapes, lora)
-    for layer in range(shapes.layers):
-        for linear in _adapted(shapes, lora, layer).values():
-            if linear.rank:
-                found += [linear.rank * linear.inner, linear.rank * linear.outer]
-                found += [linear.outer] if lora.dora else []
+    for path, inner, outer in shapes.adaptable:
+        if rank := _rank(shapes, lora, path):
+            found += [rank * inner, rank * outer]
+            found += [outer] if lora.dora else []
     return found
 
 
 def saved_tensors(shapes: Shapes, lora: Lora) -> list[int]:
-    """Elements of each tensor of lora.modules_to_save, by the names they have in Llama-like bases."""
+    """Elements of each tensor of lora.modules_to_save."""
+    if shapes.inventory is not None:
+        return [size for name, size in shapes.inventory.modules.items() if is_saved(lora, name)]
     sizes = {"model.embed_tokens": shapes.vocabulary * shapes.hidden, "lm_head": shapes.vocabulary * shapes.hidden}
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(shapes.layers) for n in ("input", "post_attention")]
     sizes |= dict.fromkeys(["model.norm", *norms], shapes.hidden)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
 from finetune.gguf.llama_cpp import K_QUANTS
+from finetune.gguf.support import of_config, rope, tensor_name
 from finetune.gguf.vocabulary import Vocabulary
 from finetune.utils.safetensors_io import FLOATS, TensorRef, read_folder
 
@@ -25,24 +25,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-ARCHITECTURES = {"MistralForCausalLM": "llama", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 # name in the file -> (number of the ggml type, values a block, bytes a block)
 TYPES = {
     "f32": (0, 1, 4), "f16": (1, 1, 2), "bf16": (30, 1, 2),
     "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34),
 }  # fmt: skip
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
-PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 ENDS = ("token_embd.weight", "output.weight")
 METADATA_BYTES = 8_000_000
 ALIGNMENT = 32
@@ -67,6 +55,7 @@ class Planned:
     kind: str  # one of TYPES
     source: TensorRef
     heads: int  # heads whose rows change places; 0 leaves them
+    offset: float = 0.0  # added to every value
 
     @property
     def size_bytes(self) -> int:
@@ -84,10 +73,7 @@ def require_gguf() -> None:
 
 def architecture(config: Mapping[str, Any]) -> str:
     """llama.cpp's name for the architecture of a config.json. Raises InputError for one we do not convert."""
-    names = config.get("architectures") or ["none named"]
-    if names[0] not in ARCHITECTURES:
-        raise InputError(f"no GGUF of {names[0]} is written here, only of {', '.join(ARCHITECTURES)}; set export: null")
-    return ARCHITECTURES[names[0]]
+    return of_config(config).name
 
 
 def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
@@ -97,18 +83,19 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
     under q4 and q5 the embedding and the head are q8_0: llama.cpp keeps them finer too. Raises InputError for a tensor
     without a place.
     """
-    permuted = architecture(config) == "llama"
-    heads = {"attn_q": config["num_attention_heads"] if permuted else 0}
-    heads["attn_k"] = (config.get("num_key_value_heads") or config["num_attention_heads"]) if permuted else 0
+    arch = of_config(config)
+    heads = {"attn_q": config["num_attention_heads"] if arch.permuted else 0}
+    heads["attn_k"] = (config.get("num_key_value_heads") or config["num_attention_heads"]) if arch.permuted else 0
     planned = []
     for name, ref in read_folder(folder).items():
         if name.endswith("rotary_emb.inv_freq"):
             continue  # of older files; every reader computes it
-        target = tensor_name(name)
+        target = tensor_name(name, arch)
         if ref.dtype not in FLOATS:
             raise InputError(f"{ref.file}: {name} is {ref.dtype}; a GGUF is written from {', '.join(sorted(FLOATS))}")
         part = target.split(".")[2] if target.startswith("blk.") else ""
-        planned.append(Planned(target, stored_kind(target, ref.shape, kind), ref, heads.get(part, 0)))
+        offset = arch.offset if target.endswith("norm.weight") else 0.0
+        planned.append(Planned(target, stored_kind(target, ref.shape, kind), ref, heads.get(part, 0), offset))
     return sorted(planned, key=lambda p: _order(p.name))
 
 
@@ -165,16 +152,6 @@ def bytes_of_kinds(kinds: Iterable[str], exact: str, parameters: int, file_of: C
     return sum(map(file_of, written)) + sum(METADATA_BYTES + int(parameters * K_QUANTS[q] / 8) for q in quants)
 
 
-def tensor_name(name: str) -> str:
-    """The GGUF name of a transformers tensor. Raises InputError where there is none."""
-    if name in OUTER:
-        return OUTER[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None or match[2] not in PARTS:
-        raise InputError(f"the tensor {name} has no place in a GGUF of this architecture; set export: null")
-    return f"blk.{match[1]}.{PARTS[match[2]]}.{match[3]}"
-
-
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of q or k, (heads * d, …), from transformers' order (two halves) to llama.cpp's (pairs)."""
     half = weight.shape[0] // heads // 2
@@ -227,6 +204,8 @@ def _data(planned: Planned) -> np.ndarray[Any, Any]:
     weight = planned.source.load()
     if planned.heads:
         weight = permute(weight, planned.heads)
+    if planned.offset:
+        weight = weight.float() + planned.offset
     if planned.kind == "bf16":  # numpy has no bfloat16; torch rounds to the nearest even, as llama.cpp does
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     if planned.kind == "f16":
@@ -272,21 +251,36 @@ def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None: 
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_key_length(width)
     writer.add_value_length(width)
-    if arch == "llama":
-        writer.add_rope_dimension_count(width)
+    _describe_architecture(writer, arch, config, width)
     _describe_rope(writer, config)
     _describe_vocabulary(writer, header)
 
 
-def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`)."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-    found.setdefault("rope_type", found.get("type", "default"))
-    return found
+def _describe_architecture(writer: Any, arch: str, config: Mapping[str, Any], width: int) -> None:  # noqa: ANN401
+    """What llama.cpp asks of some architectures; `width` is that of a head."""
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    else:
+        writer.add_layer_norm_eps(config.get("layer_norm_eps") or config["norm_epsilon"])
+    if arch in ("llama", "phi3", "stablelm"):
+        share = rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        writer.add_rope_dimension_count(int(share * width))
+    if arch == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(
+            config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        )
+    if arch == "stablelm":
+        writer.add_parallel_residual(bool(config.get("use_parallel_residual", False)))
+    if arch in ("phi3", "gemma2", "gemma3"):  # 0: a phi3 without one
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    for field, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+    ):
+        if config.get(field):
+            add(config[field])
 
 
 def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401 - gguf.GGUFWriter
@@ -295,8 +289,6 @@ def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN
     settings = rope(config)
     kind = settings["rope_type"]
     writer.add_rope_freq_base(settings["rope_theta"])
-    if kind not in ("default", "llama3", "linear", "yarn"):
-        raise InputError(f"no GGUF is written of rope_type {kind}, only of default, linear, llama3 and yarn")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(settings["factor"])

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from finetune.errors import InputError
-from finetune.models.architecture import Modules, linear_names, read_modules
+from finetune.models.architecture import Modules, linear_names, means_more, read_modules
+from finetune.models.layerwise import other_parts
 from finetune.recipe import Lora
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 SAVED = ".modules_to_save."  # in the name of a parameter that is trained whole
 
@@ -48,10 +50,17 @@ def rank_of(lora: Lora, name: str) -> int:
 
 
 def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
-    """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base."""
+    """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base.
+
+    Of a base with parts that no adapter goes to (a vision tower, fused experts) "all-linear" becomes the names of the
+    modules that remain, because peft would adapt the others too.
+    """
     from peft import LoraConfig
 
     targets, layers = lora.targets, None
+    beside = other_parts(cast("PreTrainedModel", model)) if model is not None else ()
+    if model is not None and targets == "all-linear" and means_more(model):
+        targets = _last_words(linear_names(model))
     if lora.last_layers is not None:
         if model is None:
             raise InputError("lora.last_layers: the base's layers are counted on its model, and there is none")
@@ -65,6 +74,7 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
         lora_alpha=cast("int", int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=rf"({'|'.join(map(re.escape, beside))}).*" if beside else None,
         layers_to_transform=layers,
         modules_to_save=sorted(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
@@ -94,11 +104,13 @@ def check_modules(lora: Lora, base: Modules) -> None:
     Raises InputError with the nearest name.
     """
     names = base.linear
+    if not names:
+        raise InputError("lora.targets: the base has no linear module that an adapter can go to")
     last = _last_words(names)
     count = layer_count(names)
     if lora.last_layers is not None and lora.last_layers > count:
         raise InputError(f"lora.last_layers: {lora.last_layers} are more than the {count} layers of the base")
-    _check_names(lora, names, count)
+    _check_names(lora, base, count)
     if not any(is_target(lora, n, count) for n in names):
         raise InputError(f"lora.targets: the expression {lora.targets!r} matches no linear module, such as {names[0]}")
     _check_expression(lora, base)
@@ -113,10 +125,15 @@ def _last_words(names: Iterable[str]) -> list[str]:
     return sorted({n.rpartition(".")[2] for n in names})
 
 
-def _check_names(lora: Lora, names: Sequence[str], layers: int) -> None:
+def _check_names(lora: Lora, base: Modules, layers: int) -> None:
+    names = base.linear
     where = "" if lora.last_layers is None else f" in the last {lora.last_layers} of {layers} layers"
     for target in lora.targets if isinstance(lora.targets, list) else []:
         if not any(is_target(lora.model_copy(update={"targets": [target]}), n, layers) for n in names):
+            if (word := target.rpartition(".")[2]) in base.refused:
+                raise InputError(
+                    f"lora.targets: {target}: {base.refused[word]}; allowed: {', '.join(_last_words(names))}"
+                )
             near = _near(target, _last_words(names))
             raise InputError(f"lora.targets: no linear module named {target!r}{where}{near}")
 

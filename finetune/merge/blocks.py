@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,18 @@ def merged_pieces(
 
 
 def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
-    """One whole tensor of the merged model, on the CPU, in its output dtype, in memory of its own.
+    """One whole tensor of the merged model, by the model's name for it, on the CPU, in its output dtype, in memory of
+    its own. What transformers converts on load is converted.
 
     Raises FinetuneError as `merged_pieces` does.
     """
+    if name in plan.stored.made_of:
+        return plan.stored.convert(name, partial(_whole, plan))
+    return _whole(plan, plan.stored.in_file(name))
+
+
+def _whole(plan: MergePlan, name: str) -> torch.Tensor:
+    """One whole tensor, by its name in the files."""
     import torch
 
     target = plan.targets[name]
@@ -78,9 +87,9 @@ def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
 
 
 def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the merged model, one in memory at a time."""
+    """All tensors of the merged model under their names in the files, one in memory at a time."""
     for name in plan.targets:
-        yield name, merged_tensor(plan, name)
+        yield name, _whole(plan, name)
 
 
 class _Slot:

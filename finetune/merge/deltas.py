@@ -256,6 +256,11 @@ def _rows(module: str, config: AdapterConfig, skeleton: Skeleton, delta: TensorR
 
 
 def _check_shapes(name: str, changes: list[Change], base: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
+    if made_of := skeleton.stored.made_of.get(name):
+        raise InputError(
+            f"adapter: changes {name}, which transformers converts on load (from {made_of[0]}), so it cannot be merged "
+            "tensor by tensor; set merge: null and publish the adapter"
+        )
     source = name if name in base else skeleton.tied.get(name, name)
     if source not in base:
         raise InputError(f"adapter: changes {name}, which the base does not have and a merged model has no place for")

@@ -7,13 +7,14 @@ B unscaled on 4-bit layers (peft 0.21.2).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
 from finetune.merge.deltas import Change, ReplaceRows, read_changes
 from finetune.models.skeleton import read_skeleton
+from finetune.models.stored_names import StoredNames
 from finetune.utils.files import read_json
 from finetune.utils.safetensors_io import (
     FLOATS,
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 class Target:
     """One tensor of the merged model: from which base tensor, changed how, written in which dtype."""
 
-    name: str
+    name: str  # in the files, which is the base's name for it
     base: TensorRef
     changes: tuple[Change, ...]
     dtype: str  # safetensors code
     round_trip: RoundTrip | None = None
     transposed: bool = False
+    module: str = ""  # of the model, whose weight or bias it is
 
     @property
     def shape(self) -> TensorShape:
@@ -47,10 +49,11 @@ class Target:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Every tensor of the merged model, by name; `untie` when the head no longer is the embedding."""
+    """Every tensor of the merged model, by its name in the files; `untie` when the head no longer is the embedding."""
 
     targets: Mapping[str, Target]
     untie: bool
+    stored: StoredNames = field(default_factory=StoredNames)
 
     @property
     def shapes(self) -> list[TensorShape]:
@@ -68,9 +71,12 @@ def plan_merge(
     Raises InputError, before anything is written, for whatever cannot be merged exactly; each adapter tensor is used
     once and each base tensor written once.
     """
-    skeleton = read_skeleton(base, trust_remote_code, quantized=round_trip is not None)
-    refs = read_folder(base)
-    if strange := sorted(skeleton.parameters - set(refs) - set(skeleton.tied)):
+    files = read_folder(base)
+    skeleton = read_skeleton(base, files, trust_remote_code, quantized=round_trip is not None)
+    stored = skeleton.stored
+    model_names = {stored.in_file(n): n for n in skeleton.parameters | set(skeleton.tied)}
+    refs = {model_names.get(name, name): ref for name, ref in files.items()}
+    if strange := sorted(skeleton.parameters - set(refs) - set(skeleton.tied) - set(stored.made_of)):
         raise InputError(
             f"{base}: the weights lack {strange[0]} ({len(strange)} of the model's tensors in all); "
             "they were saved by another class or are incomplete"
@@ -84,15 +90,17 @@ def plan_merge(
     for name, ref in sources.items():
         module = name.removesuffix(".weight")
         quantized = round_trip if name.endswith(".weight") and module in skeleton.quantized else None
-        targets[name] = Target(
-            name=name,
+        written = stored.in_file(name)
+        targets[written] = Target(
+            name=written,
             base=ref,
             changes=changes.get(name, ()),
             dtype=code if ref.dtype in FLOATS else ref.dtype,
             round_trip=quantized,
             transposed=skeleton.kinds.get(module) == "conv1d",
+            module=module,
         )
-    return MergePlan(targets, untie)
+    return MergePlan(targets, untie, stored)
 
 
 def output_dtype(setting: str, base: Path) -> str:

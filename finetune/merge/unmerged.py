@@ -33,19 +33,20 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
 
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
-    for name, target in plan.targets.items():
+    for target in plan.targets.values():
         if target.round_trip is not None:
-            model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_as_in_four_bits)
+            model.get_submodule(target.module).register_forward_hook(_as_in_four_bits)
     attached = get_peft_model(model, config, low_cpu_mem_usage=True).eval()
     widen_saved(attached)
     own = dict(attached.named_parameters(remove_duplicate=False))
     saved = get_peft_model_state_dict(attached, state_dict=own, save_embedding_layers=False)
     keys = {id(parameter): key for key, parameter in saved.items()}
     places = {n: keys.get(id(p), PREFIX + n) for n, p in model.named_parameters(remove_duplicate=False)}
+    places |= {n: PREFIX + n for n, _ in model.named_buffers()}
     stored = read_file(adapter / "adapter_model.safetensors")
     if lost := sorted(set(stored) - set(places.values())):
         raise InputError(f"{adapter}: nothing in the base takes the adapter tensor {lost[0]}")
-    bare = MergePlan({n: replace(t, changes=()) for n, t in plan.targets.items()}, plan.untie)
+    bare = replace(plan, targets={n: replace(t, changes=()) for n, t in plan.targets.items()})
 
     def weights(name: str) -> torch.Tensor:
         if places[name] in stored:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,17 +12,21 @@ from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 WITHOUT_WEIGHTS = ("mlp.act_fn",)  # modules of a layer that hold nothing, in every layout known here
 
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """`linear`: those with a matrix, the head left out; `own`: those with parameters of their own."""
+    """`linear`: those that an adapter can go to; `own`: those with parameters of their own; `refused`: last word of a
+    linear module's name → why no adapter can go to it.
+    """
 
     every: tuple[str, ...]
     linear: tuple[str, ...]
     own: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_modules(base: Path, trust_remote_code: bool) -> Modules:
@@ -31,6 +36,19 @@ def read_modules(base: Path, trust_remote_code: bool) -> Modules:
     from finetune.models.layerwise import empty_model
 
     return modules_of(empty_model(base, trust_remote_code=trust_remote_code))
+
+
+def scaled(config: Mapping[str, Any], rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the rotary settings of a recipe (`model.rope_scaling`), in its own spelling: `rope_parameters`
+    since transformers 5, `rope_scaling` beside `rope_theta` before. Also those of a text model inside.
+    """
+    if isinstance(inner := config.get("text_config"), Mapping):
+        return {**config, "text_config": scaled(inner, rope_scaling)}
+    new = config.get("rope_parameters")
+    if not isinstance(new, Mapping):
+        return {**config, "rope_scaling": dict(rope_scaling)}
+    kept = {name: value for name, value in new.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return {**config, "rope_parameters": {**kept, **rope_scaling}}
 
 
 def known_modules(config: Mapping[str, Any]) -> Modules | None:
@@ -48,20 +66,89 @@ def known_modules(config: Mapping[str, Any]) -> Modules | None:
 def modules_of(model: torch.nn.Module) -> Modules:
     """Of a model that peft has not touched."""
     own = (n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
-    return Modules(tuple(n for n, _ in model.named_modules()), tuple(linear_names(model)), tuple(own))
+    refused = _refused_by_peft(model, every_linear(model))
+    return Modules(tuple(n for n, _ in model.named_modules()), tuple(linear_names(model)), tuple(own), refused)
+
+
+def every_linear(model: torch.nn.Module) -> list[str]:
+    """Names of all linear modules and Conv1D (GPT-2's), the head left out."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = _head(model)
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a linear module answers with one tensor: some routers are linear modules that return their choice too."""
+    import torch
+    from torch import nn
+
+    own = type(module).forward
+    if not isinstance(module, nn.Linear) or own is nn.Linear.forward or "transformers" not in type(module).__module__:
+        return True  # bitsandbytes' among them
+    given = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    weights = {n: t.to("meta") for n, t in module.state_dict().items()}
+    with torch.no_grad():
+        return isinstance(torch.func.functional_call(module, weights, (given,)), torch.Tensor)
+
+
+def means_more(model: torch.nn.Module) -> bool:
+    """Whether peft's "all-linear" would adapt more than `linear_names`: routers, fused experts, a vision tower."""
+    from peft import LoraConfig
+
+    config = LoraConfig(target_modules="all-linear")
+    with suppress(ImportError):
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+
+        convert(config, model, None)
+    return bool(config.target_parameters) or set(every_linear(model)) != set(linear_names(model))
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """Names of the base's linear modules, its head left out; of a model that peft has not touched."""
-    from torch import nn
+    """Names of the linear modules that an adapter can go to, the head left out; of a model that peft has not touched.
 
-    head = _head(model)
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    Not those of a vision tower, which text does not pass through, nor routers, nor those that peft refuses.
+    """
+    return adaptable(model, {name: model.get_submodule(name) for name in every_linear(model)})
+
+
+def adaptable(model: torch.nn.Module, linear: Mapping[str, torch.nn.Module]) -> list[str]:
+    """Those of the linear modules `linear` of `model`, by name, that an adapter can go to."""
+    from finetune.models.layerwise import other_parts
+
+    refused, beside = _refused_by_peft(model, linear), other_parts(cast("PreTrainedModel", model))
+    able = (n for n, m in linear.items() if n.rpartition(".")[2] not in refused and _is_plain(m))
+    return [n for n in able if not n.startswith(beside)]
+
+
+def _refused_by_peft(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Last words of names that peft takes for something else than the linear module of that name, and why."""
+    from peft import LoraConfig
+
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # an older peft has no such rules
+        return {}
+    refused = {}
+    for word in sorted({name.rpartition(".")[2] for name in names}):
+        config = LoraConfig(target_modules=[word])
+        try:
+            check(config, model, word)
+            convert(config, model, None)
+        except ValueError as error:
+            converted = "fused" in str(error)
+            refused[word] = EXPERTS if converted else "its weight is read by a fused kernel that passes adapters over"
+        if config.target_parameters:
+            refused[word] = EXPERTS
+    return refused
+
+
+EXPERTS = "peft takes that name for the fused experts and their router, which stay frozen"
 
 
 def _head(model: torch.nn.Module) -> torch.nn.Module | None:
-    from transformers import PreTrainedModel
-
     return cast("PreTrainedModel", model).get_output_embeddings()
 
 

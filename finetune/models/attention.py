@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
+from finetune.models.inventory import FILE
+from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
 VARLEN = "torch_varlen"  # transformers looks for a package of its own where a name holds "flash"
 LEAST_CAPABILITY = (8, 0)  # of the GPU: flash kernels need Ampere
 HEAD_SIZES = 256  # the largest head that torch's flash kernel has
-# Architectures whose attention is softmax(q·k)·v through transformers' interface and nothing else. Others hand the
-# kernel what it would not heed (gpt-oss's sinks, Llama 4's chunks), or never call it (Falcon, MPT).
-PLAIN_SOFTMAX = {"gemma", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "smollm3"}
+BEYOND_SOFTMAX = ("softcap", "s_aux")  # what transformers hands to an attention for capped scores and for sinks
 TRIAL_TOLERANCE = 0.03  # of outputs and gradients, relative: bf16 has 8 bits
 
 
@@ -47,37 +47,58 @@ def choose(
     """The attention to train with, in transformers' words, and a line that says why.
 
     `base` is a folder with config.json. Variable-length attention is taken where rows are packed, on a GPU and in a
-    precision that have it, after a trial on that GPU; SDPA (eager, where scores are capped) elsewhere.
+    precision that have it, after a trial on that GPU with the base's heads and with a tiny copy of the base; elsewhere
+    what `ordinary` says.
     """
     settings = settings_of(base, trust_remote_code=trust_remote_code)
-    name, why = _choice(device, packed, precision, settings, trust_remote_code)
+    name, why = _choice(device, packed, precision, base, settings, trust_remote_code)
     say(f"train: attention {name}: {why}")
     return name
 
 
 def _choice(
-    device: str, packed: bool, precision: str, settings: Mapping[str, Any], trust_remote_code: bool
+    device: str, packed: bool, precision: str, base: Path, settings: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[str, str]:
-    ordinary = plain(settings)
+    plainly = ordinary(base, trust_remote_code=trust_remote_code)
     if not packed:
-        return ordinary, "the rows are not packed"
+        return plainly, "the rows are not packed"
     missing = _missing(device, precision, settings)
     if trust_remote_code:
         missing = "the model brings its own code"
-    elif settings["model_type"] not in PLAIN_SOFTMAX:
-        missing = f"a variable-length kernel is not known to suit {settings['model_type']}"
     if missing:
-        return ordinary, f"one packed row at a time with a dense mask, for {missing}"
+        return plainly, f"one packed row at a time with a dense mask, for {missing}"
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    if is_flash_attn_3_available() and _capability(device)[0] == 9:
+    tried = base, device, precision
+    if is_flash_attn_3_available() and _capability(device)[0] == 9 and not _model_trial("flash_attention_3", *tried):
         return "flash_attention_3", "the package is installed, and told where documents end"
-    wrong = "scores are capped" if settings.get("attn_logit_softcapping") else _trial(device, precision, settings)
+    wrong = _trial(device, precision, settings) or _model_trial(VARLEN, *tried)
     if wrong is None:
         return VARLEN, "torch's variable-length kernel, told where documents end"
-    if is_flash_attn_2_available():
+    if is_flash_attn_2_available() and not _model_trial("flash_attention_2", *tried):
         return "flash_attention_2", "the package is installed, and told where documents end"
-    return ordinary, f"one packed row at a time with a dense mask, for of torch's variable-length kernel {wrong}"
+    return plainly, f"one packed row at a time with a dense mask: torch's variable-length kernel failed ({wrong})"
+
+
+def _model_trial(name: str, base: Path, device: str, precision: str) -> str | None:
+    """What is wrong with attention `name` in a tiny copy of the base on this device; None where nothing is."""
+    from finetune.models import trial
+
+    try:
+        off = trial.deviation(base, prepared(name, base), device, precision)
+    except (FinetuneError, *trial.FAILURES) as error:
+        return f"in a tiny copy of the base: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    if not off <= trial.TOLERANCE[precision]:
+        return f"packed documents of a tiny copy of the base have logits that are {off:.0%} off"
+    return None
+
+
+def ordinary(base: Path, *, trust_remote_code: bool = False) -> str:
+    """The attention that every device has: what the base stage's trial found, else what `plain` says."""
+    path = base / FILE
+    if path.is_file():
+        return str(read_json(path)["attention"])
+    return plain(settings_of(base, trust_remote_code=trust_remote_code))
 
 
 def plain(settings: Mapping[str, Any]) -> str:
@@ -239,7 +260,7 @@ def _one_document(
 def prepared(name: str | None, base: Path, *, trust_remote_code: bool = False) -> str:
     """The `attn_implementation` to load `base` with; torch's kernel is registered with transformers where it is it."""
     if name is None:
-        return plain(settings_of(base, trust_remote_code=trust_remote_code))
+        return ordinary(base, trust_remote_code=trust_remote_code)
     if name == VARLEN:
         register(VARLEN, torch_kernel())
     return name
@@ -286,6 +307,8 @@ def _forward(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if asked := [name for name in BEYOND_SOFTMAX if more.get(name) is not None]:
+        raise FinetuneError(f"the architecture's attention has {asked[0]}, which this kernel does not compute")
     if attention_mask is None and cu_seq_lens_q is not None and max_length_q is not None and not dropout:
         autocast = torch.is_autocast_enabled(query.device.type)
         dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype

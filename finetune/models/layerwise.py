@@ -1,18 +1,20 @@
 """A causal model that holds one decoder layer at a time: the rows go through layer by layer, weights come and go.
 
 A certificate of a 7B merge so needs the activations of the held-out rows and two layers, not 14.5 GB. The model is the
-architecture's own class on the meta device; only where its weights come from is ours.
+architecture's own class on the meta device; only where its weights come from is ours. The body's own forward runs, in a
+thread for each batch (models/paused.py) that waits at every layer until the layer's weights are in place.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
+from finetune.models.paused import Passage
 from finetune.models.precision import autocast
 from finetune.utils.prefetch import in_order
 from finetune.utils.runtime import give_back
@@ -81,6 +83,8 @@ class StreamedModel:
         self._weights = weights
         self._device = device
         self._autocast = autocast
+        self._passages: list[Passage] = []
+        self._other_parts = other_parts(model)
         for name, buffer in list(model.named_buffers()):
             owner, leaf = _owner(model, name)
             if not buffer.is_meta:  # what peft keeps of a base it may have to give back; no forward reads it
@@ -91,20 +95,40 @@ class StreamedModel:
         return hidden_states([self], batches)[0]
 
     def begin(self, batches: Sequence[torch.Tensor]) -> None:
-        """Run what comes before the layers, and note what the body hands to each of them (rotary tables, masks)."""
-        import torch
-
+        """Run what comes before the layers, for each batch (B, T) int64."""
         embedding = {id(p) for p in self.model.get_input_embeddings().parameters()}
         of_layers = {id(p) for layer in self.layers for p in layer.parameters()}
         of_head = {id(p) for p in self._head.parameters()} - embedding  # tied: needed before the layers
         outer = [(n, p) for n, p in self.model.named_parameters() if id(p) not in of_layers | of_head]
         first = [n for n, p in outer if id(p) in embedding]
-        self._rest = [n for n, p in outer if id(p) not in embedding]
-        with torch.no_grad(), self._precision():
-            self._put(self._rest, self.load(self._rest))
+        self._rest = [n for n, p in outer if id(p) not in embedding and self._is_read(n)]
+        self._put(self._rest, self.load(self._rest))
+        self._fill_buffers()
+        self._passages = [Passage(self.layers, partial(self._run, b.to(self._device))) for b in batches]
+        try:
             with self._loaded(first):
-                self._calls = [self._record(b.to(self._device)) for b in batches]
-        self._states = [call[0][0] for call in self._calls]
+                for passage in self._passages:
+                    passage.proceed(0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill_buffers(self) -> None:
+        """Load the buffers that a checkpoint holds: a router's correction, a layer's scale."""
+        saved = set(self.model.state_dict()) - {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        for name in sorted(saved):
+            owner, leaf = _owner(self.model, name)
+            buffer = owner._buffers.get(leaf)
+            if buffer is not None and not buffer.is_meta and not name.startswith(self._other_parts):
+                buffer.copy_(self._weights(name))
+
+    def _run(self, input_ids: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            return final_hidden(self.model, input_ids)
+
+    def _is_read(self, name: str) -> bool:
+        """Whether text alone needs the parameter: not those of a vision tower."""
+        return not name.startswith(self._other_parts)
 
     def layer_names(self, index: int) -> list[str]:
         """The parameters of one layer."""
@@ -117,39 +141,25 @@ class StreamedModel:
 
     def advance(self, index: int, loaded: dict[str, torch.Tensor]) -> None:
         """Take every batch through layer `index`, whose weights were `loaded` (emptied here)."""
-        import torch
-
         names = list(loaded)
         self._put(names, loaded)
-        with torch.no_grad(), self._precision():
-            for place, call in enumerate(self._calls):
-                self._states[place] = _first(self.layers[index](self._states[place], **call[index][1]))
+        for passage in self._passages:
+            passage.proceed(index + 1)
         self._drop(names)
         give_back()
 
     def end(self) -> list[torch.Tensor]:
-        """Run what follows the layers; the final hidden states (B, T, d) of each batch."""
-        with self._precision():
-            found = [self._finish(state) for state in self._states]
+        """The final hidden states (B, T, d) of each batch, once all layers have run."""
+        found = [passage.result() for passage in self._passages]
+        self.close()
         self._drop(self._rest)
-        del self._calls, self._states
         return found
 
-    def _record(self, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """What the body hands to each layer; no layer runs."""
-        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-        def note(hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:  # noqa: ANN401 - whatever the body hands
-            calls.append((hidden_states, others))
-            return hidden_states
-
-        with _standing_in(self.layers, note):
-            final_hidden(self.model, input_ids)
-        return calls
-
-    def _finish(self, state: torch.Tensor) -> torch.Tensor:
-        with _standing_in(self.layers, lambda *_, **__: state):
-            return final_hidden(self.model, inputs_embeds=state)
+    def close(self) -> None:
+        """End what still runs, after an error."""
+        for passage in self._passages:
+            passage.abandon()
+        self._passages = []
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -214,87 +224,113 @@ def hidden_states(
         model.begin(batches)
     jobs = [(model, model.layer_names(i)) for i in range(len(models[0].layers)) for model in models]
     ready = in_order(lambda job: job[0].load(job[1]), jobs, threads=1, ahead=2)
-    with closing(ready):
-        for index in track(range(len(models[0].layers))):
-            for model in models:
-                model.advance(index, next(ready))
-    return [model.end() for model in models]
+    try:
+        with closing(ready):
+            for index in track(range(len(models[0].layers))):
+                for model in models:
+                    model.advance(index, next(ready))
+        return [model.end() for model in models]
+    finally:
+        for model in models:
+            model.close()
 
 
-def final_hidden(
-    model: PreTrainedModel, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What the head is given, (B, T, d), for right-padded rows (B, T), or for what the embedding makes of them.
-
-    Without a mask, as no position looks ahead.
-    """
+def final_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """What the head is given, (B, T, d), for right-padded rows (B, T). Without a mask, as no position looks ahead."""
     import torch
 
     with torch.no_grad():
-        hidden: torch.Tensor = model.base_model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False
-        ).last_hidden_state
+        hidden: torch.Tensor = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (N, vocabulary) of final hidden states (N, d), soft-capped or scaled as the architecture does it.
 
-    The model's own forward runs over a body that returns `hidden`, because what follows the head (Gemma's soft cap,
-    Cohere's scale) stands in that forward and nowhere else.
+    The model's own forward runs on a body whose forward returns `hidden`, because what follows the head (Gemma's soft
+    cap, Cohere's scale) stands in that forward and nowhere else.
     """
     import torch
 
-    shell = copy.copy(model)
-    shell._modules = {**model._modules, model.base_model_prefix: _given(hidden.unsqueeze(0))}
-    with torch.no_grad():
-        # The class's forward: one that TRL put on the model itself would go on to the model's own body.
-        ids = torch.zeros(1, len(hidden), dtype=torch.int64)
-        logits: torch.Tensor = type(model).forward(shell, input_ids=ids).logits[0]
+    given = _Given(last_hidden_state=hidden.unsqueeze(0))
+    bodies = _bodies(model)
+    kept = [vars(body).get("forward") for body in bodies]
+    for body in bodies:
+        body.forward = lambda *_, **__: given
+    try:
+        with torch.no_grad():
+            # The class's forward: one that TRL put on the model itself would go on to the model's own body.
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64)
+            logits: torch.Tensor = type(model).forward(model, input_ids=ids, use_cache=False).logits[0]
+    finally:
+        for body, forward in zip(bodies, kept, strict=True):
+            if forward is None:
+                del body.forward
+            else:
+                body.forward = forward
     return logits
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: the part that holds the input embedding."""
+    body: nn.Module = model.base_model
+    if body is not model:
+        return body
+    embedding = model.get_input_embeddings()  # Llama-4's text model names a part that it does not have
+    return next((m for m in model.children() if any(e is embedding for e in m.modules()) and m is not embedding), body)
+
+
+def text_body(model: PreTrainedModel) -> nn.Module:
+    """The part of the body that reads text: the body itself, unless the model reads images or sound too."""
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return body_of(model) if decoder is None or decoder is model else decoder
+
+
+def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
+    """Prefixes of the names of the body's parameters that text does not pass through: a vision tower, say."""
+    names = {id(m): n for n, m in model.named_modules()}
+    body, text = body_of(model), text_body(model)
+    if text is body or id(text) not in names:
+        return ()
+    inside = f"{names[id(body)]}." if names[id(body)] else ""
+    children = [
+        f"{inside}{name}." for name, child in body.named_children() if next(child.parameters(), None) is not None
+    ]
+    return tuple(name for name in children if not f"{names[id(text)]}.".startswith(name))
+
+
+def _bodies(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose answer the head may be given: a model calls its body, or (OPT) the decoder inside."""
+    found = [body_of(model), text_body(model)]
+    return [m for i, m in enumerate(found) if m is not model and all(m is not n for n in found[:i])]
+
+
+class _Given(dict):
+    """The answer of a body that has already run: `last_hidden_state`; every other part is None."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as transformers' ModelOutput
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's decoder layers, in order: the longest list of modules in its body.
+    """The model's decoder layers, in order: the longest list of modules in its text body that is in no other list.
 
     Raises InputError when the body holds no such list.
     """
     from torch import nn
 
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
+    lists: list[list[nn.Module]] = []
+    inner: set[int] = set()
+    for module in text_body(model).modules():  # outer modules come first
+        if isinstance(module, nn.ModuleList) and id(module) not in inner:
+            lists.append(list(module))
+            inner |= {id(m) for m in module.modules()}
+    if not any(lists):
         raise InputError(f"{type(model).__name__} has no list of decoder layers; it cannot be certified layer by layer")
-    return max((list(found) for found in lists), key=len)
-
-
-def _given(hidden: torch.Tensor) -> nn.Module:
-    from torch import nn
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    class Given(nn.Module):
-        """A body that has already run."""
-
-        def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=hidden)
-
-    return Given()
-
-
-@contextmanager
-def _standing_in(layers: Sequence[nn.Module], function: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """`function` answers in place of each layer; the layers keep the attributes that the body reads off them."""
-    for layer in layers:
-        layer.forward = function
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The hidden states, whether the layer returns them alone or before others."""
-    return output[0] if isinstance(output, tuple) else output
+    return max(lists, key=len)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

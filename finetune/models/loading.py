@@ -14,6 +14,7 @@ from finetune.errors import FinetuneError, InputError
 from finetune.hub.errors import retried, sentences
 from finetune.models import precision as trained_precision
 from finetune.models import quantized_cache
+from finetune.models.architecture import scaled
 from finetune.models.attention import prepared
 from finetune.models.device import Precision, gpu_index
 from finetune.utils.files import file_digest, read_json, write_bytes, write_json
@@ -24,7 +25,7 @@ from finetune.utils.quiet import quiet
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune import recipe
 
@@ -207,13 +208,15 @@ def load_base(
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=dtype,
         )
+    if model.rope_scaling:  # which the folder's own config.json does not have
+        options["config"] = _scaled_config(folder, model)
     try:
         with quiet():
             loaded, report = auto.from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": f"cuda:{gpu_index(device)}" if device.startswith("cuda") else device},
-                attn_implementation=prepared(attention, folder, trust_remote_code=model.trust_remote_code),
+                attn_implementation=prepared(attention, base, trust_remote_code=model.trust_remote_code),
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=model.trust_remote_code,
@@ -226,7 +229,7 @@ def load_base(
         if (isinstance(error, OSError) and error.errno in OF_THE_DISK) or isinstance(error, MemoryError):
             raise
         raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
-    _require_all_weights(model.id, report)
+    _require_all_weights(model.id, loaded, report, ctx)
     if copy and not ready and ctx.rank == 0:
         with quiet():
             quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
@@ -234,6 +237,18 @@ def load_base(
         _keep_weights_unpacked(loaded)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen
+
+
+def _scaled_config(folder: Path, model: recipe.Model) -> PretrainedConfig:
+    """The configuration in `folder` with the recipe's rotary settings."""
+    import transformers
+
+    auto: Any = transformers.AutoConfig
+    settings = scaled(read_json(folder / "config.json"), model.rope_scaling or {})
+    config: PretrainedConfig = auto.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=model.trust_remote_code
+    )
+    return type(config).from_dict(settings)
 
 
 def _copy_of(
@@ -256,14 +271,22 @@ def _torch_dtype(precision: Precision) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def _require_all_weights(name: str, report: dict[str, Any]) -> None:
-    """Refuse what transformers only warns of: it fills what is missing with random numbers."""
-    wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, report[kind]))[0]}" for kind in report if report[kind]]
+def _require_all_weights(name: str, model: PreTrainedModel, report: dict[str, Any], ctx: Context) -> None:
+    """Refuse what transformers only warns of: it fills what is missing with random numbers. Tensors of parts beside the
+    model are reported.
+    """
+    from finetune.models.stored_names import split_unused
+
+    beside, own = split_unused(model, sorted(map(str, report.get("unexpected_keys") or ())))
+    odd = {**report, "unexpected_keys": own}
+    wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, odd[kind]))[0]}" for kind in odd if odd[kind]]
     if wrong:
         raise FinetuneError(
             f"the weights of {name} are not those its config.json describes ({'; '.join(wrong)}); "
             "download them again or mend the folder"
         )
+    if beside and ctx.rank == 0:
+        ctx.say(f"base: the model does not use {len(beside)} tensors ({beside[0]}); a merge carries them as they are")
 
 
 def _keep_weights_unpacked(model: PreTrainedModel) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
 from finetune.models.architecture import known_layout
+from finetune.models.stored_names import StoredNames
 from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -24,19 +25,25 @@ class Skeleton:
     quantized: frozenset[str]  # modules whose weight bitsandbytes stores in 4 bits
     tied: Mapping[str, str]  # lm_head.weight → model.embed_tokens.weight, when the configuration ties them
     input_embedding: str  # module
+    stored: StoredNames = field(default_factory=StoredNames)
 
 
-def read_skeleton(base: Path, trust_remote_code: bool = False, *, quantized: bool = True) -> Skeleton:
-    """The skeleton of the model in `base`; without `quantized` nobody is asked which modules would be (a second less).
+def read_skeleton(
+    base: Path, names: Iterable[str], trust_remote_code: bool = False, *, quantized: bool = True
+) -> Skeleton:
+    """The skeleton of the model in `base`, whose weights hold the tensors `names`.
 
-    transformers builds the model and is asked, but for the layouts in `known_layouts`: importing it takes seconds.
-    Raises InputError when the base is itself quantised, or when transformers renames, fuses or splits its weights on
-    load: a name in the file is then no name of the model, and an adapter's tensors cannot be added one by one.
+    transformers builds the model and is asked, but for the layouts in `known_layout`: importing it takes seconds.
+    Without `quantized` nobody is asked which modules would be (a second less). Raises InputError when the base is
+    itself quantised, or when the weights hold what the model should have used.
     """
     config = read_json(base / "config.json")
     if config.get("quantization_config"):
         raise InputError(f"{base}: the base is itself quantised; merging needs its 16-bit weights")
-    return _known(config) or _asked(base, trust_remote_code, quantized)
+    known = _known(config)
+    if known is not None and known.parameters - set(known.tied) == set(names) - set(known.tied):
+        return known
+    return _asked(base, trust_remote_code, quantized, names)
 
 
 def _known(config: Mapping[str, Any]) -> Skeleton | None:
@@ -56,19 +63,20 @@ def _known(config: Mapping[str, Any]) -> Skeleton | None:
     )
 
 
-def _asked(base: Path, trust_remote_code: bool, quantized: bool) -> Skeleton:
+def _asked(base: Path, trust_remote_code: bool, quantized: bool, names: Iterable[str] | None = None) -> Skeleton:
     """From the architecture's own class, built without weights."""
     from torch import nn
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.pytorch_utils import Conv1D
 
     from finetune.models.layerwise import empty_model
+    from finetune.models.stored_names import split_unused, stored_names
 
     model = empty_model(base, trust_remote_code=trust_remote_code)
-    if get_model_conversion_mapping(model, add_legacy=False):
+    stored = StoredNames() if names is None else stored_names(model, names)
+    if own := split_unused(model, stored.unused)[1]:
         raise InputError(
-            f"{base}: transformers converts the weights of {model.config.model_type} on load, so an adapter cannot be "
-            "merged tensor by tensor; set merge: null and publish the adapter"
+            f"{base}: the weights hold {own[0]} ({len(own)} such tensors), for which the model that config.json "
+            "describes has no place; the two do not belong together: download both again from one revision"
         )
     types = ((Conv1D, "conv1d"), (nn.Linear, "linear"), (nn.Embedding, "embedding"))
     modules = list(model.named_modules())  # taken now: asking what would be quantised swaps modules
@@ -80,6 +88,7 @@ def _asked(base: Path, trust_remote_code: bool, quantized: bool) -> Skeleton:
         tied=dict(model.all_tied_weights_keys),
         input_embedding=input_embedding,
         quantized=_quantized(model) if quantized else frozenset(),
+        stored=stored,
     )
 
 

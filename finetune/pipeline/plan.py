@@ -14,9 +14,12 @@ from finetune.dedup.embedding_timing import embedding_time
 from finetune.errors import InputError
 from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
 from finetune.estimate.memory import Training, disk, ram, windowed
-from finetune.estimate.shapes import Shapes, adapter_parameters, read_known_modules, read_shapes
+from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
 from finetune.lora.config import check_modules
+from finetune.models.device import machine_notes
+from finetune.models.inventory import notes, why_not_packed
 from finetune.pipeline.preflight import refuse_start
+from finetune.pipeline.recipe_checks import base_problem
 from finetune.recipe import Recipe
 from finetune.train.batch import total_steps
 
@@ -39,6 +42,8 @@ def predict(
     base = by_name["base"]
     pinned = base.folder if base.manifest else None
     refuse_start(recipe, pinned, scratch)
+    if (config := read_config(recipe, pinned)) is not None and (why := base_problem(recipe, config)):
+        raise InputError(why)
     if recipe.train is not None and (modules := read_known_modules(recipe, pinned)) is not None:
         check_modules(recipe.lora, modules)
     shapes = read_shapes(recipe, pinned)
@@ -54,7 +59,8 @@ def predict(
     }
     if shapes is None:
         return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": None, "devices": None}
-    options = Options(shapes, Training.of(recipe))
+    result["notes"] = _notes(recipe, shapes, pinned)
+    options = Options(shapes, Training.of(recipe, pinned))
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
     shown = choices[named]
@@ -67,6 +73,25 @@ def predict(
     tokens = _tokens_trained(recipe, result)
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
     return result
+
+
+def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
+    """What a person should know of the base before anything is built, one sentence each."""
+    found = [*notes(shapes.inventory)] if shapes.inventory else []
+    if shapes.inventory is not None:
+        found.append(
+            "its layers are not Llama's: activations are those of a Llama layer of the same widths, an estimate"
+        )
+    if recipe.pack and pinned and (why := why_not_packed(pinned)):
+        found.append(f"packing is off: {why}")
+    longest = Training.of(recipe, pinned).row_tokens
+    scaled = recipe.model.rope_scaling is not None
+    if shapes.positions and longest > shapes.positions and not scaled:
+        found.append(
+            f"WARNING: rows may have {longest:,} tokens, the base knows {shapes.positions:,} positions "
+            "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
+        )
+    return [*found, *machine_notes()]
 
 
 def _access(recipe: Recipe, shapes: Shapes | None) -> str:
@@ -138,6 +163,7 @@ def describe(result: dict[str, Any]) -> str:
         lines += _wrapped(
             "GPU memory", f"{_gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
         )
+        lines += [f"  {'note':<11} {note}" for note in result["notes"]]
         if result["sliding_window"]:
             window = f"sliding window of {result['sliding_window']:,} tokens"
             lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")

@@ -20,7 +20,7 @@ from finetune.lora import start as lora_start
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
 from finetune.pipeline import run_view
-from finetune.pipeline.recipe_checks import rule_problem
+from finetune.pipeline.recipe_checks import base_problem, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
 from finetune.recipe import HubSource, Recipe
@@ -64,11 +64,13 @@ def check(
 
 
 def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
-    """Refuse a lora section that the base or the adapter of lora.start_from cannot take.
+    """Refuse a base that the recipe cannot use, or a lora section that it, or lora.start_from's adapter, cannot take.
 
     `base` is the finished stage's folder; without one the check is made where the modules are known all the same, and
     otherwise as soon as there is one. `scratch`: where what is read from the Hub is kept; None asks no network.
     """
+    if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
+        raise InputError(why)
     refuse_start(recipe, base, scratch)
     if recipe.train is None:
         return

@@ -6,15 +6,17 @@ Kept out of the models, which look at nothing but the recipe, and out of reading
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import InputError
-from finetune.recipe import LocalSource, Source
+from finetune.recipe import LocalSource, Recipe, Source
 from finetune.recipe.data import glob_parts
 from finetune.recipe.filters import LanguageRule, Own, Rule
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
+from finetune.utils.files import read_json
 from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
@@ -30,6 +32,8 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     folder = recipe.model.folder
     if folder is not None and not (folder / "config.json").is_file():
         yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    elif folder is not None and (why := base_problem(recipe, read_json(folder / "config.json"))):
+        yield ("model",), why
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (
         (("model",), folder),
@@ -64,6 +68,20 @@ def _not_its_own(folder: Path) -> Iterator[str]:
         require_model(folder, "found")
     except InputError as error:
         yield str(error)
+
+
+def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
+    """Why the base with this config.json cannot be taken to the end of the recipe, as far as its configuration says."""
+    from finetune.gguf import support
+    from finetune.models import quantized_base
+
+    merges = recipe.merge is not None
+    quantizes = recipe.quantization is not None
+    if why := quantized_base.problem(config, recipe.model.id, quantizes=quantizes, merges=merges):
+        return why
+    if recipe.export is not None and merges and recipe.export.gguf and (why := support.problem(config)):
+        return f"export.gguf: {why}; set export: null"
+    return None
 
 
 def rule_problem(rule: Rule) -> str | None:

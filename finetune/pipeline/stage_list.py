@@ -53,7 +53,7 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("base", 1, (), base.spec, base.fingerprint, base.run),
+    Stage("base", 2, (), base.spec, base.fingerprint, base.run),
     Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows=True),
     Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows=True),
     Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows=True),
@@ -62,7 +62,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows=True),
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
     Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
-    Stage("pack", 1, ("render",), pack.spec, pack.fingerprint, pack.run, rows=True),
+    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows=True),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",

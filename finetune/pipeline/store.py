@@ -115,7 +115,7 @@ class Store:
         found = []
         for path in parent.glob(f"*/{MANIFEST}"):
             made = self.find(path.parent)
-            if made and made.version < version and made.spec == spec and made.inputs == dict(inputs):
+            if made and made.version < version and made.spec == spec and made.inputs.items() <= dict(inputs).items():
                 found.append(made.version)
         return max(found, default=None)
 

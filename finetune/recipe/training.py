@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import (
@@ -34,6 +34,21 @@ GgufKind = Literal[
 ]  # fmt: skip
 
 
+def _known_rope(value: dict[str, Any]) -> dict[str, Any]:
+    """`rope_type` is one that transformers has, and the factor that it needs is there."""
+    kind = value.get("rope_type", value.get("type"))
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type is {kind!r}; allowed: {', '.join(ROPE_TYPES)}")
+    factor = value.get("factor")
+    if kind != "longrope" and not (isinstance(factor, int | float) and factor >= 1):
+        raise ValueError(f"{kind} needs a factor of at least 1, found {factor!r}")
+    return {"rope_type": kind, **{name: v for name, v in value.items() if name != "type"}}
+
+
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+RopeScaling = Annotated[dict[str, str | bool | int | float | list[float]], AfterValidator(_known_rope)]
+
+
 class Model(Section):
     """The base model: a Hub name with an optional revision, a folder, or a builtin that is trained here."""
 
@@ -43,6 +58,8 @@ class Model(Section):
     """A branch, tag or commit of the Hub; null takes the newest commit and pins it."""
     trust_remote_code: bool = False
     """Run Python that lies in the model's repository. Only for publishers you trust with this machine."""
+    rope_scaling: RopeScaling | None = None
+    """Longer positions, as transformers spells them: {rope_type: yarn, factor: 2, …}; trained with and merged."""
     folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")

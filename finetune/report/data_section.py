@@ -237,7 +237,9 @@ def rendered(stages: Stages) -> list[tuple[str, str]]:
             ("cut to fit", f"{number(render.get('truncated'))} rows"),
             ("left out", f"{number(render.get('dropped'))} rows"),
         ]
-    if pack:
+    if pack.get("off"):
+        lines.append(("packed", f"no: {pack['off']}"))
+    elif pack:
         full = percent(pack.get("efficiency"))
         lines.append(("packed", f"{number(pack.get('documents'))} rows into {number(pack.get('bins'))}, {full} full"))
     elif stages["pack"].status == "off":

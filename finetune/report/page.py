@@ -107,13 +107,21 @@ def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
     if recipe is None:
         return None
     base, train = stages["base"], stages["train"].metrics
-    shapes = read_shapes(recipe, base.folder if base.manifest else None)
+    pinned = base.folder if base.manifest else None
+    shapes = read_shapes(recipe, pinned)
     if shapes is None:
         return None
     usual = batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, 1, recipe.pack is not None)[0]
     attention = Attention(varlen=is_varlen(str(train.get("attention", ""))))
     rows, policy = train.get("micro_batch_rows") or usual, train.get("checkpointing", "full")
-    parts = training(shapes, Training.of(recipe), rows, policy, attention, train.get("processes", 1))
+    parts = training(
+        shapes,
+        Training.of(recipe, pinned),
+        rows,
+        policy,
+        attention,
+        train.get("processes", 1),
+    )
     return {**parts, "total": sum(parts.values())}
 
 

@@ -52,6 +52,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
     from finetune.models import loading, remote_code
+    from finetune.models.architecture import scaled
     from finetune.models.base_limits import check_config, check_tokenizer
 
     model, revision, metrics = spec.model, None, {}
@@ -76,6 +77,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             loading.copy_clean(source / name, out / name)
         loading.copy_tokenizer(source, out)
     check_tokenizer(out / "tokenizer.json")
+    if model.rope_scaling and (out / "config.json").exists():
+        write_json(out / "config.json", scaled(read_json(out / "config.json"), model.rope_scaling))
     if model.trust_remote_code and source != out:
         remote_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
     if not (out / "config.json").exists():
@@ -83,6 +86,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     check_config(out / "config.json")
     parameters = loading.count_parameters(source, model.trust_remote_code)
     config = read_json(out / "config.json")
+    facts = _try_architecture(model, out, ctx)
     _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), config)
     pinned = {
         "id": model.id,
@@ -93,7 +97,20 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "weights": weights,
     }
     write_json(out / "base.json", pinned)
-    return {"parameters": parameters, "revision": revision, **metrics}
+    return {"parameters": parameters, "revision": revision, **facts, **metrics}
+
+
+def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
+    """Leave architecture.json: what the model is made of, and what its code can do. Returns what to report."""
+    from finetune.models import inventory, trial
+    from finetune.models.layerwise import empty_model
+
+    counted = inventory.require_inventory(empty_model(out, trust_remote_code=model.trust_remote_code), model.id)
+    facts = trial.try_architecture(out, trust_remote_code=model.trust_remote_code)
+    write_json(out / inventory.FILE, {"inventory": counted.as_json(), **facts.as_json()})
+    for note in inventory.notes(counted):
+        ctx.say(f"base: {note}")
+    return {"packing": facts.packing is None, "attention": facts.attention}
 
 
 def _train_builtin(seed: int, out: Path, ctx: Context) -> Metrics:

@@ -69,8 +69,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
     held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
     unmerged = plan_merge(folder, adapter, compute, seen, spec.model.trust_remote_code)
-    streamed = [_trained(spec.model, folder, adapter, unmerged, compute, device)]
-    streamed += [_merged(spec.model, folder, plan, compute, device) for plan in plans.values()]
+    streamed = [_trained(spec.model, base, adapter, unmerged, compute, device)]
+    streamed += [_merged(spec.model, base, plan, compute, device) for plan in plans.values()]
     every = hidden_states(streamed, held_out.batches, lambda layers: ctx.track(layers, "certify", len(layers)))
     trained, *merged = [compare.supervised_hidden(states, held_out) for states in every]
     found = {}

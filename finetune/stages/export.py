@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.tokenization.token_rows import TokenRow
 
 MAX_LOADED_PARAMETERS = 200_000_000  # transformers takes 4 bytes for each
+READ_WHOLE = ("llama", "mistral", "qwen2")  # whose settings transformers reads from a GGUF
 MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
 
 
@@ -144,7 +145,7 @@ def _read_again(
     not_loaded = _not_loaded(exact, config)
     for kind, weights in files.items():
         if not not_loaded:
-            weights.require_same(_loaded(weights.path))
+            weights.require_same(_loaded(weights.path, inputs["merge"]))
         if kind in ROUNDED:
             tracked = ctx.track(plans[kind], f"reading {weights.path.name}", len(exact))
             differences[weights.path.name] = max(weights.difference(p) for p in tracked)
@@ -182,23 +183,28 @@ def _parameters(planned: list[Planned]) -> int:
 
 def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
     """Why transformers does not read such a file back as it was; "" where it does."""
-    from finetune.gguf.writer import rope
+    from finetune.gguf.support import rope
 
     if _parameters(planned) >= MAX_LOADED_PARAMETERS:
         return f"a model over {MAX_LOADED_PARAMETERS // 10**6} M parameters would take it 4 bytes for each"
-    if config["model_type"] != "qwen2" and any(p.name.endswith(".bias") for p in planned):
+    if config["model_type"] in ("llama", "mistral") and any(p.name.endswith(".bias") for p in planned):
         return "it has no biases for Llama's GGUF"
     if (kind := rope(config)["rope_type"]) != "default":
         return f"it does not read {kind} rotary settings from a GGUF"
     return ""
 
 
-def _loaded(path: Path) -> Mapping[str, torch.Tensor]:
-    """The weights of a file as transformers reads them, fp32; the network is not asked."""
+def _loaded(path: Path, merged: Path) -> Mapping[str, torch.Tensor]:
+    """The weights of a file as transformers reads them, fp32; the network is not asked.
+
+    The model is that of the merged configuration where transformers does not read every setting from the file.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    if read_json(merged / "config.json")["model_type"] not in READ_WHOLE:
+        source["config"] = AutoConfig.from_pretrained(merged, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     state: Mapping[str, torch.Tensor] = model.state_dict()
     return state

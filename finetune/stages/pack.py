@@ -30,14 +30,27 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label."""
+    """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label.
+
+    Writes no packed rows for a base whose documents would see each other (models/trial.py): training then takes the
+    rendered rows one by one.
+    """
     import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from finetune.data.records import write_table
+    from finetune.models.inventory import why_not_packed
     from finetune.tokenization.packing import lower_bound, pack
+    from finetune.utils.files import write_json
 
+    why = why_not_packed(inputs["base"]) if "base" in inputs else None
+    if why is not None:
+        ctx.say(f"pack: off: {why}; rows are trained one by one")
+        write_json(out / "packing.json", {"packing": why})
+        lengths = pq.read_table(inputs["render"] / "train.parquet", columns=["input_ids"])["input_ids"]
+        return {"rows": len(lengths), "tokens": int(pc.sum(pc.list_value_length(lengths)).as_py() or 0), "off": why}
     rows = pq.read_table(inputs["render"] / "train.parquet", columns=["id", "input_ids", "mask"]).combine_chunks()
     ids = rows["id"].to_pylist()
     bar = ctx.bar(f"pack {len(ids)} rows", 1)

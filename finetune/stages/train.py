@@ -168,12 +168,12 @@ def _decide(
     """
     from finetune.estimate.choice import Options, device_like, this_gpu
     from finetune.estimate.memory import Training
-    from finetune.estimate.shapes import shapes_of
+    from finetune.estimate.shapes import shapes_in
     from finetune.train import batch
 
     assert spec.train is not None  # noqa: S101 - run() imports an adapter otherwise
     asked = ctx.runtime.checkpointing
-    shapes = shapes_of(read_json(base / "config.json"))
+    shapes = shapes_in(base)
     if device == "cpu" or shapes is None:
         large = read_json(base / "base.json")["parameters"] >= CHECKPOINT_FROM_PARAMETERS
         return (("full" if large else "none") if asked == "auto" else asked), None, False

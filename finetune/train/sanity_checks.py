@@ -156,6 +156,9 @@ def prove_adapters(model: torch.nn.Module) -> None:
 def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - PeftModel
     """Name → shape of what `lora` says is trained, worked out from the base's matrices and not from peft's layers."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from finetune.models.architecture import adaptable
 
     base = model.get_base_model()
     head = base.get_output_embeddings()
@@ -163,18 +166,23 @@ def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  #
     linear = {
         path.removesuffix(".base_layer"): module
         for path, module in base.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in path and module is not head and SAVED not in f"{path}."
+        if isinstance(module, nn.Linear | Conv1D)
+        and ".lora_" not in path
+        and module is not head
+        and SAVED not in f"{path}."
     }
     layers = layer_count(linear)
-    for name, module in linear.items():
+    for name in adaptable(base, linear):
         if ".original_module" in name or not is_target(lora, name, layers):
             continue
+        module = linear[name]
+        inner, outer = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         rank = rank_of(lora, name)
         prefix = f"base_model.model.{name}"
-        planned[f"{prefix}.lora_A.default.weight"] = (rank, module.in_features)
-        planned[f"{prefix}.lora_B.default.weight"] = (module.out_features, rank)
+        planned[f"{prefix}.lora_A.default.weight"] = (rank, inner)
+        planned[f"{prefix}.lora_B.default.weight"] = (outer, rank)
         if lora.dora:
-            planned[f"{prefix}.lora_magnitude_vector.default.weight"] = (module.out_features,)
+            planned[f"{prefix}.lora_magnitude_vector.default.weight"] = (outer,)
     return planned
 
 

@@ -319,6 +319,7 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         report_to="none",
         dataloader_pin_memory=job.device == "cuda",
         ddp_find_unused_parameters=False,
+        router_aux_loss_coef=0.0,  # routers and experts are frozen: their balance is not ours to train
     )
     # Without a launcher Trainer takes every visible GPU for itself: twice the rows a step, and the loss scaled for it.
     # The recipe's batch is the recipe's; several GPUs are used through `accelerate launch` (GPUS=N).

@@ -118,7 +118,7 @@ def test_two_processes_under_zero2_train_the_adapter_of_one(fresh):
 FAILS = """
 import os, pathlib
 if os.environ.get("RANK") == "1":
-    from finetune.backends import watchdog
+    from finetune.train import divergence as watchdog
     look = watchdog.Watchdog.look
     def fails(self, step, *rest):
         if step == 3:
@@ -146,7 +146,7 @@ FULL = """
 import os
 if os.environ.get("RANK") == "1":
     import torch
-    from finetune.backends import out_of_memory
+    from finetune.train import oom as out_of_memory
     halving = out_of_memory.halving
     def full(attempt, base, micro, *rest, **more):
         def fails(rows):

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import InputError
+from finetune.gguf import support
 from finetune.gguf import writer as gguf_writer
+from finetune.gguf.reader import GgufWeights
 from finetune.gguf.vocabulary import Vocabulary, read_sentencepiece, read_vocabulary
 from finetune.tiny.model import train_tokenizer
 from finetune.utils.files import read_json
@@ -75,6 +77,59 @@ def test_greedy_answers_are_equal(tmp_path: Path, kind: str, written: str) -> No
             if weight.ndim > 1:
                 weight.copy_(weight.to(DTYPES[written]))
     assert greedy(reload(write(folder, tmp_path / "x.gguf", written))) == greedy(merged)
+
+
+WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {  # at values that are easily left out of a file
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "sliding_window": 8}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window": 8}),
+    "phi3": ("phi3", {"sliding_window": 8}),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", {"use_bias": True, "sliding_window": 8}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("written", ["f32", "bf16"])
+def test_transformers_reads_back_weights_and_greedy_answers(tmp_path: Path, name: str, written: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, config = WRITTEN[name]
+    folder = save_tiny(tmp_path / "model", kind, "bfloat16" if written == "bf16" else "float32", **config)
+    path = write(folder, tmp_path / "x.gguf", written)
+    assert field(path, "general.architecture") == name
+    read = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, config=AutoConfig.from_pretrained(folder)
+    ).eval()
+    merged = load(folder)
+    offset = support.of_config(read_json(folder / "config.json")).offset
+    for weight_name, weight in merged.state_dict().items():
+        exact = weight.float() + offset - offset if weight_name.endswith("norm.weight") else weight
+        assert torch.equal(read.state_dict()[weight_name], exact), weight_name
+    assert greedy(read) == greedy(merged)
+    own = GgufWeights(path, gguf_writer.plan(folder, read_json(folder / "config.json"), written))
+    own.require_same(read.state_dict())
+    assert max(own.difference(p) for p in own.planned.values()) <= 2**-23
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar is 20"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "every 6th layer"),
+        ("gemma3", {"rope_local_base_freq": 5000.0}, "rotary base of 10000"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type longrope"),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted_is_compared(
+    tmp_path: Path, name: str, change: dict[str, Any], words: str
+) -> None:
+    kind, config = WRITTEN[name]
+    plain = read_json(save_tiny(tmp_path / "model", kind, **config) / "config.json")
+    assert support.problem(plain) is None
+    odd = {k: v for k, v in plain.items() if k != "rope_parameters"} if "rope" in str(change) else plain
+    assert words in str(support.problem({**odd, **change}))
 
 
 def test_rows_left_in_place_are_seen(tmp_path: Path) -> None:
@@ -168,7 +223,7 @@ def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no GGUF of GemmaForCausalLM .* Qwen2ForCausalLM"):
         gguf_writer.plan(folder, read_json(folder / "config.json"), "f32")
     with pytest.raises(InputError, match=r"model\.layers\.0\.other\.weight has no place"):
-        gguf_writer.tensor_name("model.layers.0.other.weight")
+        support.tensor_name("model.layers.0.other.weight", support.ARCHITECTURES["LlamaForCausalLM"])
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from finetune.errors import FinetuneError, InputError
 from finetune.merge import blocks
-from finetune.merge.blocks import merged_pieces, merged_tensors
+from finetune.merge.blocks import merged_pieces, merged_tensor, merged_tensors
 from finetune.merge.nf4_round_trip import RoundTrip
 from finetune.merge.plan import plan_merge
 from tests.helpers.merge_reference import (
@@ -28,7 +30,7 @@ from tests.helpers.merge_reference import (
     tensors_of,
     write,
 )
-from tests.helpers.tiny_models import save_adapter, save_tiny
+from tests.helpers.tiny_models import load, save_adapter, save_tiny
 
 
 @pytest.fixture
@@ -125,10 +127,57 @@ def test_what_is_not_supported_is_refused_by_name(
         plan_merge(base, adapter, "float32")
 
 
-def test_architectures_converted_on_load_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base = save_tiny(tmp_path / "moe", "mixtral", num_local_experts=2)
-    with pytest.raises(InputError, match="converts the weights of mixtral"):
-        plan_merge(base, pair[1], "float32")
+def test_tensors_keep_the_names_of_the_base_where_transformers_renames_and_converts_them(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "mixtral", num_local_experts=2)
+    save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    plan = plan_merge(base, tmp_path / "adapter", "float32")
+    assert set(plan.targets) == set(load_file(base / "model.safetensors"))
+    changed = {name for name, target in plan.targets.items() if target.changes}
+    assert changed == {f"model.layers.{i}.self_attn.{m}_proj.weight" for i in (0, 1) for m in "qv"}
+    state = load(base).state_dict()  # whose experts are fused
+    fused = [name for name in state if "experts" in name]
+    assert len(fused) == 4 and not set(fused) & set(plan.targets)
+    assert all(
+        torch.equal(merged_tensor(plan, name), state[name]) for name in [*fused, "model.layers.0.mlp.gate.weight"]
+    )
+
+
+def test_only_a_conversion_of_an_adapted_tensor_is_refused(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = pair
+    weights = load_file(base / "model.safetensors")
+    named = dict(weights)
+    for layer in (0, 1):  # a checkpoint that holds what the model splits
+        name = f"model.layers.{layer}.mlp.{{}}_proj.weight".format
+        named[name("gate_up")] = torch.cat([named.pop(name("gate")), named.pop(name("up"))])
+    save_file(named, base / "model.safetensors")
+    rule = WeightConverter("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], [Chunk(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [rule])
+    plan = plan_merge(base, adapter, "float32")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert name not in plan.targets and torch.equal(merged_tensor(plan, name), weights[name])
+    config = {**json.loads((adapter / "adapter_config.json").read_text()), "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    moved = {k.replace("down_proj", "up_proj"): v.T for k, v in factors.items() if "down_proj" in k}
+    a, b = ".lora_A.weight", ".lora_B.weight"
+    swapped = {k.replace(a, "?").replace(b, a).replace("?", b): v.contiguous() for k, v in moved.items()}
+    save_file(swapped, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"up_proj\.weight, which transformers converts on load \(from .*gate_up_proj"):
+        plan_merge(base, adapter, "float32")
+
+
+def test_parts_beside_the_model_are_carried_and_unused_parts_of_it_are_refused(pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "mtp.norm.weight": torch.ones(3)}, base / "model.safetensors")
+    plan = plan_merge(base, adapter, "float32")
+    assert not plan.targets["mtp.norm.weight"].changes and plan.stored.unused == ("mtp.norm.weight",)
+    for name in ("model.norm.bias", "model.layers.2.mlp.up_proj.weight", "model.layers.0.other.weight"):
+        save_file({**weights, name: torch.ones(3)}, base / "model.safetensors")
+        with pytest.raises(InputError, match=f"the weights hold {name}"):
+            plan_merge(base, adapter, "float32")
 
 
 def test_a_base_that_is_quantised_already_is_refused(pair: tuple[Path, Path]) -> None:

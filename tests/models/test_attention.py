@@ -10,9 +10,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.errors import FinetuneError
-from finetune.models import attention, loading
+from finetune.models import attention, loading, trial
 from finetune.recipe import Model, Runtime
-from finetune.utils.files import read_json, write_json
+from finetune.utils.files import write_json
 from tests.helpers import varlen_reference
 from tests.helpers.tiny_models import VOCABULARY, save_tiny
 from tests.helpers.tiny_models import load as load_tiny
@@ -196,19 +196,22 @@ def test_what_a_kernel_cannot_do_is_said(monkeypatch, precision, settings, why):
 def test_on_a_gpu_that_has_it_the_kernel_is_taken_if_its_trial_went_well(tmp_path, monkeypatch, wrong, name):
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
     monkeypatch.setattr(attention, "_trial", lambda *_: wrong)
+    monkeypatch.setattr(attention, "_model_trial", lambda *_: None)
     found, lines = said(tmp_path, "cuda", True, "bf16")
     assert found == name and attention.is_varlen(found) == (wrong is None)
     assert wrong is None or wrong in lines[0]
 
 
-def test_an_architecture_whose_attention_is_not_known_goes_without(tmp_path, monkeypatch):
+@pytest.mark.parametrize("off, name", [(0.0, attention.VARLEN), (0.4, "sdpa")])
+def test_a_tiny_copy_of_the_base_must_compute_the_same(off, name, tmp_path, monkeypatch):
     """gpt-oss hands its attention sinks, Llama 4 its chunks: a kernel that does not heed them would train without."""
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
     monkeypatch.setattr(attention, "_trial", lambda *_: None)
-    folder = save_tiny(tmp_path / "base", "llama")
-    write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "olmo"})
+    monkeypatch.setattr(attention, "torch_kernel", varlen_reference.kernel)
+    monkeypatch.setattr(trial, "deviation", lambda *_: off)
     lines = []
-    assert attention.choose("cuda", True, "bf16", folder, lines.append) == "sdpa" and "suit olmo" in lines[0]
+    assert attention.choose("cuda", True, "bf16", save_tiny(tmp_path / "base", "llama"), lines.append) == name
+    assert ("40% off" in lines[0]) == (name == "sdpa")
 
 
 def test_names_that_are_told_where_documents_end():

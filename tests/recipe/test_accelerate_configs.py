@@ -130,7 +130,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, MistralConfig
-from finetune.backends import distribution
+from finetune.train import distributed as distribution
 from finetune.train.trainer import save_adapter
 
 def model():
