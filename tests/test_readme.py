@@ -32,6 +32,7 @@ def test_the_glossary_has_the_limits_of_the_verdict():
     from finetune.eval import verdict
 
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-    for value in (f"{verdict.FEW_ROWS} rows", f"{verdict.ENDS_WELL:.0%}".replace("%", " %"), f"{verdict.MEMORISED_NATS} nats",
+    shares = (f"{verdict.ENDS_WELL:.0%}".replace("%", " %"), f"{verdict.MEMORISED_NATS} nats")
+    for value in (f"{verdict.FEW_ROWS} rows", *shares,
                   f"{verdict.COPIED_NATS} nats", f"Fewer than {verdict.FEW_STEPS}"):  # fmt: skip
         assert value in text, value

@@ -11,9 +11,9 @@ from pathlib import Path
 from finetune.data.readers import local_rows
 from finetune.data.sources import SAMPLE_ROWS, read_source
 from finetune.errors import InputError
+from finetune.estimate.rows import Measured, measure
 from finetune.filters.private_text import warning
 from finetune.init.columns import Chosen, Column, check_names, describe, suggest, swapped, table
-from finetune.init.sizing import Measured, measure
 from finetune.recipe import LocalSource
 from finetune.recipe.data import local_path
 from finetune.recipe.filters import parse_condition
