@@ -23,8 +23,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
+    str, typer.Argument(metavar="RECIPE", help="A path, or the name of a recipe.", autocompletion=complete_recipe)
 ]
 RunName = Annotated[
     str,
@@ -53,13 +52,13 @@ def validate(
     """Check recipes: every error, with file, line and field."""
     from finetune.errors import InputError
     from finetune.pipeline.recipe_checks import absent
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
     problems = []
     for name in recipes:
         try:
-            loaded = load_recipe(name, sets or [])
+            loaded = load_recipe(name, sets or [], artifacts)
             missing = absent(loaded)
             if not missing and loaded.recipe.lora.start_from is not None:
                 from finetune.pipeline.preflight import start_mismatches
@@ -86,12 +85,12 @@ def plan(
     """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
     from finetune.pipeline import plan as pipeline_plan
     from finetune.pipeline import preflight, run_view, runner
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
     store = Store(artifacts, scratch)
     planned = run_view.with_start(
-        load_recipe(recipe, sets or []).recipe, store, lambda line: typer.echo(line, err=True)
+        load_recipe(recipe, sets or [], artifacts).recipe, store, lambda line: typer.echo(line, err=True)
     )
     steps = runner.plan(planned, store)
     result = pipeline_plan.predict(planned, steps, device, store.scratch)
@@ -188,10 +187,10 @@ def inspect(
 ) -> None:
     """Rendered rows as the model sees them, the supervised text coloured."""
     from finetune.cli import show as cli_show
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
-    loaded, store = load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch)
+    loaded, store = load_recipe(recipe, sets or [], artifacts).recipe, Store(artifacts, scratch)
     if html is None:
         cli_show.print_rows(loaded, store, rows or 5)
     else:

@@ -14,11 +14,12 @@ from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
 from finetune.pipeline import launch, run_view, runner
+from finetune.pipeline.recipe_names import load_recipe
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
 from finetune.recipe import Recipe
-from finetune.recipe.load import LoadedRecipe, load_recipe
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
 from finetune.utils.streams import print_text
@@ -45,7 +46,7 @@ def run_recipe(
     # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     rank, world = launch.ranks(os.environ)
-    loaded = load_recipe(name, sets)
+    loaded = load_recipe(name, sets, artifacts)
     screen = Screen(silent=rank != 0)
     store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
@@ -120,7 +121,7 @@ def launch_recipe(
     """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
     if launch.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
-    load_recipe(name, sets)  # a mistake in it is said once, and here
+    load_recipe(name, sets, artifacts)  # a mistake in it is said once, and here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
     arguments += ["--mirror", mirror] if mirror else []
