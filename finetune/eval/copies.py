@@ -37,14 +37,19 @@ def read_copies(samples: Path, train: Path) -> Copies | None:
 
     if not samples.is_file() or not train.is_file():
         return None
-    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = []
+    for line in samples.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # torn by a kill
+            break
     rows = (row.joined("assistant") for _, row in zip(range(MOST_ROWS), read_rows(train), strict=False))
     return count_copies(lines, rows)
 
 
 def count_copies(samples: Sequence[Mapping[str, Any]], train: Iterable[str]) -> Copies:
     """Compare {"adapter": {"text"}, "reference"} of each sample with the training answers; short ones are left out."""
-    texts = [(s["adapter"]["text"], s["reference"]) for s in samples]
+    texts = [(str(s.get("adapter", {}).get("text", "")), str(s.get("reference", ""))) for s in samples]
     answers = [(_runs(a), _runs(r)) for a, r in texts if len(_words(a)) >= SHORTEST and len(_words(r)) >= SHORTEST]
     wanted: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, pair in enumerate(answers):
