@@ -16,6 +16,7 @@ from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.eval.copies import Copies, read_copies
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
+BARELY = 0.97  # ratio of perplexities: a smaller change is surely there and hardly felt
 FEW_ROWS = 30  # held-out rows: fewer cannot tell a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
@@ -130,6 +131,8 @@ def _better(train: Metrics, evaluate: Metrics) -> Line:
     if not ends:
         return Line(question, "UNKNOWN", f"{figures}, on one row only{after}", UNSURE)
     figures += f", ratio {now / before:.3g} (95 %: {ends[0]:.3g} to {ends[1]:.3g})"
+    if ends[1] < 1 and now > BARELY * before:
+        return Line(question, "BARELY", f"{figures}; train longer or at a higher train.learning_rate{after}", UNSURE)
     if ends[1] < 1:
         return Line(question, "yes", figures + after, UNSURE if few else GOOD)
     if ends[0] > 1:

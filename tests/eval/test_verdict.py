@@ -43,6 +43,7 @@ def test_no_training_no_verdict():
     [
         (0, {"measured": evaluate(0.99, 0.95, 1.03)}, BAD, "NO DIFFERENCE"),
         (0, {"measured": evaluate(1.2, 1.1, 1.3)}, BAD, "WORSE"),
+        (0, {"measured": evaluate(0.993, 0.992, 0.994)}, UNSURE, "BARELY"),
         (0, {"measured": {}}, UNSURE, "not measured"),
         (0, {"train": {"steps": 2, "loss": 3.0}}, UNSURE, "ONLY 2 OPTIMISER STEPS"),
         (1, {"train": {"steps": 150, "loss": 0.1}}, BAD, "Memorised? YES"),
