@@ -155,16 +155,21 @@ def _voice(
     pad_token: str | None,
 ) -> Voice:
     from finetune.models.loading import load_tokenizer
-    from finetune.tokenization.chat_template import JinjaRenderer
+    from finetune.tokenization.chat_template import JinjaRenderer, base_template
     from finetune.tokenization.encoder import Encoder
     from finetune.tokenization.template_profile import TemplateProfile
 
     tokenizer: Any = load_tokenizer(tokenizer_folder)
-    file = template_folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.chat_template
-    if not template:
+    special = tokenizer.special_tokens_map
+    files = [template_folder / "template" / "inference.jinja", template_folder / "chat_template.jinja"]
+    trained = next((f.read_text(encoding="utf-8") for f in files if f.is_file()), None)
+    if trained is None and not tokenizer.chat_template:
         raise InputError(f"{template_folder} has no chat template (chat_template.jinja): it was not made to chat")
-    profile = TemplateProfile(JinjaRenderer(template, tokenizer.special_tokens_map))
+    template, tool_use = (trained, None) if trained else base_template(tokenizer)
+    second = files[0].with_name("inference_tool_use.jinja")
+    if trained and second.is_file():
+        tool_use = second.read_text(encoding="utf-8")
+    profile = TemplateProfile(JinjaRenderer(template, special), JinjaRenderer(tool_use, special) if tool_use else None)
     stops = terminators or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     if not stops:
         raise InputError(f"{template_folder} names no token that ends an answer (generation_config.json: eos_token_id)")

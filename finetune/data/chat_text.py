@@ -80,9 +80,10 @@ ALPACA_PREAMBLES = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.",
 )
-ALPACA = re.compile(
-    r"\s*(?P<preamble>[^#]*?)\s*### Instruction:\s*\n(?P<instruction>.*?)"
-    r"(?:\n+### Input:\s*\n(?P<input>.*?))?\n+### Response:[ \t]*\n?(?P<output>.*?)(?:</s>|<\|endoftext\|>)?\s*",
+ALPACA_START = re.compile(r"(?:<s>)?\s*(?P<preamble>[^#]*?)\s*(?=### Instruction:)")
+ALPACA_TURN = re.compile(
+    r"### Instruction:\s*\n(?P<instruction>.*?)(?:\n+### Input:\s*\n(?P<input>.*?))?"
+    r"\n+### Response:[ \t]*\n?(?P<output>.*?)(?:</s>|<\|endoftext\|>)?\s*(?=### Instruction:|\Z)",
     re.S,
 )
 LLAMA2_START = re.compile(r"\s*(?:<s>\s*)?\[INST\]")
@@ -104,9 +105,8 @@ def parse_chat_text(text: str, where: str = "text") -> tuple[str, tuple[Message,
     """
     if LLAMA2_START.match(text):
         return "[INST]", parse_llama2(text, where)
-    if "### Instruction:" in text and (found := ALPACA.fullmatch(text)):
-        if (parsed := _alpaca(found)) is not None:
-            return "### Instruction:", parsed
+    if "### Instruction:" in text and "### Response:" in text and (found := ALPACA_START.match(text)):
+        return "### Instruction:", _alpaca(found, text, where)
     start = _BEGIN.match(text)
     at = start.end() if start else 0
     for notation in NOTATIONS:
@@ -168,16 +168,20 @@ def _role(written: str, where: str) -> str:
     return role
 
 
-def _alpaca(found: re.Match[str]) -> tuple[Message, ...] | None:
-    """One question and answer under the headings of Alpaca's prompt; a preamble of its own is a system turn."""
-    parts = [found["instruction"], found["input"] or "", found["output"]]
-    if any("### Instruction:" in part or "### Response:" in part for part in parts):
-        return None
-    preamble = found["preamble"].strip()
-    question, given = found["instruction"].strip(), (found["input"] or "").strip()
-    system = () if preamble in ALPACA_PREAMBLES else (Message("system", preamble),)
-    user = Message("user", f"{question}\n\n{given}" if given else question)
-    return (*system, user, Message("assistant", found["output"].strip()))
+def _alpaca(start: re.Match[str], text: str, where: str) -> tuple[Message, ...]:
+    """Questions and answers under the headings of Alpaca's prompt; a preamble of its own is a system turn."""
+    preamble = start["preamble"].strip()
+    messages = [] if preamble in ALPACA_PREAMBLES else [Message("system", preamble)]
+    position = start.end()
+    while position < len(text):
+        turn = ALPACA_TURN.match(text, position)
+        if turn is None or any("### Response:" in (turn[part] or "") for part in ("instruction", "input", "output")):
+            raise RowError("control_tokens", where, repr(text[position : position + 40]), ADVICE)
+        question, given = turn["instruction"].strip(), (turn["input"] or "").strip()
+        messages.append(Message("user", f"{question}\n\n{given}" if given else question))
+        messages.append(Message("assistant", turn["output"].strip()))
+        position = turn.end()
+    return tuple(messages)
 
 
 def parse_llama2(text: str, where: str = "text") -> tuple[Message, ...]:

@@ -40,7 +40,7 @@ def json_lines(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line, parse_constant=_no_constant)
+            value = _LINE.decode(line)
         except json.JSONDecodeError as error:
             problem = f"line {number}, column {error.colno}: {_json_problem(error)}{_array_hint(line)}"
             yield RawRow(number, None, problem, line[:200])
@@ -279,3 +279,6 @@ def _json_problem(error: json.JSONDecodeError) -> str:
     # a comma before a closing bracket is what people write most
     comma = error.doc[: error.pos].rstrip()[-1:] == "," and rest[:1] in "}]"
     return f"{error.msg} at {rest!r}{' (take out the comma before it)' if comma and rest else ''}"
+
+
+_LINE = json.JSONDecoder(parse_constant=_no_constant)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -99,36 +100,62 @@ def write_rows(path: Path, rows: Iterable[Example], chunk: int = 10_000) -> int:
 
     No more than `chunk` rows are held at a time, and no more than ROW_GROUP_CHARACTERS of text and one row.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     count = characters = 0
     with pq.ParquetWriter(path, rows_schema(), compression="zstd") as writer:
-        batch: list[dict[str, object]] = []
+        batch: list[Example] = []
         for row in rows:
-            batch.append(_as_dict(row))
+            batch.append(row)
             count += 1
-            characters += len(row.text or "") + len(row.extra or "") + sum(len(m.content) for m in row.messages)
+            characters += len(row.text or "") + len(row.extra or "") + sum([len(m.content) for m in row.messages])
             if len(batch) == chunk or characters >= ROW_GROUP_CHARACTERS:
-                writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+                writer.write_table(_as_table(batch))
                 batch, characters = [], 0
-        writer.write_table(pa.Table.from_pylist(batch, rows_schema()))
+        writer.write_table(_as_table(batch))
     return count
 
 
 def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
-    """The rows of a file that `write_rows` wrote, in order, one row group and `chunk` rows of memory at a time."""
+    """The rows of a file that `write_rows` wrote, in order, one row group and `chunk` rows of memory at a time.
+
+    `learn` and `tools` have their defaults in files of earlier releases, which have no such columns.
+    """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False) as file:  # which would read all row groups ahead
         for batch in file.iter_batches(batch_size=chunk):
-            yield from map(example_of, batch.to_pylist())
+            yield from examples_of(batch)
 
 
-def example_of(row: Mapping[str, Any]) -> Example:
-    """One row of such a file as an Example; `learn` and `tools` have their defaults in files without them."""
-    messages = tuple(Message(**m) for m in row["messages"])
-    return Example(row["id"], row["source"], messages, row["text"], row["extra"], row.get("tools"))
+def examples_of(batch: pa.RecordBatch) -> Iterator[Example]:
+    """The rows of a batch of such a file; whole columns are converted at once, which takes a third of the time."""
+    messages = batch.column("messages")
+    fields = {f.name: i for i, f in enumerate(messages.type.value_type)}
+    parts = messages.flatten().flatten()
+    turns = map(Message, *(parts[fields[name]].to_pylist() for name in ("role", "content", "extra", "learn")
+                           if name in fields))  # fmt: skip
+    names = [name for name in ("id", "source", "text", "extra", "tools") if name in batch.schema.names]
+    columns = [batch.column(name).to_pylist() for name in names]
+    for length, row_id, source, text, extra, *tools in zip(messages.value_lengths().to_pylist(), *columns, strict=True):
+        yield Example(row_id, source, tuple(islice(turns, length)), text, extra, *tools)
+
+
+def _as_table(rows: Sequence[Example]) -> pa.Table:
+    import pyarrow as pa
+
+    schema = rows_schema()
+    turns = [m for row in rows for m in row.messages]
+    message = schema.field("messages").type
+    columns = ([m.role for m in turns], [m.content for m in turns], [m.extra for m in turns], [m.learn for m in turns])
+    fields = list(message.value_type)
+    structs = pa.StructArray.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], fields=fields
+    )
+    offsets = pa.array([0, *accumulate(len(row.messages) for row in rows)], pa.int32())
+    texts = {f.name: pa.array([getattr(r, f.name) for r in rows], f.type) for f in schema if f.name != "messages"}
+    lists = pa.ListArray.from_arrays(offsets, structs, type=message)
+    return pa.table([lists if f.name == "messages" else texts[f.name] for f in schema], schema=schema)
 
 
 def write_table(
@@ -161,15 +188,3 @@ def reject_writer(path: Path, chunk: int = 10_000) -> Iterator[Callable[[Reject]
 
         yield write
         writer.write_table(pa.Table.from_pylist(batch, schema))
-
-
-def _as_dict(row: Example) -> dict[str, object]:
-    messages = [{"role": m.role, "content": m.content, "extra": m.extra, "learn": m.learn} for m in row.messages]
-    return {
-        "id": row.id,
-        "source": row.source,
-        "messages": messages,
-        "text": row.text,
-        "extra": row.extra,
-        "tools": row.tools,
-    }

@@ -75,6 +75,8 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
         except RowError as error:
             if error.reason == "unused_column":
                 raise FormatError(f"row {_row_id(label, file, raw)}: {error}") from None
+        except RecursionError:
+            continue  # refused when its turn comes
 
 
 def _row_id(label: str, file: str, raw: RawRow) -> str:
@@ -93,6 +95,8 @@ def _converted(
             yield to_example(raw.row, decision, row_id, label)
         except RowError as error:
             yield Reject(row_id, label, error.reason, _printable(str(error)), _printable(_shown(raw.row)))
+        except RecursionError:
+            yield Reject(row_id, label, "nested", "a column is nested too deeply", _printable(_shown(raw.row)))
     everywhere = set().union(*columns_of.values())
     for column in sorted(everywhere):
         lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
@@ -129,7 +133,7 @@ def _file_rows(source: LocalSource, columns_of: dict[str, set[str]]) -> Iterator
         seen = columns_of.setdefault(file.name, set())
         for raw in local_rows(file.path, source.encoding):
             if raw.row is not None and not raw.row.keys() <= seen:
-                seen |= raw.row.keys()
+                seen.update(raw.row)
             yield file.name, raw
 
 

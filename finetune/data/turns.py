@@ -45,6 +45,7 @@ READ_ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), CALLS),
 }
+ROLE_NAMES = "system, user, assistant, tool or another name of these (human, gpt, function_call, …)"
 LEARN_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "learn")  # 0 or false: no label
 MASK_KEYS = ("mask", "masked")  # 1 or true: no label
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -56,6 +57,7 @@ def turn_notation(value: object) -> tuple[str, str] | None:
 
     ("", "") for a list of texts, None for what is no list of turns.
     """
+    written = isinstance(value, str)
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
             return None
@@ -71,7 +73,7 @@ def turn_notation(value: object) -> tuple[str, str] | None:
     if not isinstance(first, Mapping):
         return None
     there = {k for k, v in first.items() if v is not None}
-    return _role_and_content(there) or _pair(there) or ("role", "content")
+    return _role_and_content(there) or _pair(there) or (None if written else ("role", "content"))
 
 
 def turns_of(where: str, value: object, notes: Counter[str]) -> tuple[Message, ...]:
@@ -163,10 +165,10 @@ def _add_calls(messages: list[Message], calls: list[dict[str, Any]], extra: dict
 
 def _role(where: str, value: object) -> str:
     if not isinstance(value, str):
-        raise RowError("role", where, kind(value), listed(READ_ROLES))
+        raise RowError("role", where, kind(value), ROLE_NAMES)
     role = READ_ROLES.get(value.strip().lower().replace("-", "_").replace(" ", "_"))
     if role is None:
-        raise RowError("role", where, repr(value), listed(READ_ROLES), nearest(value, READ_ROLES))
+        raise RowError("role", where, repr(value), ROLE_NAMES, nearest(value, READ_ROLES))
     return role
 
 

@@ -29,14 +29,14 @@ def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from finetune.data.records import example_of
+    from finetune.data.records import examples_of
 
     wanted = pa.array(sorted(ids), pa.string())
     found = {}
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            for row in batch.filter(pc.is_in(batch.column("id"), value_set=wanted)).to_pylist():
-                found[row["id"]] = example_of(row)
+            for row in examples_of(batch.filter(pc.is_in(batch.column("id"), value_set=wanted))):
+                found[row.id] = row
     return found
 
 

@@ -98,9 +98,12 @@ def tree_bytes(folder: Path) -> int:
     return total
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))  # made once, for every row
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _CANONICAL.encode(value)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -70,7 +70,7 @@ def pipe(folder: Path) -> Path:
 Make = Callable[[Path], Path]
 PATHS: dict[str, tuple[Make, str]] = {
     "missing": (lambda f: f / "x.jsonl", r"there is no file .*x\.jsonl; .*beside the recipe"),
-    "folder": (lambda f: f, r"is a folder; name one file in it"),
+    "folder": (lambda f: f, r"is a folder without a file of rows; a file's name ends in \.jsonl"),
     "symlink_loop": (lambda f: link(f, "x.jsonl"), r"x\.jsonl' cannot be looked at: .*; name another file"),
     "dangling_link": (lambda f: link(f, "gone.jsonl"), r"x\.jsonl is a link to a file that is not there"),
     "pipe": (pipe, r"x\.jsonl is no regular file but a pipe.*save its rows in a file"),
@@ -103,8 +103,12 @@ FILES: dict[str, tuple[str, bytes | list[object], str]] = {
     "gzip_cut": ("x.jsonl.gz", PACKED[:-20], r"x\.jsonl\.gz, line \d+: found a file that is damaged or cut off"),
     "no_gzip": ("x.jsonl.gz", LINES, r"x\.jsonl\.gz, line 1: found .*Not a gzipped file"),
     "not_utf8": ("x.jsonl", LINES + b'{"a": "\xff"}\n', r"x\.jsonl, line 5: found the byte 0xff at byte 7"),
-    "utf16": ("x.jsonl", LINES.decode().encode("utf-16"), r"x\.jsonl, line 1: found UTF-16.*save it as UTF-8"),
-    "utf16_unmarked": ("x.jsonl", LINES.decode().encode("utf-16-le"), r"line 1: found a zero byte.*save it as UTF-8"),
+    "utf16": ("x.jsonl", LINES.decode().encode("utf-16"), r"x\.jsonl, line 1: found UTF-16.*set encoding: utf-16 on"),
+    "utf16_unmarked": (
+        "x.jsonl",
+        LINES.decode().encode("utf-16-le"),
+        r"line 1: found a zero byte.*set encoding: utf-16-le on",
+    ),
     "trailing_comma": ("x.jsonl", b'{"a": 1,}\n', r"line 1, column 9: .*take out the comma before it"),
     "array_on_a_line": ("x.jsonl", [GOOD], r"line 1: found \[.*holds one array .* is named \.json"),
     "array_over_lines": ("x.jsonl", json.dumps(GOOD, indent=1).encode(), r"line 1.* is named \.json"),
@@ -253,10 +257,10 @@ def test_a_source_described_wrongly_is_refused(lab: Laboratory, source: dict[str
 def test_every_depth_of_nesting_is_read_or_refused(lab: Laboratory) -> None:
     calls = ["[" * depth + "]" * depth for depth in (*range(1, 900, 90), *range(900, 1000, 3), 5000)]
     head = json.dumps(FINE["messages"])[:-2]
-    lines = [f'{{"messages": {head}, "tool_calls": {call}}}]}}' for call in calls]
+    lines = [f'{{"messages": {head}, "tool_calls": [{{"name": "f", "arguments": {call}}}]}}]}}' for call in calls]
     done = lab.run(lab.put("x.jsonl", "\n".join([json.dumps(FINE), *lines])), sets=["dedup=null"])
     refused, dropped = done.metrics["ingest"]["refused"], done.metrics["render"]["dropped"]
-    assert refused["unreadable"] > 1 and dropped > 1  # too deep for JSON; too deep for the template
+    assert refused["unreadable"] > 1 and refused["nested"] > 1  # too deep for JSON; too deep to take nulls out
     assert done.metrics["render"]["rows"] + dropped + sum(refused.values()) == 1 + len(lines)
 
 

@@ -96,3 +96,26 @@ def test_tokens() -> None:
     assert basic.tokens_outside(3, None, None) is None
     assert basic.tokens_outside(11, None, 10) == basic.Drop("tokens", "11 tokens, at most 10", 11, 10)
     assert basic.tokens_outside(9, 10, None) == basic.Drop("tokens", "9 tokens, at least 10", 9, 10)
+
+
+CALL = '{"tool_calls":[{"function":{"arguments":{},"name":"look"},"type":"function"}]}'
+
+
+def test_a_row_without_a_learned_answer_is_left_out():
+    asked, masked = Message("user", "Hi"), Message("assistant", "WRONG", learn=False)
+    assert basic.no_assistant(Example("a:1", "a", (asked, masked))).reason == "no_assistant"
+    assert basic.no_assistant(Example("a:1", "a", (asked, masked, asked, Message("assistant", "Ho")))) is None
+
+
+def test_tool_turns_alternate_and_may_be_silent():
+    asked, call, result = Message("user", "Hi"), Message("assistant", "", CALL), Message("tool", "")
+    for turns in (
+        (asked, call),
+        (asked, call, result, result, Message("assistant", "Ho")),
+        (asked, call, result, call),
+    ):
+        row = Example("a:1", "a", turns)
+        assert basic.empty_turn(row) is None and basic.not_alternating(row) is None
+        assert basic.length_outside(row, "assistant", 1, None) is None
+    assert basic.not_alternating(Example("a:1", "a", (asked, result))).reason == "alternate"
+    assert basic.empty_turn(Example("a:1", "a", (asked, Message("assistant", "")))).reason == "empty"

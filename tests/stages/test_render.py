@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,9 +37,11 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
-def run(spec: Render, inputs: dict[str, Path], out: Path) -> dict[str, object]:
+def run(spec: Render, inputs: dict[str, Path], out: Path, lines: list[str] | None = None) -> dict[str, object]:
     out.mkdir()
     context = Context(scratch=out.parent, runtime=Runtime(), tracking=Tracking())
+    if lines is not None:
+        context = replace(context, say=lines.append)
     return render.run(spec, inputs, out, context)
 
 
@@ -129,3 +132,30 @@ def test_a_template_file_is_trained_and_travels(inputs, tmp_path) -> None:
     before = render.fingerprint(spec)
     file.write_text("changed", encoding="utf-8")
     assert render.fingerprint(spec) != before
+
+
+def test_one_training_row_is_shown_as_the_model_sees_it(inputs, tmp_path) -> None:
+    lines: list[str] = []
+    run(Render(), inputs, tmp_path / "out", lines)
+    shown = lines[-1]
+    assert "[INST] What is 0 and </s>? [/INST]" in shown and "It is 0, the sea." in shown
+    row = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()[0]
+    assert f"{row['supervised']} of {row['length']} ids supervised" in shown
+    before, _, behind = shown.partition("\n")[2].partition("»")
+    assert "What is 0" in before and "It is 0" not in before and "</s>" in behind and "«" in behind
+    assert f"ids {row['input_ids'][0]} '<s>'" in shown and f"{row['input_ids'][-1]} '</s>'" in shown
+
+
+def test_typed_special_text_and_masked_turns_are_reported(inputs, tmp_path) -> None:
+    some = rows(30)
+    turns = (*some[0].messages[:1], Message("assistant", "so it is", learn=False), *some[1].messages)
+    write_rows(inputs["split"] / "train.parquet", [*some, Example("r:99", "r", turns)])
+    (inputs["split"] / "eval.parquet").unlink()
+    lines: list[str] = []
+    metrics = run(Render(), inputs, tmp_path / "out", lines)
+    shown = "\n".join(lines)
+    assert "31 rows hold the text '</s>', a special token of this base" in shown and "0 of these rows hold it" in shown
+    assert "1 of 32 assistant turns carry no label: the row says that this turn is not learned" in shown
+    assert metrics["special_text"] == {"</s>": 31} and metrics["masked_turns"] == 1
+    audit = read_json(tmp_path / "out" / "audit.json")["splits"]["train"]
+    assert audit["special_text"] == {"</s>": {"rows_with_text": 31, "rows_with_id": 0}} and audit["answers"] == 32
