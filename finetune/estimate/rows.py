@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from finetune.data.files import data_files
 from finetune.data.records import ROLES, Example, Reject
 from finetune.filters.conditions import check_of
 from finetune.filters.private_text import count_private
@@ -110,6 +111,6 @@ def expect(recipe: Recipe) -> Expected | None:
 
 def _more(source: LocalSource, found: Measured) -> float:
     """How many times the rows that were read the file holds, by its bytes (packed ones hold about four times more)."""
-    paths = getattr(source, "paths", None) or [source.path]
-    size = sum(path.stat().st_size * (4 if path.suffix in (".gz", ".zst", ".parquet") else 1) for path in paths)
+    files = [f.path for f in data_files(source.paths)]
+    size = sum(path.stat().st_size * (4 if path.suffix in (".gz", ".zst", ".parquet") else 1) for path in files)
     return max(1.0, size / max(1, found.characters))

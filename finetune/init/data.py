@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.data.readers import local_rows
 from finetune.data.sources import SAMPLE_ROWS, read_source
+from finetune.data.text_files import encoding_of
 from finetune.errors import InputError
 from finetune.estimate.rows import Measured, measure
 from finetune.filters.private_text import warning
@@ -23,6 +24,7 @@ Ask = Callable[[str, str], str]
 """Asks a person: the question and the answer that an empty line stands for."""
 
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.zst)?$")
+TEXT = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?$")
 CANONICAL = {"question": "prompt", "answer": "completion", "system": "system"}  # of the format prompt_completion
 NONE = "none"
 
@@ -86,10 +88,16 @@ def _no_columns(chosen: Chosen, data: str) -> None:
 
 
 def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | None) -> Data:
-    sample = [r.row for r in islice(local_rows(file), SAMPLE_ROWS) if r.row is not None]
+    fields: dict[str, object] = {"source": "local", "path": file.absolute()}
+    encoding = encoding_of(file) if file.is_file() and TEXT.search(file.name) else None
+    encoding = None if encoding == "utf-8" else encoding
+    if encoding is not None:
+        fields["encoding"] = encoding
+    one = chosen.given or file.is_file()  # else a folder or a pattern
+    found_rows = local_rows(file, encoding) if one else ()
+    sample = [r.row for r in islice(found_rows, SAMPLE_ROWS) if r.row is not None]
     columns = describe(sample)
     notes = [f"{file.name}: columns, each with a sample value:\n{table(columns)}"] if columns else []
-    fields: dict[str, object] = {"source": "local", "path": file.absolute()}
     if not chosen.given:
         try:
             decision, rows = read_source(LocalSource.model_validate(fields), file.name, Path())

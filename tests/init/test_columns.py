@@ -77,6 +77,11 @@ def test_what_cannot_be_is_refused(chosen, sentence, tickets):
     assert not (tickets / "tickets.yaml").exists()
 
 
+def test_a_file_that_is_not_there_is_named(tickets):
+    with pytest.raises(InputError, match=r"no file .*gone\.csv"):
+        write(data="gone.csv")
+
+
 def test_force_keeps_two_sides_that_seem_swapped(tickets):
     write(Chosen("agent_reply", "customer_message"))
     assert load_recipe("tickets.yaml").recipe.data[0].columns["prompt"] == "agent_reply"
@@ -101,3 +106,13 @@ def test_sides_are_told_apart_without_names():
     assert suggest(describe(ROWS)) == ("a", "b")
     assert suggest(describe([{"n": 1}])) == ("", "") and describe([]) == []
     assert swapped("reply", "question", []) and not swapped("question", "reply", []) and not swapped("x", "y", [])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_other_encodings_and_delimiters_are_recognised(encoding, delimiter, tickets):
+    text = "\n".join(delimiter.join([f"Wo ist Päckchen {i}?", f"Das Päckchen {i} kommt über Köln."]) for i in range(40))
+    (tickets / "t.csv").write_bytes(f"frage{delimiter}antwort\n{text}\n".encode(encoding))
+    said = write(Chosen("frage", "antwort"), data="t.csv")
+    source = load_recipe("tickets.yaml").recipe.data[0]
+    assert source.encoding == (None if encoding.startswith("utf-8") else encoding) and "40 of 40 rows kept" in said
