@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -13,21 +13,23 @@ from finetune.errors import InputError
 from finetune.estimate.choice import DEVICES, Options
 from finetune.estimate.memory import Training
 from finetune.estimate.shapes import read_shapes
+from finetune.eval.verdict import few_steps
+from finetune.init.columns import Chosen
+from finetune.init.data import FILE, Ask, Data, read_data
+from finetune.init.preview import preview
+from finetune.init.sizing import batch_for, held_out_fraction, length_for
 from finetune.pipeline.recipe_checks import absent
-from finetune.recipe import LocalSource, Recipe
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.files import canonical_json, read_json
 from finetune.utils.resources import resource
 
-Ask = Callable[[str, str], str]
-"""Asks a person: the question and the answer that an empty line stands for."""
-
 DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_DEVICE = "t4"
 LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the longest that fits is taken
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
-FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
 TINY = (  # recipes/tiny-pydoc.yaml tells why
@@ -37,6 +39,8 @@ TINY = (  # recipes/tiny-pydoc.yaml tells why
 )
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
+ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
+TINY_RATE = "a rate for a small model: a 7B takes 2e-4"
 COMMENTS = {  # by what a line begins with
     "schema:": "the version of this format",
     "name:": "runs lie in artifacts/runs/NAME",
@@ -45,8 +49,15 @@ COMMENTS = {  # by what a line begins with
     "eval_data:": "held out, and no row of data repeats one",
     "  - {source: local": "its format was found by its columns",
     "  - {source: hub": "split: train, format: auto, where not written",
+    "  - source: local": "a file of this machine",
+    "    format:": "how a row is laid out",
+    "    path:": "beside this recipe, or under the working folder",
+    "    columns:": "the format's names, each with yours",
     "  - {source: pydoc": "rows made of Python's own documentation",
+    "filter: {keep_where": "conditions on other columns of the file",
     "filter:": "rejects.parquet says why a row is left out",
+    "split:": "the share of rows that is held out to measure on",
+    "pack:": "few rows: each is a row of the batch",
     "render:": "tokens of a row; GPU memory grows with them",
     "lora:": "r: the adapter's size; alpha / r scales it",
     "train:": "a step learns from batch_rows, on any number of GPUs",
@@ -71,11 +82,19 @@ def write_recipe(
     eval_data: str | None = None,
     force: bool = False,
     ask: Ask | None = None,
+    chosen: Chosen = Chosen(),  # noqa: B008 - frozen
+    store: Store | None = None,
 ) -> str:
-    """Write the recipe and return what to tell the person: its text, where it lies, what comes next.
+    """Write the recipe and return what to tell the person: its text, what was found in the data, what comes next.
 
-    `ask` is None where nobody can be asked; then a missing answer raises InputError, as do a model, data or a device
-    that cannot be, and a file that is there already.
+    `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
+    `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
+    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others; in
+    `store` a finished base is looked for, to show one row with its labels.
+
+    Raises:
+        InputError: an answer is missing and nobody can be asked; a model, data, a column or a device that cannot be; a
+            file that is there already.
     """
     missing = [f"--{n}" for n, v in (("name", name), ("model", model), ("data", data)) if v is None]
     if missing and ask is None:
@@ -87,54 +106,122 @@ def write_recipe(
             device = ask(f"GPU to fit ({', '.join(DEVICES)}, or cpu)", DEFAULT_DEVICE)
         name = name or ask("name of the recipe", suggested_name(data))
     assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
-    path = _path("out" if out else "name", str(out or _default_path(name)))
-    if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"--out {path}: a recipe's file ends in .yaml")
-    if path.exists() and not force:
-        raise InputError(f"{path} is there already; --force writes over it, --out names another")
-    text, notes = recipe_text(name, model, data, device or DEFAULT_DEVICE, path, eval_data)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    if problems := absent(load_recipe(str(path))):
-        raise InputError("\n".join(problems))
+    path = target(name, out, force=force)
+    data_found = read_data(data, chosen, tiny=model.startswith("builtin:"), force=force, ask=ask)
+    text, notes = recipe_text(name, model, data_found, device or DEFAULT_DEVICE, path, eval_data)
+    recipe = write_file(text, path)
+    measured = data_found.measured
+    if store is not None and measured is not None and measured.first is not None:
+        notes.append(preview(recipe, measured.first, store))
     called = path.stem if path.parent == Path("recipes") else path
     lines = [text, *notes, f"wrote {path}", f"next: finetune plan {called}, then finetune run {called}"]
     return "\n".join(lines)
 
 
+def target(name: str, out: Path | None, *, force: bool) -> Path:
+    """Return the file to write. Raises InputError for another ending, and for a file that is there without `force`."""
+    path = _path("out" if out else "name", str(out or _default_path(name)))
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--out {path}: a recipe's file ends in .yaml")
+    if path.exists() and not force:
+        raise InputError(f"{path} is there already; --force writes over it, --out names another")
+    return path
+
+
+def write_file(text: str, path: Path) -> Recipe:
+    """Write a recipe that was validated. Raises InputError if it cannot be written, or names what is not there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    loaded = load_recipe(str(path))
+    if problems := absent(loaded):
+        raise InputError("\n".join(problems))
+    return loaded.recipe
+
+
+def from_axolotl(file: Path, name: str | None, out: Path | None, *, force: bool = False) -> str:
+    """Write the recipe for an axolotl configuration; returns its text and the keys that have no counterpart."""
+    from finetune.init import axolotl
+
+    found = axolotl.translate(axolotl.read(file), name or suggested_name(file.stem))
+    path = target(found.recipe["name"], out, force=force)
+    for source in found.recipe.get("data", []):
+        if source["source"] == "local":
+            source["path"] = _written_path(_path("from", source["path"]), path)
+    text = "\n".join([*_schema_line(path), f"# Translated from axolotl's {file.name}.", axolotl.text(found)])
+    parse_recipe(text, path)
+    lines = [text]
+    lines += [f"needs no key: {key} ({why})" for key, why in found.by_itself.items()]
+    lines += [f"NO COUNTERPART: {key}: {why}" for key, why in found.lost.items()]
+    write_file(text, path)
+    return "\n".join([*lines, f"wrote {path}", f"next: finetune plan {path}, then finetune run {path}"])
+
+
+def _held_out(data: str, path: Path) -> str:
+    """The recipe's line for rows to evaluate on: a file, a folder or a pattern if there is one, else a Hub data set."""
+    file = _path("eval-data", data)
+    pattern = any(c in data for c in "*?[")
+    if not (file.exists() or pattern or data.startswith((".", "/", "~")) or data.count("/") != 1):
+        return f"{{source: hub, id: {_scalar(data)}}}"
+    return f"{{source: local, path: {_scalar(_written_path(file, path))}}}"
+
+
 def recipe_text(
-    name: str, model: str, data: str, device: str, path: Path, eval_data: str | None = None
+    name: str, model: str, data: Data, device: str, path: Path, eval_data: str | None = None
 ) -> tuple[str, list[str]]:
-    """The validated recipe that will lie at `path`, in 15 lines at most, and notes for the person.
+    """The validated recipe that will be at `path`, in 16 lines at most, and notes for the person.
 
     Raises InputError where a value cannot be, or nothing of this model fits the device.
     """
     if device.lower() not in (*DEVICES, "cpu"):
         raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}, cpu")
-    source, form, notes = _source(data, path)
     where = _written_model(model, path)
-    head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", f"  - {source}"]
+    source = data.lines(lambda file: _written_path(file, path), _scalar)
+    head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", *source]
     if eval_data is not None:
-        held_out, _, more = _source(eval_data, path)
-        head += ["eval_data:", f"  - {held_out}"]
-        notes += more
-    if model.startswith("builtin:"):
+        head += ["eval_data:", f"  - {_held_out(eval_data, path)}"]
+    tiny = model.startswith("builtin:")
+    if tiny and data.measured is None:
         lines = [*head, *TINY]
         _parse(lines, path)
-        own = {"train:": "a rate for a small model: a 7B takes 2e-4"}
-        return _text("any machine with 2 cores and 4 GB of memory; no GPU", lines, path, own), notes
+        return _text(ANY_MACHINE, lines, path, {"train:": TINY_RATE}), data.notes
     bare = _parse(head, path)
-    template, note = ("", "") if form == "text" else _template(bare, where)
-    best, positions = "", _positions(bare)
-    for length in [n for n in LENGTHS if n <= positions] or [positions]:
-        lines = [*head, f"render: {{{template}max_length_tokens: {length}}}", LORA, TRAIN]
-        fits, best = _fits(_parse(lines, path), device.lower())
+    template, note = ("", "") if tiny or data.format == "text" else _template(bare, where)
+    positions = 512 if tiny else _positions(bare)
+    lengths = [n for n in LENGTHS if n <= positions] or [positions]
+    if data.measured is not None:
+        wanted = length_for(data.measured, lengths)
+        lengths = [n for n in lengths if n <= wanted]
+    best = ""
+    for length in lengths:
+        sized, notes = _sized(data, length, "1e-2" if tiny else "2e-4")
+        lines = [*head, *sized[:-1], f"render: {{{template}max_length_tokens: {length}}}", LORA, sized[-1]]
+        fits, best = (True, ANY_MACHINE) if tiny else _fits(_parse(lines, path), device.lower())
         if fits:
-            return _text(best, lines, path, {"render:": note} if note else {}), notes
+            _parse(lines, path)
+            own = {**({"render:": note} if note else {}), **({"train:": TINY_RATE} if tiny else {})}
+            return _text(best, lines, path, own), [*data.notes, *notes]
     raise InputError(best)
+
+
+def _sized(data: Data, length: int, rate: str) -> tuple[list[str], list[str]]:
+    """The lines that depend on the number of rows, train last, and a note on how they were chosen."""
+    keep = [f"filter: {{keep_where: [{', '.join(canonical_json(c) for c in data.keep)}]}}"] if data.keep else []
+    found = data.measured
+    if found is None:
+        return [*keep, TRAIN], []
+    sizing, share = batch_for(found, length), held_out_fraction(found)
+    lines = [*keep, *([f"split: {{eval_fraction: {share:g}}}"] if share != 0.05 else [])]
+    lines += [] if sizing.packed else ["pack: null"]
+    train = f"train: {{learning_rate: {rate}, epochs: {sizing.epochs}, batch_rows: {sizing.batch_rows}}}"
+    about = "about " if found.whole else "over "
+    words = f"{found.kept:,} rows, about {sum(found.lengths):,} tokens: {about}{sizing.steps:,} optimiser steps"
+    notes = [f"{words}, about {round(share * found.kept):,} rows held out"]
+    if few := few_steps(sizing.steps, "add rows; so few cannot teach a model much"):
+        notes.append(few)
+    return [*lines, train], notes
 
 
 def suggested_name(data: str) -> str:
@@ -173,24 +260,6 @@ def _schema_line(path: Path) -> list[str]:
 
 def _parse(lines: list[str], path: Path) -> Recipe:
     return parse_recipe("\n".join(lines), path)
-
-
-def _source(data: str, path: Path) -> tuple[str, str, list[str]]:
-    """The line of the recipe, the format ("" where it is not known yet), and what was found in the file."""
-    if data == "pydoc":
-        return "{source: pydoc}", "messages", []
-    file = _path("data", data)
-    named = FILE.search(data) or any(c in data for c in "*?[")
-    if not (file.exists() or named or data.startswith((".", "/", "~")) or data.count("/") > 1):
-        return f"{{source: hub, id: {_scalar(data)}}}", "", [f"{data}: its format is found when it is read"]
-    from finetune.data.sources import read_source
-
-    local = LocalSource(source="local", path=file.absolute())
-    decision, _ = read_source(local, file.name, Path())
-    found = f"{file.name}: format {decision.format}, since {decision.why}"
-    notes = [found + (f"; not used: {', '.join(decision.unused)}" if decision.unused else "")]
-    where = _written_path(file, path)
-    return f"{{source: local, path: {_scalar(where)}, format: {decision.format}}}", decision.format, notes
 
 
 def _path(option: str, text: str) -> Path:

@@ -35,13 +35,13 @@ def validate(
 ) -> None:
     """Check recipes: every error, with file, line and field."""
     from finetune.pipeline.recipe_checks import absent
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
     problems = []
     for name in recipes:
         try:
-            loaded = load_recipe(name, sets or [])
+            loaded = load_recipe(name, sets or [], artifacts)
             missing = absent(loaded)
             if not missing and loaded.recipe.lora.start_from is not None:
                 from finetune.pipeline.preflight import start_mismatches
@@ -68,11 +68,11 @@ def plan(
     """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
     from finetune.pipeline import plan as pipeline_plan
     from finetune.pipeline import preflight, run_view, runner
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
     store = Store(artifacts, scratch)
-    planned = run_view.with_start(load_recipe(recipe, sets or []).recipe, store, note)
+    planned = run_view.with_start(load_recipe(recipe, sets or [], artifacts).recipe, store, note)
     steps = runner.plan(planned, store)
     result = pipeline_plan.predict(planned, steps, device, store.scratch)
     if line := preflight.more_epochs(planned, steps, store):
@@ -100,14 +100,8 @@ def run(
     """Run a recipe: every stage that is not there yet, or whose inputs changed."""
     from finetune.cli.run import launch_recipe, run_recipe
 
-    asked: dict[str, Any] = {
-        "until": until,
-        "sets": sets or [],
-        "artifacts": artifacts,
-        "scratch": scratch,
-        "fresh": fresh,
-    }
-    asked |= {"force": force, "mirror": mirror}
+    asked: dict[str, Any] = {"until": until, "sets": sets or [], "artifacts": artifacts, "scratch": scratch}
+    asked |= {"fresh": fresh, "force": force, "mirror": mirror}
     if processes > 1:
         launch_recipe(recipe, processes, **asked)
     else:
@@ -157,10 +151,10 @@ def inspect(
 ) -> None:
     """Rendered rows as the model sees them, the supervised text coloured."""
     from finetune.cli import show as cli_show
+    from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
-    from finetune.recipe.load import load_recipe
 
-    loaded, store = load_recipe(recipe, sets or []).recipe, Store(artifacts, scratch)
+    loaded, store = load_recipe(recipe, sets or [], artifacts).recipe, Store(artifacts, scratch)
     if html is None:
         cli_show.print_rows(loaded, store, rows or 5)
     else:
@@ -182,6 +176,9 @@ def publish(
     run: RunName,
     repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Push although the adapter is no better than its base.")
+    ] = False,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
@@ -189,7 +186,7 @@ def publish(
     """Push the adapter or the merged model to the Hub, then verify what was pushed."""
     from finetune.cli.publish import publish_run
 
-    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch)
+    publish_run(run, repo=repo, dry_run=dry_run, sets=sets or [], artifacts=artifacts, scratch=scratch, force=force)
 
 
 @app.command()
@@ -358,13 +355,25 @@ def init(
     ] = None,
     device: Annotated[str | None, typer.Option(help="The GPU to fit: t4, l4, a100-40, h100 …; or cpu")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="Default: recipes/NAME.yaml.")] = None,
+    question: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the question.")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the answer.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column with a system text.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="'COLUMN>=N'", help="Keep only such rows.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="AXOLOTL.yaml", help="Translate an axolotl configuration.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
 ) -> None:
-    """Write a recipe; asks for what is not given."""
-    from finetune.cli.init import ask_terminal, write_recipe
+    """Write a recipe for your data, sized to its rows; asks on a terminal for what is not given."""
+    from finetune.cli.init import ask_terminal, from_axolotl, write_recipe
+    from finetune.init.columns import Chosen
+    from finetune.pipeline.store import Store
 
     ask = ask_terminal if sys.stdin.isatty() else None
-    print_text(write_recipe(name, model, data, device, out, eval_data=eval_data, force=force, ask=ask))
+    more: dict[str, Any] = {"eval_data": eval_data, "force": force, "ask": ask, "store": Store(ARTIFACTS, SCRATCH)}
+    more["chosen"] = Chosen(question, answer, system, tuple(keep or ()))
+    axolotl = from_ and from_axolotl(from_, name, out, force=force)
+    print_text(axolotl or write_recipe(name, model, data, device, out, **more))
 
 
 @app.command()

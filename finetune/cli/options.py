@@ -13,7 +13,7 @@ from finetune.utils.resources import complete_recipe
 
 RecipeName = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A path, or the name of a file in recipes/.", autocompletion=complete_recipe),
+    typer.Argument(metavar="RECIPE", help="A path, or the name of a recipe.", autocompletion=complete_recipe),
 ]
 RunName = Annotated[
     str,

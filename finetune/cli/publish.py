@@ -26,6 +26,7 @@ def publish_run(
     sets: Sequence[str],
     artifacts: Path,
     scratch: Path,
+    force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Push what a finished run made; prints where it went, or, dry, the files and the card. Returns the receipt."""
@@ -72,7 +73,7 @@ def publish_run(
     )
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card)
+        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card, force=force)
     if not quiet:
         _print_receipt(receipt)
     return receipt

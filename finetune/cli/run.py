@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,12 +12,14 @@ from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
 from finetune.pipeline import launch, run_view, runner
+from finetune.pipeline.recipe_names import load_recipe
 from finetune.pipeline.runs import Run
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
 from finetune.recipe import Recipe
-from finetune.recipe.load import LoadedRecipe, load_recipe
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
 from finetune.utils.streams import print_text
@@ -44,7 +46,7 @@ def run_recipe(
     # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     rank, world = launch.ranks(os.environ)
-    loaded = load_recipe(name, sets)
+    loaded = load_recipe(name, sets, artifacts)
     screen = Screen(silent=rank != 0)
     store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
@@ -66,6 +68,8 @@ def run_recipe(
         def after_building(step: runner.Step) -> None:
             if rank == 0:
                 _check_on_base(run_view.with_start(loaded.recipe, store), step, until)
+                for line in warnings_before_training(loaded.recipe, step):
+                    screen.say(line)
 
         try:
             steps = runner.run(
@@ -77,7 +81,7 @@ def run_recipe(
             if rank == 0 and not stop.signal_number and not record.refused:
                 _write_report(store, record, screen)
     if rank == 0:
-        _print_result(loaded, steps, record, time.monotonic() - start)
+        _print_result(loaded, steps, record, time.monotonic() - start, until)
     return record
 
 
@@ -117,7 +121,7 @@ def launch_recipe(
     """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
     if launch.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
-    load_recipe(name, sets)  # a mistake in it is said once, and here
+    load_recipe(name, sets, artifacts)  # a mistake in it is said once, and here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
     arguments += ["--mirror", mirror] if mirror else []
@@ -155,13 +159,70 @@ def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None
         preflight.check_adapter(recipe, step.folder)
 
 
+def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]:
+    """Warn of private text once the rows are split, and of few optimiser steps once they are rendered or packed."""
+    from finetune.publish.private_rows import private_text
+    from finetune.train.batch import sizing_advice, total_steps
+
+    name, manifest = step.stage.name, step.manifest
+    if manifest is None or step.folder is None or recipe.train is None:
+        return
+    if name == ("split" if recipe.split else "dedup") and (
+        line := private_text(recipe, {name: step.folder}, "training")
+    ):
+        yield line
+    if name != ("pack" if recipe.pack else "render"):
+        return
+    bins = int(manifest.metrics.get("bins") or manifest.metrics.get("rows") or 0)
+    documents = int(manifest.metrics.get("documents") or bins)
+    steps = total_steps(bins, recipe.training)
+    if line := few_steps(steps, sizing_advice(documents, bins)):
+        yield f"train: {line}"
+
+
+def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
+    """Rows that each stage left out, wherever it wrote them down; stages that left none out are not named."""
+    found = {}
+    for step in steps:
+        files = step.manifest.files if step.manifest else {}
+        named = [files[n].rows or 0 for n in ("refused.parquet", "rejects.parquet", "pairs.parquet") if n in files]
+        if total := sum(named):
+            found[step.stage.name] = total
+    return found
+
+
+def _print_verdict(steps: Sequence[runner.Step]) -> Verdict | None:
+    """The verdict in five lines, as at the head of the report."""
+    done = {s.stage.name: s for s in steps if s.manifest}
+    metrics = {name: s.manifest.metrics for name, s in done.items() if s.manifest}
+    judged = verdict_of(metrics, {name: s.folder for name, s in done.items()})
+    if judged is not None:
+        print_text("\nverdict")
+        for line in judged.lines:
+            print_text(f"  {line}")
+        print_text(f"  ({DEFINITIONS})")
+    return judged
+
+
+def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None) -> str:
+    """Return the command that mostly comes next for this recipe."""
+    name = loaded.recipe.name
+    if judged is None:
+        return f"next: finetune run {loaded.path}" if until else f"next: finetune show {name}"
+    if judged.refusal:
+        return f"next: finetune report {name}, then change train in {loaded.path} and run it again"
+    return f"next: finetune chat {name}"
+
+
 def _rejecting(steps: list[runner.Step]) -> list[str]:
     """The stages that left rows out, each of which its rejects.parquet names."""
     files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
     return [name for name, file in files.items() if file and file.rows]
 
 
-def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float) -> None:
+def _print_result(
+    loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float, until: str | None
+) -> None:
     rows = []
     for step in steps:
         m = step.manifest
@@ -185,8 +246,13 @@ def _print_result(loaded: LoadedRecipe, steps: list[runner.Step], record: Run, s
     if (report := record.folder / "report.html").is_file():
         print_text(f"{'report':>20}  {report}")
     print_text(f"{'run':>20}  {record.folder}\n{seconds:.1f} s")
+    if dropped := dropped_rows(steps):
+        words = ", ".join(f"{count:,} by {stage}" for stage, count in dropped.items())
+        print_text(f"{'rows left out':>20}  {sum(dropped.values()):,}: {words}")
+    judged = _print_verdict(steps)
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
+    print_text(f"\n{next_step(loaded, judged, until)}")
     if loaded.recipe.model.kind == "builtin":
-        print_text("\nA real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")
+        print_text("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")

@@ -14,14 +14,16 @@ from finetune.dedup.embedding_timing import embedding_time
 from finetune.errors import InputError
 from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
 from finetune.estimate.memory import Training, disk, ram, windowed
+from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
+from finetune.eval.verdict import few_steps
 from finetune.lora.config import check_modules
 from finetune.models.device import machine_notes
 from finetune.models.inventory import notes, why_not_packed
 from finetune.pipeline.preflight import refuse_start
 from finetune.pipeline.recipe_checks import base_problem
 from finetune.recipe import Recipe
-from finetune.train.batch import total_steps
+from finetune.train.batch import sizing_advice, total_steps
 
 if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
@@ -115,13 +117,21 @@ def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None
 
 
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
-    """Rows, tokens and optimiser steps, once render and pack have counted them."""
+    """Rows, tokens and optimiser steps: counted by render and pack, before that estimated from local files."""
     pack, render = by_name["pack"], by_name["render"]
     last = pack.manifest or (render.manifest if pack.status == "off" else None)
     if last is None:
-        return {"rows": None, "tokens": None, "steps": None}
-    rows = int(last.metrics.get("bins") or last.metrics.get("rows") or 0)
-    return {"rows": rows, "tokens": int(last.metrics.get("tokens") or 0), "steps": total_steps(rows, recipe.training)}
+        if recipe.train is None or (found := expect(recipe)) is None:
+            return {"rows": None, "tokens": None, "steps": None}
+        counted = {"rows": found.rows, "tokens": found.tokens, "documents": found.documents, "estimated": True}
+    else:
+        rows = int(last.metrics.get("bins") or last.metrics.get("rows") or 0)
+        documents = int(last.metrics.get("documents") or rows)
+        tokens = int(last.metrics.get("tokens") or 0)
+        counted = {"rows": rows, "tokens": tokens, "documents": documents, "estimated": False}
+    steps = total_steps(counted["rows"], recipe.training)
+    few = few_steps(steps, sizing_advice(counted["documents"], counted["rows"])) if recipe.train else ""
+    return {**counted, "steps": steps, "few_steps": few}
 
 
 def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
@@ -180,7 +190,12 @@ def describe(result: dict[str, Any]) -> str:
     if result["tokens"] is None:
         lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
     else:
-        lines.append(f"  tokens      {result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps")
+        about, why = ("about ", ", estimated from the files") if result["estimated"] else ("", "")
+        lines.append(
+            f"  tokens      {about}{result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps{why}"
+        )
+        if result["few_steps"]:
+            lines.append(f"  WARNING     {result['few_steps']}")
     if result["embedding"]:
         lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
     if result["devices"]:

@@ -35,7 +35,9 @@ _MODEL = """\
 # {{ repo }}
 
 {{ summary }}
-
+{% for line in warnings %}
+**{{ line }}**
+{% endfor %}
 - Base: {{ base_words }}
 - Kind: {{ kind_words }}
 {%- if template %}
@@ -81,7 +83,12 @@ _MODEL = """\
 No figures were recorded.
 {% endif %}
 ## Evaluation
-{% if evaluation %}
+{% if verdict %}
+{%- for line in verdict %}
+- {{ line.question }} {{ line.answer }}: {{ line.words }}
+{%- endfor %}
+{% endif %}
+{%- if evaluation %}
 On held-out rows of the same data. Perplexity is exp(sum of negative log-likelihoods / supervised tokens); `stop_rate` \
 is the share of greedy generations that end by themselves.
 {%- if measured_on %} Measured: {{ measured_on }}.{% endif %}
@@ -223,6 +230,8 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
         machine=trained(facts.recipe) + sections.machine(facts),
         training=sections.training(facts.metrics),
         evaluation=evaluation,
+        verdict=sections.verdict_lines(facts),
+        warnings=sections.warnings(facts),
         measured_on=Markdown(measured_on),
         samples=sections.samples(facts),
         certificate=sections.certificate_words(facts.certificate),

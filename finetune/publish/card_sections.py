@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.eval.answer_metrics import words_of
 from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import BAD, Line, few_steps
 from finetune.hub.client import Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped, number
@@ -177,6 +178,24 @@ def samples(facts: Facts) -> list[dict[str, str]]:
         ends = {f"{who}_end": "" if line[who]["finish"] == "stop" else " (did not end)" for who in ("base", "adapter")}
         found.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
     return found
+
+
+def verdict_lines(facts: Facts) -> tuple[Line, ...]:
+    """The verdict, but for its last line: that is advice for the publisher."""
+    return facts.verdict.lines[:-1] if facts.verdict else ()
+
+
+def warnings(facts: Facts) -> list[str]:
+    """What a reader of the card must know first: no difference from the base, few steps, memorised rows."""
+    found = []
+    train, evaluate = (facts.metrics.get(stage) or {} for stage in ("train", "evaluate"))
+    if facts.verdict and facts.verdict.refusal:
+        found.append(f"Warning: {facts.verdict.refusal}.")
+    if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
+        found.append(f"Warning: trained for {train['steps']} optimiser steps only.")
+    if facts.verdict and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines):
+        found.append("Warning: it repeats its training rows (see Evaluation).")
+    return found if evaluate or train else []
 
 
 def _clipped(text: str) -> str:

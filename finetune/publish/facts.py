@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from finetune.eval.verdict import Verdict
 from finetune.hub.client import Kind
 from finetune.recipe import Recipe
 
@@ -30,6 +31,7 @@ class Facts:
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown
     rows: Mapping[str, Json] = field(default_factory=dict)  # split → {"rows", "columns"} of the data set's repository
     siblings: Mapping[Kind, str] = field(default_factory=dict)  # kind → repository of the same act
+    verdict: Verdict | None = None  # on the run as a whole
 
 
 @dataclass(frozen=True)

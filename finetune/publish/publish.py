@@ -20,7 +20,9 @@ from typing import Any
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.eval.verdict import verdict_of
 from finetune.hub.client import Kind
+from finetune.publish import private_rows
 from finetune.publish.contents import CARD, collect
 from finetune.publish.facts import CardWriter, Facts
 from finetune.recipe import HubSource, Recipe
@@ -75,6 +77,8 @@ def publish(
     dry_run: bool,
     ctx: Context,
     card: CardWriter,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Stage each kind in a folder of its own under `ctx.scratch`, push it, compare, load it, and write the receipt.
 
@@ -86,6 +90,7 @@ def publish(
         dry_run: only list what would be pushed, with the cards; no network, no receipt.
         ctx: where to stage, and whom to tell.
         card: writes README.md.
+        force: push although the adapter does not differ from its base, or is worse.
 
     Returns:
         {"recipe", "dry_run", "licences": {label: name}, "pushes": [push_folder's receipt with "loaded", or {"kind",
@@ -93,13 +98,17 @@ def publish(
 
     Raises:
         InputError: nothing finished to push; a local path or a credential in it; the Hub's 401, 403 and 404.
-        GateRefused: a licence forbids it; the Hub serves something else than was trained.
+        GateRefused: a licence forbids it; the adapter is no better than its base; the Hub serves something else than
+            was trained.
         FinetuneError: the Hub's other answers; the disk is too small for a copy.
     """
     targets = repositories(recipe, repo)
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     with _folder(ctx, "publish-made-") as made:
         facts = _facts(recipe, run, folders, targets)
+        _check_worth(facts, list(targets), ctx, force=force, dry_run=dry_run)
+        if line := private_rows.private_text(recipe, folders, "this push"):
+            ctx.say(line)
         collected = {kind: collect(kind, folders, made) for kind in targets}  # looked at before anything is asked
         facts = replace(facts, licences=_licences(facts, list(targets), ctx, ask=not dry_run))
         prepared = []
@@ -140,7 +149,7 @@ def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mappi
     template = _optional_json(folders.get("render"), "template/template.json")
     if "base" not in folders:
         raise InputError("cannot publish: stage base is not finished; run the recipe first")
-    samples = _lines(folders.get("evaluate"), "samples.jsonl")[: recipe.publish.samples]
+    samples = _lines(folders.get("evaluate"), "samples.jsonl")[: private_rows.samples_shown(recipe)]
     return Facts(
         recipe=recipe,
         recipe_text=text,
@@ -154,7 +163,19 @@ def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mappi
         steps=_lines(folders.get("train"), "metrics.jsonl"),
         samples=samples,
         siblings=targets,
+        verdict=verdict_of(run.metrics, folders),
     )
+
+
+def _check_worth(facts: Facts, kinds: list[Kind], ctx: Context, *, force: bool, dry_run: bool) -> None:
+    """Refuse a model that is no better than its base by the interval that was measured."""
+    refusal = facts.verdict.refusal if facts.verdict else ""
+    if not refusal or kinds == ["dataset"]:
+        return
+    if force or dry_run:
+        ctx.say(f"publish: {refusal}{'; pushed all the same, as --force asks' if force and not dry_run else ''}")
+        return
+    raise GateRefused(f"publish: {refusal}; train longer or on more rows; --force pushes it all the same")
 
 
 def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> dict[str, str]:

@@ -5,15 +5,40 @@ The sentence below a field is its documentation, as in `recipe/data.py`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, ValidationInfo, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import LANGUAGE, OWN, Count, Fraction, Pattern, Section, refuse
 
 Language = Annotated[str, Field(pattern=LANGUAGE)]
+CONDITION = re.compile(r"\s*([^<>=!\s].*?)\s*(>=|<=|==|!=|>|<|=)\s*(.*?)\s*")
+
+
+def parse_condition(text: str) -> tuple[str, str, str]:
+    """Return (column, operator, value) of `rating >= 4`; one = means ==. Raises ValueError for another form."""
+    found = CONDITION.fullmatch(text)
+    if found is None:
+        raise ValueError("a condition is COLUMN OPERATOR VALUE, as in rating >= 4; operators: >= <= > < == !=")
+    column, sign, value = found.groups()
+    sign = "==" if sign == "=" else sign
+    if sign not in ("==", "!="):
+        try:
+            float(value)
+        except ValueError:
+            raise ValueError(f"{sign} compares numbers, and {value!r} is no number; == and != compare texts") from None
+    return column, sign, value.strip("'\"") if sign in ("==", "!=") else value
+
+
+def _is_condition(text: str) -> str:
+    parse_condition(text)
+    return text
+
+
+Condition = Annotated[str, AfterValidator(_is_condition)]
 
 
 class Turns(Section):
@@ -165,6 +190,8 @@ class Filter(Section):
     """Leave out rows in which one of these regular expressions is found in any turn."""
     keep_matching: list[Pattern] = []
     """Keep only rows in which one of these regular expressions is found; an empty list keeps all."""
+    keep_where: list[Condition] = []
+    """Keep only rows whose other columns meet every condition, as in ["rating >= 4", "channel == mail"]."""
     rules: list[Rule] = []
     """Rules by name, in order: a bare name has its defaults, as in [refusals, {rule: links, max_share: 0.3}]."""
 

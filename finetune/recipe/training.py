@@ -288,8 +288,8 @@ class Publish(Section):
     """Whether a repository that is made is private."""
     license: str | None = None
     """The licence the cards name (apache-2.0); while null, what comes of a no-derivatives one is refused (exit 3)."""
-    samples: Annotated[int, Field(ge=0, le=10)] = 3
-    """Held-out prompts that a model card shows with the answers of base and adapter; 0 shows none."""
+    samples: Annotated[int, Field(ge=0, le=10)] | None = None
+    """Held-out prompts a model card shows with both answers; null: 3, and none if any source is a local file."""
 
 
 class Runtime(Section):

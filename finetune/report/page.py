@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import BAD, DEFINITIONS, Verdict, verdict_of
 from finetune.pipeline import run_view
 from finetune.pipeline.runs import recorded
 from finetune.pipeline.store import Store
@@ -46,6 +47,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     stages = _views(store, value)
     text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     recipe = _recipe(text, value)
+    judged = verdict_of({n: v.metrics for n, v in stages.items()}, {n: v.folder for n, v in stages.items()})
     predicted = _predicted(recipe, stages)
     return {
         "recipe": value["recipe"],
@@ -53,7 +55,9 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "date": _date(value["run"]),
         "model": recipe.model.id if recipe else "",
         "device": str(stages["train"].metrics.get("device", "")),
-        "result": result(stages),
+        "result": _shaded(result(stages), judged),
+        "verdict": judged,
+        "definitions": DEFINITIONS,
         "tiles": tiles(stages),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
@@ -147,6 +151,12 @@ def result(stages: Stages) -> dict[str, str]:
         words = f"Finished as far as {done[-1].name}; {left[0]} and what follows it has not run."
         return {"kind": "stopped", "words": words + loud}
     return {"kind": "stopped" if loud else "done", "words": _outcome(stages) + loud}
+
+
+def _shaded(found: dict[str, str], judged: Verdict | None) -> dict[str, str]:
+    """A finished run with a bad line in its verdict is not shown as a success."""
+    bad = judged is not None and judged.level == BAD
+    return {**found, "kind": "stopped"} if bad and found["kind"] == "done" else found
 
 
 def _outcome(stages: Stages) -> str:

@@ -41,6 +41,9 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
     match name:
         case "base":
             return f"{number('parameters', ',')} parameters"
+        case "ingest":
+            refused = sum((m.get("refused") or {}).values())
+            return f"{refused:,} refused" if refused else ""
         case "filter":
             reasons = m.get("rejected") or {}
             return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
@@ -52,7 +55,8 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
         case "split":
             return f"{number('groups', ',')} groups, {number('leaks', ',')} leaks"
         case "render":
-            return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated"
+            dropped = f", {m['dropped']:,} dropped" if m.get("dropped") else ""
+            return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated{dropped}"
         case "pack":
             return f"{number('efficiency', '.1%')} full"
         case "train" if "imported" in m:

@@ -109,7 +109,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 def rules_of(rules: Filter) -> Callable[[Example], basic.Verdict]:
     """All rules but the token count as one function: the first that leaves a row out names the reason."""
-    from finetune.filters import custom, language
+    from finetune.filters import conditions, custom, language
     from finetune.filters.registry import check_of
 
     drop = [re.compile(p) for p in rules.drop_matching]
@@ -123,6 +123,7 @@ def rules_of(rules: Filter) -> Callable[[Example], basic.Verdict]:
         lambda row: basic.length_outside(row, "user", *users),
         lambda row: basic.length_outside(row, "assistant", *answers),
         lambda row: basic.matching(row, drop, keep),
+        *([conditions.check_of(rules.keep_where)] if rules.keep_where else []),
         *(check_of(rule, custom.load, language.detector) for rule in rules.rules),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,41 @@ def total_steps(rows: int, train: Train) -> int:
     if train.max_steps is not None:
         return train.max_steps
     return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_rows)))
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A batch that suits a number of rows: `packed` False means that pack is better off."""
+
+    batch_rows: int
+    epochs: int
+    packed: bool
+    steps: int
+
+
+WANTED_STEPS = 60  # optimiser steps from which a schedule with a warm-up has room
+MOST_EPOCHS = 3  # more passes over the same rows mostly memorise them
+
+
+def size_to_rows(rows: int, bins: int) -> Sizing:
+    """Return the largest batch and the fewest epochs with WANTED_STEPS steps or more, packed rows first.
+
+    `bins` is the number of packed rows that `rows` documents fill. Where nothing reaches it: one row a step, unpacked.
+    """
+    bins, rows = max(1, min(bins, rows)), max(1, rows)
+    for units, packed, batches in ((bins, True, (16, 8, 4)), (rows, False, (16, 8, 4, 2, 1))):
+        for batch in batches:
+            for epochs in range(1, MOST_EPOCHS + 1):
+                if (steps := epochs * math.ceil(units / batch)) >= WANTED_STEPS:
+                    return Sizing(batch, epochs, packed, steps)
+    return Sizing(1, MOST_EPOCHS, False, MOST_EPOCHS * rows)
+
+
+def sizing_advice(rows: int, bins: int) -> str:
+    """What to set so that a training on these rows is long enough, as recipe fields."""
+    found = size_to_rows(rows, bins)
+    pack = "" if found.packed else "pack: null, "
+    return f"set {pack}train.batch_rows: {found.batch_rows} and train.epochs: {found.epochs} ({found.steps} steps)"
 
 
 def longest_row(rows: Path | pa.Table) -> int:

@@ -17,13 +17,14 @@ from finetune.estimate.choice import DEVICES
 from finetune.recipe import LocalSource
 from finetune.recipe.load import load_recipe
 
+ROW = json.dumps({"question": "a?", "answer": "b " * 3000, "id": 3}) + "\n"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a?", "answer": "b", "id": 3}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(ROW * 1000)
     return tmp_path
 
 

@@ -42,7 +42,8 @@ def prepared(work, changes="publish.what=[merged]", last="publish"):
     """The notebook as a person would fill in its form, as far as the cell `last`."""
     book = notebook()
     settings = next(c for c in book.cells if c.id == "settings")
-    settings.source = settings.source.replace('RECIPE = "mistral-guanaco"', 'RECIPE = "small.yaml"')
+    settings.source = settings.source.replace('RECIPE = "qwen2.5-7b-chat"', 'RECIPE = "small.yaml"')
+    settings.source = settings.source.replace("MAX_LENGTH_TOKENS = 1024", "MAX_LENGTH_TOKENS = 0")
     settings.source = settings.source.replace('CHANGES = ""', f'CHANGES = "{changes}"')
     assert settings.source.count("small.yaml") == 1 and changes in settings.source
     book.cells = book.cells[: [c.id for c in book.cells].index(last) + 1]
@@ -334,15 +335,74 @@ def test_on_colab_a_key_comes_from_its_secrets_and_is_never_shown(tmp_path):
     assert "['--set=seed=1', '--set=tracking.wandb=true']" in said
 
 
-def test_the_form_takes_data_and_rows_to_evaluate_on(tmp_path):
-    (tmp_path / "rows").mkdir()
-    start = (
-        f"import os, sys, json, subprocess\nfrom pathlib import Path\nchanges = []\nRECIPE = 'x'\n{cell('settings')}\n"
+def data_cell(tmp_path, data="rows.csv", **form):
+    """What the data cell does with this form; the program that stands in for the package prints its arguments."""
+    (tmp_path / "finetune").mkdir(exist_ok=True)
+    (tmp_path / "finetune" / "__init__.py").touch()
+    (tmp_path / "finetune" / "__main__.py").write_text(
+        "import sys; print(sys.argv[1:]); sys.exit('the columns are a, b' if 'bad.csv' in sys.argv else 0)"
     )
-    machine = cell("machine").partition('print("no GPU')[2].partition("\n")[2].partition('for name in ("t4"')[0]
-    code = f"{start}DATA, EVAL_DATA = 'rows', 'me/held'\n{machine}\nprint(*changes, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        '--set=data=[{"source": "local", "path": "rows"}]',
-        '--set=eval_data=[{"source": "hub", "id": "me/held"}]',
-    ]
+    fields = {"DATA": data, "EVAL_DATA": "", "QUESTION": "", "ANSWER": "", "SYSTEM": "", "KEEP": "", "BASE": "me/base", "GPU": "t4",
+              "MAX_LENGTH_TOKENS": 512, "RECIPE": "tiny-pydoc", **form}  # fmt: skip
+    before = "\n".join(f"{name} = {value!r}" for name, value in fields.items())
+    return subprocess.run(
+        [sys.executable, "-c", f"import subprocess, sys\nchanges = []\n{before}\n{cell('data')}\nprint(changes)"],
+        cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_data_cell_makes_a_recipe_of_a_file_by_form_fields(tmp_path):
+    done = data_cell(tmp_path, QUESTION="asked", ANSWER="said", KEEP="rating>=4")
+    assert "'--question', 'asked', '--answer', 'said', '--keep', 'rating>=4'" in done.stdout
+    assert "recipe  mine.yaml" in done.stdout and "['--set=render.max_length_tokens=512']" in done.stdout
+    assert "'--eval-data', 'held'" in data_cell(tmp_path, EVAL_DATA="held").stdout
+    assert "recipe  tiny-pydoc" in data_cell(tmp_path, data="").stdout
+    assert "the columns are a, b" in data_cell(tmp_path, data="bad.csv").stderr
+    assert "only Colab uploads here" in data_cell(tmp_path, data="upload").stderr
+
+
+def test_a_wheel_beside_the_notebook_is_installed_in_place_of_a_repository(tmp_path):
+    (tmp_path / "finetune-1.0-py3-none-any.whl").touch()
+    fake = (
+        "import subprocess\ndef run(command, **more):\n    print(command)\n    raise SystemExit\nsubprocess.run = run\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"{fake}REPO = 'https://github.com/OWNER/REPO'\n{cell('install')}"], cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "finetune-1.0-py3-none-any.whl" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "figures", "claim"),
+    [
+        ("evaluate", {}, ""),
+        ("evaluate", {"perplexity_adapter": 80.0}, "did not fall"),
+        ("evaluate", {"stop_rate": 0.0}, "no answer ends"),
+        ("merge", None, "no certified merged model"),
+    ],
+)
+def test_the_last_cell_asserts_what_the_notebook_claims(stage, figures, claim):
+    stages = {
+        "evaluate": {"metrics": {"perplexity_base": 74.0, "perplexity_adapter": 26.0, "stop_rate": 0.8}},
+        "certify": {"metrics": {"agreement": 0.998}},
+        "merge": {"status": "done"},
+    }
+    if figures is None:
+        stages["merge"]["status"] = "missing"
+    else:
+        stages[stage]["metrics"] |= figures
+    said = []
+    here = {
+        "json": json,
+        "RECIPE": "x",
+        "finetune": lambda *a, **k: json.dumps({"stages": stages}),
+        "print": said.append,
+    }
+    if claim:
+        with pytest.raises(AssertionError, match=claim):
+            exec(cell("check"), here)
+    else:
+        exec(cell("check"), here)
+        assert "74 → 26" in said[0] and "99.8%" in said[1]

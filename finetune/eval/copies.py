@@ -1,0 +1,76 @@
+"""How many sampled answers repeat an answer of the training rows, and how many held-out references do by chance.
+
+An answer repeats another if at least CONTAINED of its runs of RUN words are runs of that one answer. References are
+counted beside: in formulaic data they repeat training answers too, and that is not memorising.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.text import normalised
+
+RUN = 5
+CONTAINED = 0.8
+SHORTEST = 12  # words; a shorter answer repeats others without being learned by heart
+MOST_ROWS = 50_000  # training rows that are compared
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Of `samples` held-out prompts, how many generated answers and how many references repeat a training answer."""
+
+    samples: int
+    answers: int
+    references: int
+
+
+def read_copies(samples: Path, train: Path) -> Copies | None:
+    """Count from samples.jsonl of evaluate and train.parquet of split; None if either is not there."""
+    from finetune.data.records import read_rows
+
+    if not samples.is_file() or not train.is_file():
+        return None
+    lines = []
+    for line in samples.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # torn by a kill
+            break
+    rows = (row.joined("assistant") for _, row in zip(range(MOST_ROWS), read_rows(train), strict=False))
+    return count_copies(lines, rows)
+
+
+def count_copies(samples: Sequence[Mapping[str, Any]], train: Iterable[str]) -> Copies:
+    """Compare {"adapter": {"text"}, "reference"} of each sample with the training answers; short ones are left out."""
+    texts = [(str(s.get("adapter", {}).get("text", "")), str(s.get("reference", ""))) for s in samples]
+    answers = [(_runs(a), _runs(r)) for a, r in texts if len(_words(a)) >= SHORTEST and len(_words(r)) >= SHORTEST]
+    wanted: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for number, pair in enumerate(answers):
+        for side, runs in enumerate(pair):
+            for run in runs:
+                wanted[run].append((number, side))
+    most: Counter[tuple[int, int]] = Counter()
+    for answer in train:
+        shared = Counter(place for run in _runs(answer) if run in wanted for place in wanted[run])
+        for place, count in shared.items():
+            most[place] = max(most[place], count)
+    repeated = [
+        sum(most[number, side] >= CONTAINED * len(pair[side]) for number, pair in enumerate(answers)) for side in (0, 1)
+    ]
+    return Copies(len(answers), *repeated)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", normalised(text))
+
+
+def _runs(text: str) -> set[str]:
+    words = _words(text)
+    return {" ".join(words[i : i + RUN]) for i in range(max(0, len(words) - RUN + 1))}

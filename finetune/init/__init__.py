@@ -1,0 +1,1 @@
+"""Parts of `finetune init`: columns of a file, sizes, a preview row, other tools' files."""

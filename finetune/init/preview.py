@@ -1,0 +1,68 @@
+"""One row as the model will see it, with its labels marked, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune.data.records import Example
+from finetune.errors import FinetuneError
+from finetune.pipeline import runner
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
+from finetune.utils.format import visible
+
+MOST = 1200  # characters shown
+
+
+def preview(recipe: Recipe, row: Example, store: Store) -> str:
+    """Return the row rendered by the base's template, or its turns if the base's tokenizer is not on this machine."""
+    base = _base_folder(recipe, store)
+    if base is not None and row.text is None:
+        try:
+            text, labels, count = _rendered(recipe, row, base)
+        except FinetuneError as error:
+            return f"first row: not rendered: {error}"
+        return f"first row as the model sees it, {labels} of {count} tokens learned (»…«):\n{_short(text)}"
+    turns = [
+        f"{m.role}: " + (f"»{m.content}«" if m.role == "assistant" and m.learn else m.content) for m in row.messages
+    ]
+    text = "\n".join(turns) if row.text is None else f"»{row.text}«"
+    why = "its tokens are shown by the run, once the base is here"
+    return f"first row, the learned text between » and « ({why}):\n{_short(text)}"
+
+
+def _short(text: str) -> str:
+    text = visible(text)
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} … {text[-MOST // 2 :]}"
+
+
+def _base_folder(recipe: Recipe, store: Store) -> Path | None:
+    """The base's folder with a tokenizer: the recipe's own, or that of a finished base stage."""
+    if recipe.model.folder is not None:
+        return recipe.model.folder if any(recipe.model.folder.glob("tokenizer*")) else None
+    if recipe.model.kind == "hub":  # its revision would be asked for over the network
+        return None
+    step = next(s for s in runner.plan(recipe, store) if s.stage.name == "base")
+    return step.folder if step.manifest else None
+
+
+def _rendered(recipe: Recipe, row: Example, base: Path) -> tuple[str, int, int]:
+    from finetune.models.loading import load_tokenizer
+    from finetune.stages.render import _rules
+    from finetune.tokenization.audit import Tally
+    from finetune.tokenization.chat_template import choose_template
+    from finetune.tokenization.encoder import Encoder
+    from finetune.tokenization.inspection import segments
+    from finetune.tokenization.row_tokenizer import RowTokenizer
+
+    spec = recipe.render
+    tokenizer: Any = load_tokenizer(base)  # PreTrainedTokenizerBase, whose decode has a wider type
+    template = choose_template(spec.template, spec.template_file, tokenizer, [row], spec.system, spec.reasoning, base)
+    worker = RowTokenizer(template, Encoder(tokenizer), _rules(spec, tokenizer, template))
+    found = worker.batch([row], Tally())
+    if not found:
+        raise FinetuneError(f"row {row.id} does not fit {spec.max_length_tokens} tokens or has no answer to learn")
+    ids, mask = list(found[0].ids), [int(m) for m in found[0].mask]
+    parts = segments(tokenizer, ids, mask)
+    return "".join(f"»{s.text}«" if s.supervised else s.text for s in parts), sum(mask), len(ids)

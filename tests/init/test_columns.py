@@ -1,0 +1,118 @@
+"""A CSV's columns: sample values, suggestions, names that are not there, and two sides that are swapped."""
+
+import csv
+
+import pytest
+
+from finetune.cli import init
+from finetune.errors import InputError
+from finetune.init.columns import Chosen, describe, suggest, swapped
+from finetune.pipeline.store import Store
+from finetune.recipe.load import load_recipe
+
+HEADER = ["ticket", "customer_message", "agent_reply", "rating"]
+CHOSEN = Chosen("customer_message", "agent_reply")
+
+
+@pytest.fixture
+def tickets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "tickets.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [
+            [f"T-{i}", f"Where is order {i}?", f"Order {i} is on its way and comes soon.", i % 5 + 1]
+            for i in range(300)
+        ]
+        csv.writer(file).writerows([HEADER, *rows])
+    return tmp_path
+
+
+def write(chosen=CHOSEN, data="tickets.csv", model="builtin:tiny-mistral", **more):
+    more.setdefault("force", True)
+    return init.write_recipe("tickets", model, data, None, None, chosen=chosen, **more)
+
+
+def test_columns_become_a_recipe_sized_to_the_rows(tickets):
+    said = write(Chosen("customer_message", "agent_reply", "ticket", ("rating>=4",)), force=False)
+    recipe = load_recipe("tickets.yaml").recipe
+    assert recipe.data[0].columns == {"prompt": "customer_message", "completion": "agent_reply", "system": "ticket"}
+    assert recipe.filter.keep_where == ["rating>=4"] and "120 of 300 rows kept" in said
+    assert recipe.train.epochs * 96 / recipe.train.batch_rows >= 30 and recipe.pack is None
+    assert "T-0" in said and "optimiser steps" in said and "next: " in said
+    text = (tickets / "tickets.yaml").read_text()
+    assert all("# " in line for line in text.splitlines()) and max(map(len, text.splitlines())) <= 120
+
+
+def test_no_terminal_and_no_flags_name_the_flags_and_the_columns(tickets):
+    with pytest.raises(InputError, match="--question 'customer_message' --answer 'agent_reply'") as error:
+        write(Chosen())
+    assert "Where is order 0?" in str(error.value) and not (tickets / "tickets.yaml").exists()
+
+
+def test_a_person_is_asked_with_the_likeliest_columns_as_defaults(tickets):
+    asked = []
+
+    def ask(question, default):
+        asked.append(default)
+        return default
+
+    write(Chosen(), ask=ask)
+    assert asked == ["customer_message", "agent_reply", "none"]
+    assert load_recipe("tickets.yaml").recipe.data[0].columns["prompt"] == "customer_message"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        (Chosen("agent_reply", "customer_message"), "Swap the two sides: --question 'customer_message'"),
+        (Chosen("Customer_Message", "agent_reply"), "did you mean 'customer_message'"),
+        (Chosen("customer_message"), "--answer COLUMN is missing"),
+        (Chosen("ticket", "ticket"), "give each its own"),
+        (Chosen("customer_message", "agent_reply", None, ("rating>=9",)), "keeps none"),
+        (Chosen("customer_message", "agent_reply", None, ("rating",)), "--keep 'rating'"),
+    ],
+)
+def test_what_cannot_be_is_refused(chosen, sentence, tickets):
+    with pytest.raises(InputError, match=sentence):
+        write(chosen, force=False)
+    assert not (tickets / "tickets.yaml").exists()
+
+
+def test_a_file_that_is_not_there_is_named(tickets):
+    with pytest.raises(InputError, match=r"no file .*gone\.csv"):
+        write(data="gone.csv")
+
+
+def test_force_keeps_two_sides_that_seem_swapped(tickets):
+    write(Chosen("agent_reply", "customer_message"))
+    assert load_recipe("tickets.yaml").recipe.data[0].columns["prompt"] == "agent_reply"
+
+
+def test_columns_of_what_is_no_file_are_refused(tickets):
+    for data in ("pydoc", "owner/rows"):
+        with pytest.raises(InputError, match="columns of a file"):
+            write(data=data)
+
+
+def test_a_row_is_shown_with_its_labels_for_a_base_that_is_not_here(tickets):
+    said = write(model="mistralai/Mistral-7B-Instruct-v0.2", store=Store(tickets / "artifacts", tickets / "scratch"))
+    assert "»Order 0 is on its way and comes soon.«" in said and "user: Where is order 0?" in said
+
+
+ROWS = [{"a": f"How do I do {i}?", "b": f"You do {i} by hand, slowly.", "n": str(i)} for i in range(20)]
+
+
+def test_sides_are_told_apart_without_names():
+    assert swapped("b", "a", ROWS) and not swapped("a", "b", ROWS)
+    assert suggest(describe(ROWS)) == ("a", "b")
+    assert suggest(describe([{"n": 1}])) == ("", "") and describe([]) == []
+    assert swapped("reply", "question", []) and not swapped("question", "reply", []) and not swapped("x", "y", [])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_other_encodings_and_delimiters_are_recognised(encoding, delimiter, tickets):
+    text = "\n".join(delimiter.join([f"Wo ist Päckchen {i}?", f"Das Päckchen {i} kommt über Köln."]) for i in range(40))
+    (tickets / "t.csv").write_bytes(f"frage{delimiter}antwort\n{text}\n".encode(encoding))
+    said = write(Chosen("frage", "antwort"), data="t.csv")
+    source = load_recipe("tickets.yaml").recipe.data[0]
+    assert source.encoding == (None if encoding.startswith("utf-8") else encoding) and "40 of 40 rows kept" in said
