@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from finetune.errors import InputError
+from finetune.tokenization.answer_text import before_tag, padding_of, same_form, shared_start, skip_space, with_core
 from finetune.tokenization.chat import (
     Chat,
     Span,
@@ -22,7 +23,6 @@ from finetune.tokenization.chat import (
     first_call,
     has_calls,
     reasoning_of,
-    text_of,
     without_reasoning,
 )
 
@@ -177,11 +177,11 @@ class Finder:
             written = text if k == len(chat) - 1 else None
             found[k] = self._asked(write, chat[: k + 1], prompt if last else None, written)
         if patterned:
-            before, after = _padding(chat[turns[1]])
+            before, after = padding_of(chat[turns[1]])
             pattern = found[turns[1]]
             bare = replace(pattern, lead=pattern.lead.removesuffix(before), trail=pattern.trail.removeprefix(after))
             for k in turns[2:-1]:
-                found[k] = replace(bare, prompt="", core=answer_core(chat[k]), padding=_padding(chat[k]))
+                found[k] = replace(bare, prompt="", core=answer_core(chat[k]), padding=padding_of(chat[k]))
         return found
 
     def _asked(self, write: Write, chat: Chat, prompt: str | None, written: str | None) -> _Asked:
@@ -194,7 +194,7 @@ class Finder:
         common = len(prompt)
         opened = ""
         if not written.startswith(prompt):
-            common = _before_tag(prompt, _shared(prompt, written))
+            common = before_tag(prompt, shared_start(prompt, written))
             opened = prompt[common:]
         raw = written[common:]
         core = answer_core(chat[k])
@@ -237,7 +237,7 @@ class Finder:
     def _end_of_empty(self, write: Write, chat: Chat, prompt: str, raw: str) -> int:
         """Where an answer without words ends: behind what the template writes after an answer with words, or -1."""
         word = chr(STAND_IN)
-        text = write([*chat[:-1], {**chat[-1], "content": _same_form(chat[-1]["content"], word)}], False)[0]
+        text = write([*chat[:-1], {**chat[-1], "content": same_form(chat[-1]["content"], word)}], False)[0]
         _, found, after = text.partition(word)
         end = self._end(after, 0, False) if found and text.startswith(prompt) else -1
         return raw.find(after[:end]) + end if end >= 0 and after[:end] in raw else -1
@@ -250,7 +250,7 @@ class Finder:
             bare = write([*chat[:-1], last], False)[0].rstrip()
             after = write([*chat[:-1], last, reply], False)[0]
             if after.startswith(bare):
-                hit = self._control.match(after, _skip_space(after, len(bare)))
+                hit = self._control.match(after, skip_space(after, len(bare)))
                 break
         if hit is None or hit[0] not in self.stops:
             shown = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
@@ -330,7 +330,7 @@ class Finder:
         at = text.find(whole[name:], cursor)
         if at < 0:
             raise TemplateRefused(f"the template does not write assistant turn {k + 1} as the model is asked for it")
-        back = _shared(whole[:name][::-1], text[cursor:at][::-1])
+        back = shared_start(whole[:name][::-1], text[cursor:at][::-1])
         opener = asked.prompt[len(asked.prompt.rstrip()) - 20 :] if back < name else ""
         start = at - back
         if opener:  # the end of the generation prompt is not part of the answer
@@ -366,7 +366,7 @@ class Finder:
         for number, k in enumerate(turns):
             if core := answer_core(chat[k]):
                 names[k] = chr(STAND_IN + number % 60_000) * len(core)
-                swapped[k] = _with_core(chat[k], core, names[k])
+                swapped[k] = with_core(chat[k], core, names[k])
         try:
             shown = write(swapped, prompted)[0]
         except TemplateRefused:
@@ -382,46 +382,3 @@ class Finder:
             cursor = at + len(name)
             spots[k] = (at, cursor)
         return spots if "".join([*pieces, shown[cursor:]]) == text else {}
-
-
-def _with_core(turn: dict[str, object], core: str, name: str) -> dict[str, object]:
-    content = turn["content"]
-    if isinstance(content, list):
-        return {**turn, "content": [{**part, "text": part["text"].replace(core, name)} for part in content]}
-    before, _, after = str(content).rpartition(core)
-    return {**turn, "content": before + name + after}
-
-
-def _padding(turn: dict[str, object]) -> tuple[str, str]:
-    """The white space at both edges of an answer's words."""
-    text = without_reasoning(turn)["content"]
-    shown = text_of(text)
-    return shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
-
-
-def _same_form(content: object, word: str) -> object:
-    return [{"type": "text", "text": word}] if isinstance(content, list) else word
-
-
-def _shared(one: str, other: str) -> int:
-    """Characters that both texts begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _before_tag(text: str, at: int) -> int:
-    """`at`, or the place of a `<` before it whose tag or token it is inside of."""
-    opened = text.rfind("<", 0, at)
-    return opened if opened >= 0 and ">" not in text[opened:at] else at
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at

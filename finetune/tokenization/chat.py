@@ -17,8 +17,10 @@ from finetune.errors import InputError
 
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
+
 Span = tuple[int, int]
 """Half-open range of characters."""
+
 
 Chat = list[dict[str, Any]]
 """Messages as a chat template reads them: role, content, and what else a turn carries."""
@@ -216,3 +218,16 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN4
     if isinstance(value, dict):
         return {k: _map_strings(v, change) for k, v in value.items()}
     return [_map_strings(v, change) for v in value] if isinstance(value, list) else value
+
+
+MARKER = re.compile(r"(\s*\{%-|(?:^[ \t]+|(?<=\n)[ \t]+)?\{%)\s*(?:end)?generation\s*(-%\}\s*|%\}\n?)")
+
+
+def has_markers(template: str) -> bool:
+    """Whether the template has generation markers."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def strip_markers(template: str) -> str:
+    """The template without generation markers, for software that knows only plain Jinja."""
+    return MARKER.sub("", template) if "generation" in template else template

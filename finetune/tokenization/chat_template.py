@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Finder, NoEnd
 from finetune.tokenization.audit import check_system
-from finetune.tokenization.chat import Chat, Renderer, Span, TemplateRefused, chat_of, turn
-from finetune.tokenization.generation_markers import has_markers, strip_markers
+from finetune.tokenization.chat import Chat, Renderer, Span, TemplateRefused, chat_of, has_markers, strip_markers, turn
 from finetune.tokenization.template_profile import Reasoning, TemplateProfile
 from finetune.tokenization.template_sandbox import RenderingTooLong, check_template, count_once, limited
 from finetune.utils.resources import resource

@@ -32,6 +32,7 @@ from finetune.tokenization.label_mask import (
 )
 from finetune.tokenization.rendering import Rendered, render_chat, render_prompt
 from finetune.tokenization.template_sandbox import RenderingTooLong, limited
+from finetune.utils.limits import memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +54,7 @@ class Encoder(Protocol):
         """The id of a special token."""
 
 
+RENDER_BYTES = 1 << 30  # that rendering a batch of rows may add to this process
 MOST_ENDLESS = 3  # rows on which a template may take too long (10 s each)
 
 
@@ -108,7 +110,8 @@ class RowTokenizer:
 
         Raises GateRefused (with the row's id) for two BOS tokens, or for a terminator that could not stop generation.
         """
-        rendered = [found for row in rows if (found := self._rendered(row, tally)) is not None]
+        with memory(RENDER_BYTES):
+            rendered = [found for row in rows if (found := self._rendered(row, tally)) is not None]
         encoded = self.encoder.encode_rendered([found.text for found in rendered])
         done: list[TokenizedRow] = []
         for found, (ids, offsets) in zip(rendered, encoded, strict=True):
@@ -175,6 +178,11 @@ class RowTokenizer:
                 ) from None
             tally.drop(row.id, f"the chat template does not come to an end on its {len(row.messages)} turns")
             return None
+        except MemoryError:
+            raise InputError(
+                f"row {row.id}: the chat template builds a text that outgrows {RENDER_BYTES >> 30} GB of memory; choose "
+                "another by render.template, or leave the row out by a rule of filter"
+            ) from None
         except InputError as error:
             tally.drop(row.id, str(error))
             return None

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
-from finetune.tokenization.generation_markers import strip_markers
+from finetune.tokenization.chat import strip_markers
 
 MOST_CHARACTERS = 100_000  # the longest that any base has is about 30,000
 PROBE = Path(__file__).with_name("template_sandbox_child.py")

@@ -32,8 +32,8 @@ def read(path: Path, most: int | None = None) -> list[Example]:
 def tokenizer(version: str) -> PreTrainedTokenizerFast:
     """One of Mistral's tokenizers, by the files that mistral-common carries (the `test` extra)."""
     sys.path.insert(0, str(ROOT))
+    from finetune.tokenization.chat import strip_markers
     from finetune.tokenization.chat_template import template_text
-    from finetune.tokenization.generation_markers import strip_markers
     from tests.helpers.mistral_tokenizers import load
 
     plain = strip_markers(template_text(TEMPLATES[version], None))

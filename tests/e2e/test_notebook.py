@@ -342,8 +342,9 @@ def data_cell(tmp_path, data="rows.csv", **form):
     (tmp_path / "finetune" / "__main__.py").write_text(
         "import sys; print(sys.argv[1:]); sys.exit('the columns are a, b' if 'bad.csv' in sys.argv else 0)"
     )
-    fields = {"DATA": data, "EVAL_DATA": "", "QUESTION": "", "ANSWER": "", "SYSTEM": "", "KEEP": "", "BASE": "me/base", "GPU": "t4",
-              "MAX_LENGTH_TOKENS": 512, "RECIPE": "tiny-pydoc", **form}  # fmt: skip
+    empty = dict.fromkeys(("EVAL_DATA", "QUESTION", "ANSWER", "SYSTEM", "KEEP"), "")
+    fields = {"DATA": data, **empty, "BASE": "me/base", "GPU": "t4", "MAX_LENGTH_TOKENS": 512, "RECIPE": "tiny-pydoc"}
+    fields |= form
     before = "\n".join(f"{name} = {value!r}" for name, value in fields.items())
     return subprocess.run(
         [sys.executable, "-c", f"import subprocess, sys\nchanges = []\n{before}\n{cell('data')}\nprint(changes)"],

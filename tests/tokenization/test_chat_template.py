@@ -12,7 +12,7 @@ from finetune.data.records import Example, Message
 from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Finder
 from finetune.tokenization.audit import lost_text
-from finetune.tokenization.chat import TemplateRefused, turn
+from finetune.tokenization.chat import TemplateRefused, strip_markers, turn
 from finetune.tokenization.chat_template import (
     JinjaRenderer,
     choose_template,
@@ -21,7 +21,6 @@ from finetune.tokenization.chat_template import (
     sha256,
     template_text,
 )
-from finetune.tokenization.generation_markers import strip_markers
 from tests.helpers.base_templates import ALL, kind_of
 from tests.helpers.row_workers import learned, one, worker
 from tests.helpers.tiny_tokenizers import BYTE_SPECIAL, build

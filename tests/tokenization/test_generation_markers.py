@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.tokenization.chat import turn
+from finetune.tokenization.chat import has_markers, strip_markers, turn
 from finetune.tokenization.chat_template import JinjaRenderer
-from finetune.tokenization.generation_markers import has_markers, strip_markers
 
 CHAT = [turn("user", "Hi"), turn("assistant", "Yes")]
 

@@ -19,8 +19,8 @@ from finetune.data.records import Example, Message
 from finetune.errors import FinetuneError
 from finetune.tokenization import chat_template
 from finetune.tokenization.audit import Tally
+from finetune.tokenization.chat import has_markers
 from finetune.tokenization.chat_template import choose_template
-from finetune.tokenization.generation_markers import has_markers
 from finetune.tokenization.id_check import IdCheck
 from tests.helpers import row_workers
 from tests.helpers.row_workers import learned, row
