@@ -180,8 +180,8 @@ class RowTokenizer:
             return None
         except MemoryError:
             raise InputError(
-                f"row {row.id}: the chat template builds a text that outgrows {RENDER_BYTES >> 30} GB of memory; choose "
-                "another by render.template, or leave the row out by a rule of filter"
+                f"row {row.id}: the chat template builds a text that outgrows {RENDER_BYTES >> 30} GB of memory; "
+                "choose another by render.template, or leave the row out by a rule of filter"
             ) from None
         except InputError as error:
             tally.drop(row.id, str(error))
