@@ -18,6 +18,7 @@ from finetune.gguf import llama_cpp
 from finetune.lora import config as lora_config
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
+from finetune.models.inventory import why_not_trained
 from finetune.pipeline.recipe_checks import base_problem, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
@@ -64,6 +65,8 @@ def check_adapter(recipe: Recipe, base: Path | None) -> None:
     """
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
+    if base is not None and (why := why_not_trained(base, quantized=recipe.quantization is not None)):
+        raise InputError(f"{recipe.model.id}: {why}")
     if base is not None:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
     elif (modules := read_known_modules(recipe)) is not None:
