@@ -213,6 +213,8 @@ def tiny_copy(base: Path, attention: str | None = None, *, trust_remote_code: bo
     for widths in (True, False):
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
         reduce(config, widths=widths)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the copy has plain matrices
         settings: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
         try:
             with torch.device("meta"):
