@@ -30,7 +30,6 @@ REFUSED = {  # what plan and run say after the stage base, before any other
     "llama4 text": "TRL's training forward fails",
     "gemma3n text": "fails on matrices in 4 bits",
 }
-SLOW_SECONDS = 60  # of a family, on a machine with other work; alone it takes 2 to 6
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,6 @@ def test_a_family_goes_from_base_to_merge(family: str, laboratory: Laboratory) -
     check_logits(base, done)
     if "export" in done.folders:
         assert done.metrics["export"]["reload_difference"]["model-f32.gguf"] <= 1e-6
-    assert done.seconds < SLOW_SECONDS
 
 
 def page() -> list[str]:
