@@ -31,7 +31,7 @@ pack: {{length_tokens: 192}}
 lora: {{r: 8, alpha: 16}}
 train: {{learning_rate: 1e-3, max_steps: {steps}, batch_rows: 2, warmup_fraction: 0.1}}
 evaluate: {{max_rows: 8, generations: 0}}
-certify: {{tokens: 600, min_agreement: 0.8, max_perplexity_ratio: 1.2}}
+certify: {{tokens: 600, min_agreement: 0.6, max_perplexity_ratio: 1.2}}
 export: {{gguf: [q8_0], perplexity_rows: 4}}
 """
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
