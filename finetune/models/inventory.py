@@ -84,6 +84,17 @@ def why_not_packed(base: Path) -> str | None:
     return found
 
 
+def why_not_trained(base: Path, *, quantized: bool) -> str | None:
+    """Why the base that is pinned in the folder `base` cannot be trained, in 4 bits if `quantized`; None if it can."""
+    path = base / FILE
+    facts = read_json(path) if path.is_file() else {}
+    if facts.get("training"):
+        return f"this architecture cannot be trained here: {facts['training']}"
+    if quantized and facts.get("quantized"):
+        return f"this architecture cannot be trained in 4 bits: {facts['quantized']}; set quantization: null"
+    return None
+
+
 def count(config: Mapping[str, Any]) -> Inventory | None:
     """The inventory of the model that a config.json describes; None if transformers has no such model.
 
@@ -134,14 +145,15 @@ def inventory(model: PreTrainedModel) -> Inventory:
             if not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 experts += sum(p.numel() for p in own if p.ndim >= 3)
     parameters = sum(p.numel() for p in model.parameters())
+    sizes = _sizes(model)
     tied = head is not None and any(p is q for p in head.parameters() for q in embedding.parameters())
     return Inventory(
         parameters=parameters,
         quantized=quantized,
-        experts=experts,
+        experts=experts if sizes["experts"] else 0,
         other_linears=others,
         modules=modules,
-        sizes=_sizes(model),
+        sizes=sizes,
         tied=tied,
         not_adapted=tuple(sorted(set(every_linear(model)) - set(linear_names(model)))),
         other_parts=parameters - _language_parameters(model),

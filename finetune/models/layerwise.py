@@ -2,7 +2,8 @@
 
 A certificate of a 7B merge so needs the activations of the held-out rows and two layers, not 14.5 GB. The model is the
 architecture's own class on the meta device; only where its weights come from is ours. The body's own forward runs, in a
-thread for each batch (models/paused.py) that waits at every layer until the layer's weights are in place.
+thread for each batch (models/paused.py) that waits at every layer until the layer's weights are in place and it has
+run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
-from finetune.models.paused import Passage
+from finetune.models.paused import Passage, Relay
 from finetune.models.precision import autocast
 from finetune.utils.prefetch import in_order
 from finetune.utils.runtime import give_back
@@ -84,6 +85,7 @@ class StreamedModel:
         self._device = device
         self._autocast = autocast
         self._passages: list[Passage] = []
+        self._relay: Relay | None = None
         self._other_parts = other_parts(model)
         for name, buffer in list(model.named_buffers()):
             owner, leaf = _owner(model, name)
@@ -104,6 +106,7 @@ class StreamedModel:
         self._rest = [n for n, p in outer if id(p) not in embedding and self._is_read(n)]
         self._put(self._rest, self.load(self._rest))
         self._fill_buffers()
+        self._relay = Relay(self.layers)
         self._passages = [Passage(self.layers, partial(self._run, b.to(self._device))) for b in batches]
         try:
             with self._loaded(first):
@@ -141,10 +144,13 @@ class StreamedModel:
 
     def advance(self, index: int, loaded: dict[str, torch.Tensor]) -> None:
         """Take every batch through layer `index`, whose weights were `loaded` (emptied here)."""
+        import torch
+
         names = list(loaded)
         self._put(names, loaded)
-        for passage in self._passages:
-            passage.proceed(index + 1)
+        with torch.no_grad(), self._precision():
+            for passage in self._passages:
+                passage.proceed(index + 1)
         self._drop(names)
         give_back()
 
@@ -160,6 +166,9 @@ class StreamedModel:
         for passage in self._passages:
             passage.abandon()
         self._passages = []
+        if self._relay is not None:
+            self._relay.remove()
+            self._relay = None
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

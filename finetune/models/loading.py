@@ -233,7 +233,7 @@ def load_base(
     if copy and not ready and ctx.rank == 0:
         with quiet():
             quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
-    if quantization is not None:
+    if quantization is not None or getattr(loaded, "is_loaded_in_4bit", False):  # by the recipe, or as it is stored
         _keep_weights_unpacked(loaded)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen

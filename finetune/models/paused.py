@@ -1,14 +1,16 @@
-"""A forward that pauses before each decoder layer, so that the layer's weights can be put in place.
+"""A forward that pauses at each decoder layer, so that the layer's weights can be put in place.
 
 The architecture's own code runs from the embedding to the final norm; nothing of what it hands from layer to layer is
-recorded or rebuilt. It runs in a thread, because a call in the middle of a foreign forward can be suspended in no other
-way; only one thread runs at a time.
+rebuilt. It runs in a thread, because a call in the middle of a foreign forward can be suspended in no other way. Only
+one thread runs at a time, and the layers themselves run in the thread of the caller: torch keeps a pool of workers for
+every thread that multiplies matrices.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
@@ -17,29 +19,62 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_here = threading.local()  # `passage`: the one whose body runs in this thread
+
 
 class _Abandoned(BaseException):
     """Raised inside a paused forward that is not wanted any more."""
 
 
+class Relay:
+    """Decoder layers whose calls, in the thread of a passage, are handed to the thread that drives it."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Put a stand-in before the forward of each of `layers`, until `remove`."""
+        self._kept = [(layer, vars(layer).get("forward")) for layer in dict.fromkeys(layers)]
+        for layer, _ in self._kept:
+            layer.forward = partial(_relayed, layer, layer.forward)
+
+    def remove(self) -> None:
+        """Give the layers their own forward back."""
+        for layer, own in self._kept:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+        self._kept = []
+
+
+def _relayed(layer: nn.Module, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:  # noqa: ANN401
+    passage: Passage | None = getattr(_here, "passage", None)
+    if passage is None:
+        return forward(*given, **named)
+    return passage.ask(layer, partial(forward, *given, **named))
+
+
 class Passage:
-    """One call of a model's body. `proceed(n)` runs it until layer n is called, or to its end."""
+    """One call of a model's body. `proceed(n)` takes it to the call of layer n, or to its end."""
 
     def __init__(self, layers: Sequence[nn.Module], body: Callable[[], torch.Tensor]) -> None:
-        """Prepare to call `body`, which calls each of `layers` once, in order; nothing runs yet."""
+        """Prepare to call `body`, which calls each of `layers` (in a `Relay`) once, in order; nothing runs yet."""
         self._layers, self._body = layers, body
-        self._reached = 0  # layers that have begun
+        self._reached = 0  # layers that have run
         self._wanted = True
+        self._call: Callable[[], Any] | None = None  # of the layer that the body waits for
+        self._returned: Any = None
         self._answer: torch.Tensor | None = None
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="forward", daemon=True)
 
     def proceed(self, layer: int) -> None:
-        """Run on until layer number `layer` is called; behind the last one, until the body has ended.
+        """Run the layer that was called, if one was, and go on until layer number `layer` is called; behind the last
+        one, until the body has ended.
 
-        Raises what the body raised, and FinetuneError if it does not call the layers once, in order.
+        Raises what the model raised, and FinetuneError if it does not call the layers once, in order.
         """
+        if self._call is not None:
+            call, self._call = self._call, None
+            self._returned = call()
         if self._thread.ident is None:
             self._thread.start()
         self._turn.release()
@@ -61,35 +96,34 @@ class Passage:
 
     def abandon(self) -> None:
         """End the thread, if it still waits."""
+        self._call = None
         if self._thread.is_alive():
             self._wanted = False
             self._turn.release()
             self._thread.join()
 
-    def _run(self) -> None:
-        hooks: list[Any] = []
+    def ask(self, layer: nn.Module, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the layer returns
+        """In the body's thread: have `call` run by the thread that drives this passage, and return what it returns."""
+        expected = self._layers[self._reached] if self._reached < len(self._layers) else None
+        if layer is not expected:
+            raise FinetuneError("the model does not call its layers once, in order")
+        self._call = call
+        self._back.release()
         self._turn.acquire()
+        if not self._wanted:
+            raise _Abandoned
+        self._reached += 1
+        returned, self._returned = self._returned, None
+        return returned
+
+    def _run(self) -> None:
+        self._turn.acquire()
+        _here.passage = self
         try:
-            hooks = [layer.register_forward_pre_hook(self._pause) for layer in dict.fromkeys(self._layers)]
             self._answer = self._body()
         except _Abandoned:
             pass
         except BaseException as error:
             self._error = error
         finally:
-            for hook in hooks:
-                hook.remove()
             self._back.release()
-
-    def _pause(self, layer: nn.Module, _: object) -> None:
-        """Before a layer runs: wait for its weights. Other passages have hooks on the same layer."""
-        if threading.current_thread() is not self._thread:
-            return
-        expected = self._layers[self._reached] if self._reached < len(self._layers) else None
-        if layer is not expected:
-            raise FinetuneError("the model does not call its layers once, in order")
-        self._back.release()
-        self._turn.acquire()
-        if not self._wanted:
-            raise _Abandoned
-        self._reached += 1

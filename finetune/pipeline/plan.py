@@ -5,6 +5,7 @@ Rates are the datasheets' dense 16-bit figures; what is assumed of them is said 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, re
 from finetune.eval.verdict import few_steps
 from finetune.lora.config import check_modules
 from finetune.models.device import machine_notes
-from finetune.models.inventory import notes, why_not_packed
+from finetune.models.inventory import notes, why_not_packed, why_not_trained
 from finetune.pipeline.preflight import refuse_start
 from finetune.pipeline.recipe_checks import base_problem
 from finetune.recipe import Recipe
@@ -46,6 +47,12 @@ def predict(
     refuse_start(recipe, pinned, scratch)
     if (config := read_config(recipe, pinned)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
+    if (
+        recipe.train is not None
+        and pinned
+        and (why := why_not_trained(pinned, quantized=recipe.quantization is not None))
+    ):
+        raise InputError(f"{recipe.model.id}: {why}")
     if recipe.train is not None and (modules := read_known_modules(recipe, pinned)) is not None:
         check_modules(recipe.lora, modules)
     shapes = read_shapes(recipe, pinned)
@@ -181,7 +188,8 @@ def describe(result: dict[str, Any]) -> str:
         lines += _wrapped(
             "GPU memory", f"{_gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
         )
-        lines += [f"  {'note':<11} {note}" for note in result["notes"]]
+        for note in result["notes"]:
+            lines += textwrap.wrap(note, 100, initial_indent=f"  {'note':<12}", subsequent_indent=" " * 14)
         if result["sliding_window"]:
             window = f"sliding window of {result['sliding_window']:,} tokens"
             lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")

@@ -19,6 +19,7 @@ from finetune.lora import config as lora_config
 from finetune.lora import start as lora_start
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
+from finetune.models.inventory import why_not_trained
 from finetune.pipeline import run_view
 from finetune.pipeline.recipe_checks import base_problem, rule_problem
 from finetune.pipeline.runner import Step
@@ -76,6 +77,8 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
     refuse_start(recipe, base, scratch)
     if recipe.train is None:
         return
+    if base is not None and (why := why_not_trained(base, quantized=recipe.quantization is not None)):
+        raise InputError(f"{recipe.model.id}: {why}")
     if base is not None:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
     elif (modules := read_known_modules(recipe)) is not None:

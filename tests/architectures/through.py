@@ -13,6 +13,7 @@ from finetune.gguf.support import problem
 from finetune.pipeline import runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.store import Store
+from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
 from finetune.tiny import model as tiny_model
 from finetune.utils.files import read_json
@@ -47,6 +48,7 @@ class Through:
     metrics: dict[str, dict[str, Any]]
     said: list[str]
     seconds: float
+    recipe: Recipe
 
 
 class Laboratory:
@@ -59,10 +61,14 @@ class Laboratory:
         self.folder, self.tokenizer = folder, tiny_model.train_tokenizer(texts, 400)
         self.store = Store(folder / "artifacts", folder / "scratch")
 
+    def base(self, family: str) -> Path:
+        """Where the tiny model of `family` is."""
+        return self.folder / family.replace(" ", "-")
+
     def run(self, family: str, until: str = "export", quantization: str = "{type: nf4}") -> Through:
         """Run `family` to the stage `until`; GGUF files are written where they can be."""
         started = time.monotonic()
-        base = families.save(family, self.folder / family.replace(" ", "-"), vocabulary=len(self.tokenizer))
+        base = families.save(family, self.base(family), vocabulary=len(self.tokenizer))
         self.tokenizer.save_pretrained(base)
         written = problem(read_json(base / "config.json")) is None
         text = RECIPE.format(
@@ -80,4 +86,5 @@ class Laboratory:
             metrics={s.stage.name: dict(s.manifest.metrics) for s in built if s.manifest},
             said=said,
             seconds=time.monotonic() - started,
+            recipe=recipe,
         )

@@ -1,6 +1,7 @@
 """What the doctor says of this machine, and that it names what is missing without showing a secret."""
 
 import socket
+import sys
 
 import pytest
 
@@ -38,6 +39,17 @@ def test_a_missing_core_package_fails_after_the_table_with_the_command_that_mend
     with pytest.raises(FinetuneError, match=r"no-such-package-of-ours: missing; .*pip install") as caught:
         doctor.examine(tmp_path, tmp_path)
     assert caught.value.exit_status == 1 and "numpy" in capsys.readouterr().out
+
+
+def test_apple_and_amd_have_a_line_each_and_others_none(monkeypatch):
+    from finetune.models import device
+
+    assert device.machine_notes() == [] or sys.platform == "darwin"
+    monkeypatch.setattr(device.sys, "platform", "darwin")
+    monkeypatch.setattr(device.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(device.Path, "exists", lambda self: str(self) == "/dev/kfd")
+    apple, amd = device.machine_notes()
+    assert apple.startswith("Apple: ") and "MPS is not used" in apple and amd.startswith("AMD: ")
 
 
 def test_packages_are_compared_with_the_versions_asked_for():

@@ -1,0 +1,191 @@
+"""What plan, validate and run say of bases of any architecture before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from finetune.context import Context
+from finetune.errors import InputError
+from finetune.models.architecture import scaled
+from finetune.models.layerwise import empty_model
+from finetune.pipeline import plan as pipeline_plan
+from finetune.pipeline import preflight, runner
+from finetune.pipeline.recipe_checks import absent
+from finetune.pipeline.store import Store
+from finetune.recipe import Recipe, Runtime, Tracking
+from finetune.recipe.load import LoadedRecipe, load_recipe
+from finetune.stages import base, pack
+from finetune.tiny.model import train_tokenizer
+from finetune.utils.files import read_json, write_json
+from tests.helpers.tiny_models import load, save_tiny
+from tests.models.test_inventory import PUBLISHED
+from tests.stages.test_pack import rendered  # noqa: F401 - a fixture
+
+RECIPE = "schema: 1\nname: any\nmodel: ./base\ndata: [{source: pydoc}]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "base", vocab_size=300)
+    train_tokenizer(["some words to learn"], 280).save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+def recipe(folder: Path, config: dict[str, Any] | None = None, more: str = "", *sets: str) -> LoadedRecipe:
+    """A recipe on the base in `folder`, whose config.json becomes `config`: plan reads nothing else of it."""
+    (folder / "any.yaml").write_text(RECIPE + more)
+    if config is not None:
+        write_json(folder / "base" / "config.json", config)
+    return load_recipe(str(folder / "any.yaml"), list(sets))
+
+
+def planned(loaded: LoadedRecipe, folder: Path, device: str | None = None) -> dict[str, Any]:
+    steps = runner.plan(loaded.recipe, Store(folder / "artifacts", folder / "scratch"))
+    return pipeline_plan.predict(loaded.recipe, steps, device)
+
+
+def published(name: str) -> dict[str, Any]:
+    kind, _, sizes = PUBLISHED[name]
+    return {"model_type": kind, **sizes}
+
+
+def pinned(loaded: LoadedRecipe, folder: Path) -> Path:
+    """The folder of the finished base stage."""
+    out = folder / "pinned"
+    out.mkdir()
+    context = Context(scratch=folder / "scratch", runtime=Runtime(), tracking=Tracking(), device="cpu")
+    base.run(base.spec(loaded.recipe), {}, out, context)
+    return out
+
+
+def test_mixtral_does_not_fit_a_t4_and_its_experts_are_said_to_stay_in_16_bits(folder: Path) -> None:
+    plan = planned(recipe(folder, published("Mixtral-8x7B")), folder)
+    assert plan["parameters"] == pytest.approx(46.7e9, rel=0.01)
+    assert plan["memory_bytes"]["weights"] > 90e9
+    fits = {name: on["fits"] for name, on in plan["devices"].items()}
+    assert not fits["t4"] and not fits["h100"] and fits["h200"]
+    shown = " ".join(pipeline_plan.describe(plan).split())
+    assert "45.1 B of 46.7 B parameters in 16 bits" in shown and "its layers are not Llama's" in shown
+    assert max(map(len, pipeline_plan.describe(plan).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Gemma-2-9B", "pythia-6.9B"])
+def test_dense_7bs_of_other_architectures_fit_a_t4(name: str, folder: Path) -> None:
+    plan = planned(recipe(folder, published(name), "render: {max_length_tokens: 512}\n"), folder, "t4")
+    assert plan["devices"]["t4"]["fits"] and plan["trainable_parameters"] > 1e7
+
+
+def test_rows_beyond_the_bases_positions_are_warned_of_until_they_are_scaled(folder: Path) -> None:
+    config = {**published("Llama-3.1-8B"), "max_position_embeddings": 4096}
+    long = "render: {max_length_tokens: 8192}\n"
+    assert any(
+        "8,192 tokens" in note and "4,096 positions" in note
+        for note in planned(recipe(folder, config, long), folder)["notes"]
+    )
+    scaling = "model.rope_scaling={rope_type: yarn, factor: 2}"
+    assert not planned(recipe(folder, config, long, "model={id: ./base}", scaling), folder)["notes"]
+    assert not planned(recipe(folder, {**config, "max_position_embeddings": 8192}, long), folder)["notes"]
+
+
+QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        (QUANTIZED, "", r"stored quantised \(gptq\)"),
+        ({"quantization_config": {"load_in_4bit": True}}, "", "quantization: null and merge: null"),
+        ({"architectures": ["OlmoForCausalLM"]}, "export: {gguf: [q8_0]}\n", "no GGUF of OlmoForCausalLM"),
+    ],
+)
+def test_a_base_that_cannot_come_to_the_end_is_refused_everywhere(
+    change: dict[str, Any], more: str, words: str, folder: Path
+) -> None:
+    config = read_json(folder / "base" / "config.json")
+    fine = recipe(folder, config, more)
+    assert not absent(fine)
+    preflight.check_adapter(fine.recipe, None)
+    odd = recipe(folder, {**config, **change}, more)
+    (problem,) = absent(odd)  # validate
+    assert "any.yaml:3: model: " in problem and pytest.raises(InputError, match=words).matches(InputError(problem))
+    with pytest.raises(InputError, match=words):
+        planned(odd, folder)
+    with pytest.raises(InputError, match=words):
+        preflight.check_adapter(odd.recipe, None)
+
+
+def test_what_the_trial_of_the_base_found_is_refused_before_any_other_stage(folder: Path) -> None:
+    loaded = recipe(folder)
+    out = pinned(loaded, folder)
+    preflight.check_adapter(loaded.recipe, out)
+    facts = read_json(out / "architecture.json")
+    assert facts["packing"] is None and facts["attention"] == "sdpa"
+    write_json(out / "architecture.json", {**facts, "quantized": "its code fails"})
+    with pytest.raises(InputError, match="cannot be trained in 4 bits: its code fails; set quantization: null"):
+        preflight.check_adapter(loaded.recipe, out)
+    preflight.check_adapter(loaded.recipe.model_copy(update={"quantization": None}), out)
+    write_json(out / "architecture.json", {**facts, "training": "its forward fails"})
+    with pytest.raises(InputError, match="cannot be trained here: its forward fails"):
+        preflight.check_adapter(loaded.recipe, out)
+
+
+def test_rows_are_not_packed_for_a_base_whose_documents_would_see_each_other(
+    rendered: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    context = Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking(), say=said.append)
+    spec = pack.Spec(method="bfd", length_tokens=32)
+    for number, why in enumerate((None, "packed documents see each other")):
+        place, out = tmp_path / f"base{number}", tmp_path / f"out{number}"
+        place.mkdir()
+        out.mkdir()
+        write_json(place / "architecture.json", {"packing": why})
+        metrics = pack.run(spec, {"render": rendered, "base": place}, out, context)
+        assert (out / "packed.parquet").exists() == (why is None)
+    table = pq.read_table(rendered / "train.parquet")
+    assert metrics["rows"] == len(table) and metrics["tokens"] == sum(map(len, table["input_ids"].to_pylist()))
+    assert said == ["pack: off: packed documents see each other; rows are trained one by one"]
+
+
+SCALED = {"rope_type": "linear", "factor": 2.0}
+
+
+def test_rotary_settings_of_the_recipe_are_trained_and_pinned(folder: Path) -> None:
+    from finetune.models import loading
+
+    loaded = recipe(folder, None, "", "model={id: ./base}", "model.rope_scaling={rope_type: linear, factor: 2.0}")
+    out = pinned(loaded, folder)
+    plain, expected = load(folder / "base"), load(folder / "base").model.rotary_emb.inv_freq / 2
+    assert plain.config.rope_parameters["rope_theta"] == read_json(out / "config.json")["rope_parameters"]["rope_theta"]
+    context = Context(scratch=folder / "scratch", runtime=Runtime(), tracking=Tracking(), device="cpu")
+    trained = loading.load_base(loaded.recipe.model, out, context, None, "fp32", "cpu")
+    for model in (trained, empty_model(out)):
+        assert (model.model.rotary_emb.inv_freq - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"rope_theta": 5.0}, {"rope_theta": 5.0, "rope_scaling": SCALED}),
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+         {"rope_parameters": {"rope_theta": 5.0, **SCALED}}),
+        ({"text_config": {"rope_theta": 5.0}}, {"text_config": {"rope_theta": 5.0, "rope_scaling": SCALED}}),
+    ],
+)  # fmt: skip
+def test_they_are_written_as_the_base_spells_them(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert scaled(before, SCALED) == after
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [({"rope_type": "spiral", "factor": 2}, "allowed: linear"), ({"rope_type": "yarn"}, "factor of at least 1")],
+)
+def test_other_rotary_settings_are_refused(value: dict[str, Any], words: str) -> None:
+    model = {"id": "builtin:tiny-mistral", "rope_scaling": value}
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate({"name": "x", "model": model, "data": [{"source": "pydoc"}]})
