@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from finetune.data.sources import read_source
 from finetune.errors import InputError
 from finetune.estimate.choice import DEVICES, Options
 from finetune.estimate.memory import Training
@@ -20,7 +22,7 @@ from finetune.init.preview import preview
 from finetune.init.sizing import batch_for, held_out_fraction, length_for
 from finetune.pipeline.recipe_checks import absent
 from finetune.pipeline.store import Store
-from finetune.recipe import Recipe
+from finetune.recipe import LocalSource, Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.files import canonical_json, read_json
@@ -159,13 +161,18 @@ def from_axolotl(file: Path, name: str | None, out: Path | None, *, force: bool 
     return "\n".join([*lines, f"wrote {path}", f"next: finetune plan {path}, then finetune run {path}"])
 
 
-def _held_out(data: str, path: Path) -> str:
-    """The recipe's line for rows to evaluate on: a file, a folder or a pattern if there is one, else a Hub data set."""
+def _held_out(data: str, path: Path) -> tuple[str, list[str]]:
+    """The recipe's line for rows to evaluate on (a file, a folder or a pattern if there is one, else a Hub data set),
+    and what was found in them.
+    """
     file = _path("eval-data", data)
     pattern = any(c in data for c in "*?[")
     if not (file.exists() or pattern or data.startswith((".", "/", "~")) or data.count("/") != 1):
-        return f"{{source: hub, id: {_scalar(data)}}}"
-    return f"{{source: local, path: {_scalar(_written_path(file, path))}}}"
+        return f"{{source: hub, id: {_scalar(data)}}}", []
+    decision, _ = read_source(LocalSource(source="local", path=file.absolute()), file.name, Path())
+    where = _scalar(_written_path(file, path))
+    found = f"{file.name}: format {decision.format}, since {decision.why}"
+    return f"{{source: local, path: {where}, format: {decision.format}}}", [found]
 
 
 def recipe_text(
@@ -181,7 +188,9 @@ def recipe_text(
     source = data.lines(lambda file: _written_path(file, path), _scalar)
     head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", *source]
     if eval_data is not None:
-        head += ["eval_data:", f"  - {_held_out(eval_data, path)}"]
+        held_out, notes = _held_out(eval_data, path)
+        head += ["eval_data:", f"  - {held_out}"]
+        data = replace(data, notes=[*data.notes, *notes])
     tiny = model.startswith("builtin:")
     if tiny and data.measured is None:
         lines = [*head, *TINY]
@@ -196,7 +205,7 @@ def recipe_text(
         lengths = [n for n in lengths if n <= wanted]
     best = ""
     for length in lengths:
-        sized, notes = _sized(data, length, "1e-2" if tiny else "2e-4")
+        sized, notes = _sized(data, length, "1e-2" if tiny else "2e-4", own_held_out=eval_data is not None)
         lines = [*head, *sized[:-1], f"render: {{{template}max_length_tokens: {length}}}", LORA, sized[-1]]
         fits, best = (True, ANY_MACHINE) if tiny else _fits(_parse(lines, path), device.lower())
         if fits:
@@ -206,14 +215,15 @@ def recipe_text(
     raise InputError(best)
 
 
-def _sized(data: Data, length: int, rate: str) -> tuple[list[str], list[str]]:
+def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[list[str], list[str]]:
     """The lines that depend on the number of rows, train last, and a note on how they were chosen."""
     keep = [f"filter: {{keep_where: [{', '.join(canonical_json(c) for c in data.keep)}]}}"] if data.keep else []
     found = data.measured
     if found is None:
         return [*keep, TRAIN], []
     sizing, share = batch_for(found, length), held_out_fraction(found)
-    lines = [*keep, *([f"split: {{eval_fraction: {share:g}}}"] if share != 0.05 else [])]
+    share = 0.0 if own_held_out else share
+    lines = [*keep, *([f"split: {{eval_fraction: {share:g}}}"] if share not in (0.0, 0.05) else [])]
     lines += [] if sizing.packed else ["pack: null"]
     train = f"train: {{learning_rate: {rate}, epochs: {sizing.epochs}, batch_rows: {sizing.batch_rows}}}"
     about = "about " if found.whole else "over "

@@ -191,11 +191,11 @@ def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
     return found
 
 
-def _print_verdict(steps: Sequence[runner.Step]) -> Verdict | None:
-    """The verdict in five lines, as at the head of the report."""
+def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None:
+    """The verdict in five lines, as at the head of the report. What it takes from rows is kept in the run's folder."""
     done = {s.stage.name: s for s in steps if s.manifest}
     metrics = {name: s.manifest.metrics for name, s in done.items() if s.manifest}
-    judged = verdict_of(metrics, {name: s.folder for name, s in done.items()})
+    judged = verdict_of(metrics, {name: s.folder for name, s in done.items()}, folder / "copies.json")
     if judged is not None:
         print_text("\nverdict")
         for line in judged.lines:
@@ -249,7 +249,7 @@ def _print_result(
     if dropped := dropped_rows(steps):
         words = ", ".join(f"{count:,} by {stage}" for stage, count in dropped.items())
         print_text(f"{'rows left out':>20}  {sum(dropped.values()):,}: {words}")
-    judged = _print_verdict(steps)
+    judged = _print_verdict(steps, record.folder)
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it

@@ -10,7 +10,8 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ class Copies:
     samples: int
     answers: int
     references: int
+
+
+def kept_copies(samples: Path, train: Path, kept: Path | None) -> Copies | None:
+    """Return `read_copies(samples, train)`, from the file `kept` if it was counted for these folders before."""
+    places = [samples.parent.name, train.parent.name]
+    if kept is not None and kept.is_file():
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+            if before["of"] == places:
+                return Copies(*(int(n) for n in before["copies"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # counted again
+    found = read_copies(samples, train)
+    if found is not None and kept is not None and kept.parent.is_dir():
+        with suppress(OSError):
+            kept.write_text(json.dumps({"of": places, "copies": list(astuple(found))}), encoding="utf-8")
+    return found
 
 
 def read_copies(samples: Path, train: Path) -> Copies | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.eval.compare import ENOUGH_TOKENS
-from finetune.eval.copies import Copies, read_copies
+from finetune.eval.copies import Copies, kept_copies
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
 BARELY = 0.97  # ratio of perplexities: a smaller change is surely there and hardly felt
@@ -85,10 +85,15 @@ def verdict(
     return Verdict(tuple(lines), refusal)
 
 
-def verdict_of(metrics: Mapping[str, Metrics], folders: Mapping[str, Path | None]) -> Verdict | None:
-    """Return the verdict from stage → metrics and stage → folder (None or absent where a stage has none)."""
+def verdict_of(
+    metrics: Mapping[str, Metrics], folders: Mapping[str, Path | None], kept: Path | None = None
+) -> Verdict | None:
+    """Return the verdict from stage → metrics and stage → folder (None or absent where a stage has none).
+
+    `kept`: a file for the count of repeated answers, so that a run that builds nothing does not read the rows again.
+    """
     sampled, rows = folders.get("evaluate"), folders.get("split")
-    copies = read_copies(sampled / "samples.jsonl", rows / "train.parquet") if sampled and rows else None
+    copies = kept_copies(sampled / "samples.jsonl", rows / "train.parquet", kept) if sampled and rows else None
     train, evaluate, certify = (metrics.get(stage) or {} for stage in ("train", "evaluate", "certify"))
     return verdict(train, evaluate, certify, merged=bool(metrics.get("merge")), copies=copies)
 

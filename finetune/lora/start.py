@@ -98,7 +98,13 @@ def read_adapter(folder: Path) -> Adapter:
         pickled = (folder / "adapter_model.bin").is_file()
         found = "only adapter_model.bin, a pickle that can run any code; convert it to safetensors" if pickled else ""
         raise InputError(f"lora.start_from: {folder} holds {found or f'no {WEIGHTS}; copy the adapter again'}")
-    shapes = {name: tuple(ref.shape) for name, ref in read_file(folder / WEIGHTS).items()}
+    try:
+        shapes = {name: tuple(ref.shape) for name, ref in read_file(folder / WEIGHTS).items()}
+    except InputError as error:
+        raise InputError(f"lora.start_from: {error}") from None
+    odd = [m for m in config.get("modules_to_save") or [] if not isinstance(m, str)]
+    if odd:
+        raise InputError(f"lora.start_from: {folder / CONFIG}: modules_to_save: found {odd[0]!r}, allowed are names")
     return Adapter(folder.name, config, shapes)
 
 

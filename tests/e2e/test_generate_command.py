@@ -225,7 +225,7 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path):
         ('{"prompt": "A?"}\n{broken\n', "row 2"),
         ('{"messages": [{"role": "assistant", "content": "B."}]}\n', "asks nothing"),
         ('{"other": "A?"}\n', "no format fits"),
-        ('{"messages": [{"role": "user", "content": "A?"}], "tools": "x"}\n', "tools: found 'x'"),
+        ('{"messages": [{"role": "user", "content": "A?"}], "tools": "x"}\n', "tools: found the text 'x'"),
     ],
 )
 def test_a_row_that_asks_nothing_is_named(text, words, tmp_path):

@@ -47,6 +47,7 @@ def hostile(pristine, tmp_path_factory):
     recipe = (folder / "small.yaml").read_text()
     recipe = recipe.replace("rows.jsonl", json.dumps(name)).replace("max_length_tokens: 100", "max_length_tokens: 900")
     recipe = recipe.replace("max_length_tokens: 128", "max_length_tokens: 1000").replace("{eval_fraction: 0.1}", "null")
+    recipe = recipe.replace("threshold: 0.98", "threshold: 0.98, max_dropped_fraction: 1")  # three questions an answer
     recipe += 'ingest: {max_refused_fraction: 0.5}\n# </pre><script>document.title="owned"</script>{{7*7}}\n'
     (folder / "small.yaml").write_text(recipe)
     workspace = type(pristine)(folder)

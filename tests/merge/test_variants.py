@@ -254,11 +254,11 @@ def test_training_goes_on_from_an_earlier_adapter(earlier, load, base, ctx, tmp_
 @pytest.mark.parametrize(
     "lora, expected",
     [
-        ({"r": 8}, "r is 4 in the adapter and 8 in the recipe"),
-        ({"alpha": 5}, "lora_alpha is 32 in the adapter and 5 in the recipe"),
+        ({"r": 8}, r"r is 4 in the adapter and 8 here; set lora\.r: 4"),
+        ({"alpha": 5}, r"lora_alpha is 32 in the adapter and 5.0 here; set lora\.alpha: 32"),
         ({"rslora": True}, "use_rslora is False in the adapter and True"),
-        ({"modules_to_save": []}, r"modules_to_save is \['norm'\] in the adapter and None"),
-        ({"targets": ["q_proj"]}, "is in the adapter and has no place"),
+        ({"modules_to_save": []}, r"holds norm whole and the recipe trains nothing whole"),
+        ({"targets": ["q_proj"]}, "is in the adapter and not adapted here"),
     ],
     ids=["rank", "alpha", "rslora", "saved", "targets"],
 )
@@ -359,7 +359,7 @@ def test_a_plan_counts_what_peft_trains(base, name):
         (Lora, {"last_layers": 2, "targets": ".*q_proj"}, "an expression can say itself"),
         (Lora, {"targets": ["lm_head"]}, "name it in modules_to_save"),
         (Lora, {"modules_to_save": ["norm", "norm"]}, "norm is there twice"),
-        (Lora, {"start_from": "no hub name"}, "no folder .* and no OWNER/NAME@REVISION"),
+        (Lora, {"start_from": "no hub name"}, "is no recipe, RECIPE@RUN, folder .* or OWNER/NAME@REVISION"),
         (Train, {"keep_best": True}, "needs train.eval_steps"),
         (Train, {"patience": 2}, "needs train.eval_steps"),
         (Train, {"decay_fraction": 0.2}, "only the schedule wsd"),

@@ -153,9 +153,9 @@ def test_a_removed_run_leaves_what_others_use(made):
     [
         ("made", "is a recipe; name one of its runs"),
         ("made@nothing", "no run 'nothing'"),
-        ("made@../../../secret", "no run"),
-        ("../runs/made@" + name_of(1), "no run"),
-        ("..@made", "no run"),
+        ("made@../../../secret", "not the name"),
+        ("../runs/made@" + name_of(1), "not the name"),
+        ("..@made", "not the name"),
         ("gone", "no run 'gone'"),
         ("@" + name_of(1), "no run"),
     ],
@@ -180,11 +180,13 @@ def test_no_symbolic_link_is_followed_out_of_the_root(made, tmp_path):
     (folder.parent / name_of(2)).symlink_to(elsewhere)
     (made.store.artifacts / "runs" / "whole").symlink_to(elsewhere.parent)
     for name in (f"made@{name_of(2)}", f"whole@{name_of(2)}"):
-        with pytest.raises(InputError, match="symbolic link"):
+        with pytest.raises(InputError, match="link to"):
             remove_runs([name], made.store)
+    (made.store.artifacts / "runs" / "whole").unlink()
+    (folder.parent / name_of(2)).unlink()
     (made.store.artifacts / "train").mkdir()
     (made.store.artifacts / "train" / "linked").symlink_to(outside)
-    assert not any(u.folder.name == "linked" for u in unused(made.store, 1))
+    assert [u.bytes for u in unused(made.store, 1) if u.folder.name == "linked"] == [0]  # the link alone
     remove_runs([f"made@{name_of(1)}"], made.store)
     assert (outside / "keep").exists() and (elsewhere / "run.json").exists() and not folder.exists()
 

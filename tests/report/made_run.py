@@ -18,7 +18,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 CONFIG = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
-    "num_hidden_layers": 2, "vocab_size": 400,
+    "num_hidden_layers": 2, "vocab_size": 400, "model_type": "mistral", "architectures": ["MistralForCausalLM"],
 }  # fmt: skip
 RUN = "20260102T030405Z-01234567"
 

@@ -116,7 +116,7 @@ def test_a_template_that_refuses_a_row_leaves_it_out(tmp_path: Path) -> None:
     _, kept, rejects = run(ROWS, picky, tmp_path, render={"system": "refuse"}, **rules)
     assert kept == ["s:1", "s:4", "s:5"]
     assert rejects["s:6"][0] == "template"
-    assert "no system" in rejects["s:6"][1]
+    assert "no place for a system message" in rejects["s:6"][1]
     assert "s:6" in run(ROWS, picky, tmp_path, **rules)[1]  # merged into the user's turn
 
 
@@ -125,7 +125,7 @@ def test_rendered_tokens_need_a_template(tmp_path: Path) -> None:
     rules = {"max_length_tokens": 90, "count": "rendered"}
     with pytest.raises(GateRefused, match=r"set render\.template"):
         run(ROWS, bare, tmp_path, **rules)
-    assert run(ROWS, bare, tmp_path, render={"template": "alpaca"}, **rules)[1]
+    assert run(ROWS, bare, tmp_path, render={"template": "chatml"}, **rules)[1]
 
 
 def test_nothing_left_is_refused_with_the_reasons(base: Path, tmp_path: Path) -> None:
