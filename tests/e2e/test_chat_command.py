@@ -110,6 +110,7 @@ def test_a_backslash_carries_a_question_over_to_the_next_line(typed, read, monke
     assert read_question(terminal=False) == read
 
 
+@pytest.mark.slow
 def test_at_a_terminal_earlier_lines_come_back(finished, merged, tmp_path):
     history = tmp_path / "state" / "finetune" / "chat_history"
     history.parent.mkdir(parents=True)

@@ -103,6 +103,7 @@ def test_a_killed_process_leaves_whole_answers(work, tmp_path):
     assert cut.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_merged_folder_answers_the_same_at_temperature_0_whatever_the_batch(work, tmp_path):
     store = Store(work.folder / "artifacts", work.folder / "scratch")
     merged = run_view.read(store, "small")["stages"]["merge"]["path"]

@@ -59,6 +59,7 @@ def test_a_foreign_adapter_is_merged_as_peft_merges_it(work, adapter):
     assert "not an empty folder" in again
 
 
+@pytest.mark.slow
 def test_without_data_there_is_no_certificate_and_it_says_so(work, adapter):
     done = merge(work, adapter, "--base", "./base", "--out", "bare")
     assert "without a certificate" in done.stderr and not (work.folder / "bare" / "certificate.json").exists()
@@ -83,6 +84,7 @@ def test_what_cannot_be_merged_is_refused(work, adapter, arguments, words):
     assert words in refused.stderr and "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_another_template_beside_the_adapter_is_refused_in_a_recipe(work, adapter):
     other = work.folder / "other"
     shutil.copytree(adapter, other)

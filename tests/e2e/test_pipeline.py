@@ -85,6 +85,7 @@ def test_a_runtime_field_reruns_nothing(work):
     assert rebuilt(before, work.keys()) == []
 
 
+@pytest.mark.slow
 def test_a_training_field_reruns_train_onward_and_the_old_model_comes_back_from_the_store(work):
     before = work.keys()
     work.run("run", "small.yaml", "--set", "train.learning_rate=1e-3", "--until", "train")
@@ -220,6 +221,7 @@ def test_a_kill_after_the_last_step_adds_no_step(clean_work, finished):
     assert outputs(clean_work) == outputs(finished)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_build_each_stage_once(clean_work):
     processes = [clean_work.start("run", "small.yaml", "--until", "pack") for _ in range(2)]
     texts = [p.communicate()[0] for p in processes]
@@ -264,6 +266,7 @@ def test_a_mistake_is_one_sentence_with_its_own_exit_status(clean_work):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_that_an_unknown_base_cannot_have_is_refused_right_after_the_base_stage(clean_work):
     config = clean_work.folder / "base" / "config.json"
     said = json.loads(config.read_text())
