@@ -152,7 +152,7 @@ ENDS = {
         r"the process that reads the documentation of \S+ was killed by SIGKILL \(out of memory\?\): it said nothing",
         signal.SIGKILL,
     ),
-    "template_probe.py": (
+    "template_sandbox_child.py": (
         "render",
         "the process that tries a chat template out was killed by SIGTERM; run again",
         signal.SIGTERM,
@@ -222,7 +222,7 @@ def test_a_run_whose_children_are_killed_one_by_one_loses_nothing(forked, pristi
         status = forked.wait(pid)
         log = (work.folder / "log").read_text()
         assert status == 1 and "Traceback" not in log, log
-        assert re.fullmatch(says, log.splitlines()[-1]), log
+        assert any(re.fullmatch(says, line) for line in log.splitlines()[-2:]), log  # W&B may have the last word
         assert not any(work.folder.glob(f"*/{stage}/*/manifest.json"))
         assert committed(work).items() <= expected.items()
     assert log.count("tracking: W&B failed") == 1 and "the training goes on without it" in log

@@ -59,7 +59,8 @@ def test_gguf_and_rows_of_a_run(finished, hub, tmp_path):
     perplexity = here.show()["stages"]["export"]["metrics"]["perplexity"]
     assert set(perplexity) == {"merged", "q8_0", "f16"}
     assert perplexity["f16"] == pytest.approx(perplexity["merged"], rel=1e-3)
-    done = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf, dataset, merged]", **env)
+    done = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf, dataset, merged]",
+                    "--set", "publish.samples=2", **env)  # fmt: skip
     assert done.stdout.count("files verified") == 3
     card = server.files("me/y")["README.md"].decode()
     assert "base_model: me/y-merged" in card and "| `perplexity_gguf_f16` |" in card and "xxh3" in card
