@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.hub_server import LoopbackHub, point_client, serve
 from tests.helpers.pinned import make_base  # noqa: F401 - a fixture
 from tests.helpers.trainings import base, ctx, load  # noqa: F401 - fixtures
+
+
+@pytest.fixture(autouse=True)
+def gradients_on() -> Iterator[None]:
+    """A test that leaves torch.no_grad on (a generator that is never closed) must not reach the next one."""
+    torch.set_grad_enabled(True)
+    yield
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture
