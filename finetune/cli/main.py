@@ -87,7 +87,7 @@ def run(
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
-    fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and begin anew.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and start again.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Train in this many processes, one a GPU.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
     mirror: Annotated[
@@ -378,7 +378,7 @@ def init(
 
 @app.command()
 def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
-    """What this machine has and lacks, and how to mend it."""
+    """What this machine has and lacks, and how to fix it."""
     from finetune.cli.doctor import examine
 
     examine(artifacts, scratch)

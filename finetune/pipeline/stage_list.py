@@ -36,7 +36,7 @@ Spec = Any  # each stage's own model; the pipeline only hands it through
 
 @dataclass(frozen=True)
 class Stage:
-    """One step. `spec` returns None when the recipe turns the stage off; whoever needs it then reads its first need."""
+    """One step. `spec` returns None when the recipe turns the stage off; a stage that needs it then reads its first need."""
 
     name: str
     version: int  # raised when the meaning of its output changes
@@ -45,9 +45,9 @@ class Stage:
     fingerprint: Callable[[Spec], Mapping[str, object]]
     run: Callable[[Spec, Mapping[str, Path], Path, Context], Metrics]
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
-    large: bool = False  # lies in scratch: many gigabytes that can be made again
+    large: bool = False  # is in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
-    rows: bool = False  # of no use without rows: off in a recipe without data
+    rows: bool = False  # needs rows: off in a recipe without data
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
 
@@ -94,7 +94,7 @@ def _gives(stage: Stage, recipe: Recipe) -> bool:
 
 
 def stage_folder(store: Store, name: str, record: Mapping[str, Any]) -> Path | None:
-    """Where a recorded stage lies under these roots, wherever they lay when it was recorded (a Drive mounted anew)."""
+    """Where a recorded stage lies under these roots, wherever they lay when it was recorded (a Drive mounted again)."""
     stage = next((s for s in STAGES if s.name == name), None)
     if stage is None or not record.get("key") or record.get("status") == "off":
         return None
