@@ -36,7 +36,7 @@ Spec = Any  # each stage's own model; the pipeline only hands it through
 
 @dataclass(frozen=True)
 class Stage:
-    """One step. `spec` returns None when the recipe turns the stage off; a stage that needs it then reads its first need."""
+    """One step. `spec` returns None if the recipe turns the stage off; what needs it then reads its first need."""
 
     name: str
     version: int  # raised when the meaning of its output changes
