@@ -135,7 +135,7 @@ def _refuse_encoding(path: Path, line: int, error: UnicodeError, encoding: str |
 def _advice(path: Path, tried: str | None = None) -> str:
     works = encoding_of(path)
     if works is None:
-        return "most of the file is UTF-8, so mend that place or save the file as UTF-8"
+        return "most of the file is UTF-8, so fix that place or save the file as UTF-8"
     if works == tried:
         return "save the file as UTF-8"
     if works == "utf-8":
