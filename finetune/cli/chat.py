@@ -16,7 +16,7 @@ from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json
 
 HELP = (
-    "/system TEXT  begin anew under this system message (without TEXT: under none)\n"
+    "/system TEXT  start again with this system message (without TEXT: under none)\n"
     "/reset        forget the conversation\n"
     "/seed N       the seed of the next answers\n"
     "/save FILE    add the conversation to a .jsonl that a recipe can read (default chat.jsonl)\n"

@@ -12,10 +12,10 @@ from typing import Any
 
 import xxhash
 
-from finetune.cli.prompts import PromptRow, read_prompts
 from finetune.cli.session import make_context, signals_handled
 from finetune.cli.voice import Voice, open_voice, prompt_ids
 from finetune.errors import FinetuneError, InputError, not_written
+from finetune.eval.prompts import PromptRow, read_prompts
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.utils.console import Screen

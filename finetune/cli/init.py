@@ -45,7 +45,7 @@ ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
 TINY_RATE = "a rate for a small model: a 7B takes 2e-4"
 COMMENTS = {  # by what a line begins with
     "schema:": "the version of this format",
-    "name:": "runs lie in artifacts/runs/NAME",
+    "name:": "runs are in artifacts/runs/NAME",
     "model:": "the base; its revision is pinned when it is first read",
     "data:": "a line a source; weight: 2 takes its rows twice",
     "eval_data:": "held out, and no row of data repeats one",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import BinaryIO, NoReturn, Protocol, cast
 
-from finetune.data.zstd import ZstdStream
 from finetune.errors import InputError
 
 CHUNK_BYTES = 1 << 20
@@ -135,7 +135,7 @@ def _refuse_encoding(path: Path, line: int, error: UnicodeError, encoding: str |
 def _advice(path: Path, tried: str | None = None) -> str:
     works = encoding_of(path)
     if works is None:
-        return "most of the file is UTF-8, so mend that place or save the file as UTF-8"
+        return "most of the file is UTF-8, so fix that place or save the file as UTF-8"
     if works == tried:
         return "save the file as UTF-8"
     if works == "utf-8":
@@ -204,3 +204,65 @@ def refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
 def first_line(error: object) -> str:
     """The first line of an error's text, or its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+CHUNK_BYTES = 1 << 17
+PIECE_BYTES = 1 << 11  # given to the decompressor at once: it may make 32,768 times as much of it, 64 MB
+
+
+class _Decompressor(Protocol):
+    def decompress(self, data: bytes, /) -> bytes: ...
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+
+
+def _zstd() -> tuple[Callable[[], _Decompressor], type[Exception]]:
+    """What makes a decompressor of one frame, and what it raises."""
+    if sys.version_info >= (3, 14):
+        from compression.zstd import ZstdDecompressor, ZstdError
+
+        return ZstdDecompressor, ZstdError
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError("reading .zst files needs the package zstandard: pip install zstandard") from None
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+
+
+class ZstdStream(io.RawIOBase):
+    """Zstandard frames as one stream; unlike the packages' own readers, a file that ends within a frame is an error."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._new, self._error = _zstd()
+        self._frame: _Decompressor | None = None
+        self._packed = memoryview(b"")
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It reads."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer`; 0 at the end. Raises EOFError where a frame is damaged or cut off."""
+        while not self._plain:
+            self._packed = self._packed or memoryview(self._file.read(CHUNK_BYTES))
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            frame = self._frame = self._frame or self._new()
+            piece, self._packed = self._packed[:PIECE_BYTES], self._packed[PIECE_BYTES:]
+            try:
+                self._plain = memoryview(frame.decompress(bytes(piece)))
+            except self._error as error:
+                raise EOFError(f"a frame is damaged: {error}") from error
+            if frame.eof:
+                self._packed = memoryview(frame.unused_data + bytes(self._packed))
+            if frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size

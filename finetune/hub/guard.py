@@ -83,7 +83,7 @@ def _check(response: httpx2.Response) -> None:
         try:
             _check_names(response.json(), where)
         except ValueError:
-            return  # whoever asked says what is wrong with it
+            return  # the caller reports what is wrong with it
 
 
 def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON

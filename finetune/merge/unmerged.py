@@ -10,7 +10,7 @@ from finetune.errors import InputError
 from finetune.merge.blocks import merged_tensor
 from finetune.merge.deltas import PREFIX
 from finetune.merge.plan import MergePlan
-from finetune.models.precision import widen_saved
+from finetune.models.device import widen_saved
 from finetune.utils.safetensors_io import read_file
 
 if TYPE_CHECKING:

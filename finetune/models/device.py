@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -66,3 +71,38 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: s
 def gpu_index(device: str) -> int:
     """The number of the GPU this process uses: the launcher's LOCAL_RANK, unless the device names one."""
     return int(device.split(":")[1]) if ":" in device else int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def as_trained(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Give what was trained whole its own values, from `stored` (the adapter's tensors, by key), in fp32, and run every
+    forward of `model` under the autocast of training. A base in fp32 had none.
+    """
+    base: Any = model.get_base_model()  # Any: mypy has no method that can be assigned
+    dtype = base.dtype
+    widen_saved(model)
+    for key, parameter in _saved(model):
+        parameter.data.copy_(stored[key])
+    if dtype.itemsize < 4:
+        base.forward = autocast(base.device.type, dtype)(base.forward)  # the base's own, which `generate` calls too
+
+
+def widen_saved(model: torch.nn.Module) -> None:
+    """Make fp32 what in `model` was trained whole, on whatever device it is (meta too)."""
+    for _, parameter in _saved(model):
+        parameter.data = parameter.data.float()
+
+
+def autocast(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """What training computes under: autocast to a dtype of 16 bits; with None, nothing."""
+    import torch
+
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype) if dtype else torch.autocast(kind, enabled=False)
+
+
+def _saved(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(key in the adapter's file, parameter) of what was trained whole, in a model that peft has wrapped."""
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    return [(f"{n}.{leaf}", p) for n, w in wrappers for leaf, p in w.modules_to_save["default"].named_parameters()]

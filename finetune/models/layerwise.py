@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
+from finetune.models.device import autocast
 from finetune.models.paused import Passage, Relay
-from finetune.models.precision import autocast
 from finetune.utils.prefetch import in_order
 from finetune.utils.runtime import give_back
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.errors import retried, sentences
-from finetune.models import precision as trained_precision
+from finetune.models import device as model_device
 from finetune.models import quantized_cache
 from finetune.models.architecture import scaled
 from finetune.models.attention import prepared
@@ -359,7 +359,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
             f"the adapter in {adapter_dir} is not complete for this base: {len(missing)} keys missing, "
             f"{len(extra)} without a place ({(missing + extra)[0]})"
         )
-    trained_precision.as_trained(attached, tensors)
+    model_device.as_trained(attached, tensors)
     attached.eval()
     return attached
 

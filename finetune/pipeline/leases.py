@@ -164,7 +164,10 @@ def _lease_bytes(token: str, beat: int, note: str) -> bytes:
 
 
 def _leases(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("lease.*.json") if p.name.split(".")[1].isdigit()]
+    try:
+        return [p for p in folder.glob("lease.*.json") if p.name.split(".")[1].isdigit()]
+    except FileNotFoundError:  # another process removed the folder while it was listed
+        return []
 
 
 def _read(path: Path) -> bytes:

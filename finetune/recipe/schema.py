@@ -50,7 +50,7 @@ class Recipe(Section):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     """The version of this format."""
     name: Annotated[str, Field(pattern=RECIPE_NAME, max_length=80)]
-    """The recipe's name; runs lie in artifacts/runs/NAME."""
+    """The recipe's name; runs are in artifacts/runs/NAME."""
     model: Model
     """The base model: OWNER/NAME on the Hub, a folder (/… or ./…), builtin:tiny-mistral, or {id: …, revision: …}."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

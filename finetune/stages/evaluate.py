@@ -109,7 +109,7 @@ def _warn(result: Mapping[str, Any], ctx: Context) -> None:
     elif interval[0] <= 0:
         ctx.say(
             "evaluate: the answers are no likelier under their own prompt than under another's "
-            f"(difference {interval}): the model may have learned their style only"
+            f"(difference {interval[0]:.3g} to {interval[1]:.3g} nats): the model may have learned their style only"
         )
 
 

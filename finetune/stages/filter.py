@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class Rendering(Section):
 
     template: str
     merge_system: bool
+    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
     template_file: Annotated[Path | None, Field(exclude=True)] = None
 
 
@@ -52,7 +53,12 @@ def spec(recipe: Recipe) -> Spec | None:
     merge = render.system == "merge"
     return Spec(
         rules=rules,
-        rendering=Rendering(template=render.template, merge_system=merge, template_file=render.template_file),
+        rendering=Rendering(
+            template=render.template,
+            merge_system=merge,
+            reasoning=render.reasoning,
+            template_file=render.template_file,
+        ),
     )
 
 
@@ -162,14 +168,15 @@ def chat_renderer(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> C
     from finetune.tokenization.template_sandbox import check_template
 
     if rendering.template != "auto":
-        template = template_text(rendering.template, rendering.template_file)
-    elif tokenizer.chat_template is None:
-        raise GateRefused("filter.count: rendered needs a chat template, and the base has none: set render.template")
+        template, tool_use = template_text(rendering.template, rendering.template_file), None
     else:
-        template = base_template(tokenizer)[0]
-    check_template(template, tokenizer.special_tokens_map, "the chat template that filter.count: rendered uses")
+        template, tool_use = base_template(tokenizer)
+    special = tokenizer.special_tokens_map
+    for text in filter(None, (template, tool_use)):
+        check_template(text, special, "the chat template that filter.count: rendered uses")
+    second = JinjaRenderer(tool_use, special) if tool_use else None
     try:
-        profile = TemplateProfile(JinjaRenderer(template, tokenizer.special_tokens_map))
+        profile = TemplateProfile(JinjaRenderer(template, special), second, reasoning=rendering.reasoning)
     except InputError as error:
         raise GateRefused(f"filter.count: rendered: {error}; set render.template to another") from None
 

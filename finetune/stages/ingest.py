@@ -113,7 +113,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 def _read_as(decisions: Mapping[str, Decision]) -> str:
     """How each source was read, and what to do where that is wrong."""
     shown = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
-    return f"(Read: {shown}. Mend those rows, or set the source's format and columns.)"
+    return f"(Read: {shown}. Fix those rows, or set the source's format and columns.)"
 
 
 def _first(refused: list[Reject]) -> str:

@@ -14,15 +14,20 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from finetune.errors import InputError
-from finetune.tokenization.answer_text import before_tag, padding_of, same_form, shared_start, skip_space, with_core
 from finetune.tokenization.chat import (
     Chat,
     Span,
     TemplateRefused,
     answer_core,
+    before_tag,
     first_call,
     has_calls,
+    padding_of,
     reasoning_of,
+    same_form,
+    shared_start,
+    skip_space,
+    with_core,
     without_reasoning,
 )
 
@@ -35,7 +40,7 @@ STAND_IN = 0xF0000  # private-use plane 15; plane 16 is taken by ControlStrings
 MOST_EXACT, MOST_EXACT_WITH_CALLS = 32, 256
 CLOSING = re.compile(r"</[A-Za-z_][\w-]*>\Z")
 OPENING = re.compile(r"\s*<([A-Za-z_][\w-]*)>\s*\Z")
-FUSED_LATER = "the template writes this earlier turn without its reasoning"
+REASONING_LOST = "the template writes this earlier turn without its reasoning"
 
 
 class NoEnd(InputError):
@@ -318,7 +323,7 @@ class Finder:
         trail = next((trail for trail in asked.trails if text.startswith(trail, b)), None)
         # the template ends an earlier turn otherwise (gpt-oss), and the model must not learn that end
         end, ends = (b + len(trail), True) if trail is not None else (b, False)
-        masked = "" if same_lead or not reasoning_of(message) else FUSED_LATER
+        masked = "" if same_lead or not reasoning_of(message) else REASONING_LOST
         return Answer(k, start, end, border, ends, masked)
 
     def _call_elsewhere(self, message: dict[str, object], k: int, asked: _Asked, text: str, cursor: int) -> Answer:
@@ -331,12 +336,9 @@ class Finder:
         if at < 0:
             raise TemplateRefused(f"the template does not write assistant turn {k + 1} as the model is asked for it")
         back = shared_start(whole[:name][::-1], text[cursor:at][::-1])
-        opener = asked.prompt[len(asked.prompt.rstrip()) - 20 :] if back < name else ""
-        start = at - back
-        if opener:  # the end of the generation prompt is not part of the answer
-            space = len(opener) - len(opener.rstrip())
-            start = min(at, max(start, text.rfind(opener, cursor, start + space) + len(opener)))
-        masked = "" if back == name or not reasoning_of(message) else FUSED_LATER
+        # the white space that ends the generation prompt is not part of the answer
+        start = at - back if back == name else min(at, skip_space(text, at - back))
+        masked = "" if back == name or not reasoning_of(message) else REASONING_LOST
         return Answer(k, start, at + len(whole) - name, start, True, masked)
 
     def _kept(self, write: Write, chat: Chat, turns: Sequence[int], asked: dict[int, _Asked]) -> Conversation:

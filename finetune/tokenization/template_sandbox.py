@@ -46,7 +46,7 @@ def check_template(template: str, special: Mapping[str, str], name: str) -> None
         )
     problem = _problem(template, tuple(sorted((k, v) for k, v in special.items() if isinstance(v, str))))
     if problem is not None:
-        raise InputError(f"{name}: {problem}; mend the template, or choose another by render.template")
+        raise InputError(f"{name}: {problem}; fix the template, or choose another by render.template")
 
 
 @lru_cache(maxsize=64)

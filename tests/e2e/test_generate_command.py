@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from finetune.cli import generate as cli_generate
 from finetune.cli.generate import read_output
 from finetune.cli.main import app
-from finetune.cli.prompts import read_prompts
 from finetune.cli.voice import folder_voice, prompt_ids
 from finetune.errors import FinetuneError, InputError
+from finetune.eval.prompts import read_prompts
 from finetune.pipeline import run_view
 from finetune.pipeline.store import Store
 from finetune.utils.console import Screen

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.data import text_files
 from finetune.data.readers import local_rows
-from finetune.data.zstd import ZstdStream
+from finetune.data.text_files import ZstdStream
 from finetune.errors import InputError
 from finetune.recipe.load import load_recipe
 from finetune.utils import limits

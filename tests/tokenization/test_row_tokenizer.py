@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.data.records import Example, Message
-from finetune.errors import GateRefused
+from finetune.errors import GateRefused, InputError
 from finetune.tokenization.chat_template import choose_template, template_text
 from finetune.tokenization.row_tokenizer import RowTokenizer, TokenizedRow, table
 from tests.helpers import row_workers
@@ -196,3 +196,15 @@ def test_the_table_has_the_promised_columns() -> None:
             "truncated: bool",
         ]
     assert table([made]).to_pylist()[0]["input_ids"] == made.ids.tolist()
+
+
+def test_a_template_that_outgrows_the_memory_on_some_rows_only_ends_in_one_sentence() -> None:
+    """The trial of the template sees conversations of four turns; here the sixth asks for a text without end."""
+    greedy = (
+        template_text("chatml", None)
+        + "{% if messages | length > 5 %}{{ 'a' * (10 ** (messages | length + 4)) }}{% endif %}"
+    )
+    w = worker("byte_level", greedy)
+    assert one(w, row("Q", "A", "R", "B"))[0] is not None
+    with pytest.raises(InputError, match=r"row r:1: the chat template builds a text that outgrows 1 GB"):
+        one(w, row("Q", "A", "R", "B", "S", "C"))
