@@ -27,7 +27,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN mkdir finetune recipes \
  && printf '"""Stands in for the package while its libraries are installed."""\n\n__version__ = "0"\n' > finetune/__init__.py \
  && pip install --constraint constraints.txt ".[zstd,gguf,harness]" \
- && pip uninstall --yes finetune \
+ && pip uninstall --yes finetune-recipes \
  && rm -r finetune recipes
 COPY finetune finetune
 COPY recipes recipes

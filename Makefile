@@ -49,8 +49,8 @@ docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md a
 
 home: ## name the place where this package is published, in the notebook and the badges: REPO=OWNER/NAME
 	@test -n "$(REPO)" || { echo "make home REPO=OWNER/NAME" >&2; exit 2; }
-	@sed -i.old 's#OWNER/REPO#$(REPO)#g' README.md scripts/colab_launcher.ipynb
-	@rm README.md.old scripts/colab_launcher.ipynb.old
+	@sed -i.old 's#OWNER/REPO#$(REPO)#g' README.md pyproject.toml scripts/colab_launcher.ipynb
+	@rm README.md.old pyproject.toml.old scripts/colab_launcher.ipynb.old
 
 clean: ## drop what none of the newest runs uses (asks first)
 	@$(BIN)/finetune clean

@@ -18,6 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.utils.console import print_table
 
 PYTHON = (3, 11)
+DISTRIBUTION = "finetune-recipes"  # the name in pyproject.toml
 CORE = (  # what `finetune run` cannot do without
     "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "sentence-transformers",
     "faiss-cpu", "scikit-learn", "huggingface_hub", "tokenizers", "safetensors", "pydantic", "pyarrow", "numpy",
@@ -88,7 +89,7 @@ def required_versions() -> dict[str, str]:
     from packaging.requirements import Requirement
 
     try:
-        lines = importlib.metadata.requires("finetune") or []
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return {}
     return {r.name: str(r.specifier) for r in map(Requirement, lines)}
@@ -212,7 +213,7 @@ def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
 def _who(where: str) -> Finding:
     import httpx2
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     try:
         url = f"{constants.ENDPOINT}/api/whoami-v2"

@@ -202,7 +202,7 @@ def _keep_ref(ref: Path, sha: str) -> None:
 def _ask(path: str) -> Any:  # noqa: ANN401 - JSON
     """GET a path of the Hub with a time limit, which HfApi's own methods for these paths do not have."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     answer = get_session().get(constants.ENDPOINT + path, headers=build_hf_headers(), timeout=ASK_SECONDS)
     hf_raise_for_status(answer)

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 
 from finetune.models.compile import KeptLinear4bit
+from finetune.utils.upstream import register_lora_layers
 
 
 def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth: bool) -> bool:
@@ -33,7 +34,7 @@ def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth:
 
 def use(config: LoraConfig) -> None:
     """Have peft make `FusedLinear4bit` of 4-bit layers, by its interface for layers of one's own."""
-    config._register_custom_module({Linear4bit: FusedLinear4bit})
+    register_lora_layers(config, {Linear4bit: FusedLinear4bit})
 
 
 class FusedLinear4bit(AdaptedLinear4bit):

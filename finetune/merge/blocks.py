@@ -15,8 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from finetune.errors import FinetuneError
-from finetune.utils.prefetch import in_order
-from finetune.utils.runtime import single_thread
+from finetune.utils.runtime import in_order, single_thread
 from finetune.utils.safetensors_io import ITEM_BYTES, torch_dtype
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.utils.files import read_json
+from finetune.utils.upstream import check_lora_target
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,6 @@ def _refused_by_peft(model: torch.nn.Module, names: Iterable[str]) -> dict[str, 
     from peft import LoraConfig
 
     try:
-        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
     except ImportError:  # an older peft has no such rules
         return {}
@@ -135,7 +135,7 @@ def _refused_by_peft(model: torch.nn.Module, names: Iterable[str]) -> dict[str, 
     for word in sorted({name.rpartition(".")[2] for name in names}):
         config = LoraConfig(target_modules=[word])
         try:
-            check(config, model, word)
+            check_lora_target(config, model, word)
             convert(config, model, None)
         except ValueError as error:
             converted = "fused" in str(error)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import InputError
 from finetune.models.architecture import every_linear, linear_names
 from finetune.utils.files import canonical_json, read_json
+from finetune.utils.upstream import kept_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,7 +187,7 @@ def not_quantized(model: PreTrainedModel) -> list[str]:
     """Patterns of module names that transformers keeps out of bitsandbytes: the head, tied and last modules."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
+    return [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
 
 
 def _is_quantized(name: str, module: Any, skipped: list[str]) -> bool:  # noqa: ANN401 - nn.Module

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import InputError
 from finetune.models.device import autocast
 from finetune.models.paused import Passage, Relay
-from finetune.utils.prefetch import in_order
-from finetune.utils.runtime import give_back
+from finetune.utils.runtime import give_back, in_order
 
 if TYPE_CHECKING:
     import torch

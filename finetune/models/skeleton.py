@@ -11,6 +11,7 @@ from finetune.errors import InputError
 from finetune.models.architecture import known_layout
 from finetune.models.stored_names import StoredNames
 from finetune.utils.files import read_json
+from finetune.utils.upstream import kept_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +100,7 @@ def _quantized(model: PreTrainedModel) -> frozenset[str]:
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    skip = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
+    skip = [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
     settings = BitsAndBytesConfig(load_in_4bit=True)
     swapped = replace_with_bnb_linear(model, skip, settings)
     return frozenset(n for n, m in swapped.named_modules() if isinstance(m, Linear4bit))

@@ -16,6 +16,7 @@ from finetune.tokenization.chat import Chat, Renderer, Span, TemplateRefused, ch
 from finetune.tokenization.template_profile import Reasoning, TemplateProfile
 from finetune.tokenization.template_sandbox import RenderingTooLong, check_template, count_once, limited
 from finetune.utils.resources import resource
+from finetune.utils.upstream import compile_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,10 +82,10 @@ class JinjaRenderer:
             raise TemplateRefused(f"the chat template refused: {error}") from error
 
     def _written(self, chat: Chat, generation_prompt: bool, tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         with limited(len(chat)):
-            compiled = _compile_jinja_template(self.template)
+            compiled = compile_template(self.template)
             if not self._marked and not tools and all(turn.keys() <= PLAIN for turn in chat):
                 # what render_jinja_template does with plain text, without its copies of every value
                 text = compiled.render(

@@ -18,6 +18,7 @@ from finetune.tokenization.token_rows import TokenRow
 from finetune.train.batch import batch_shape, total_steps
 from finetune.train.checkpoint import COMPLETE, last_checkpoint
 from finetune.utils.files import write_json
+from finetune.utils.upstream import use_one_gpu
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -321,10 +322,7 @@ def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int
         ddp_find_unused_parameters=False,
         router_aux_loss_coef=0.0,  # routers and experts are frozen: their balance is not ours to train
     )
-    # Without a launcher Trainer takes every visible GPU for itself: twice the rows a step, and the loss scaled for it.
-    # The recipe's batch is the recipe's; several GPUs are used through `accelerate launch` (GPUS=N).
-    _ = arguments.n_gpu  # sets _n_gpu
-    arguments._n_gpu = min(arguments._n_gpu, 1)
+    use_one_gpu(arguments)
     return arguments
 
 

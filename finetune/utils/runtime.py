@@ -12,17 +12,22 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "sentence-transformers",
@@ -150,3 +155,24 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # musl's own allocator has no such call, and no such heaps
         return
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
+    """`function` of each item, in the order of `items`, made by `threads` threads.
+
+    Item k is asked for, and begun, only once the result of item k - `ahead` has been taken and the one after it asked
+    for: so `ahead` items at most are held, the one taken last included. What `function` raises is raised here, in its
+    place; then, and when the caller stops early, nothing more is begun.
+    """
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads, "ahead") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -150,7 +150,7 @@ def test_pip_itself_keeps_another_torch_and_refuses_rather_than_replace_one_too_
     if fits:
         assert done.returncode == 0, done.stderr
         names = {i["metadata"]["name"].lower() for i in json.loads((tmp_path / "report.json").read_text())["install"]}
-        assert {"finetune", "transformers", "bitsandbytes"} <= names and "torch" not in names
+        assert {"finetune-recipes", "transformers", "bitsandbytes"} <= names and "torch" not in names
     else:
         assert f"cannot install it beside torch=={version}" in done.stderr and "take a newer runtime" in done.stderr
     found = subprocess.run([new_python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
@@ -364,7 +364,7 @@ def test_the_data_cell_makes_a_recipe_of_a_file_by_form_fields(tmp_path):
 
 
 def test_a_wheel_beside_the_notebook_is_installed_in_place_of_a_repository(tmp_path):
-    (tmp_path / "finetune-1.0-py3-none-any.whl").touch()
+    (tmp_path / "finetune_recipes-1.0-py3-none-any.whl").touch()
     fake = (
         "import subprocess\ndef run(command, **more):\n    print(command)\n    raise SystemExit\nsubprocess.run = run\n"
     )
@@ -372,7 +372,7 @@ def test_a_wheel_beside_the_notebook_is_installed_in_place_of_a_repository(tmp_p
         [sys.executable, "-S", "-c", f"{fake}REPO = 'https://github.com/OWNER/REPO'\n{cell('install')}"], cwd=tmp_path,
         env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert "finetune-1.0-py3-none-any.whl" in done.stdout, done.stderr
+    assert "finetune_recipes-1.0-py3-none-any.whl" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

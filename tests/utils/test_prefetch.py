@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from finetune.utils.prefetch import in_order
+from finetune.utils.runtime import in_order
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])

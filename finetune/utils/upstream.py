@@ -1,0 +1,51 @@
+"""Private names of other libraries: the only module that uses them.
+
+Each has no public counterpart in the version named beside it. `tests/utils/test_upstream.py` fails when one is gone, or
+when a public name has taken its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, TrainingArguments
+
+
+def compile_template(source: str) -> Any:  # noqa: ANN401 - jinja2.Template; transformers has no types here
+    """Compile a chat template in transformers' own sandbox with its own extensions; cached by transformers (5.23)."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+def kept_in_fp32(model: PreTrainedModel) -> list[str]:
+    """Return the patterns of module names that the class keeps in fp32 (transformers 5.23)."""
+    return list(model._keep_in_fp32_modules or [])
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Make Trainer use one GPU in a process without a launcher (transformers 5.23).
+
+    Trainer otherwise takes every visible GPU through DataParallel, which multiplies the rows of a step and scales the
+    loss. The recipe's batch must not depend on the machine; several GPUs are used by one process each.
+    """
+    _ = arguments.n_gpu  # sets _n_gpu
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+
+
+def register_lora_layers(config: LoraConfig, layers: Mapping[type[torch.nn.Module], type[torch.nn.Module]]) -> None:
+    """Make peft build `layers[type]` for a base layer of that type (peft 0.21; documented, but private by name)."""
+    config._register_custom_module(dict(layers))
+
+
+def check_lora_target(config: LoraConfig, model: torch.nn.Module, name: str) -> None:
+    """Raise ValueError if peft refuses to adapt modules of this name in this architecture (peft 0.21; none before)."""
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+    except ImportError:
+        return
+    check(config, model, name)
