@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from finetune.cli.options import ARTIFACTS, MIRROR, SCRATCH, Artifacts, AsJson, RecipeName, RunName, Scratch, Sets, note
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import FinetuneError
+from finetune.utils.quiet import silence_libraries
 from finetune.utils.resources import complete_recipe
 from finetune.utils.streams import print_text, steady
 
@@ -34,26 +35,10 @@ def validate(
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Check recipes: every error, with file, line and field."""
-    from finetune.pipeline.recipe_checks import absent
-    from finetune.pipeline.recipe_names import load_recipe
-    from finetune.pipeline.store import Store
+    from finetune.pipeline.recipe_names import check
 
-    problems = []
-    for name in recipes:
-        try:
-            loaded = load_recipe(name, sets or [], artifacts)
-            missing = absent(loaded)
-            if not missing and loaded.recipe.lora.start_from is not None:
-                from finetune.pipeline.preflight import start_mismatches
-
-                missing = start_mismatches(loaded, Store(artifacts, scratch))
-            if missing:
-                raise InputError("\n".join(missing))
-            print_text(f"{loaded.path}: fine ({loaded.recipe.name})")
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
+    for line in check(recipes, sets or [], artifacts, scratch):
+        print_text(line)
 
 
 @app.command()
@@ -388,6 +373,7 @@ def main() -> None:
     """Run the command line; errors are sentences, and the exit status says of which kind."""
     os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
     steady()
+    silence_libraries()
     try:
         app()
     except FinetuneError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import InputError
@@ -35,3 +35,26 @@ def load_recipe(name: str, sets: Sequence[str], artifacts: Path) -> LoadedRecipe
             raise
         return load_file(name, sets)  # whose error names the recipes that there are
     return load_file(str(folder / "recipe.yaml"), [*read_record(folder).get("sets", []), *sets])
+
+
+def check(names: Sequence[str], edits: Sequence[str], artifacts: Path, scratch: Path) -> Iterator[str]:
+    """Check recipes and yield a line for each that is fine; then raise InputError with every error of the others."""
+    from finetune.pipeline.recipe_checks import absent
+    from finetune.pipeline.store import Store
+
+    problems = []
+    for name in names:
+        try:
+            loaded = load_recipe(name, edits, artifacts)
+            missing = absent(loaded)
+            if not missing and loaded.recipe.lora.start_from is not None:
+                from finetune.pipeline.preflight import start_mismatches
+
+                missing = start_mismatches(loaded, Store(artifacts, scratch))
+            if missing:
+                raise InputError("\n".join(missing))
+            yield f"{loaded.path}: fine ({loaded.recipe.name})"
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))

@@ -13,6 +13,7 @@ from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, InputError
 from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.utils.files import read_json, write_bytes
+from finetune.utils.upstream import no_gguf_bar
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +206,8 @@ def _loaded(path: Path, merged: Path) -> Mapping[str, torch.Tensor]:
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     if read_json(merged / "config.json")["model_type"] not in READ_WHOLE:
         source["config"] = AutoConfig.from_pretrained(merged, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+    with no_gguf_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     state: Mapping[str, torch.Tensor] = model.state_dict()
     return state
 

@@ -1,19 +1,39 @@
-"""Keeps the libraries' own chatter off a person's screen while our progress is on it."""
+"""Keep the libraries' own output off the screen while our progress is on it."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _NOISY = ("trl", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+_VERBOSITY = {  # read when the library is imported; also by processes that this one starts
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "ACCELERATE_LOG_LEVEL": "ERROR",
+    "WANDB_SILENT": "true",
+}
+
+
+def silence_libraries() -> None:
+    """Drop warnings and log lines of the libraries for the rest of this process; errors still pass.
+
+    The user's own settings win: `python -W` or PYTHONWARNINGS, and the variables above.
+    """
+    for name, value in _VERBOSITY.items():
+        os.environ.setdefault(name, value)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors still pass; progress bars, advice and deprecation notes of the training libraries do not."""
+    """Drop progress bars, warnings and log lines of the training libraries inside the block; errors still pass."""
     from transformers.utils import logging as transformers_logging
 
     before = {name: logging.getLogger(name).level for name in _NOISY}

@@ -6,7 +6,9 @@ when a public name has taken its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,3 +51,20 @@ def check_lora_target(config: LoraConfig, model: torch.nn.Module, name: str) -> 
     except ImportError:
         return
     check(config, model, name)
+
+
+@contextmanager
+def no_gguf_bar() -> Iterator[None]:
+    """Read GGUF without the bar that transformers always draws (transformers 5.23).
+
+    `load_gguf_checkpoint` calls tqdm itself and does not ask `logging.is_progress_bar_enabled`
+    (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_gguf_pytorch_utils.py).
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    before = reader.tqdm
+    reader.tqdm = partial(before, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = before

@@ -83,3 +83,13 @@ def test_a_model_names_what_it_keeps_in_fp32():
 
     small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     assert upstream.kept_in_fp32(LlamaForCausalLM(small)) == []
+
+
+def test_transformers_draws_a_bar_over_gguf_whatever_it_is_told():
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    source = inspect.getsource(reader.load_gguf_checkpoint)
+    assert "tqdm(reader.tensors" in source, "the bar is gone or can be switched off: no_gguf_bar can go"
+    with upstream.no_gguf_bar():
+        assert list(reader.tqdm([1])) == [1]
+    assert inspect.isclass(reader.tqdm)
