@@ -8,10 +8,11 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from finetune.cli.voice import Voice, folder_voice, model_folder, prompt_ids, run_voice
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError, Stopped
 from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json
 
@@ -34,6 +35,7 @@ class Options:
     seed: int = 0
     system: str | None = None
     compare: str | None = None
+    server: str | None = None
 
 
 @dataclass
@@ -61,6 +63,9 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
         raise InputError("--prompt is empty; write a question, or leave it out to talk")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in cli/run.py
     screen = Screen()
+    if options.server:
+        _chat_with_server(name, prompt, options, screen)
+        return
     folder = model_folder(name)
     if folder is not None and options.compare:
         raise InputError("a merged model holds no base to compare with; give the name of its run instead")
@@ -69,22 +74,52 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
     with talk as voice:
         if conversation.system and not voice.profile.takes_system:
             screen.say("this template has no place for a system message: it goes before the first question")
+        exchange = partial(_exchange, voice, options=options)
         if prompt is not None:
-            _exchange(voice, conversation, clean(prompt), options)
+            exchange(conversation, clean(prompt))
             return
-        _talk(voice, conversation, options, screen)
+        _talk(exchange, conversation, screen)
 
 
-def _talk(voice: Voice, conversation: Conversation, options: Options, screen: Screen) -> None:
+def _chat_with_server(name: str, prompt: str | None, options: Options, screen: Screen) -> None:
+    from finetune.serve.client import Sampling, connect
+
+    if options.compare:
+        raise InputError("--compare base: a server has no adapter to switch off; leave --server out")
+    server = connect(str(options.server), name)
+    screen.say(f"{server.url}, model {server.model}")
+
+    def exchange(conversation: Conversation, question: str) -> None:
+        asked = {"role": "user", "content": question}
+        seed = conversation.seed + len(conversation.messages)
+        sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, seed)
+        pieces = []
+        for piece in server.stream([*conversation.chat(), asked], sampling):
+            pieces.append(piece)
+            _write(printable(piece))
+        _write("\n")
+        conversation.messages += [asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    conversation = Conversation(options.system, options.seed)
+    if prompt is not None:
+        exchange(conversation, clean(prompt))
+        return
+    _talk(exchange, conversation, screen)
+
+
+Exchange = Callable[[Conversation, str], None]  # answers a question and remembers both
+
+
+def _talk(exchange: Exchange, conversation: Conversation, screen: Screen) -> None:
     """One line of stdin after the other, until /quit or its end."""
     terminal = sys.stdin.isatty()
     if terminal:
         screen.say("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the conversation")
     with remembering(terminal):
-        _talk_on(voice, conversation, options, screen, terminal)
+        _talk_on(exchange, conversation, screen, terminal)
 
 
-def _talk_on(voice: Voice, conversation: Conversation, options: Options, screen: Screen, terminal: bool) -> None:
+def _talk_on(exchange: Exchange, conversation: Conversation, screen: Screen, terminal: bool) -> None:
     while True:
         try:
             line = read_question(terminal).strip()
@@ -102,8 +137,10 @@ def _talk_on(voice: Voice, conversation: Conversation, options: Options, screen:
                 screen.say(str(error))
         elif line:
             try:
-                _exchange(voice, conversation, line, options)
-            except InputError as error:
+                exchange(conversation, line)
+            except Stopped:
+                raise
+            except FinetuneError as error:
                 screen.say(str(error))
             except KeyboardInterrupt:
                 _write("\n")

@@ -6,6 +6,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ import xxhash
 
 from finetune.cli.session import make_context, signals_handled
 from finetune.cli.voice import Voice, open_voice, prompt_ids
+from finetune.context import Context
 from finetune.errors import FinetuneError, InputError, not_written
 from finetune.eval.prompts import PromptRow, read_prompts
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
+from finetune.serve import client as served
+from finetune.serve.client import Reply, Server, connect
 from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json, replace_bytes
+
+SERVER_REQUESTS = 8  # at once
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Options:
     n: int = 1
     system: str | None = None
     batch_tokens: int = 16384
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,11 @@ def generate(name: str, source: Path, target: Path, options: Options, artifacts:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in cli/run.py
     rows = read_prompts(source, options.system)
     screen, store = Screen(), Store(artifacts, scratch)
-    with open_voice(name, artifacts, scratch, screen) as voice, signals_handled(screen) as stop:
-        made_by = digest_of(voice, options)
+    with ExitStack() as stack:
+        server = connect(options.server, name) if options.server else None
+        voice = None if server else stack.enter_context(open_voice(name, artifacts, scratch, screen))
+        stop = stack.enter_context(signals_handled(screen))
+        made_by = digest_of(voice, options, name)
         tasks = _tasks(voice, rows, options, source)
         done = read_output(target, {t.id for t in tasks}, made_by)
         left = [t for t in tasks if t.id not in done]
@@ -76,24 +87,36 @@ def generate(name: str, source: Path, target: Path, options: Options, artifacts:
             {"name": "generate", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
         )
         ctx = make_context(recipe, store, screen, stop, "generate", 0, 1)
-        _answer_all(voice, left, options, made_by, target, ctx)
+        if voice is not None:
+            _answer_all(voice, left, options, made_by, target, ctx)
+        elif server is not None:
+            _ask_all(server, left, options, made_by, target, ctx)
     order = {t.id: position for position, t in enumerate(tasks)}
     lines = sorted(_read_lines(target), key=lambda line: order[line["id"]])
     replace_bytes(target, "".join(canonical_json(line) + "\n" for line in lines).encode())
     print(target)  # noqa: T201 - the command's result
 
 
-def digest_of(voice: Voice, options: Options) -> str:
-    """Digest of all that decides an answer beside its row: the model's files and the options but for the batch."""
-    asked = {k: v for k, v in asdict(options).items() if k not in ("batch_tokens", "n", "system")}
-    content = {"model": voice.identity, "template": voice.template, **asked}
+def digest_of(voice: Voice | None, options: Options, name: str = "") -> str:
+    """Digest of what decides an answer beside its row: the model's files and the options but for the batch.
+
+    Of a model behind a server (no `voice`) only the address and the model's name there are known.
+    """
+    asked = {k: v for k, v in asdict(options).items() if k not in ("batch_tokens", "n", "system", "server")}
+    model = {"server": options.server, "model": name}
+    if voice is not None:
+        model = {"model": voice.identity, "template": voice.template}
+    content = {**model, **asked}
     return xxhash.xxh3_64_hexdigest(canonical_json(content).encode())
 
 
-def _tasks(voice: Voice, rows: Sequence[PromptRow], options: Options, source: Path) -> list[Task]:
+def _tasks(voice: Voice | None, rows: Sequence[PromptRow], options: Options, source: Path) -> list[Task]:
     """Every row as token ids. Raises InputError for the first row that the template or the model's length refuses."""
-    tasks = []
+    tasks: list[Task] = []
     for row in rows:
+        if voice is None:  # the server renders
+            tasks += [Task(row, sample, []) for sample in range(options.n)]
+            continue
         try:
             ids = prompt_ids(voice, row.messages, row.tools)
         except InputError as error:
@@ -113,7 +136,7 @@ def _answer_all(
     options: Options,
     made_by: str,
     target: Path,
-    ctx: Any,  # noqa: ANN401 - Context
+    ctx: Context,
 ) -> None:
     from finetune.eval.generation import Request, Sampling, answer
 
@@ -143,6 +166,50 @@ def _answer_all(
             f"{len(tasks)} answers, {tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} tokens/s"
         )
     else:
+        append(target, [])
+
+
+def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: str, target: Path, ctx: Context) -> None:
+    """Ask a server, `SERVER_REQUESTS` at once; each answer is appended as it comes.
+
+    Raises the first error of a request after the answers to the others have been written.
+    """
+    bar = ctx.bar("generate", len(tasks))
+    waiting = iter(tasks)
+    running: dict[Future[Reply], Task] = {}
+    failure: FinetuneError | None = None
+    begun, tokens = time.monotonic(), 0
+    with ThreadPoolExecutor(SERVER_REQUESTS, "request") as pool:
+        try:
+            while True:
+                while failure is None and len(running) < SERVER_REQUESTS and (task := next(waiting, None)):
+                    sampling = served.Sampling(
+                        options.max_new_tokens,
+                        options.temperature,
+                        options.top_p,
+                        _stream(task.id, options.seed) % 2**31,
+                    )
+                    running[pool.submit(server.ask, task.row.messages, sampling, task.row.tools)] = task
+                if not running:
+                    break
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                ctx.stop.check()
+                for future in done:
+                    task = running.pop(future)
+                    try:
+                        reply = future.result()
+                    except FinetuneError as error:
+                        failure = failure or error
+                        continue
+                    tokens += reply.tokens
+                    append(target, [_line(task, reply.text, reply.finish, reply.tokens, made_by)])
+                    bar.advance(1, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
+        finally:
+            bar.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+    if failure is not None:
+        raise failure
+    if not tasks:
         append(target, [])
 
 

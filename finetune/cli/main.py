@@ -10,7 +10,23 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.cli.options import ARTIFACTS, MIRROR, SCRATCH, Artifacts, AsJson, RecipeName, RunName, Scratch, Sets, note
+from finetune.cli.options import (
+    ARTIFACTS,
+    MIRROR,
+    SCRATCH,
+    Artifacts,
+    AsJson,
+    MaxNewTokens,
+    RecipeName,
+    RunName,
+    Scratch,
+    Seed,
+    ServerUrl,
+    Sets,
+    Temperature,
+    note,
+)  # fmt: skip
+from finetune.cli.serve import serve
 from finetune.errors import FinetuneError
 from finetune.utils.quiet import silence_libraries
 from finetune.utils.resources import complete_recipe
@@ -180,12 +196,8 @@ def merge(
         str,
         typer.Argument(metavar="ADAPTER", help="A folder that peft has saved, OWNER/NAME on the Hub, or RECIPE[@RUN]."),
     ],
-    base: Annotated[
-        str | None, typer.Option(metavar="ID", help="The base: default, the one the adapter names.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Rows that were not trained on, for the certificate.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="ID", help="Its base; default: the one that it names.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Held-out rows for the certificate.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Put the merged model here as well.")] = None,
     gguf: Annotated[list[str] | None, typer.Option(metavar="KIND", help="Also as GGUF: q8_0, q4_k_m …")] = None,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Push it to OWNER/NAME on the Hub.")] = None,
@@ -233,7 +245,7 @@ def rm(
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Remove a run's record; its stages stay until `finetune clean` finds that no run uses them."""
-    from finetune.cli.rm import remove_runs
+    from finetune.cli.runs import remove_runs
     from finetune.pipeline.store import Store
 
     for line in remove_runs(names, Store(artifacts, scratch)):
@@ -271,25 +283,22 @@ def clean(
 def chat(
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="RECIPE[@RUN]|FOLDER",
-            help="A run's adapter, or a merged model.",
-            autocompletion=complete_recipe,
-        ),
+        typer.Argument(metavar="RUN|FOLDER", help="An adapter or a merged model.", autocompletion=complete_recipe),
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     compare: Annotated[str | None, typer.Option(metavar="base", help="Answer without the adapter, too.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 always takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    server: ServerUrl = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Talk to what was trained: the adapter of a run on its 4-bit base, or a merged model."""
     from finetune.cli import chat as chatting
 
-    options = chatting.Options(max_new_tokens, temperature, seed, system, compare)
+    options = chatting.Options(max_new_tokens, temperature, seed, system, compare, server)
     chatting.chat(name, prompt, options, artifacts, scratch)
 
 
@@ -307,24 +316,21 @@ def generate(
         Path, typer.Option("--input", metavar="FILE", help="Prompts: .txt, or rows as a recipe reads them.")
     ],
     target: Annotated[Path, typer.Option("--output", metavar="FILE", help="JSON lines; a stopped run goes on in it.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, max=10, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0001, max=1, help="Sample from the likeliest tokens of this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the probability to sample from.")] = 1.0,
+    seed: Seed = 0,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Answers for each prompt.")] = 1,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message for rows without one.")] = None,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens at once, padding included; changes no answer.")
-    ] = 16384,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; changes no answer.")] = 16384,
+    server: ServerUrl = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Answer every row of a file; goes on after a stop without losing or repeating a row."""
     from finetune.cli import generate as cli_generate
 
-    options = cli_generate.Options(max_new_tokens, temperature, top_p, seed, n, system, batch_tokens)
+    options = cli_generate.Options(max_new_tokens, temperature, top_p, seed, n, system, batch_tokens, server)
     cli_generate.generate(name, source, target, options, artifacts, scratch)
 
 
@@ -359,6 +365,9 @@ def init(
     more["chosen"] = Chosen(question, answer, system, tuple(keep or ()))
     axolotl = from_ and from_axolotl(from_, name, out, force=force)
     print_text(axolotl or write_recipe(name, model, data, device, out, **more))
+
+
+app.command()(serve)
 
 
 @app.command()

@@ -25,6 +25,13 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", he
 Artifacts = Annotated[Path, typer.Option(help="Durable and small: rows, adapter, checkpoints. May be a mounted Drive.")]
 Scratch = Annotated[Path, typer.Option(help="Local and large: Hub cache, merged models. Can be made again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="Ask an OpenAI-compatible server; the argument is its model's name."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
+Temperature = Annotated[float, typer.Option(min=0, max=10, help="0 always takes the most likely token.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 note = partial(typer.echo, err=True)

@@ -1,13 +1,15 @@
-"""`finetune runs`: every recorded run of every recipe."""
+"""`finetune runs` and `finetune rm`: list the recorded runs, remove some."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
 from finetune.pipeline import run_view
-from finetune.pipeline.runs import run_folders
+from finetune.pipeline.leases import is_being_built
+from finetune.pipeline.runs import find_run, latest_run, remove_run, run_folders
 from finetune.pipeline.store import Store
 from finetune.utils.console import print_error, print_table
 from finetune.utils.files import tree_bytes
@@ -80,3 +82,23 @@ def print_list(lines: list[dict[str, Any]]) -> None:
             ]
         )
     print_table("runs", ["run", "UTC", "status", "perplexity", "time", "bytes"], rows)
+
+
+def remove_runs(names: Sequence[str], store: Store) -> list[str]:
+    """Remove the runs `names` (RECIPE@RUN, or RUN) and return a line for each; nothing is removed if one is refused.
+
+    Raises InputError for a name that is no run, a run that is in progress, or one behind a symbolic link.
+    """
+    folders = list(dict.fromkeys(find_run(store.artifacts, name) for name in names))
+    for folder in folders:
+        if is_being_built(folder):
+            raise InputError(f"{folder.parent.name}@{folder.name} is running; stop it first")
+    return [_remove(folder) for folder in folders]
+
+
+def _remove(folder: Path) -> str:
+    parent, count = folder.parent, tree_bytes(folder)
+    remove_run(folder)
+    newest = latest_run(parent)
+    left = f"; the newest run left is {parent.name}@{newest.name}" if newest else f"; {parent.name} has no run left"
+    return f"removed {parent.name}@{folder.name}, {count:,} bytes{left}"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from finetune.cli import runs as cli_runs
 from finetune.cli.clean import unused
 from finetune.cli.main import app
-from finetune.cli.rm import remove_runs
+from finetune.cli.runs import remove_runs
 from finetune.errors import InputError
 from finetune.pipeline import preflight, run_view
 from finetune.pipeline.runner import Step

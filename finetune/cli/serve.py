@@ -1,0 +1,209 @@
+"""`finetune serve`: an OpenAI-compatible server of what a run made, and a check of such a server."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.options import ARTIFACTS, SCRATCH, Artifacts, Scratch
+from finetune.errors import GateRefused, InputError
+from finetune.serve import engines
+from finetune.utils.resources import complete_recipe
+
+if TYPE_CHECKING:
+    from finetune.cli.voice import Voice
+    from finetune.serve.check import Expected
+    from finetune.utils.console import Screen
+
+
+def serve(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|FOLDER",
+            help="RECIPE[@RUN], or the folder of a merged model.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    engine: Annotated[str, typer.Option(help="auto, vllm, llama-server or transformers.")] = "auto",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help=f"Other than this machine needs a key in {engines.KEY}.")] = "127.0.0.1",
+    check: Annotated[bool, typer.Option("--check", help="Compare it with this package, then end.")] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="URL", help="With --check: a server that already runs.")
+    ] = None,
+    artifacts: Artifacts = ARTIFACTS,
+    scratch: Scratch = SCRATCH,
+) -> None:
+    """Serve a model behind an OpenAI-compatible API; Ctrl-C stops it. The engine's log is in SCRATCH/serve."""
+    from finetune.utils.console import Screen
+
+    screen = Screen()
+    if server and not check:
+        raise InputError("--server names a server that already runs: add --check, or leave it out to start one")
+    if server:
+        from finetune.serve.client import connect
+
+        _check(name, server, connect(server).model, exact=False, roots=(artifacts, scratch), screen=screen)
+        return
+    _serve(name, engine, host, port, check=check, roots=(artifacts, scratch), screen=screen)
+
+
+def _serve(
+    name: str, engine: str, host: str, port: int, *, check: bool, roots: tuple[Path, Path], screen: Screen
+) -> None:
+    from finetune.cli.session import signals_handled
+    from finetune.serve.process import ended, require_port, running
+
+    key = os.environ.get(engines.KEY, "")
+    if not engines.is_loopback(host) and not key:
+        raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
+    served = served_by(name, *roots, screen)
+    chosen = engines.choose(engine, served, engines.installed())
+    told = engines.environment(chosen, key, os.environ)
+    require_port(host, port)
+    command = engines.command(chosen, served, host, port)
+    folder = roots[1] / "serve"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / f"{port}.log").absolute()
+    screen.say(f"serve: {chosen}; by hand:\n  {shlex.join(command)}")
+    shown = f"[{host}]" if ":" in host else host
+    with signals_handled(screen) as stop, ExitStack() as stack:
+        process = stack.enter_context(running(command, told, f"http://{shown}:{port}", log, screen.say, stop.check))
+        url = f"http://{shown}:{port}/v1"
+        model = str(served.merged) if chosen == "transformers" else served.name
+        if check:
+            _check(name, url, model, exact=chosen == "transformers", roots=roots, screen=screen)
+            return
+        screen.say(f"serve: ready at {url}, model {model}; Ctrl-C stops it")
+        while process.poll() is None:
+            stop.check()
+            time.sleep(0.2)
+        raise ended(process, log)
+
+
+def served_by(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engines.Served:
+    """Return the files of a run or of a folder that an engine can serve. Raises InputError if there are none."""
+    from finetune.cli.voice import model_folder
+
+    folder = model_folder(name)
+    if folder is not None:
+        ggufs = sorted(folder.glob("*.gguf"))
+        return engines.Served(
+            folder.name or "model",
+            merged=folder.absolute(),
+            gguf=ggufs[0].absolute() if ggufs else None,
+            template=_file(folder / "chat_template.jinja"),
+            context=_context(folder),
+            dtype=_dtype(),
+        )
+    return _of_run(name, artifacts, scratch, screen)
+
+
+def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engines.Served:
+    from finetune.pipeline import run_view
+    from finetune.pipeline.store import Store
+    from finetune.utils.files import read_json
+
+    value = run_view.finished(Store(artifacts, scratch), name, lambda _: ("base", "train"), screen.say)
+    done = {n: Path(s["path"]) for n, s in value["stages"].items() if s["status"] == "done" and s["path"]}
+    if "train" not in done:
+        status = value["stages"]["train"]["status"]
+        raise InputError(f"train of {value['recipe']} is {status}: run `finetune run {name.partition('@')[0]}` first")
+    merged = done.get("merge")
+    adapter = done.get("align", done["train"]) / "adapter"
+    config = read_json(adapter / "adapter_config.json")
+    files = sorted(done["export"].rglob("*.gguf")) if "export" in done else []
+    ranks = [int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]
+    return engines.Served(
+        value["recipe"],
+        merged=merged.absolute() if merged else None,
+        gguf=files[0].absolute() if files else None,
+        base=config.get("base_model_name_or_path"),
+        adapter=adapter.absolute(),
+        rank=max(ranks),
+        template=_file(adapter / "template" / "inference.jinja", adapter / "chat_template.jinja"),
+        context=_context(done["base"]),
+        dtype=_dtype(),
+        limits=tuple(engines.adapter_limits(config)),
+    )
+
+
+def _file(*paths: Path) -> Path | None:
+    return next((p.absolute() for p in paths if p.is_file()), None)
+
+
+def _context(folder: Path) -> int | None:
+    from finetune.utils.files import read_json
+
+    config: Any = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    inner = config.get("text_config") or {}
+    found = config.get("max_position_embeddings") or inner.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _dtype() -> str:
+    from finetune.models.device import DTYPES, pick_device, pick_precision
+
+    return str(DTYPES[pick_precision("auto", pick_device("auto"))[0]])
+
+
+def _check(name: str, url: str, model: str, *, exact: bool, roots: tuple[Path, Path], screen: Screen) -> None:
+    """Compare a server with the model loaded here. Raises GateRefused if a prompt or an answer differs."""
+    from finetune.cli.voice import folder_voice, model_folder
+    from finetune.serve.check import compare
+    from finetune.serve.client import connect
+    from finetune.utils.console import print_table
+
+    folder = model_folder(name) or served_by(name, *roots, screen).merged
+    if folder is None:
+        raise InputError(f"{name} has no merged model to compare with: `finetune run {name} --until merge`")
+    with folder_voice(folder, screen) as voice:
+        results = compare(connect(url, model), _expecting(voice, screen), exact=exact)
+    columns = ["conversation", "prompt ids", "answer", "end"]
+    print_table(f"{url} against this package", columns, [[r.name, r.ids, r.answer, r.stop] for r in results])
+    if wrong := [r.name for r in results if not r.passed]:
+        raise GateRefused(f"{url} does not serve what was trained: {', '.join(wrong)} (the table says where)")
+
+
+def _expecting(voice: Voice, screen: Screen) -> Callable[[list[dict[str, Any]], list[Any] | None], Expected | None]:
+    """Return the function that gives prompt and greedy answer of a conversation; None if the template refuses it."""
+    from finetune.cli.voice import prompt_ids
+    from finetune.context import Context
+    from finetune.eval.generation import Request, Sampling, answer
+    from finetune.recipe import Runtime, Tracking
+    from finetune.serve.check import TOKENS, Expected
+
+    ctx = Context(Path(), Runtime(), Tracking())
+
+    def expect(chat: list[dict[str, Any]], tools: list[Any] | None) -> Expected | None:
+        if chat[0]["role"] == "system" and not voice.profile.takes_system:
+            screen.say("check: this template has no system turn: clients must put that text before the first question")
+            return None
+        try:
+            ids = prompt_ids(voice, chat, tools)
+        except InputError as error:
+            screen.say(f"check: left out, the chat template refuses it: {error}")
+            return None
+        if tools and ids == prompt_ids(voice, chat):
+            screen.say("check: this template writes no tools: an engine that is given some ignores them")
+            return None
+        made = answer(voice.model, [Request(ids, TOKENS)], Sampling(), voice.terminators, voice.pad_id, ctx, 1)
+        found = next(made)[0]
+        decode = voice.tokenizer.decode
+        return Expected(
+            ids,
+            decode(ids),
+            decode(found.ids, skip_special_tokens=True),
+            decode(found.ids[:1], skip_special_tokens=True),
+            found.finish == "stop",
+        )
+
+    return expect

@@ -1,0 +1,1 @@
+"""Serve a model behind an OpenAI-compatible API, check what it answers, and talk to such a server."""
