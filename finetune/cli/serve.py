@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ def serve(
     engine: Annotated[str, typer.Option(help="auto, vllm, llama-server or transformers.")] = "auto",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help=f"Other than this machine needs a key in {engines.KEY}.")] = "127.0.0.1",
+    context: Annotated[
+        int | None, typer.Option(min=16, metavar="TOKENS", help="Longest conversation; default: what the base reads.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare it with this package, then end.")] = False,
     server: Annotated[
         str | None, typer.Option("--server", metavar="URL", help="With --check: a server that already runs.")
@@ -49,15 +53,26 @@ def serve(
     if server and not check:
         raise InputError("--server names a server that already runs: add --check, or leave it out to start one")
     if server:
-        from finetune.serve.client import connect
-
-        _check(name, server, connect(server).model, exact=False, roots=(artifacts, scratch), screen=screen)
+        _check(name, server, None, exact=False, roots=(artifacts, scratch), screen=screen)
         return
-    _serve(name, engine, host, port, check=check, roots=(artifacts, scratch), screen=screen)
+    served = served_by(name, artifacts, scratch, screen)
+    if context is not None:
+        if served.context is not None and context > served.context:
+            raise InputError(f"--context {context}: the base reads {served.context} tokens at most")
+        served = replace(served, context=context)
+    _serve(name, served, engine, host, port, check=check, roots=(artifacts, scratch), screen=screen)
 
 
 def _serve(
-    name: str, engine: str, host: str, port: int, *, check: bool, roots: tuple[Path, Path], screen: Screen
+    name: str,
+    served: engines.Served,
+    engine: str,
+    host: str,
+    port: int,
+    *,
+    check: bool,
+    roots: tuple[Path, Path],
+    screen: Screen,
 ) -> None:
     from finetune.cli.session import signals_handled
     from finetune.serve.process import ended, require_port, running
@@ -65,7 +80,6 @@ def _serve(
     key = os.environ.get(engines.KEY, "")
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
-    served = served_by(name, *roots, screen)
     chosen = engines.choose(engine, served, engines.installed())
     told = engines.environment(chosen, key, os.environ)
     require_port(host, port)
@@ -155,16 +169,21 @@ def _dtype() -> str:
     return str(DTYPES[pick_precision("auto", pick_device("auto"))[0]])
 
 
-def _check(name: str, url: str, model: str, *, exact: bool, roots: tuple[Path, Path], screen: Screen) -> None:
+def _check(name: str, url: str, model: str | None, *, exact: bool, roots: tuple[Path, Path], screen: Screen) -> None:
     """Compare a server with the model loaded here. Raises GateRefused if a prompt or an answer differs."""
-    from finetune.cli.voice import folder_voice, model_folder
+    from finetune.cli.voice import folder_voice
     from finetune.serve.check import compare
-    from finetune.serve.client import connect
+    from finetune.serve.client import connect, sentences
     from finetune.utils.console import print_table
 
-    folder = model_folder(name) or served_by(name, *roots, screen).merged
+    served = served_by(name, *roots, screen)
+    folder = served.merged
     if folder is None:
         raise InputError(f"{name} has no merged model to compare with: `finetune run {name} --until merge`")
+    if model is None:
+        with sentences(connect(url, "")) as server:
+            listed = server.models()
+        model = served.name if served.name in listed else listed[0] if len(listed) == 1 else str(folder)
     with folder_voice(folder, screen) as voice:
         results = compare(connect(url, model), _expecting(voice, screen), exact=exact)
     columns = ["conversation", "prompt ids", "answer", "end"]

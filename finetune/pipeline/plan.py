@@ -24,6 +24,7 @@ from finetune.models.inventory import notes, why_not_packed, why_not_trained
 from finetune.pipeline.preflight import refuse_start
 from finetune.pipeline.recipe_checks import base_problem
 from finetune.recipe import Recipe
+from finetune.serve.engines import adapter_limits
 from finetune.train.batch import sizing_advice, total_steps
 
 if TYPE_CHECKING:
@@ -104,7 +105,15 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
             f"WARNING: rows may have {longest:,} tokens, the base knows {shapes.positions:,} positions "
             "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
         )
+    if limits := _not_served(recipe):
+        found.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
     return [*found, *machine_notes()]
+
+
+def _not_served(recipe: Recipe) -> list[str]:
+    lora = recipe.lora
+    config = {"r": lora.r, "rank_pattern": lora.rank_pattern, "modules_to_save": lora.modules_to_save}
+    return adapter_limits({**config, "use_dora": lora.dora})
 
 
 def _access(recipe: Recipe, shapes: Shapes | None) -> str:

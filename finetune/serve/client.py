@@ -56,6 +56,15 @@ class Server:
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         return Reply(choice.message.content or "", choice.finish_reason or "", *counts)
 
+    def models(self) -> list[str]:
+        """Return the names that the server lists; empty if it cannot list them."""
+        import openai
+
+        try:
+            return [m.id for m in self.client.with_options(max_retries=0).models.list().data]
+        except openai.InternalServerError:  # transformers 5.23 lists the Hub's cache, and fails if there is none
+            return []
+
     def stream(self, messages: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         """Yield the pieces of an answer as they come. Raises FinetuneError or InputError with one sentence."""
         with sentences(self):
@@ -75,11 +84,11 @@ class Server:
         return asked | ({"tools": list(tools)} if tools else {})
 
 
-def connect(url: str, model: str | None = None) -> Server:
-    """Return the server at `url` (…/v1, or its root); without `model` the first one that it lists.
+def connect(url: str, model: str) -> Server:
+    """Return the server at `url` (…/v1, or its root), of which `model` will be asked.
 
-    The key comes from FINETUNE_API_KEY or OPENAI_API_KEY. Raises InputError for an address that is no http URL, a
-    missing package, a server that does not answer, a key that it refuses, or a server that lists no model.
+    The key comes from FINETUNE_API_KEY or OPENAI_API_KEY. Raises InputError for an address that is no http URL, and
+    for a missing package.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -93,24 +102,16 @@ def connect(url: str, model: str | None = None) -> Server:
     root = url.rstrip("/")
     root = root if parts.path.rstrip("/") else f"{root}/v1"
     key = os.environ.get(KEY) or os.environ.get("OPENAI_API_KEY") or "none"
-    client = OpenAI(base_url=root, api_key=key, max_retries=RETRIES, timeout=SECONDS)
-    server = Server(root, model or "", client)
-    if model:
-        return server
-    with sentences(server):
-        names = [m.id for m in client.models.list().data]
-    if not names:
-        raise InputError(f"{root} lists no model; name one with --model")
-    return Server(root, names[0], client)
+    return Server(root, model, OpenAI(base_url=root, api_key=key, max_retries=RETRIES, timeout=SECONDS))
 
 
 @contextmanager
-def sentences(server: Server) -> Iterator[None]:
+def sentences(server: Server) -> Iterator[Server]:
     """Raise the client's errors as one sentence: InputError for what the user can set, else FinetuneError."""
     import openai
 
     try:
-        yield
+        yield server
     except openai.AuthenticationError:
         raise InputError(f"{server.url} refused the key; set {KEY} (or OPENAI_API_KEY) to the server's key") from None
     except openai.PermissionDeniedError as error:

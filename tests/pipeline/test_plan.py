@@ -49,6 +49,16 @@ def test_rows_as_long_as_the_sliding_window_are_warned_of(length, warned, offlin
     assert ("mask" in plan["memory_bytes"]) == warned
 
 
+@pytest.mark.parametrize(
+    ("edit", "why"), [("lora.r=600", "rank 600"), ("lora.dora=true", "DoRA"), ("lora.r=512", None)]
+)
+def test_an_adapter_that_vllm_will_not_serve_is_named_before_training(edit, why, offline, tmp_path):
+    recipe = load_recipe("mistral-guanaco", [edit]).recipe
+    shown = " ".join(pipeline_plan.describe(pipeline_plan.predict(recipe, steps_of(recipe, tmp_path), "h200")).split())
+    assert ("vLLM will not serve this adapter" in shown) == (why is not None)
+    assert why is None or why in shown
+
+
 def test_nothing_is_built_by_a_plan(offline, tmp_path):
     for name in ("mistral-platypus", "llama2-alpaca", "qwen2.5-7b-chat", "zephyr-7b-qlora", "tiny-pydoc"):
         recipe = load_recipe(name).recipe
