@@ -18,6 +18,7 @@ from finetune.estimate.memory import Training, disk, ram, windowed
 from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
 from finetune.eval.verdict import few_steps
+from finetune.gguf.support import window_note
 from finetune.lora.config import check_modules
 from finetune.models.device import machine_notes
 from finetune.models.inventory import notes, why_not_packed, why_not_trained
@@ -104,6 +105,8 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
             f"WARNING: rows may have {longest:,} tokens, the base knows {shapes.positions:,} positions "
             "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
         )
+    if recipe.export and recipe.merge and (note := window_note(read_config(recipe, pinned) or {})):
+        found.append(f"export.gguf: {note}")
     return [*found, *machine_notes()]
 
 
