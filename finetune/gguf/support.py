@@ -6,8 +6,10 @@ Names, permutations and offsets are those of llama.cpp's convert_hf_to_gguf.py
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,42 +27,106 @@ GEMMA_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-GEMMA3_PATTERN, GEMMA2_PATTERN = 6, 2  # every so many layers one attends to all before it
+PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every so many layers one is unlike the others
+PARTIAL = {"phi3": 1.0, "stablelm": 0.25, "glm4": 0.5}  # the share of a head that turns, where none is given
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp computes it
 GEMMA3_LOCAL_THETA = 10_000.0
 LARGEST_GEMMA_LAYERS = (46, 62)  # of the 27B models, whose scores llama.cpp scales by hidden / heads
 
 
+SCALED = ("default", "linear", "yarn")
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """`name` and `parts` (module of a layer → tensor) are llama.cpp's words; `offset` is added to every norm's weight.
+    """One of llama.cpp's architectures, and what it takes for granted of a model.
 
-    `permuted`: rows of q and k change places, as its rotary embedding turns neighbouring dimensions together.
+    Attributes:
+        name: llama.cpp's name.
+        parts: module of a layer → tensor.
+        permuted: rows of q and k change places, since its rotary embedding turns neighbouring dimensions together and
+            transformers' halves. cohere2 and glm4 turn neighbours together in both, so their rows stay.
+        offset: added to every norm's weight.
+        reloaded: whether transformers reads such a GGUF; the others are compared with llama.cpp's own logits
+            (tests/gguf/test_llama_cpp.py).
+        ropes: the kinds of rotary scaling that it computes as transformers does.
+        activation: what config.json may call the activation; llama.cpp does not read it.
+        fixed: values that fields of config.json must have, where they are present.
+        square: the heads' widths must add up to `hidden_size`.
+        window: whether its layers have sliding windows; elsewhere they attend to all tokens before them.
     """
 
     name: str
     parts: Mapping[str, str] = field(default_factory=lambda: {**NORMS, **ATTENTION, **MLP})
     permuted: bool = False
     offset: float = 0.0
+    reloaded: bool = True
+    ropes: tuple[str, ...] = SCALED
+    activation: tuple[str, ...] = ("silu", "swish")
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    square: bool = False
+    window: bool = False
 
 
+NO_BIAS: Mapping[str, object] = {"attention_bias": False, "mlp_bias": False}
+TIED: Mapping[str, object] = {"tie_word_embeddings": True}
+UNTIED: Mapping[str, object] = {"tie_word_embeddings": False}
+GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+LLAMA = Architecture("llama", permuted=True, ropes=(*SCALED, "llama3"))
 ARCHITECTURES = {
-    "MistralForCausalLM": Architecture("llama", permuted=True),
-    "LlamaForCausalLM": Architecture("llama", permuted=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3", {**NORMS, **ATTENTION, **MLP, **QK_NORMS}),
-    "Gemma2ForCausalLM": Architecture("gemma2", {**GEMMA_NORMS, **ATTENTION, **MLP}, offset=1.0),
-    "Gemma3ForCausalLM": Architecture("gemma3", {**GEMMA_NORMS, **ATTENTION, **MLP, **QK_NORMS}, offset=1.0),
+    "MistralForCausalLM": LLAMA,
+    "LlamaForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": Architecture("qwen2", square=True),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", {**NORMS, **ATTENTION, **MLP, **QK_NORMS}, fixed=NO_BIAS
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2", {**GEMMA_NORMS, **ATTENTION, **MLP}, offset=1.0, activation=GELU, fixed={**NO_BIAS, **TIED},
+        window=True,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3", {**GEMMA_NORMS, **ATTENTION, **MLP, **QK_NORMS}, offset=1.0, ropes=("default", "linear"),
+        activation=GELU, fixed=NO_BIAS, window=True,
+    ),
     "Phi3ForCausalLM": Architecture(
         "phi3",
         {
             **NORMS, "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
             "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
         },
+        ropes=("default",), square=True,
     ),
-    "StableLmForCausalLM": Architecture("stablelm"),
+    "StableLmForCausalLM": Architecture(
+        "stablelm", fixed={"qk_layernorm": False, **UNTIED}, square=True
+    ),
     "Starcoder2ForCausalLM": Architecture(
-        "starcoder2", {**NORMS, **ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+        "starcoder2", {**NORMS, **ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}, activation=GELU,
+        fixed={"use_bias": True}, square=True,
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2",
+        {
+            **ATTENTION, **MLP, **QK_NORMS, "post_attention_layernorm": "post_attention_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        reloaded=False, fixed={**NO_BIAS, **UNTIED}, square=True,
+    ),
+    "GraniteForCausalLM": Architecture("granite", permuted=True, reloaded=False, ropes=(*SCALED, "llama3")),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3", permuted=True, reloaded=False, fixed={**NO_BIAS, "use_sliding_window": False}
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        "cohere2", {"input_layernorm": "attn_norm", **ATTENTION, **MLP}, reloaded=False,
+        fixed={**NO_BIAS, **TIED}, square=True, window=True,
+    ),
+    "Glm4ForCausalLM": Architecture(
+        "glm4",
+        {
+            **ATTENTION, "input_layernorm": "attn_norm", "post_self_attn_layernorm": "post_attention_norm",
+            "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
+            "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        },
+        reloaded=False,
     ),
 }  # fmt: skip
 
@@ -77,25 +143,91 @@ def problem(config: Mapping[str, Any]) -> str | None:
     name = _class_name(config)
     if name not in ARCHITECTURES:
         return f"no GGUF of {name} is written here, only of {', '.join(ARCHITECTURES)}"
-    kind = rope(config)["rope_type"]
-    if kind not in ROPE_TYPES:
-        return f"no GGUF is written of rope_type {kind}, only of {', '.join(ROPE_TYPES)}"
-    arch = ARCHITECTURES[name].name
-    if arch == "stablelm" and config.get("qk_layernorm"):
-        return "no GGUF is written of a StableLM with qk_layernorm"
-    return _gemma_problem(arch, config) if arch.startswith("gemma") else None
+    arch = ARCHITECTURES[name]
+    for key, value in arch.fixed.items():
+        if config.get(key, value) != value:
+            return f"llama.cpp has no {arch.name} with {key}: {json.dumps(config[key])}"
+    act = config.get("hidden_activation") or config.get("hidden_act") or arch.activation[0]
+    if act not in arch.activation:
+        return f"llama.cpp computes {arch.activation[0]} in a {arch.name}, and this model has {act}"
+    heads, width = config["num_attention_heads"], config.get("head_dim")
+    if arch.square and width and width * heads != config["hidden_size"]:
+        return f"llama.cpp expects heads of {config['hidden_size'] // heads} in a {arch.name}, and these have {width}"
+    return _rope_problem(arch, config) or _pattern_problem(arch.name, config) or _gemma_problem(arch.name, config)
+
+
+def untied_problem(config: Mapping[str, Any], saved: Sequence[str]) -> str | None:
+    """Why no GGUF can be written once the modules `saved` are trained whole, of a model whose `problem` is None."""
+    arch = ARCHITECTURES[_class_name(config)]
+    names = [name for name in saved if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+    if not names or not arch.fixed.get("tie_word_embeddings"):
+        return None
+    return (
+        f"llama.cpp takes the embedding of a {arch.name} for its head, and lora.modules_to_save trains {names[0]} apart"
+    )
+
+
+def window_note(config: Mapping[str, Any]) -> str:
+    """What llama.cpp computes otherwise in long texts, in a sentence; "" where there is nothing.
+
+    It gives some architectures no sliding window: within the first window's tokens the model is the same.
+    """
+    arch, window = ARCHITECTURES.get(_class_name(config)), config.get("sliding_window")
+    if arch is None or arch.window or not window or not config.get("use_sliding_window", True):
+        return ""
+    if window >= config.get("max_position_embeddings", window + 1):
+        return ""
+    return (
+        f"llama.cpp gives a {arch.name} no sliding window: in texts of more than {window:,} tokens it attends to more "
+        "than the model was trained with, and its answers may differ"
+    )
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
     return str((config.get("architectures") or ["none named"])[0])
 
 
+def _rope_problem(arch: Architecture, config: Mapping[str, Any]) -> str | None:
+    """What llama.cpp cannot be told of this model's rotary embedding."""
+    settings, known = rope(config), arch.ropes
+    if settings["rope_type"] not in known:
+        return f"no GGUF is written of a {arch.name} with rope_type {settings['rope_type']}, only {', '.join(known)}"
+    if settings.get("mrope_section"):
+        return f"no GGUF is written of a {arch.name} with mrope_section"
+    if arch.name not in PARTIAL and (share := settings["partial_rotary_factor"]) != 1:
+        return f"llama.cpp turns whole heads of a {arch.name}, and partial_rotary_factor is {share}"
+    if settings["rope_type"] == "yarn":
+        usual = {**YARN, "attention_factor": 0.1 * math.log(max(settings["factor"], 1)) + 1}
+        odd = [k for k, v in usual.items() if settings.get(k) not in (None, v)]
+        odd += [k for k in ("mscale", "mscale_all_dim") if settings.get(k)]
+        if odd:
+            return f"no GGUF is written of yarn with {odd[0]}: {settings[odd[0]]}"
+    return None
+
+
+def _pattern_problem(arch: str, config: Mapping[str, Any]) -> str | None:
+    """Which layers llama.cpp treats apart from the others, where this model's layers differ."""
+    if (period := PERIODS.get(arch)) is None:
+        return None
+    ends = [(i + 1) % period == 0 for i in range(config["num_hidden_layers"])]
+    if arch == "smollm3":
+        every = config.get("no_rope_layer_interval") or period
+        turned = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(len(ends))]
+        if [not t for t in turned[: len(ends)]] != ends:
+            return f"llama.cpp expects every {period}th layer of a {arch} to have no rotary embedding, and only those"
+        return None
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or period
+    usual = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(ends))]
+    if [kind == "full_attention" for kind in config.get("layer_types") or usual] != ends:
+        return f"llama.cpp expects every {period}th layer of a {arch} to attend to all tokens, and this one differs"
+    return None
+
+
 def _gemma_problem(arch: str, config: Mapping[str, Any]) -> str | None:
     """What llama.cpp takes for granted in a Gemma, and this one has otherwise."""
-    layers, period = config["num_hidden_layers"], GEMMA2_PATTERN if arch == "gemma2" else GEMMA3_PATTERN
-    usual = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
-    if list(config.get("layer_types") or usual) != usual:
-        return f"llama.cpp expects every {period}th layer of a {arch} to attend to all tokens, and this one differs"
+    if not arch.startswith("gemma"):
+        return None
+    layers = config["num_hidden_layers"]
     scalar = config.get("query_pre_attn_scalar") or config["head_dim"]
     large = layers in LARGEST_GEMMA_LAYERS
     expected = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
@@ -130,4 +262,6 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(found.get("full_attention") or found)
     found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     found.setdefault("rope_type", found.get("type", "default"))
+    share = found.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    found["partial_rotary_factor"] = share or PARTIAL.get(str(config.get("model_type")), 1.0)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ NEAR_SPLITS = {
     ),
     r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+": ("smollm", "contractions"),
 }  # fmt: skip
+WHOLE_WORDS = ("llama-bpe", "tekken")  # take a word that is a token before any merge, as `ignore_merges` asks for
+MERGED = {"llama-bpe": "dbrx"}  # llama.cpp's name for the same split with merges only
+# tokens of Phi-3 that llama.cpp looks up: behind the first it keeps white space, and behind no other added token
+PHI3_KEEPS, PHI3_STRIPS = frozenset(("<unk>", "<s>", "<|endoftext|>")), "</s>"
 # what a tokenizer may do to text first: llama.cpp does not bring accents and letters together (NFC)
 NORMALIZERS = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}
 NO_SCORE = -1000.0
@@ -51,6 +55,7 @@ class Vocabulary:
     add_bos: bool = False
     add_space_prefix: bool | None = None
     differs: str = ""  # the text, in words, that llama.cpp reads in other tokens
+    strips: bool = False  # white space behind its special tokens goes, as in Phi-3's
 
 
 def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: str | None) -> Vocabulary:
@@ -66,6 +71,8 @@ def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: st
         pre, differs = _split(content["pre_tokenizer"], path)
         if "NFC" in _kinds(content.get("normalizer"), "normalizers"):
             differs = differs or ACCENTS
+        if (pre in WHOLE_WORDS) != bool(model.get("ignore_merges")) and _unmade(content):
+            pre, differs = MERGED.get(pre, pre), differs if pre in MERGED else differs or "words that no merge makes"
         pieces: dict[int, tuple[str, int, float]] = {i: (t, NORMAL, 0.0) for t, i in model["vocab"].items()}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         settings: dict[str, Any] = {"model": "gpt2", "pre": pre, "merges": merges, "differs": differs}
@@ -91,6 +98,8 @@ def read_vocabulary(folder: Path, content: Mapping[str, Any], rows: int, bos: st
         raise InputError(f"{folder}: the tokenizer has id {max(pieces)}, the embedding only {rows} rows")
     filled = [pieces.get(i, (f"[PAD{i}]", UNUSED, NO_SCORE)) for i in range(rows)]
     settings |= _habits(content, bos, settings["model"] == "llama")
+    settings["strips"], spaces = _stripping(content["added_tokens"], {p[0] for p in filled})
+    settings["differs"] = settings.get("differs") or spaces
     scores = [p[2] for p in filled] if settings["model"] == "llama" else []
     return Vocabulary(tokens=[p[0] for p in filled], types=[p[1] for p in filled], scores=scores, **settings)
 
@@ -117,6 +126,30 @@ def _split(step: Mapping[str, Any], path: Path) -> tuple[str, str]:
         f"{path}: llama.cpp has no splitter for {pattern or ' + '.join(kinds)!r}, so a GGUF would be read in other "
         "tokens than were trained; set export: null, or convert the merged folder with a llama.cpp that has one"
     )
+
+
+def _stripping(added: Sequence[Mapping[str, Any]], tokens: Collection[str]) -> tuple[bool, str]:
+    """Whether white space behind added tokens goes as in Phi-3's, all that llama.cpp knows; what it reads otherwise."""
+    behind = {token["content"] for token in added if token.get("rstrip")}
+    before = any(token.get("lstrip") for token in added)
+    strips = (
+        bool(behind)
+        and {*PHI3_KEEPS, PHI3_STRIPS} <= set(tokens)
+        and behind | PHI3_KEEPS == {token["content"] for token in added} | PHI3_KEEPS
+        and not behind & PHI3_KEEPS
+    )
+    return strips, "" if strips == bool(behind) and not before else "white space beside special tokens"
+
+
+def _unmade(content: Mapping[str, Any]) -> bool:
+    """Whether the merges of a BPE tokenizer make something else of the text of one of its tokens."""
+    from tokenizers import Tokenizer
+
+    model, added = content["model"], {token["content"] for token in content["added_tokens"]}
+    plain = {**model, "ignore_merges": False}
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "model": plain, "added_tokens": []}))
+    words = [word for word in model["vocab"] if word not in added]
+    return any(e.ids != [model["vocab"][w]] for w, e in zip(words, tokenizer.encode_batch(words), strict=True))
 
 
 def _habits(content: Mapping[str, Any], bos: str | None, sentencepiece: bool) -> dict[str, bool]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
 from finetune.gguf.llama_cpp import K_QUANTS
-from finetune.gguf.support import of_config, rope, tensor_name
+from finetune.gguf.support import PARTIAL, of_config, rope, tensor_name
 from finetune.gguf.vocabulary import Vocabulary
 from finetune.utils.safetensors_io import FLOATS, TensorRef, read_folder
 
@@ -240,7 +240,9 @@ def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None: 
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_type("model")
-    writer.add_name(f"{config['model_type']}-{parameters / 1e9:.3g}B")
+    # llama.cpp takes "phi3" in a name for Phi-3's tokenizer, and fails where its tokens are missing
+    kept = str(config["model_type"]).replace("phi3", "phi")
+    writer.add_name(f"{'phi3' if header.vocabulary.strips else kept}-{parameters / 1e9:.3g}B")
     writer.add_file_type(FILE_TYPES[kind])
     if kind.startswith("q"):
         writer.add_quantization_version(2)
@@ -264,23 +266,29 @@ def _describe_architecture(writer: Any, arch: str, config: Mapping[str, Any], wi
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     else:
         writer.add_layer_norm_eps(config.get("layer_norm_eps") or config["norm_epsilon"])
-    if arch in ("llama", "phi3", "stablelm"):
-        share = rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        writer.add_rope_dimension_count(int(share * width))
+    if arch == "llama" or arch in PARTIAL:
+        writer.add_rope_dimension_count(int(rope(config)["partial_rotary_factor"] * width))
     if arch == "phi3":
         writer.add_rope_scaling_orig_ctx_len(
             config.get("original_max_position_embeddings") or config["max_position_embeddings"]
         )
     if arch == "stablelm":
         writer.add_parallel_residual(bool(config.get("use_parallel_residual", False)))
-    if arch in ("phi3", "gemma2", "gemma3"):  # 0: a phi3 without one
+    if arch in ("phi3", "gemma2", "gemma3", "cohere2"):  # 0: a phi3 without one
         writer.add_sliding_window(config.get("sliding_window") or 0)
+    if arch == "cohere2":
+        writer.add_logit_scale(config.get("logit_scale", 0.0625))
     for field, add in (
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
     ):
         if config.get(field):
             add(config[field])
+    if arch == "granite":
+        writer.add_attention_scale(config.get("attention_multiplier", 1.0))
+        writer.add_embedding_scale(config.get("embedding_multiplier", 1.0))
+        writer.add_residual_scale(config.get("residual_multiplier", 1.0))
+        writer.add_logit_scale(config.get("logits_scaling", 1.0))  # llama.cpp divides by it, as transformers does
 
 
 def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401 - gguf.GGUFWriter

@@ -18,6 +18,7 @@ from finetune.estimate.memory import Training, disk, ram, windowed
 from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
 from finetune.eval.verdict import few_steps
+from finetune.gguf.support import window_note
 from finetune.lora.config import check_modules
 from finetune.models.device import machine_notes
 from finetune.models.inventory import notes, why_not_packed, why_not_trained
@@ -107,6 +108,8 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
         )
     if limits := _not_served(recipe):
         found.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
+    if recipe.export and recipe.merge and (note := window_note(read_config(recipe, pinned) or {})):
+        found.append(f"export.gguf: {note}")
     return [*found, *machine_notes()]
 
 

@@ -87,9 +87,10 @@ def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     quantizes = recipe.quantization is not None
     if why := quantized_base.problem(config, recipe.model.id, quantizes=quantizes, merges=merges):
         return why
-    if recipe.export is not None and merges and recipe.export.gguf and (why := support.problem(config)):
-        return f"export.gguf: {why}; set export: null"
-    return None
+    if recipe.export is None or not merges:
+        return None
+    why = support.problem(config) or support.untied_problem(config, recipe.lora.modules_to_save)
+    return f"export.gguf: {why}; set export: null" if why else None
 
 
 def rule_problem(rule: Rule) -> str | None:

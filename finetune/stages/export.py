@@ -62,6 +62,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """
     from finetune.gguf import llama_cpp
     from finetune.gguf import writer as gguf_writer
+    from finetune.gguf.support import window_note
     from finetune.models import loading
 
     gguf_writer.require_gguf()
@@ -80,6 +81,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         ctx.say(
             f"export: llama.cpp reads {differs} in other tokens than this tokenizer; answers to such text may differ"
         )
+    if note := window_note(config):
+        ctx.say(f"export: {note}")
     for kind, planned in plans.items():
         tracked = ctx.track(planned, f"export {kind}", len(planned))
         gguf_writer.write(out / f"model-{kind}.gguf", header, planned, kind, tracked)
@@ -184,8 +187,10 @@ def _parameters(planned: list[Planned]) -> int:
 
 def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
     """Why transformers does not read such a file back as it was; "" where it does."""
-    from finetune.gguf.support import rope
+    from finetune.gguf.support import of_config, rope
 
+    if not (arch := of_config(config)).reloaded:
+        return f"it reads no GGUF of a {arch.name}"
     if _parameters(planned) >= MAX_LOADED_PARAMETERS:
         return f"a model over {MAX_LOADED_PARAMETERS // 10**6} M parameters would take it 4 bytes for each"
     if config["model_type"] in ("llama", "mistral") and any(p.name.endswith(".bias") for p in planned):

@@ -31,7 +31,7 @@ pack: {{length_tokens: 192}}
 lora: {{r: 8, alpha: 16}}
 train: {{learning_rate: 1e-3, max_steps: {steps}, batch_rows: 2, warmup_fraction: 0.1}}
 evaluate: {{max_rows: 8, generations: 0}}
-certify: {{tokens: 600, min_agreement: 0.6, max_perplexity_ratio: 1.2}}
+certify: {{tokens: 600}}
 export: {{gguf: [q8_0], perplexity_rows: 4}}
 """
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
@@ -85,7 +85,8 @@ def main() -> None:
     (work / "real.yaml").write_text(RECIPE.format(steps=given.steps))
     roots = ["--artifacts", str(work / "artifacts"), "--scratch", str(work / "scratch")]
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "finetune", "run", "real.yaml", *roots], cwd=work, check=True)
+    run = [sys.executable, "-m", "finetune", "run", "real.yaml", *roots]
+    subprocess.run(run, cwd=work, check=True, stdout=sys.stderr)  # stdout is for the figures
     seconds = time.monotonic() - started
     shown = subprocess.run(
         [sys.executable, "-m", "finetune", "show", "real", "--json", *roots],
@@ -100,6 +101,7 @@ def main() -> None:
         "export": ("perplexity", "agreement", "tokenizer_differs"),
     }
     figures = {s: {n: stages[s]["metrics"].get(n) for n in names} for s, names in wanted.items()}
+    figures["files"] = sorted(p.name for p in Path(stages["export"]["path"]).iterdir())
     said = answer(Path(stages["merge"]["path"]))
     print(json.dumps({"seconds": round(seconds), **figures, "answer": said, "paris": ANSWER in said}, indent=1))
 

@@ -27,7 +27,8 @@ holds the page to what it finds.
 - **attention**: what training uses without a variable-length kernel.
 - **varlen**: whether torch's variable-length kernel (GPUs from sm80 on) computes what the architecture needs.
 - **merge**: the merged weights equal peft's `merge_and_unload` in fp32, the certificate's logits the ordinary forward.
-- **GGUF**: written here and read back by transformers; otherwise `validate`, `plan` and `run` refuse `export.gguf`.
+- **GGUF**: written here, its logits those of llama.cpp, and read back by transformers where that can; otherwise
+  `validate`, `plan` and `run` refuse `export.gguf`.
 - **merge: refused**: `plan` and `run` say so after the stage `base`, before any other.
 
 | family | class | packing | attention | varlen | merge | GGUF | remarks |

@@ -19,6 +19,7 @@ import torch
 from finetune.gguf.vocabulary import NEAR_SPLITS, SPLITS
 from finetune.recipe import Export
 from finetune.stages import export
+from tests.gguf.test_writer import changed
 from tests.helpers import mistral_tokenizers
 from tests.helpers.exported import merged
 from tests.helpers.tiny_models import load, save_tiny
@@ -148,6 +149,36 @@ def test_a_byte_level_split_is_repeated_or_said_to_differ(tmp_path: Path, split:
     found, said = as_llama_cpp_reads(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
     assert bool(found) == bool(said)
     assert all(any(unicodedata.category(c) == "Mn" or c in "ÉЯ" for c in text) for text in found)
+
+
+def reads(folder: Path, text: str) -> tuple[list[int], list[int]]:
+    """The ids of a text: llama.cpp's from a file of the tokenizer in `folder`, and the tokenizer's own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    as_llama_cpp_reads(folder, tokenizer)
+    model = llama_cpp.Llama(str(folder / "out/model-q8_0.gguf"), vocab_only=True, verbose=False)
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return model.tokenize(text.encode(), add_bos=False, special=True), own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_words_that_no_merge_makes_are_whole_or_not(tmp_path: Path, whole: bool) -> None:
+    read, own = reads(changed(merged(tmp_path / "model"), ignore_merges=whole), "zqzq")
+    assert read == own and (len(own) == 1) == whole
+
+
+@pytest.mark.slow
+def test_white_space_behind_phi3s_special_tokens(tmp_path: Path) -> None:
+    folder = merged(tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    kept, first = ("<unk>", "<s>", "<|endoftext|>"), max(content["model"]["vocab"].values()) + 100
+    more = [{**content["added_tokens"][0], "id": first + i, "content": n} for i, n in enumerate((*kept, "</s>"))]
+    content["added_tokens"] = [{**t, "rstrip": t["content"] not in kept} for t in [*content["added_tokens"], *more]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    read, own = reads(folder, "<s>  a<|im_end|>  b<|im_start|>\nc</s> d<|endoftext|> e")
+    assert read == own
 
 
 def test_k_quants_of_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

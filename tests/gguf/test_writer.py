@@ -250,6 +250,41 @@ def test_byte_level_vocabulary(tmp_path: Path) -> None:
         read(folder, 100)
 
 
+def changed(folder: Path, **model: Any) -> Path:
+    """The tokenizer of `folder` with a word that no merge makes, and fields of its model set."""
+    content = read_json(folder / "tokenizer.json")
+    content["model"]["vocab"]["zqzq"] = len(content["model"]["vocab"]) + 500
+    content["model"].update(model)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_words_that_no_merge_makes_are_read_as_the_tokenizer_reads_them(tmp_path: Path) -> None:
+    whole, merges = (changed(merged(tmp_path / str(i)), ignore_merges=i) for i in (True, False))
+    assert [(v.pre, v.differs) for v in (read(whole, 1200), read(merges, 1200))] == [("llama-bpe", ""), ("dbrx", "")]
+    found = read(changed(merged(tmp_path / "qwen", "qwen2"), ignore_merges=True), 1200)
+    assert (found.pre, found.differs) == ("qwen2", "words that no merge makes")
+
+
+def test_white_space_beside_special_tokens(tmp_path: Path) -> None:
+    """llama.cpp strips it as Phi-3's tokenizer does, where the model's name is Phi-3's, and nowhere else."""
+    folder = merged(tmp_path / "model", "phi3")
+    content = read_json(folder / "tokenizer.json")
+    assert not read(folder).strips and read(folder).differs == ""
+    assert field(write(folder, tmp_path / "x.gguf", "f32"), "general.name").startswith("phi-")
+
+    def stripping(names: set[str], side: str = "rstrip") -> Vocabulary:
+        added = [{**t, side: t["content"] in names} for t in content["added_tokens"]]
+        return read_vocabulary(folder, {**content, "added_tokens": added}, 1000, None)
+
+    assert stripping({"<|im_end|>"}).differs == stripping({"<|im_end|>"}, "lstrip").differs != ""
+    for i, name in enumerate(("<unk>", "<s>", "<|endoftext|>", "</s>")):
+        content["model"]["vocab"][name] = 900 + i
+    kept = {t["content"] for t in content["added_tokens"]} - {"<unk>", "<s>", "<|endoftext|>"}
+    assert (stripping(kept).strips, stripping(kept).differs) == (True, "")
+    assert stripping(kept - {"<|im_end|>"}).differs
+
+
 def test_a_split_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
     build("byte_level").save_pretrained(tmp_path)  # as Llama-3, but without contractions
     with pytest.raises(InputError, match=r"llama\.cpp has no splitter"):

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {**WINDOW, "num_hidden_layers": 4}),
     "granite": ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
                             "attention_multiplier": 0.1, "attention_bias": True}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
     "stablelm 2 12B": ("stablelm", {"partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("starcoder2", {**WINDOW, "use_bias": True}),

@@ -118,6 +118,19 @@ def test_a_base_that_cannot_come_to_the_end_is_refused_everywhere(
         preflight.check_adapter(odd.recipe, None)
 
 
+def test_what_llama_cpp_does_otherwise_is_said_or_refused_by_plan(folder: Path) -> None:
+    export = "export: {gguf: [q8_0]}\n"
+    mistral = {**read_json(folder / "base" / "config.json"), "sliding_window": 32}
+    (note,) = (n for n in planned(recipe(folder, mistral, export), folder)["notes"] if "export.gguf" in n)
+    assert "in texts of more than 32 tokens" in note
+    assert not any("export.gguf" in n for n in planned(recipe(folder, mistral), folder)["notes"])
+    gemma = {**published("Gemma-2-9B"), "architectures": ["Gemma2ForCausalLM"]}
+    assert planned(recipe(folder, gemma, export), folder)["parameters"]
+    untied = recipe(folder, gemma, export + "lora: {modules_to_save: [lm_head]}\n")
+    with pytest.raises(InputError, match="takes the embedding of a gemma2 for its head"):
+        planned(untied, folder)
+
+
 def test_what_the_trial_of_the_base_found_is_refused_before_any_other_stage(folder: Path) -> None:
     loaded = recipe(folder)
     out = pinned(loaded, folder)

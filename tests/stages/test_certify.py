@@ -23,6 +23,7 @@ from finetune.report.model_sections import certificate_section
 from finetune.report.stage_view import StageView
 from finetune.stages import certify
 from finetune.tokenization.token_rows import TokenRow, read_token_rows
+from tests.helpers.tiny_models import save_adapter
 from tests.stages.finished import context, finish, random_rows, write_rows
 
 OPEN = {"min_agreement": 0, "max_perplexity_ratio": 10}
@@ -107,6 +108,16 @@ def test_the_same_inputs_are_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "first/certificate.json").read_bytes() == (tmp_path / "second/certificate.json").read_bytes()
 
 
+def written_by(model: Any, rows: int = 24) -> list[list[int]]:
+    """Rows that the model itself would write."""
+    texts = [row[:4] for row in random_rows(rows)]
+    with torch.no_grad():
+        for text in texts:
+            for _ in range(20):
+                text.append(int(model(torch.tensor([text])).logits[0, -1, 3:].argmax()) + 3)
+    return texts
+
+
 def test_auto_takes_the_original_where_chance_explains_the_difference(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     certificate = run(tmp_path, inputs)
@@ -118,13 +129,7 @@ def test_auto_takes_the_original_where_chance_explains_the_difference(tmp_path: 
 
 def test_auto_takes_the_dequantized_base_where_it_is_told_from_chance(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
-    model = trained_model(inputs)
-    rows = [row[:4] for row in random_rows(24)]
-    with torch.no_grad():
-        for row in rows:  # held-out text that the trained model itself would write
-            for _ in range(20):
-                row.append(int(model(torch.tensor([row])).logits[0, -1, 3:].argmax()) + 3)
-    write_rows(inputs["render"] / "eval.parquet", rows)
+    write_rows(inputs["render"] / "eval.parquet", written_by(trained_model(inputs)))
     certificate = run(tmp_path, inputs)
     assert certificate["dequantized_minus_original"]["interval"][1] < 0
     assert certificate["base"] == "dequantized"
@@ -153,6 +158,51 @@ def test_the_gate_refuses_a_perplexity_that_rose(tmp_path: Path) -> None:
     certify._gate(limits, {**certificate, "perplexity_ratio": 1.04})
     with pytest.raises(GateRefused, match="publish the adapter instead"):
         certify._gate(limits, {**certificate, "perplexity_ratio": 1.06, "candidates": {}})
+
+
+@pytest.mark.parametrize("base", ["auto", "original"])
+def test_a_merge_that_4_bits_alone_keep_apart_and_that_is_surely_better_passes(tmp_path: Path, base: str) -> None:
+    inputs = finish(tmp_path)
+    write_rows(inputs["render"] / "eval.parquet", written_by(merged_model(inputs, None)))
+    strict = {"base": base, "min_agreement": 0.995}
+    certificate = run(tmp_path, inputs, certify=strict)
+    better = certificate["better_than_trained"]
+    assert certificate["base"] == "original" and certificate["agreement"] < 0.995
+    assert better["interval"][0] < better["nll_per_token"] < better["interval"][1] < 0
+    assert better["control_agreement"] == 1
+    assert "the same merge into the dequantized base agrees on 100.0%" in certificate["words"]
+    loose = run(tmp_path, inputs, "loose", certify={**strict, "min_agreement": 0})
+    assert "better_than_trained" not in loose  # nothing to excuse: the certificate is what it was
+
+
+def test_a_better_merge_is_refused_where_4_bits_do_not_explain_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, plan = finish(tmp_path), certify._merged
+    other = tmp_path / "other"
+    save_adapter(inputs["base"], other, seed=5, size=0.15)
+    wrong = {**inputs, "train": tmp_path / "wrong"}
+    (tmp_path / "wrong").mkdir()
+    other.rename(tmp_path / "wrong/adapter")
+    write_rows(inputs["render"] / "eval.parquet", written_by(merged_model(wrong, None)))
+
+    trips = iter([None, RoundTrip("nf4", True, "float32")])  # the merge, and its control
+
+    def merged_wrongly(model: Any, folder: Path, planned: Any, *rest: Any) -> Any:
+        return plan(model, folder, plan_merge(folder, wrong["train"] / "adapter", "float32", next(trips)), *rest)
+
+    monkeypatch.setattr(certify, "_merged", merged_wrongly)
+    with pytest.raises(GateRefused, match=r"at least 99\.5%"):
+        run(tmp_path, inputs, certify={"base": "original", "min_agreement": 0.995})
+    refused = json.loads((tmp_path / "out/certificate.json").read_text())
+    assert refused["perplexity_ratio"] < 0.95 and "better_than_trained" not in refused
+
+
+def test_a_better_merge_on_few_rows_is_refused(tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    write_rows(inputs["render"] / "eval.parquet", written_by(merged_model(inputs, None), certify.SURE_ROWS - 1))
+    with pytest.raises(GateRefused, match=r"at least 99\.5%"):
+        run(tmp_path, inputs, certify={"base": "original", "min_agreement": 0.995})
 
 
 def test_tied_models_and_other_shapes(tmp_path: Path) -> None:
