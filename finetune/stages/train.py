@@ -61,6 +61,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.models.device import pick_device, pick_precision
     from finetune.tokenization.token_rows import read_rendered, read_token_rows
     from finetune.train import trainer as train_trainer
+    from finetune.train.arguments import Job
     from finetune.utils import runtime
 
     if spec.train is None:
@@ -87,7 +88,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     models_compile.speed_up(base, ctx)
     settings = spec.train
     held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
-    job = train_trainer.Job(
+    job = Job(
         seed=spec.seed,
         lora=spec.lora,
         train=spec.train,
