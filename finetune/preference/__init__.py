@@ -1,1 +1,1 @@
-"""Preference training (DPO, KTO) of an adapter on rendered pairs, and what it changed."""
+"""Preference tuning after SFT: pairs in, an aligned adapter out (DPO, KTO)."""
