@@ -14,6 +14,7 @@ from finetune.errors import InputError
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.stages import (
+    align,
     base,
     certify,
     decontaminate,
@@ -50,6 +51,7 @@ class Stage:
     rows: bool = False  # needs rows: off in a recipe without data
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
+    replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
 
 
 STAGES: tuple[Stage, ...] = (
@@ -66,6 +68,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
+    ),
+    Stage(
+        "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run,
+        collective=True, logs=("metrics.jsonl",), working="checkpoints", replaces="train",
     ),
     Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows=True),
     Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows=True),

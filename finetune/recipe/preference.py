@@ -48,6 +48,8 @@ class Preference(Section):
     """The highest step size; about a fortieth of SFT's."""
     epochs: Positive = 1.0
     """Passes over the pairs; fractions are allowed."""
+    max_steps: Count | None = None
+    """Optimiser steps, in place of epochs; null goes by epochs."""
     batch_pairs: Count = 16
     """Pairs (for kto: answers) an optimiser step learns from, on however many GPUs."""
     max_length_tokens: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
@@ -60,6 +62,10 @@ class Preference(Section):
     """KTO: the weight of answers with the label true."""
     undesirable_weight: Positive = 1.0
     """KTO: the weight of answers with the label false."""
+    min_accuracy: Fraction | None = 0.5
+    """Stop (exit 3) unless the share of held-out pairs told apart is above this by its interval; null only reports."""
+    max_perplexity_ratio: Annotated[float, Field(ge=1, le=10)] | None = 1.2
+    """Stop (exit 3) where held-out SFT rows have more than this many times their perplexity before; null: reports."""
 
     @property
     def loss_type(self) -> str:
