@@ -170,7 +170,8 @@ def prove(
     model = trainer.model
     sanity_checks.prove_adapters(model)
     reference.require_start(model, start, resumed=False)
-    rows = [dataset[i] for i in range(min(PROVED_PAIRS, len(dataset)))]
+    count = min(PROVED_PAIRS, int(trainer.args.per_device_train_batch_size), len(dataset))
+    rows = [dataset[i] for i in range(count)]
     collated = trainer.data_collator(rows)
     reference.check_labels(collated, rows, batches.SIDES[objective.method])
     with sanity_checks.undisturbed(model), trainer.accelerator.autocast():

@@ -27,7 +27,8 @@ def check(figures: Mapping[str, Any], min_accuracy: float | None, max_perplexity
         found.append(
             f"the perplexity of held-out SFT rows is {ratio:.3g} times that before "
             f"({figures['perplexity_start']:.4g} → {figures['perplexity_aligned']:.4g}), "
-            f"preference.max_perplexity_ratio allows {max_perplexity_ratio}; raise preference.beta, or lower preference.learning_rate or preference.epochs"
+            f"preference.max_perplexity_ratio allows {max_perplexity_ratio}; raise preference.beta, "
+            "or lower preference.learning_rate or preference.epochs"
         )
     if found:
         raise GateRefused("\n".join(found))
