@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
-from finetune.errors import GateRefused, InputError
+from finetune.errors import GateRefused
 from finetune.preference import batches
 from finetune.preference.objective import Objective, expected_loss
 from finetune.train.arguments import Job, one_device
-from finetune.train.batch import batch_shape
 from finetune.train.trainer import Result, Task, run
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from trl import DPOConfig, KTOConfig
 
 PROVED_PAIRS = 4  # of the first batch, before step 1
-WHOLE_BATCH = ("aot", "aot_unpaired")  # losses that sort the pairs of a batch: it must be the whole step's
 
 
 def align(
@@ -46,7 +44,8 @@ def align(
     from finetune.train import oom
 
     dataset = datasets.Dataset(batches.read_pairs(pairs, objective.method, job.train.batch_rows, job.seed))
-    micro, accumulate = shape(job, objective, ctx)
+    asked = job.micro_batch_rows or ctx.runtime.micro_batch_rows
+    micro, accumulate = batches.batch_of(job.train.batch_rows, asked, ctx.world, objective.method, objective.loss)
     forward = vars(base).get("forward")
     start: dict[str, torch.Tensor] = {}
 
@@ -68,30 +67,6 @@ def align(
     return oom.halving(
         attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing in ("full", "offload")
     )
-
-
-def shape(job: Job, objective: Objective, ctx: Context) -> tuple[int, int]:
-    """Pairs of a micro-batch, and micro-batches of a step. Raises InputError if the processes cannot share the batch.
-
-    A pair is two rows, so `auto` takes half as many pairs as training takes rows. TRL's KTO needs two answers or more
-    in a micro-batch, to pair prompts with other rows' answers (which batches.py does over the whole step).
-    """
-    asked = job.micro_batch_rows or ctx.runtime.micro_batch_rows
-    batch = job.train.batch_rows
-    field = "preference.batch_pairs"
-    if objective.loss in WHOLE_BATCH:
-        if ctx.world > 1:
-            raise InputError(f"preference.loss: {objective.loss} sorts the pairs of a step; use one process")
-        return batch, 1
-    micro, accumulate = batch_shape(batch, asked, ctx.world, packed=False, field=field)
-    per_process = micro * accumulate
-    if asked == "auto" and micro > 1 and objective.method == "dpo":
-        micro = max(n for n in range(1, micro // 2 + 1) if per_process % n == 0)
-    if objective.method == "kto" and micro == 1:
-        micro = next((n for n in range(2, per_process + 1) if per_process % n == 0), 0)
-        if not micro:
-            raise InputError(f"{field}: kto needs 2 answers or more on each process, and this is {per_process}")
-    return micro, per_process // micro
 
 
 def _put_back_forward(base: PreTrainedModel, forward: object) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.errors import GateRefused
+from finetune.errors import GateRefused, InputError
+from finetune.train.batch import batch_shape
 from finetune.train.divergence import ROW
 
 if TYPE_CHECKING:
@@ -16,7 +17,30 @@ if TYPE_CHECKING:
     import torch
 
 SIDES: Mapping[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
+FIELD = "preference.batch_pairs"
+WHOLE_BATCH = ("aot", "aot_unpaired")  # losses that sort the pairs of a batch: it must be the whole step's
 MISMATCHED = "kl"  # KTO: another row's answer, from which the distance to the reference is estimated
+
+
+def batch_of(batch: int, asked: int | str, world: int, method: str, loss: str) -> tuple[int, int]:
+    """Pairs (for kto answers) of a micro-batch, and micro-batches of a step of `batch`; `asked` as micro_batch_rows.
+
+    A pair is two rows, so `auto` takes half as many pairs as training takes rows. TRL's KTO needs two answers or more
+    in a micro-batch. Raises InputError if the processes cannot share the batch.
+    """
+    if loss in WHOLE_BATCH:
+        if world > 1:
+            raise InputError(f"preference.loss: {loss} sorts the pairs of a step; use one process")
+        return batch, 1
+    micro, accumulate = batch_shape(batch, asked, world, packed=False, field=FIELD)
+    per_process = micro * accumulate
+    if asked == "auto" and micro > 1 and method == "dpo":
+        micro = max(n for n in range(1, micro // 2 + 1) if per_process % n == 0)
+    if method == "kto" and micro == 1:
+        micro = next((n for n in range(2, per_process + 1) if per_process % n == 0), 0)
+        if not micro:
+            raise InputError(f"{FIELD}: kto needs 2 answers or more on each process, and this is {per_process}")
+    return micro, per_process // micro
 
 
 def read_pairs(path: Path, method: str, batch: int, seed: int) -> pa.Table:

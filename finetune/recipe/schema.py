@@ -82,7 +82,7 @@ class Recipe(Section):
     quantization: Quantization | None = Quantization()
     """How the frozen base is stored while training; null keeps it in 16 or 32 bits."""
     train: Train | None = Train()
-    """The optimisation; null trains nothing and imports the adapter that lora.start_from names."""
+    """The optimisation; null imports the adapter of lora.start_from, or (with preference) begins with a new one."""
     preference: Preference | None = None
     """Preference tuning (DPO or KTO) of the trained adapter; null does none."""
     evaluate: Evaluate | None = Evaluate()
@@ -142,11 +142,16 @@ class Recipe(Section):
     def _trained_from(self) -> Iterator[Contradiction]:
         if not self.data and self.train is not None:
             yield ("data",), "missing; name one source or more (only a recipe with train: null goes without)"
-        if self.train is None and self.lora.start_from is None:
+        if self.train is None and self.lora.start_from is None and self.preference is None:
             yield (
                 ("train",),
                 "null imports the adapter that lora.start_from names, and that is null; set it, or train: {}",
             )
+        if self.train is None and self.lora.start_from is None and self.preference is not None:
+            for name in ("dora", "modules_to_save"):
+                if getattr(self.lora, name):
+                    why = "with train: null preference training begins at zero, and this begins at the base's values"
+                    yield ("lora", name), f"{why}; drop it, or name an adapter in lora.start_from"
         if self.lora.start_run == (self.name, None):
             yield (
                 ("lora", "start_from"),
