@@ -63,6 +63,12 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
             return f"imported {m['imported']}"
         case "train":
             return f"loss {number('first_loss')} → {number('loss')}, {number('tokens_per_second', ',.0f')} tokens/s"
+        case "align":
+            ends = m.get("accuracy_interval")
+            apart = (
+                f", {m['accuracy']:.1%} of held-out pairs told apart ({ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
+            )
+            return f"loss {number('first_loss')} → {number('loss')}{apart}"
         case "evaluate":
             return (
                 f"perplexity {number('perplexity_base')} → {number('perplexity_adapter')}, "
