@@ -210,10 +210,10 @@ def describe(result: dict[str, Any]) -> str:
         note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
         lines.append(f"  {name:<{width}}  {_status(status)}{note}")
     lines += ["", f"  access      {result['access']}"]
-    if "alignment" in result:
-        lines += _describe_alignment(result["alignment"])
+    aligning = _describe_alignment(result["alignment"]) if "alignment" in result else []
     if "imports" in result:
         lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
+        lines += aligning
         lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
         return "\n".join(lines)
     if result["parameters"] is None:
@@ -231,6 +231,7 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
         lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
         lines += _wrapped("disk", "", result["disk_bytes"])
+    lines += aligning
     if result["tokens"] is None:
         lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
     else:

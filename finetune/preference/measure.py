@@ -211,27 +211,3 @@ def _answers(
     prompts = [r.ids[: r.answer_start] for r in rows]
     limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]
     return greedy(model, prompts, limits, template["terminators"], pad_id, ctx, 4 * BATCH_TOKENS)
-
-
-def words_of(figures: Mapping[str, Any]) -> list[str]:
-    """Sentences on what was measured, for a person."""
-    if not figures.get("eval_pairs"):
-        return ["no pair is held out: nothing says whether the preferences were learned"]
-    low, high = figures["accuracy_interval"]
-    lines = [
-        f"{figures['accuracy']:.1%} of {figures['eval_pairs']} held-out pairs are told apart ({low:.1%} to {high:.1%})"
-        f", margin {figures['margin']:.3g} nats; KL from the start {figures['mean_kl_from_start']:.3g} nats a token"
-    ]
-    if figures["displacement"]:
-        lines.append(
-            f"displacement: chosen answers lost {-figures['drift_chosen']:.3g} nats a token, rejected ones "
-            f"{-figures['drift_rejected']:.3g}: both became less likely (arXiv:2410.08847); a higher "
-            "preference.beta or fewer epochs keep the chosen ones"
-        )
-    if "perplexity_ratio" in figures:
-        lines.append(
-            f"perplexity of held-out SFT rows {figures['perplexity_start']:.4g} → {figures['perplexity_aligned']:.4g}; "
-            f"answers of {figures['answer_tokens_start']:.0f} → {figures['answer_tokens']:.0f} tokens, of which "
-            f"{figures['stop_rate_start']:.0%} → {figures['stop_rate']:.0%} end by themselves"
-        )
-    return lines

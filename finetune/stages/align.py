@@ -187,6 +187,7 @@ def _measure(
 
     from finetune.models.device import DTYPES, autocast
     from finetune.preference import measure
+    from finetune.preference.words import words_of
     from finetune.tokenization.token_rows import read_token_rows
 
     model = result.model.eval()
@@ -196,7 +197,7 @@ def _measure(
     with autocast(str(model.device), dtype):
         found = measure.measure_pairs(model, inputs["pairs"] / "eval.parquet", spec.method, spec.beta, spec.seed, ctx)
         found |= measure.measure_answers(model, rows, facts, pad_id, spec.seed, ctx)
-    for line in measure.words_of(found):
+    for line in words_of(found):
         ctx.say(f"align: {line}")
     return found
 
