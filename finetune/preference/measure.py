@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 BATCH_TOKENS = 4096  # scored at once, padding included
 KL_ROWS = 128  # held-out answers on which the whole distributions are compared, at most
-SFT_ROWS = 256
+SFT_ROWS = 64
 ANSWERS = 32  # greedy answers before and after: the least of DESIGN.md's stop rate
 
 
