@@ -213,11 +213,11 @@ def test_nothing_left_is_refused_with_reasons(work):
 
 def test_contradictions_are_listed_and_both_left_out(work):
     turned = {**pair(3), "chosen": pair(3)["rejected"] + " ", "rejected": pair(3)["chosen"].upper()}
-    metrics, out = work.run([*(pair(i) for i in range(20)), turned])
-    assert rejects(out) == {"rows.jsonl:4": "contradiction", "rows.jsonl:21": "contradiction"}
+    metrics, out = work.run([*(pair(i) for i in range(30)), turned])
+    assert rejects(out) == {"rows.jsonl:4": "contradiction", "rows.jsonl:31": "contradiction"}
     assert metrics["contradictions"] == 2
     detail = {r["id"]: r["detail"] for r in table(out / "rejects.parquet")}
-    assert detail["rows.jsonl:4"] == "rows.jsonl:21 prefers the other answer to the same prompt"
+    assert detail["rows.jsonl:4"] == "rows.jsonl:31 prefers the other answer to the same prompt"
     rows = [judged(i, i % 2 == 0) for i in range(30)]
     _, out = work.run([*rows, {**rows[0], "label": False}], section="  method: kto\n")
     assert rejects(out) == {"rows.jsonl:1": "contradiction", "rows.jsonl:31": "contradiction"}
