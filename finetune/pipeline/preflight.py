@@ -256,9 +256,11 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     notes = []
     if recipe.model.kind == "hub" and "base" in to_build:
         notes.append(hub_client.check_read(recipe.model.id, "model"))
-    if "ingest" in to_build:
-        names = [s.id for s in (*recipe.data, *(recipe.eval_data or [])) if isinstance(s, HubSource)]
-        notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
+    read = [*recipe.data, *(recipe.eval_data or [])] if "ingest" in to_build else []
+    if "pairs" in to_build and recipe.preference:
+        read += [*recipe.preference.data, *(recipe.preference.eval_data or [])]
+    names = [s.id for s in read if isinstance(s, HubSource)]
+    notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
     if recipe.publish.repo and "train" in to_build:
         notes.append(hub_client.check_write(recipe.publish.repo))
     return [n for n in notes if n]

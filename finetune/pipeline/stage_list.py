@@ -26,6 +26,7 @@ from finetune.stages import (
     ingest,
     merge,
     pack,
+    pairs,
     render,
     sample,
     split,
@@ -65,6 +66,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
     Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
     Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows=True),
+    # Before train, so that bad preference data are refused before hours of SFT.
+    Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
