@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from finetune.context import Context
 from finetune.errors import GateRefused
 from finetune.preference import batches
-from finetune.preference.objective import Objective, expected_loss
+from finetune.preference.reference import Objective, expected_loss
 from finetune.train.arguments import Job, one_device
 from finetune.train.trainer import Result, Task, run
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateRefused
 from finetune.preference import reference
-from finetune.preference.objective import Objective, expected_loss
+from finetune.preference.reference import Objective, expected_loss
 from finetune.train.callbacks import Follower
 
 if TYPE_CHECKING:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from finetune.context import Context, Metrics
-from finetune.preference.objective import Objective
+from finetune.preference.reference import Objective
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 from finetune.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from finetune.models.device import Precision
     from finetune.train.trainer import Result
 
@@ -92,7 +90,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     precision, why = pick_precision(spec.train.precision, device)
     ctx.say(f"align: {spec.method} ({spec.loss}), {precision} on {device}: {why}")
     tokenizer = loading.load_tokenizer(inputs["base"])
-    facts = _template(adapter, tokenizer)
+    template = adapter / "template" if (adapter / "template").is_dir() else inputs["pairs"] / "template"
+    facts = read_json(template / "template.json")
     tokenizer.pad_token = facts["pad_token"]
     remote_code = spec.model.trust_remote_code
     attending = attention.choose(device, False, precision, inputs["base"], ctx.say, trust_remote_code=remote_code)
@@ -122,18 +121,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         figures = _measure(spec, result, inputs, facts, int(tokenizer.pad_token_id), precision, ctx)
     pinned = read_json(inputs["base"] / "base.json")
     save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
-    _copy_beside(adapter, out / "adapter")
+    _copy_beside(adapter, template, out / "adapter")
     write_json(out / FIGURES, figures)
     return {**_trained(spec, result, precision, attending, policy, ctx), **figures}
-
-
-def _template(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Pad token and terminators of the template that was rendered; an adapter imported without rows has none."""
-    path = adapter / "template" / "template.json"
-    if path.is_file():
-        facts: dict[str, Any] = read_json(path)
-        return facts
-    return {"pad_token": tokenizer.pad_token or tokenizer.eos_token, "terminators": [tokenizer.eos_token_id]}
 
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:
@@ -228,12 +218,16 @@ def _trained(
     }
 
 
-def _copy_beside(start: Path, adapter: Path) -> None:
-    """Tokenizer and template travel with the aligned adapter as with the one it began from."""
+def _copy_beside(start: Path, template: Path, adapter: Path) -> None:
+    """Tokenizer and template travel with the aligned adapter as with the one it began from; an adapter that was
+    imported without rows has no template, and gets that of the pairs.
+    """
     from finetune.utils.files import write_bytes
 
-    for file in sorted(p for p in start.rglob("*") if p.is_file()):
-        target = adapter / file.relative_to(start)
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            write_bytes(target, file.read_bytes())
+    found = {p.relative_to(start): p for p in sorted(start.rglob("*")) if p.is_file()}
+    found |= {Path("template") / p.name: p for p in sorted(template.iterdir())}
+    found.setdefault(Path("chat_template.jinja"), template / "inference.jinja")
+    for name, file in found.items():
+        if not (adapter / name).exists():
+            (adapter / name).parent.mkdir(exist_ok=True)
+            write_bytes(adapter / name, file.read_bytes())

@@ -58,8 +58,11 @@ def build(asked: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
     def base() -> Any:  # noqa: ANN401
-        return AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=nf4, dtype=torch.float32)
+        found = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=nf4, dtype=torch.float32)
+        loading._keep_weights_unpacked(found)  # or bitsandbytes repacks them on some CPUs, and gradients are wrong
+        return found
 
+    from finetune.models import loading
     from tests.helpers.preferences import start_adapter, write_pairs
 
     adapter = start_adapter(base(), folder / "adapter", target_modules="all-linear")
@@ -78,8 +81,8 @@ def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
         prompt, chosen, rejected = (rng.integers(5, 4096, half).tolist() for _ in range(3))
         ones = [1] * half
         found.append(
-            {"pair_id": str(i), "source": "random", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-             "chosen_mask": ones, "rejected_mask": ones}
+            {"pair_id": str(i), "source": "random", "prompt_ids": prompt, "chosen_ids": chosen,
+             "rejected_ids": rejected, "chosen_mask": ones, "rejected_mask": ones}
         )  # fmt: skip
     return found
 
@@ -128,7 +131,7 @@ def our_step(asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, 
     from finetune.context import Context
     from finetune.preference import align, batches
     from finetune.preference.follower import AlignFollower
-    from finetune.preference.objective import Objective
+    from finetune.preference.reference import Objective
     from finetune.recipe import Runtime, Tracking
     from finetune.train import divergence
     from finetune.train.callbacks import replace_printers
@@ -148,8 +151,13 @@ def our_step(asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, 
 
 
 def plain_step(
-    asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, adapter: Path, folder: Path
-) -> Stepper:  # noqa: ANN401
+    asked: argparse.Namespace,
+    base: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    pairs: Path,
+    adapter: Path,
+    folder: Path,
+) -> Stepper:
     """TRL's DPOTrainer as it comes, but that the rows are tokenised already."""
     import datasets
     import pyarrow.parquet as pq

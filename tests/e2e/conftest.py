@@ -40,7 +40,10 @@ preference:
   data:
     - {source: local, path: pairs.jsonl}
   batch_pairs: 8
+  learning_rate: 5e-3
   max_length_tokens: 128
+  min_accuracy: null
+  max_perplexity_ratio: null
 """
 )
 

@@ -6,7 +6,7 @@ import torch
 
 from finetune.models import loading
 from finetune.preference import align as preference_align
-from finetune.preference.objective import Objective
+from finetune.preference.reference import Objective
 from finetune.recipe import Lora, Train
 from finetune.train.arguments import Job
 from finetune.train.trainer import save_adapter

@@ -14,7 +14,7 @@ from finetune.errors import GateRefused
 from finetune.preference import align as preference_align
 from finetune.preference import batches, reference
 from finetune.preference.follower import AlignFollower
-from finetune.preference.objective import Objective, expected_loss
+from finetune.preference.reference import Objective, expected_loss
 from finetune.recipe import Runtime
 from finetune.recipe.preference import SMOOTHED, DpoLoss
 from tests.helpers.preferences import DPO, KTO, aligned, job, judged_rows, pair_rows, start_adapter, write_pairs
