@@ -39,9 +39,10 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         (("dedup", "embedding"), encoder),
     )
     yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
-    for at, sources in source_lists(recipe):
+    for listed, sources in source_lists(recipe):
         for number, source in enumerate(sources):
-            yield from (((*at, number, "path"), why) for why in _no_file(source, loaded.path))
+            path: tuple[str | int, ...] = (*listed, number, "path")
+            yield from ((path, why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
     if encoder is not None and not encoder.is_dir():
