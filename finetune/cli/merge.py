@@ -84,7 +84,14 @@ def write_recipe(asked: Request, store: Store, screen: Screen) -> Path:
         content["lora"]["start_base"] = adapter.base
         if adapter.base != asked.base:
             screen.say(f"the adapter names the base {adapter.base}; merging into {asked.base}, as --base asks")
-    content |= {"train": None, "evaluate": None, "filter": None, "dedup": None, "quantization": None}
+    content |= {
+        "train": None,
+        "preference": None,
+        "evaluate": None,
+        "filter": None,
+        "dedup": None,
+        "quantization": None,
+    }
     quantized = asked.four_bit if asked.four_bit is not None else own is not None and own.quantization is not None
     if quantized:
         content["quantization"] = own.quantization.model_dump() if own and own.quantization else {}
@@ -126,13 +133,14 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
     except ValueError:
         raise InputError(f"{adapter}: no folder, RECIPE[@RUN] or OWNER/NAME[@REVISION] of an adapter") from None
     if start.start_run is not None:
-        value = run_view.finished(store, adapter, lambda _: ("base", "train"), screen.say)
-        if value["stages"]["train"]["status"] != "done":
-            raise InputError(f"train of {value['recipe']}@{value['run']} is {value['stages']['train']['status']}")
+        value = run_view.finished(store, adapter, run_view.adapter_needs, screen.say)
+        trained = value["stages"][stage := run_view.adapter_stage(value["stages"])]
+        if trained["status"] != "done":
+            raise InputError(f"{stage} of {value['recipe']}@{value['run']} is {trained['status']}")
         pinned = f"{value['recipe']}@{value['run']}"
         path = value["folder"] / "recipe.yaml"
         own = parse_recipe(path.read_text(encoding="utf-8"), path, value["sets"])
-        found = Path(value["stages"]["train"]["path"]) / "adapter"
+        found = Path(trained["path"]) / "adapter"
         return start.model_copy(update={"start_from": pinned, "start_folder": found}), own
     ctx = Context(store.scratch, Runtime(), Tracking(), say=screen.say, bar=screen.bar)
     return start.model_copy(update={"start_folder": folder_of(start, ctx)}), None

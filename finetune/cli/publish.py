@@ -38,13 +38,18 @@ def publish_run(
     store, screen = Store(artifacts, scratch), Screen(silent=quiet)
 
     def needs(value: dict[str, Any]) -> set[str]:
-        return {stage for kind in _recipe(value, sets).publish.what for stage in NEEDED[kind]}
+        wanted = {stage for kind in _recipe(value, sets).publish.what for stage in NEEDED[kind]}
+        return {run_view.adapter_stage(value["stages"]) if stage == "train" else stage for stage in wanted}
 
     value = run_view.finished(store, name, needs, screen.say)
     short = value["recipe"]
     text = recipe_text(value["folder"])
     recipe = _recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
+    stage = run_view.adapter_stage(value["stages"])
+    if stage == "align" and value["stages"][stage]["status"] != "done":  # the adapter before it would be pushed
+        status = value["stages"][stage]["status"]
+        raise InputError(f"{stage} of {short} is {status}: run `finetune run {recipe_name}` first")
     # A stage that was done and whose files are gone is refused below, by name.
     done = {n: s for n, s in value["stages"].items() if s["status"] == "done" or (s["path"] and s["metrics"])}
     folders = {n: Path(s["path"]) for n, s in done.items()}

@@ -234,7 +234,7 @@ def _print_result(
     folders = {s.stage.name: s.folder for s in steps if s.manifest}
     for label, stage, inside in (
         ("merged model", "merge", ""),
-        ("adapter", "train", "adapter"),
+        ("adapter", "align" if "align" in folders else "train", "adapter"),
         ("rows", "dedup", "rows.parquet"),
         *(("why a row is absent", stage, "rejects.parquet") for stage in _rejecting(steps)),
         ("duplicates", "dedup", "pairs.parquet"),

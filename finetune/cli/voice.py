@@ -62,13 +62,14 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
     from finetune.utils import runtime
 
     store = Store(artifacts, scratch)
-    value = run_view.finished(store, name, lambda _: ("base", "train"), screen.say)
+    value = run_view.finished(store, name, run_view.adapter_needs, screen.say)
     recipe_name = name.partition("@")[0]
-    for stage in ("base", "train"):
+    stages = run_view.adapter_needs(value)
+    for stage in stages:
         if value["stages"][stage]["status"] != "done":
             status = value["stages"][stage]["status"]
             raise InputError(f"{stage} of {value['recipe']} is {status}: run `finetune run {recipe_name}` first")
-    base, adapter = (Path(value["stages"][stage]["path"]) for stage in ("base", "train"))
+    base, adapter = (Path(value["stages"][stage]["path"]) for stage in stages)
     adapter /= "adapter"
     recipe = recipe_of(value, recipe_name)
     device = pick_device(recipe.runtime.device)
@@ -82,7 +83,7 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
     facts = read_json(described) if described.is_file() else {}
     with runtime.fitting(base, device):
         stops = facts.get("terminators") or _generation_stops(base)
-        digests = [Path(value["stages"][stage]["path"]).name for stage in ("base", "train")]  # keys of the two stages
+        digests = [Path(value["stages"][stage]["path"]).name for stage in stages]  # keys of the two stages
         identity = f"{digests}, {precision}"
         yield _voice(model, base, adapter, stops, facts.get("pad_token"), identity)
 

@@ -242,7 +242,7 @@ def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Exa
     """
     decision = decision.for_row(row)
     get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in decision.columns.items()}
-    extra = canonical_json(scalars) if (scalars := _scalars(row, decision.columns.values())) else None
+    extra = canonical_json(scalars) if (scalars := scalar_columns(row, decision.columns.values())) else None
     if extra is not None:
         require_unicode(extra, "a column beside the text")
     text = None
@@ -305,7 +305,8 @@ def _refuse_lost(name: str, value: object, messages: Sequence[Message], text: st
         )
 
 
-def _scalars(row: RawRow, used: Iterable[str]) -> dict[str, object]:
+def scalar_columns(row: RawRow, used: Iterable[str]) -> dict[str, object]:
+    """The plain values of the columns that are not `used`: text, numbers, dates as text."""
     skip = set(used)
     kept: dict[str, object] = {}
     for name, value in row.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -44,24 +44,25 @@ def read_source(
     is not used.
     """
     columns_of: dict[str, set[str]] = {}
-    raw = _raw_rows(source, scratch, columns_of)
+    raw = raw_rows(source, scratch, columns_of)
     head = list(islice(raw, SAMPLE_ROWS))
     sample = [r.row for _, r in head if r.row is not None]
     if not sample:
         found = head[0][1].problem if head else "no row at all"
-        raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{_place(source)}")
+        raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{place_of(source)}")
     try:
         decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
         decision = decision if whole else replace(decision, watched=(), meaningful=False)
         _check_unused(head, decision, label)
     except FormatError as error:
-        raise InputError(f"data source {label}: {error}{_place(source)}") from error
+        raise InputError(f"data source {label}: {error}{place_of(source)}") from error
     if isinstance(source, LocalSource) and (skipped := skipped_files(source.paths)):
         decision.notes[f"not read, by their names: {listed(skipped)}"] += len(skipped)
     return decision, _converted(chain(head, raw), decision, label, columns_of)
 
 
-def _place(source: Source) -> str:
+def place_of(source: Source) -> str:
+    """The paths of a local source, in brackets; empty for others."""
     return f" ({', '.join(map(str, source.paths))})" if isinstance(source, LocalSource) else ""
 
 
@@ -76,12 +77,13 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
                 to_example(raw.row, trial, "", "")
         except RowError as error:
             if error.reason == "unused_column":
-                raise FormatError(f"row {_row_id(label, file, raw)}: {error}") from None
+                raise FormatError(f"row {row_id(label, file, raw)}: {error}") from None
         except RecursionError:
             continue  # refused when its turn comes
 
 
-def _row_id(label: str, file: str, raw: RawRow) -> str:
+def row_id(label: str, file: str, raw: RawRow) -> str:
+    """`LABEL:N`, or `LABEL/FILE:N` where a source has several files."""
     return f"{label}/{file}:{raw.number}" if file else f"{label}:{raw.number}"
 
 
@@ -89,16 +91,16 @@ def _converted(
     rows: Iterable[tuple[str, RawRow]], decision: Decision, label: str, columns_of: Mapping[str, set[str]]
 ) -> Iterator[Example | Reject]:
     for file, raw in rows:
-        row_id = _row_id(label, file, raw)
+        found_id = row_id(label, file, raw)
         if raw.row is None:
-            yield Reject(row_id, label, "unreadable", raw.problem, _printable(raw.text))
+            yield Reject(found_id, label, "unreadable", raw.problem, printable(raw.text))
             continue
         try:
-            yield to_example(raw.row, decision, row_id, label)
+            yield to_example(raw.row, decision, found_id, label)
         except RowError as error:
-            yield Reject(row_id, label, error.reason, _printable(str(error)), _printable(_shown(raw.row)))
+            yield Reject(found_id, label, error.reason, printable(str(error)), printable(shown(raw.row)))
         except RecursionError:
-            yield Reject(row_id, label, "nested", "a column is nested too deeply", _printable(_shown(raw.row)))
+            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(shown(raw.row)))
     everywhere = set().union(*columns_of.values())
     for column in sorted(everywhere):
         lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
@@ -106,8 +108,16 @@ def _converted(
             decision.notes[f"the column {column!r} is missing in {listed(lacking)}"] += len(lacking)
 
 
-def _raw_rows(source: Source, scratch: Path, columns_of: dict[str, set[str]]) -> Iterator[tuple[str, RawRow]]:
-    """The rows, each with the name of its file where there are several; `columns_of` takes in the columns of each."""
+def raw_rows(
+    source: Source,
+    scratch: Path,
+    columns_of: dict[str, set[str]],
+    builtin: Callable[[], Iterator[dict[str, object]]] | None = None,
+) -> Iterator[tuple[str, RawRow]]:
+    """The rows, each with the name of its file where there are several; `columns_of` takes in the columns of each.
+
+    `builtin` makes the rows of the source pydoc; by default questions and answers.
+    """
     end = None if source.take is None else source.skip + source.take
     if isinstance(source, HubSource):
         rows = hub_rows(
@@ -123,7 +133,7 @@ def _raw_rows(source: Source, scratch: Path, columns_of: dict[str, set[str]]) ->
         return (("", row) for row in rows)
     if isinstance(source, LocalSource):
         return islice(_file_rows(source, columns_of), source.skip, end)
-    made = (("", RawRow(number, row)) for number, row in enumerate(pydoc_rows.rows(), start=1))
+    made = (("", RawRow(number, row)) for number, row in enumerate((builtin or pydoc_rows.rows)(), start=1))
     return islice(made, source.skip, end)
 
 
@@ -145,13 +155,14 @@ def _commit(source: HubSource, scratch: Path | None) -> str:
     return resolve_revision(source.id, source.revision, repo_type="dataset", scratch=scratch)
 
 
-def _shown(row: dict[str, object]) -> str:
+def shown(row: dict[str, object]) -> str:
+    """A raw row as text."""
     try:
         return str(row)
     except RecursionError:
         return "(nested too deeply to be shown)"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The first 200 characters, with what no file can hold shown as an escape."""
     return text[:200].encode("utf-8", "backslashreplace").decode()

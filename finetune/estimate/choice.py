@@ -100,7 +100,7 @@ class Options:
         asked, share = self.run.runtime.micro_batch_rows, max(1, self.run.train.batch_rows // self.world)
         if asked != "auto":
             return [int(asked)]
-        most = PADDED_ROWS
+        most = max(1, PADDED_ROWS // self.run.sequences)
         if self.run.packed:  # a dense mask over all packed rows together grows with the square of their tokens
             most = max(1, VARLEN_TOKENS // self.run.row_tokens) if varlen else 1
         return [n for n in range(1, min(most, share) + 1) if share % n == 0]
@@ -175,17 +175,25 @@ def flops_per_token(
     )
 
 
+def forward_flops_per_token(shapes: Shapes, length: int) -> float:
+    """Of one forward without gradients: layers, head and causal attention; the adapter's share is under 1 %."""
+    scores = shapes.layers * shapes.heads * shapes.head_dim * length
+    return 2 * (shapes.active_parameters + shapes.vocabulary * shapes.hidden + scores)
+
+
 def tokens_per_second(
     shapes: Shapes, run: Training, device: Device, rows: int, policy: Policy, attention: Attention = GROUPED
 ) -> float:
     """Tokens a second of one GPU, when every row is as long as rows get."""
     length = run.row_tokens
     batch = estimate_memory.micro_batch(shapes, run, rows, policy, attention, held=True)
-    tokens, dense = rows * length, batch.mask or batch.scores
+    tokens, dense = rows * run.sequences * length, batch.mask or batch.scores
     per_token = flops_per_token(shapes, run, batch.length if batch.mask else length, policy, dense=dense)
+    if run.reference:
+        per_token += forward_flops_per_token(shapes, length)
     seconds = max(tokens * per_token / (ASSUMED_UTILISATION * device.flops), LAYER_SECONDS * shapes.layers)
     if run.quantization and not run.runtime.cache_dequantized:
-        passes = 2 + recomputed(policy, shapes.layers)[0]
+        passes = 2 + recomputed(policy, shapes.layers)[0] + (1 if run.reference else 0)
         seconds += passes * 4.5 * shapes.quantized_parameters / device.bandwidth  # read 4 bits, write 16, read them
     if policy == "offload":
         seconds += 2 * 2 * shapes.layers * tokens * shapes.hidden / HOST_BANDWIDTH

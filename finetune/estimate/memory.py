@@ -41,6 +41,8 @@ class Training:
     runtime: Runtime
     packed: bool
     row_tokens: int  # of the longest row
+    sequences: int = 1  # rows that one of a batch's units is: two of a pair
+    reference: bool = False  # preference training: a frozen copy of the adapter, and a forward more without gradients
 
     @classmethod
     def of(cls, recipe: Recipe, base: Path | None = None) -> Training:
@@ -56,6 +58,23 @@ class Training:
             runtime=recipe.runtime,
             packed=packed,
             row_tokens=own or recipe.render.max_length_tokens,
+        )
+
+    @classmethod
+    def of_preference(cls, recipe: Recipe) -> Training:
+        """The preference training of a recipe that has the section, with the longest pairs that it allows."""
+        asked = recipe.preference
+        assert asked is not None  # noqa: S101
+        train = recipe.training.model_copy(update={"batch_rows": asked.batch_pairs})
+        return cls(
+            lora=recipe.lora,
+            quantization=recipe.quantization,
+            train=train,
+            runtime=recipe.runtime,
+            packed=False,
+            row_tokens=asked.max_length_tokens or recipe.render.max_length_tokens,
+            sequences=2 if asked.method == "dpo" else 1,
+            reference=True,
         )
 
 
@@ -111,7 +130,7 @@ def micro_batch(
     """`rows` of the longest rows on a GPU. Packed ones are laid into one. Padded or packed ones need a mask under SDPA,
     and so do rows that are not shorter than the base's sliding window.
     """
-    length, half = run.row_tokens, run.train.precision != "fp32"
+    rows, length, half = rows * run.sequences, run.row_tokens, run.train.precision != "fp32"
     shape = (1, rows * length) if run.packed else (rows, length)
     mask = not attention.varlen if run.packed else rows > 1 or windowed(shapes, run)
     scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
@@ -119,7 +138,13 @@ def micro_batch(
     half = half and not any(
         is_saved(run.lora, n) for n in ("embed_tokens", "input_layernorm", "post_attention_layernorm")
     )
-    fused = run.runtime.fused_adapters != "off" and half and run.quantization is not None and not run.lora.dora
+    fused = (
+        run.runtime.fused_adapters != "off"
+        and not run.reference
+        and half
+        and run.quantization is not None
+        and not run.lora.dora
+    )
     return MicroBatch(*shape, mask=mask, half=half, cuda=True, policy=policy, held=held, scores=scores, fused=fused)
 
 
@@ -150,6 +175,7 @@ def training(
     return {
         "weights": weight_bytes(shapes, run.quantization, 4 if run.train.precision == "fp32" else 2) + kept,
         "adapter": adapter,
+        **({"reference_adapter": adapter} if run.reference else {}),
         "optimizer": optimizer_bytes(shapes, run.lora, run.train.optimizer),
         **{kind: size for kind, size in most.items() if size},
         "unused": int(UNUSED_SHARE * sum(most.values())),

@@ -73,16 +73,16 @@ def gpu_index(device: str) -> int:
     return int(device.split(":")[1]) if ":" in device else int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def as_trained(model: PeftModel, stored: Mapping[str, torch.Tensor]) -> None:
+def as_trained(model: PeftModel, stored: Mapping[str, torch.Tensor], *, autocast_forward: bool = True) -> None:
     """Give what was trained whole its own values, from `stored` (the adapter's tensors, by key), in fp32, and run every
-    forward of `model` under the autocast of training. A base in fp32 had none.
+    forward of `model` under the autocast of training. A base in fp32 had none, and a trainer has its own.
     """
     base: Any = model.get_base_model()  # Any: mypy has no method that can be assigned
     dtype = base.dtype
     widen_saved(model)
     for key, parameter in _saved(model):
         parameter.data.copy_(stored[key])
-    if dtype.itemsize < 4:
+    if dtype.itemsize < 4 and autocast_forward:
         base.forward = autocast(base.device.type, dtype)(base.forward)  # the base's own, which `generate` calls too
 
 

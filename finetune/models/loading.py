@@ -332,8 +332,9 @@ def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
     return weight.reshape(module.out_features, module.in_features).to(torch.float32)
 
 
-def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
-    """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained.
+def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
+    """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained; `trainable`
+    to go on training it, under the trainer's own autocast.
 
     Raises FinetuneError where a key of the adapter is missing or has no place: peft only warns, and a module without
     its adapter answers like the base.
@@ -346,7 +347,9 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
         raise FinetuneError(f"{adapter_dir} holds no adapter_model.safetensors")
     try:
         with quiet():
-            attached = PeftModel.from_pretrained(model, adapter_dir, torch_device=str(model.device))
+            attached = PeftModel.from_pretrained(
+                model, adapter_dir, is_trainable=trainable, torch_device=str(model.device)
+            )
     except (RuntimeError, ValueError) as error:
         raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {_first_line(error)}") from error
     with safe_open(file, "pt") as stored:
@@ -359,9 +362,8 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
             f"the adapter in {adapter_dir} is not complete for this base: {len(missing)} keys missing, "
             f"{len(extra)} without a place ({(missing + extra)[0]})"
         )
-    model_device.as_trained(attached, tensors)
-    attached.eval()
-    return attached
+    model_device.as_trained(attached, tensors, autocast_forward=not trainable)
+    return attached if trainable else attached.eval()
 
 
 def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:

@@ -68,8 +68,10 @@ def predict(
         **_data_figures(recipe, by_name),
         "embedding": _embedding(by_name, scratch),
     }
+    if recipe.preference is not None and shapes is not None:
+        result["alignment"] = _alignment(recipe, shapes, by_name, device)
     if recipe.train is None:
-        result["imports"] = str(recipe.lora.start_from).removeprefix("folder:")
+        result["imports"] = str(recipe.lora.start_from or "nothing: it is new").removeprefix("folder:")
         parts = disk(shapes, recipe) if shapes else None
         return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": parts, "devices": None, "steps": 0}
     if shapes is None:
@@ -88,6 +90,38 @@ def predict(
     tokens = _tokens_trained(recipe, result)
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
     return result
+
+
+def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device: str | None) -> dict[str, Any]:
+    """Memory and speed of preference training by device; `pairs` and `steps` once stage pairs has counted them."""
+    run = Training.of_preference(recipe)
+    options = Options(shapes, run)
+    named = device.lower() if device else DEFAULT_DEVICE
+    choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
+    shown, asked = choices[named], recipe.preference
+    assert asked is not None  # noqa: S101
+    counted = by_name["pairs"].manifest if "pairs" in by_name else None
+    pairs = int(counted.metrics["rows"]) if counted else None
+    train = recipe.training.model_copy(
+        update={"batch_rows": asked.batch_pairs, "epochs": asked.epochs, "max_steps": asked.max_steps}
+    )
+    return {
+        "method": asked.method,
+        "pairs": pairs,
+        "steps": total_steps(pairs, train) if pairs is not None else asked.max_steps,
+        "memory_device": named,
+        "memory_bytes": {**shown.parts, "total": shown.total},
+        "devices": {
+            name: {
+                "fits": choice.fits,
+                "peak_bytes": choice.total,
+                "micro_batch_pairs": choice.rows,
+                "checkpointing": choice.policy,
+                "tokens_per_second": choice.tokens_per_second,
+            }
+            for name, choice in choices.items()
+        },
+    }
 
 
 def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
@@ -188,8 +222,10 @@ def describe(result: dict[str, Any]) -> str:
         note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
         lines.append(f"  {name:<{width}}  {_status(status)}{note}")
     lines += ["", f"  access      {result['access']}"]
+    aligning = _describe_alignment(result["alignment"]) if "alignment" in result else []
     if "imports" in result:
         lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
+        lines += aligning
         lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
         return "\n".join(lines)
     if result["parameters"] is None:
@@ -207,6 +243,7 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
         lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
         lines += _wrapped("disk", "", result["disk_bytes"])
+    lines += aligning
     if result["tokens"] is None:
         lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
     else:
@@ -221,6 +258,27 @@ def describe(result: dict[str, Any]) -> str:
     if result["devices"]:
         lines += ["", *_table(result["devices"])]
     return "\n".join(lines)
+
+
+def _describe_alignment(found: dict[str, Any]) -> list[str]:
+    """The lines on preference training."""
+    on = found["devices"][found["memory_device"]]
+    unit = "pair" if found["method"] == "dpo" else "answer"
+    at_once = f"{on['micro_batch_pairs']} {unit}{'s' if on['micro_batch_pairs'] > 1 else ''} at once"
+    how = f"{at_once}, checkpointing {on['checkpointing']}"
+    parts = {k: v for k, v in found["memory_bytes"].items() if k != "total"}
+    fits = "" if on["fits"] else ", which it has not"
+    peak = f"{_gb(on['peak_bytes'])} at the peak on a {found['memory_device']} ({how}){fits}:"
+    lines = _wrapped("alignment", f"{found['method']}: {peak}", parts)
+    lines.append(f"{'':14}the reference is a frozen copy of the start adapter: no second base in memory")
+    others = [
+        f"{name} {_gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in found["devices"].items()
+    ]
+    if len(others) > 1:
+        lines += textwrap.wrap(f"peaks: {', '.join(others)}", 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
+    if found["pairs"] is not None:
+        lines.append(f"{'':14}{found['pairs']:,} {unit}s, {found['steps']:,} steps")
+    return lines
 
 
 def _device(result: dict[str, Any]) -> str:

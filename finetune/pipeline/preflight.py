@@ -32,7 +32,7 @@ from finetune.train import batch, distributed, tracking
 from finetune.train.batch import batch_shape
 from finetune.utils.files import read_json
 
-NEEDS_WEIGHTS = ("train", "evaluate", "certify")
+NEEDS_WEIGHTS = ("train", "align", "evaluate", "certify")
 LARGEST_ON_CPU = 1_000_000_000  # parameters; above that one step takes minutes without a GPU
 DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 
@@ -49,7 +49,7 @@ def check(
     notes = _check_access(recipe, to_build)
     base = next(s for s in steps if s.stage.name == "base")
     shapes = read_shapes(recipe, base.folder if base.manifest else None)
-    if shapes is not None and to_build & set(NEEDS_WEIGHTS if recipe.train else ("evaluate",)):
+    if shapes is not None and to_build & set(NEEDS_WEIGHTS if recipe.train else ("align", "evaluate")):
         _check_device(recipe, shapes)
     if "filter" in to_build and recipe.filter:
         for lack in filter(None, map(rule_problem, recipe.filter.rules)):
@@ -62,7 +62,9 @@ def check(
         raise InputError("\n".join(f"evaluate.metrics: {why}" for why in lacks))
     if "train" in to_build:
         check_adapter(recipe, base.folder if base.manifest else None, scratch)
-        notes += _check_training(recipe, shapes, world, force=force) if recipe.train else []
+    trains = {"train": recipe.train is not None, "align": recipe.preference is not None}
+    if to_build & {stage for stage, on in trains.items() if on}:
+        notes += _check_training(recipe, shapes, world, force=force)
     return notes
 
 
@@ -75,10 +77,12 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
     refuse_start(recipe, base, scratch)
-    if recipe.train is None:
+    if recipe.train is None and recipe.preference is None:
         return
     if base is not None and (why := why_not_trained(base, quantized=recipe.quantization is not None)):
         raise InputError(f"{recipe.model.id}: {why}")
+    if recipe.train is None and recipe.lora.start_from is not None:
+        return  # the adapter decides what is trained
     if base is not None:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
     elif (modules := read_known_modules(recipe)) is not None:
@@ -164,7 +168,10 @@ def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force:
     notes = []
     if world > 1:
         distributed.check_devices(recipe.runtime.device, world, os.environ)
-    batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    if recipe.train is not None:
+        batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    if recipe.preference is not None:
+        _check_alignment(recipe, world)
     if recipe.runtime.checkpointing == "offload" and pick_device(recipe.runtime.device) == "cpu":
         raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world)):
@@ -179,6 +186,20 @@ def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force:
     return notes
 
 
+def _check_alignment(recipe: Recipe, world: int) -> None:
+    """The pairs of a step can be shared out, and not under FSDP or DeepSpeed, which take the reference apart."""
+    from finetune.preference.batches import batch_of
+
+    assert recipe.preference is not None  # noqa: S101
+    if world > 1 and (asked := distributed.asked(os.environ)):
+        raise InputError(
+            f"preference: {asked} was asked for, and preference training runs on one process or under DDP; use "
+            "recipes/accelerate/ddp.yaml (--processes N)"
+        )
+    asked_pairs = recipe.preference
+    batch_of(asked_pairs.batch_pairs, recipe.runtime.micro_batch_rows, world, asked_pairs.method, asked_pairs.loss_type)
+
+
 def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     """Both roots can be written and have room for what is still to be made; on one disk, for both together."""
     base = next(s for s in steps if s.stage.name == "base")
@@ -188,9 +209,9 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
     needed = dict.fromkeys(("download", "quantized_copy", "merged", "export", "adapter", "training_checkpoints"), 0)
     needed |= estimate_memory.disk(shapes, recipe) if shapes else {}
     loads = bool(to_build & set(NEEDS_WEIGHTS))
-    trained = "train" in to_build and recipe.train is not None
-    durable = DURABLE_SLACK + (needed["adapter"] if "train" in to_build else 0)
-    durable += needed["training_checkpoints"] if trained else 0
+    trains = ({"train"} if recipe.train is not None else set()) | {"align"}
+    durable = DURABLE_SLACK + needed["adapter"] * len(to_build & {"train", "align"})
+    durable += needed["training_checkpoints"] if to_build & trains else 0  # one after the other
     local = sum(needed[part] for part, stage in (("merged", "merge"), ("export", "export")) if stage in to_build)
     downloads = loads or "merge" in to_build
     local += needed["download"] if downloads and not is_downloaded(recipe, pinned, store.scratch) else 0
@@ -235,9 +256,11 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     notes = []
     if recipe.model.kind == "hub" and "base" in to_build:
         notes.append(hub_client.check_read(recipe.model.id, "model"))
-    if "ingest" in to_build:
-        names = [s.id for s in (*recipe.data, *(recipe.eval_data or [])) if isinstance(s, HubSource)]
-        notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
+    read = [*recipe.data, *(recipe.eval_data or [])] if "ingest" in to_build else []
+    if "pairs" in to_build and recipe.preference:
+        read += [*recipe.preference.data, *(recipe.preference.eval_data or [])]
+    names = [s.id for s in read if isinstance(s, HubSource)]
+    notes += [hub_client.check_read(name, "dataset") for name in dict.fromkeys(names)]
     if recipe.publish.repo and "train" in to_build:
         notes.append(hub_client.check_write(recipe.publish.repo))
     return [n for n in notes if n]
@@ -246,7 +269,7 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
 def _check_device(recipe: Recipe, shapes: Shapes) -> None:
     if shapes.parameters < LARGEST_ON_CPU:
         return
-    if pick_device(recipe.runtime.device) == "cpu" and recipe.train is None:
+    if pick_device(recipe.runtime.device) == "cpu" and recipe.train is None and recipe.preference is None:
         raise GateRefused(
             f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
             "evaluating it would take days; set evaluate: null (certify and merge work without a GPU)"
@@ -281,14 +304,18 @@ def memory_problem(
     # Whoever asks already holds the context that the prediction counts as the device's own.
     room = min(total, free + estimate_memory.CONTEXT_BYTES)
     device = device_like(name, room, ampere)
-    choice = Options(shapes, estimate_memory.Training.of(recipe), world).best(device)
-    if choice.fits:
-        return None
+    trainings = [("training", "row", "render", estimate_memory.Training.of(recipe))] if recipe.train else []
+    if recipe.preference is not None:
+        trainings.append(("aligning", "pair", "preference", estimate_memory.Training.of_preference(recipe)))
     in_use = f" ({held / 1e9:.1f} GB are in use: end what holds them)"
     others = in_use if held > 2 * estimate_memory.CONTEXT_BYTES else ""
-    return (
-        f"training {recipe.model.id} takes at least {choice.total / 1e9:.1f} GB of GPU memory ({choice.rows} "
-        f"row{'s' if choice.rows > 1 else ''} at once, checkpointing {choice.policy}) and there are "
-        f"{choice.budget_bytes / 1e9:.1f}{others}; lower render.max_length_tokens or lora.r, or leave "
-        "runtime.micro_batch_rows and runtime.checkpointing to auto (`finetune plan` shows what each takes)"
-    )
+    for what, unit, section, run in trainings:
+        choice = Options(shapes, run, world).best(device)
+        if not choice.fits:
+            return (
+                f"{what} {recipe.model.id} takes at least {choice.total / 1e9:.1f} GB of GPU memory ({choice.rows} "
+                f"{unit}{'s' if choice.rows > 1 else ''} at once, checkpointing {choice.policy}) and there are "
+                f"{choice.budget_bytes / 1e9:.1f}{others}; lower {section}.max_length_tokens or lora.r, or leave "
+                "runtime.micro_batch_rows and runtime.checkpointing to auto (`finetune plan` shows what each takes)"
+            )
+    return None

@@ -6,7 +6,7 @@ Kept out of the models, which look at nothing but the recipe, and out of reading
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,10 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         (("dedup", "embedding"), encoder),
     )
     yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
-    for number, source in enumerate(recipe.data):
-        yield from ((("data", number, "path"), why) for why in _no_file(source, loaded.path))
-    for number, source in enumerate(recipe.eval_data or []):
-        yield from ((("eval_data", number, "path"), why) for why in _no_file(source, loaded.path))
-    for number, source in enumerate(recipe.decontaminate.against if recipe.decontaminate else []):
-        yield from ((("decontaminate", "against", number, "path"), why) for why in _no_file(source, loaded.path))
+    for listed, sources in source_lists(recipe):
+        for number, source in enumerate(sources):
+            path: tuple[str | int, ...] = (*listed, number, "path")
+            yield from ((path, why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
     if encoder is not None and not encoder.is_dir():
@@ -63,6 +61,15 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Source]]]:
+    """Every list of sources of a recipe with its place in the file."""
+    yield ("data",), recipe.data
+    yield ("eval_data",), recipe.eval_data or []
+    yield ("decontaminate", "against"), recipe.decontaminate.against if recipe.decontaminate else []
+    for name in ("data", "eval_data"):
+        yield ("preference", name), getattr(recipe.preference, name, None) or []
 
 
 def _model_problem(recipe: Recipe, folder: Path) -> str | None:

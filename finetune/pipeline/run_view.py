@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,21 @@ def finished(
     return value
 
 
+def adapter_stage(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the stage of a run's record that holds the adapter: align, if it is on and was reached; else train.
+
+    It may have failed: check its status.
+    """
+    record = stages.get("align")
+    reached = record is not None and record["status"] != "off" and bool(record.get("key") or record.get("path"))
+    return "align" if reached else "train"
+
+
+def adapter_needs(value: dict[str, Any]) -> Collection[str]:
+    """For `finished`: the base and the stage with the adapter."""
+    return ("base", adapter_stage(value["stages"]))
+
+
 def with_start(recipe: Recipe, store: Store, say: Callable[[str], None] = lambda line: None) -> Recipe:
     """Return the recipe with the folder of the adapter if lora.start_from names a run; any other recipe as it is.
 
@@ -73,13 +88,14 @@ def with_start(recipe: Recipe, store: Store, say: Callable[[str], None] = lambda
         return recipe
     name = str(recipe.lora.start_from)
     try:
-        value = finished(store, name, lambda _: ("train",), say)
+        value = finished(store, name, adapter_needs, say)
     except InputError as error:
         raise InputError(f"lora.start_from: {error}; a folder is written /… or ./…, a Hub id OWNER/NAME") from None
-    train = value["stages"]["train"]
+    stage = adapter_stage(value["stages"])
+    train = value["stages"][stage]
     if train["status"] != "done":
         raise InputError(
-            f"lora.start_from: train of {value['recipe']}@{value['run']} is {train['status']}; name a run whose "
+            f"lora.start_from: {stage} of {value['recipe']}@{value['run']} is {train['status']}; name a run whose "
             "training is finished (`finetune runs` lists them)"
         )
     say(f"lora.start_from: the adapter of {value['recipe']}@{value['run']}")

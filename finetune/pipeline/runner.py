@@ -98,6 +98,10 @@ def _add_output(outputs: dict[str, Output], step: Step) -> None:
         outputs[stage.name] = outputs[stage.needs[0]]
     elif step.manifest and step.folder:
         outputs[stage.name] = Output(step.folder, step.manifest.digest)
+    if stage.replaces and step.status != "off":
+        outputs.pop(stage.replaces, None)  # what needs it must not be given it before this stage is built
+        if stage.name in outputs:
+            outputs[stage.replaces] = outputs[stage.name]
 
 
 def run(

@@ -14,6 +14,7 @@ from finetune.errors import InputError
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.stages import (
+    align,
     base,
     certify,
     decontaminate,
@@ -25,6 +26,7 @@ from finetune.stages import (
     ingest,
     merge,
     pack,
+    pairs,
     render,
     sample,
     split,
@@ -50,6 +52,7 @@ class Stage:
     rows: bool = False  # needs rows: off in a recipe without data
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
+    replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
 
 
 STAGES: tuple[Stage, ...] = (
@@ -63,9 +66,15 @@ STAGES: tuple[Stage, ...] = (
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
     Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
     Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows=True),
+    # Before train, so that bad preference data are refused before hours of SFT.
+    Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
+    ),
+    Stage(
+        "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run,
+        collective=True, logs=("metrics.jsonl",), working="checkpoints", replaces="train",
     ),
     Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows=True),
     Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows=True),

@@ -9,7 +9,7 @@ from finetune.recipe import Recipe
 def trained(recipe: Recipe) -> list[str]:
     """A line for each choice that decides which weights move, and how; what is left at its default is not named."""
     lora, train = recipe.lora, recipe.training
-    if recipe.train is None:
+    if recipe.train is None and lora.start_from is not None:
         name = str(lora.start_from).rpartition("/")[2].removeprefix("folder:")
         return [f"Imported: the adapter {name}, trained elsewhere"]
     method = f"{'DoRA' if lora.dora else 'LoRA'}{' with the scale of rsLoRA' if lora.rslora else ''}"

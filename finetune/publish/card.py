@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
 from finetune.hub.client import Kind
+from finetune.preference.words import figures_of
 from finetune.publish import card_sections as sections
 from finetune.publish.adapter_summary import trained
 from finetune.publish.card_curve import training_curve
@@ -81,6 +82,15 @@ _MODEL = """\
 {%- endfor %}
 {% else %}
 No figures were recorded.
+{% endif %}
+{%- if preference %}
+## Preference training
+
+| figure | value |
+|---|---:|
+{%- for name, value in preference %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
 {% endif %}
 ## Evaluation
 {% if verdict %}
@@ -229,6 +239,7 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
         curve_words=curve_words,
         machine=trained(facts.recipe) + sections.machine(facts),
         training=sections.training(facts.metrics),
+        preference=figures_of(facts.metrics.get("align") or {}),
         evaluation=evaluation,
         verdict=sections.verdict_lines(facts),
         warnings=sections.warnings(facts),
@@ -272,7 +283,8 @@ def _metadata(kind: Kind, repo: str, facts: Facts) -> str:
     recipe, on_hub = facts.recipe, facts.base["kind"] == "hub"
     merged = facts.siblings.get("merged") if kind == "gguf" else None
     base = merged or (facts.base["id"] if on_hub else None)  # a GGUF is a quantisation of the merged model
-    tags = ["lora", "sft", "text-generation"] + (["qlora"] if recipe.quantization else [])
+    methods = [*(["sft"] if recipe.train else []), *([recipe.preference.method] if recipe.preference else [])]
+    tags = ["lora", *(methods or ["sft"]), "text-generation"] + (["qlora"] if recipe.quantization else [])
     results = sections.results(kind, facts)
     card = ModelCardData(
         base_model=base,

@@ -52,6 +52,9 @@ def sources(facts: Facts) -> list[Markdown]:
         else:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
         lines.append(Markdown(f"measured on, not trained on: {words}" if facts.recipe.train is None else words))
+    for source in facts.recipe.preference.data if facts.recipe.preference else []:
+        licence = escaped(facts.licences.get(f"dataset {source.label}", "unknown"))
+        lines.append(Markdown(f"preferences: {code(source.label)}, licence: {licence}"))
     return lines
 
 

@@ -27,7 +27,7 @@ _LOCAL_PATH = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:).*", re.DOTALL
 
 def stages_read(kinds: list[Kind], folders: Mapping[str, Path]) -> set[str]:
     """The stages whose files a push of `kinds` or its cards are made of, those of `folders`."""
-    read = {"base", "render", "train", *(stage for kind in kinds for stage in NEEDED[kind])}
+    read = {"base", "render", "train", "align", *(stage for kind in kinds for stage in NEEDED[kind])}
     rows = [stage for stage in ROW_STAGES if stage in folders][:1] if "dataset" in kinds else []
     return {stage for stage in [*read, *rows] if stage in folders}
 
@@ -42,7 +42,8 @@ def collect(kind: Kind, folders: Mapping[str, Path], made: Path) -> tuple[dict[s
         raise InputError(f"cannot publish the {kind}: stage {missing[0]} is not finished; run the recipe first")
     if kind == "dataset":
         return _rows(folders, made)
-    folder = folders["train"] / "adapter" if kind == "adapter" else folders["merge" if kind == "merged" else "export"]
+    trained = folders.get("align") or folders.get("train") or Path()
+    folder = trained / "adapter" if kind == "adapter" else folders["merge" if kind == "merged" else "export"]
     ending = "*.gguf" if kind == "gguf" else "*.safetensors"
     if not any(folder.glob(ending)):
         raise InputError(f"cannot publish the {kind}: no {ending} in {folder}; run the recipe again")

@@ -189,6 +189,9 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
         if isinstance(source, HubSource):
             pinned = facts.sources[number].get("commit") if number < len(facts.sources) else None
             asked.setdefault(f"dataset {source.id}", ("dataset", source.id, pinned or source.revision))
+    for source in facts.recipe.preference.data if facts.recipe.preference else []:
+        if isinstance(source, HubSource):
+            asked.setdefault(f"dataset {source.id}", ("dataset", source.id, source.revision))
     if not ask:
         return {}
     found = read_licences(asked, ctx.say)

@@ -17,6 +17,7 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
+from finetune.recipe.preference import Preference
 from finetune.recipe.schema import Recipe
 from finetune.recipe.training import (
     BUILTIN_MODELS,
@@ -51,6 +52,7 @@ __all__ = [
     "MinHash",
     "Model",
     "Pack",
+    "Preference",
     "Publish",
     "PydocSource",
     "Quantization",

@@ -51,7 +51,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 HubId = Annotated[str, Field(pattern=HUB_NAME, max_length=200)]
 Revision = Annotated[str, Field(pattern=REVISION, max_length=200)]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text", "text"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "llama2_text", "text", "preference", "kto"
+]  # the last two: preference.data only
+PAIR_FORMATS = ("preference", "kto")
 
 
 class Section(BaseModel):
@@ -241,8 +244,8 @@ class PydocSource(_SourceFields):
 
     source: Literal["pydoc"]
     """Rows made here, from docstrings of the standard library."""
-    format: Literal["messages"] = "messages"
-    """These rows are messages."""
+    format: Literal["messages", "preference", "kto"] = "messages"
+    """Rows of messages; under preference.data pairs (preference) or single answers with a label (kto)."""
 
     @property
     def label(self) -> str:

@@ -191,8 +191,9 @@ def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Locati
         if tagged:  # the tag of a discriminated union is no field of the file
             annotation = tagged[0]
             continue
-        if len(members) == 1:
-            holder = members[0]
+        named = [m for m in members if step in written_fields(m)]
+        if len(members) == 1 or named:  # a contradiction's path has no tags
+            holder = members[0] if len(members) == 1 else named[0]
             fields = {f.alias or n: f.annotation for n, f in holder.model_fields.items()}
             annotation = fields.get(step, Any)
             at = (*at, step)

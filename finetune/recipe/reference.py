@@ -21,7 +21,7 @@ from finetune.recipe.data import HUB_NAME, OWN, PATTERN_WORDS
 from finetune.recipe.filters import RULES
 from finetune.recipe.messages import written_fields
 
-MODULES = ("data.py", "filters.py", "lora.py", "training.py", "schema.py")
+MODULES = ("data.py", "filters.py", "lora.py", "training.py", "preference.py", "schema.py")
 # A name for the Hub, a folder, or a builtin: what Model's own validator accepts as an id
 MODEL_ID = [
     {"enum": list(BUILTIN_MODELS)},
@@ -29,6 +29,7 @@ MODEL_ID = [
     {"pattern": r"^(/|\./|~)"},
     {"pattern": r"^(?!builtin:).*(\\|/.*/)"},
 ]
+FURTHER_SOURCES = ("decontaminate", "preference")  # sections whose sources are those of data
 OWN_TEXT = {"type": "string", "pattern": OWN}
 OWN_RULE = {"type": "object", "properties": {"rule": OWN_TEXT}, "required": ["rule"], "additionalProperties": False}
 HEAD = """\
@@ -80,7 +81,7 @@ def reference_text() -> str:
     parts = [HEAD, *_table("The whole", Recipe, "", found)]
     for name, field in written_fields(Recipe).items():
         for model in _models(field.annotation):
-            if model.__name__ in definitions and not (name == "decontaminate" and model.__name__.endswith("Source")):
+            if model.__name__ in definitions and not (name in FURTHER_SOURCES and model.__name__.endswith("Source")):
                 kind = written_fields(model).get("source") or written_fields(model).get("rule")
                 label = f"{name}: {get_args(kind.annotation)[0]}" if kind else name
                 parts += _table(f"`{label}`", model, str(model.__doc__), definitions[model.__name__])

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from finetune.recipe.data import (
+    PAIR_FORMATS,
     RECIPE_NAME,
     Decontaminate,
     Dedup,
@@ -26,6 +27,7 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
+from finetune.recipe.preference import Preference
 from finetune.recipe.training import (
     Certify,
     Evaluate,
@@ -41,7 +43,7 @@ from finetune.recipe.training import (
     Train,
 )
 
-Contradiction = tuple[tuple[str, ...], str]  # the field's path, and what is wrong with it
+Contradiction = tuple[tuple[str | int, ...], str]  # the field's path, and what is wrong with it
 
 
 class Recipe(Section):
@@ -80,7 +82,9 @@ class Recipe(Section):
     quantization: Quantization | None = Quantization()
     """How the frozen base is stored while training; null keeps it in 16 or 32 bits."""
     train: Train | None = Train()
-    """The optimisation; null trains nothing and imports the adapter that lora.start_from names."""
+    """The optimisation; null imports the adapter of lora.start_from, or (with preference) begins with a new one."""
+    preference: Preference | None = None
+    """Preference tuning (DPO or KTO) of the trained adapter; null does none."""
     evaluate: Evaluate | None = Evaluate()
     """What is measured after training; null measures nothing."""
     certify: Certify | None = Certify()
@@ -116,7 +120,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        refuse([*self._sizes(), *self._trained_from(), *self._asked_and_not_made(), *self._held_out_whole()])
+        found = (self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart)
+        refuse([problem for problems in found for problem in problems()])
         return self
 
     def _sizes(self) -> Iterator[Contradiction]:
@@ -137,11 +142,16 @@ class Recipe(Section):
     def _trained_from(self) -> Iterator[Contradiction]:
         if not self.data and self.train is not None:
             yield ("data",), "missing; name one source or more (only a recipe with train: null goes without)"
-        if self.train is None and self.lora.start_from is None:
+        if self.train is None and self.lora.start_from is None and self.preference is None:
             yield (
                 ("train",),
                 "null imports the adapter that lora.start_from names, and that is null; set it, or train: {}",
             )
+        if self.train is None and self.lora.start_from is None and self.preference is not None:
+            for name in ("dora", "modules_to_save"):
+                if getattr(self.lora, name):
+                    why = "with train: null preference training begins at zero, and this begins at the base's values"
+                    yield ("lora", name), f"{why}; drop it, or name an adapter in lora.start_from"
         if self.lora.start_run == (self.name, None):
             yield (
                 ("lora", "start_from"),
@@ -177,4 +187,16 @@ class Recipe(Section):
             for name in ("rows", "weight"):
                 if getattr(source, name) != type(source).model_fields[name].default:
                     why = "held-out rows are used once each; limit them with take, or leave this out"
-                    yield ("eval_data", str(number), name), why
+                    yield ("eval_data", number, name), why
+
+    def _pairs_apart(self) -> Iterator[Contradiction]:
+        against = self.decontaminate.against if self.decontaminate else []
+        lists = (
+            (("data",), self.data),
+            (("eval_data",), self.eval_data or []),
+            (("decontaminate", "against"), against),
+        )
+        for at, sources in lists:
+            for number, source in enumerate(sources):
+                if source.format in PAIR_FORMATS:
+                    yield (*at, number, "format"), f"rows of format {source.format} belong under preference.data"

@@ -42,7 +42,7 @@ def write_report(store: Store, name: str, say: Callable[[str], None] = lambda li
 
 def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     """What the page shows of a run, as `shown.read` gave it."""
-    from finetune.report import data_section, model_sections
+    from finetune.report import data_section, model_sections, preference_section
 
     stages = _views(store, value)
     text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
@@ -61,6 +61,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "tiles": tiles(stages),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
+        "preference": preference_section.preference_section(stages.get("align")),
         "evaluation": model_sections.evaluation_section(stages),
         "certificate": model_sections.certificate_section(stages),
         "merge": model_sections.merge_section(stages["merge"]),

@@ -18,7 +18,9 @@ ROWS = {  # stage → the metrics that say how many rows went in and came out
     "split": ("rows_in", "train_rows"),
     "render": (None, "rows"),
     "pack": (None, "bins"),
+    "pairs": ("rows_in", "rows"),
 }
+HOLDING_OUT = ("split", "render", "pairs")
 
 
 def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
@@ -27,7 +29,7 @@ def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
     if after is None or after not in metrics:
         return ""
     start = f"{metrics[before]:,} → " if before and before in metrics else ""
-    held = f" + {metrics['eval_rows']:,} held out" if name in ("split", "render") and "eval_rows" in metrics else ""
+    held = f" + {metrics['eval_rows']:,} held out" if name in HOLDING_OUT and "eval_rows" in metrics else ""
     return f"{start}{metrics[after]:,}{held}"
 
 
@@ -59,10 +61,20 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
             return f"{number('supervised_fraction', '.1%')} supervised, {number('truncated', ',')} truncated{dropped}"
         case "pack":
             return f"{number('efficiency', '.1%')} full"
+        case "pairs":
+            lost = sum((m.get("refused") or {}).values()) + int(m.get("dropped") or 0)
+            bias = f", chosen longer in {number('length_bias', '.0%')}" if m.get("length_bias") is not None else ""
+            return f"{lost:,} left out, {number('contradictions', ',')} contradict{bias}"
         case "train" if "imported" in m:
             return f"imported {m['imported']}"
         case "train":
             return f"loss {number('first_loss')} → {number('loss')}, {number('tokens_per_second', ',.0f')} tokens/s"
+        case "align":
+            ends = m.get("accuracy_interval")
+            apart = (
+                f", {m['accuracy']:.1%} of held-out pairs told apart ({ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
+            )
+            return f"loss {number('first_loss')} → {number('loss')}{apart}"
         case "evaluate":
             return (
                 f"perplexity {number('perplexity_base')} → {number('perplexity_adapter')}, "

@@ -13,7 +13,7 @@ from finetune.eval.answer_metrics import missing
 from finetune.eval.answer_metrics import words_of as answer_words
 from finetune.eval.metrics import never_stops
 from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
-from finetune.utils.files import canonical_json, write_bytes, write_json
+from finetune.utils.files import canonical_json, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
     from finetune.eval.generation import Answer
     from finetune.tokenization.token_rows import TokenRow
+
+
+class Gates(Section):
+    """What stage align's figures are held to. They are checked here, so that another bound trains nothing again."""
+
+    min_accuracy: float | None
+    max_perplexity_ratio: float | None
 
 
 class Spec(Section):
@@ -31,6 +38,7 @@ class Spec(Section):
     quantization: Quantization | None
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     evaluate: Evaluate
+    gates: Gates | None = None
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -43,7 +51,13 @@ def spec(recipe: Recipe) -> Spec | None:
         quantization=recipe.quantization,
         precision=recipe.training.precision,
         evaluate=recipe.evaluate,
+        gates=_gates(recipe),
     )
+
+
+def _gates(recipe: Recipe) -> Gates | None:
+    asked = recipe.preference
+    return Gates(**{n: getattr(asked, n) for n in Gates.model_fields}) if asked else None
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -61,9 +75,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.eval import lm_eval
     from finetune.models import loading
     from finetune.models.device import pick_device, pick_precision
+    from finetune.preference import gates
     from finetune.tokenization.token_rows import read_token_rows
     from finetune.utils import runtime
 
+    if spec.gates is not None:
+        figures = read_json(inputs["train"] / "preference.json")
+        gates.check(figures, spec.gates.min_accuracy, spec.gates.max_perplexity_ratio)
     device = pick_device(ctx.device)
     precision, _ = pick_precision(spec.precision, device)
     rows = read_token_rows(inputs["render"] / "eval.parquet", spec.evaluate.max_rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,6 +14,7 @@ from finetune.context import Context, Metrics
 from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.errors import GateRefused, InputError
 from finetune.filters import basic
+from finetune.filters.section import rules_of
 from finetune.recipe import Filter, Recipe, Section
 from finetune.recipe.filters import Own
 
@@ -111,32 +111,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         )
     ctx.say(f"filter keeps {rows_out:,} of {seen:,} rows")
     return {"rows_in": seen, "rows_out": rows_out, "rejected": dict(sorted(rejected.items()))}
-
-
-def rules_of(rules: Filter) -> Callable[[Example], basic.Verdict]:
-    """All rules but the token count as one function: the first that leaves a row out names the reason."""
-    from finetune.filters import conditions, custom, language
-    from finetune.filters.registry import check_of
-
-    drop = [re.compile(p) for p in rules.drop_matching]
-    keep = [re.compile(p) for p in rules.keep_matching]
-    users = (rules.min_user_characters, rules.max_user_characters)
-    answers = (rules.min_assistant_characters, rules.max_assistant_characters)
-    checks: list[Callable[[Example], basic.Verdict]] = [
-        basic.empty_turn,
-        basic.no_assistant,
-        *([basic.not_alternating] if rules.alternate else []),
-        lambda row: basic.length_outside(row, "user", *users),
-        lambda row: basic.length_outside(row, "assistant", *answers),
-        lambda row: basic.matching(row, drop, keep),
-        *([conditions.check_of(rules.keep_where)] if rules.keep_where else []),
-        *(check_of(rule, custom.load, language.detector) for rule in rules.rules),
-    ]
-
-    def judge(row: Example) -> basic.Verdict:
-        return next((verdict for check in checks if (verdict := check(row)) is not None), None)
-
-    return judge
 
 
 def counter(spec: Spec, base: Path) -> Count:

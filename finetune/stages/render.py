@@ -43,7 +43,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     from finetune.models.loading import load_tokenizer
     from finetune.tokenization.audit import check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
-    from finetune.tokenization.chat_template import choose_template
+    from finetune.tokenization.chat_template import choose_template, write_template
     from finetune.tokenization.encoder import Encoder, choose_pad
     from finetune.tokenization.id_check import IdCheck
     from finetune.tokenization.row_tokenizer import RowTokenizer
@@ -77,7 +77,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     pad = choose_pad(tokenizer, template.text, worker.labels)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
-    _write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
     _write_audit(out / "audit.json", tallies, worker, proved, check)
     done = tallies["train"]
     dropped: dict[str, int] = {}
@@ -210,18 +210,6 @@ def _batches(source: Path) -> Iterator[list[Example]]:
             batch = []
     if batch:
         yield batch
-
-
-def _write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
-    from finetune.utils.files import write_bytes, write_json
-
-    folder.mkdir()
-    write_bytes(folder / "chat_template.jinja", template.training.encode())
-    write_bytes(folder / "inference.jinja", template.inference.encode())
-    if template.tool_use:
-        write_bytes(folder / "inference_tool_use.jinja", template.tool_use.encode())
-    facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
-    write_json(folder / "template.json", facts)
 
 
 def _write_audit(path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, proved: int, check: IdCheck) -> None:

@@ -1,6 +1,7 @@
 """QLoRA fine-tuning through TRL: packed rows in, an adapter out. Resumes from its own checkpoints.
 
-With `train: null` the adapter is one that any tool has made: lora/imported.py checks and copies it.
+With `train: null` the adapter is one that any tool has made: lora/imported.py checks and copies it. Without one it is
+new, for preference training.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
-from finetune.errors import InputError
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 from finetune.utils.files import read_json
 
@@ -61,6 +61,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.models.device import pick_device, pick_precision
     from finetune.tokenization.token_rows import read_rendered, read_token_rows
     from finetune.train import trainer as train_trainer
+    from finetune.train.arguments import Job
     from finetune.utils import runtime
 
     if spec.train is None:
@@ -87,7 +88,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     models_compile.speed_up(base, ctx)
     settings = spec.train
     held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
-    job = train_trainer.Job(
+    job = Job(
         seed=spec.seed,
         lora=spec.lora,
         train=spec.train,
@@ -139,7 +140,7 @@ def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Conte
 
     start = lora_resume.folder_of(spec.lora, ctx)
     if start is None:
-        raise InputError("train: null imports the adapter that lora.start_from names, and it names none")
+        return _zero_adapter(spec, inputs, out, ctx)
     model = spec.model
     lora_resume.require_same(spec.lora, start, inputs["base"], model.id, model.trust_remote_code, importing=True)
     template = inputs["render"] / "template" if "render" in inputs else None
@@ -157,6 +158,23 @@ def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Conte
         imported.copy_tokenizer(start, inputs["base"], adapter)
     ctx.say(f"train: imported the adapter {spec.lora.start_from}; nothing was trained")
     return {"imported": str(spec.lora.start_from).removeprefix("folder:"), **counts}
+
+
+def _zero_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+    """An adapter that changes nothing: what preference training begins from in a recipe without SFT."""
+    from finetune.lora import config as lora_config
+    from finetune.lora import fresh
+
+    model = spec.model
+    lora_config.check_targets(spec.lora, inputs["base"], model.trust_remote_code)
+    if ctx.rank != 0:
+        return {}
+    counts = fresh.write_zero_adapter(spec.lora, inputs["base"], out / "adapter", spec.seed, model.trust_remote_code)
+    if "render" in inputs:
+        template = inputs["render"] / "template"
+        _add_template(template, inputs["base"], out / "adapter", read_json(template / "template.json")["pad_token"])
+    ctx.say("train: train is null and lora.start_from too: preference training begins with a new adapter")
+    return {"imported": "nothing: a new adapter", **counts}
 
 
 def _decide(

@@ -15,6 +15,7 @@ from finetune.tokenization.audit import check_system
 from finetune.tokenization.chat import Chat, Renderer, Span, TemplateRefused, chat_of, has_markers, strip_markers, turn
 from finetune.tokenization.template_profile import Reasoning, TemplateProfile
 from finetune.tokenization.template_sandbox import RenderingTooLong, check_template, count_once, limited
+from finetune.utils.files import write_bytes, write_json
 from finetune.utils.resources import resource
 from finetune.utils.upstream import compile_template
 
@@ -213,6 +214,17 @@ def choose_template(
     same = label != "base" and _same_without_markers(own, reference, profile, special, rows)
     inference = strip_markers(own) if same else own
     return Template(label, own, inference, tool_use, profile, finder)
+
+
+def write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
+    """Write the template's texts and template.json: name, sha256, terminators (ids), pad_token, bos."""
+    folder.mkdir()
+    write_bytes(folder / "chat_template.jinja", template.training.encode())
+    write_bytes(folder / "inference.jinja", template.inference.encode())
+    if template.tool_use:
+        write_bytes(folder / "inference_tool_use.jinja", template.tool_use.encode())
+    facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
+    write_json(folder / "template.json", facts)
 
 
 def sha256(text: str) -> str:

@@ -20,7 +20,9 @@ OFFLOAD_ON_CPU = (
 )
 
 
-def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> tuple[int, int]:
+def batch_shape(
+    batch_rows: int, micro: int | str, world: int, packed: bool, field: str = "train.batch_rows"
+) -> tuple[int, int]:
     """Micro-batch rows and accumulation steps, so that every optimiser step sees `batch_rows` rows on any machine.
 
     Raises InputError naming the process counts that would divide the batch.
@@ -28,8 +30,8 @@ def batch_shape(batch_rows: int, micro: int | str, world: int, packed: bool) -> 
     if batch_rows % world:
         fits = [n for n in range(1, batch_rows + 1) if batch_rows % n == 0]
         raise InputError(
-            f"train.batch_rows {batch_rows} cannot be shared by {world} processes; use {', '.join(map(str, fits))} "
-            f"processes, or a batch_rows that {world} divides"
+            f"{field} {batch_rows} cannot be shared by {world} processes; use {', '.join(map(str, fits))} "
+            f"processes, or a {field.rpartition('.')[2]} that {world} divides"
         )
     per_process = batch_rows // world
     if micro == "auto":

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 KEPT = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "mean_token_accuracy": "accuracy"}
+KEPT |= {  # TRL's names in preference training -> ours
+    "rewards/margins": "margin", "rewards/accuracies": "pairs_right", "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected", "logps/chosen": "logp_chosen", "logps/rejected": "logp_rejected", "kl": "kl",
+}  # fmt: skip
 
 
 class Follower(TrainerCallback):

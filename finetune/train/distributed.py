@@ -28,17 +28,22 @@ def check_devices(device: str, world: int, environment: Mapping[str, str]) -> No
     )
 
 
+def asked(environment: Mapping[str, str]) -> str | None:
+    """What the launcher was told to distribute by, where that is not DDP."""
+    return next((name for variable, name in ASKED.items() if environment.get(variable, "").lower() == "true"), None)
+
+
 def verify(kind: str, processes: int, world: int, environment: Mapping[str, str]) -> None:
     """Refuse a training that is not distributed as its launcher was told; accelerate ignores some settings on a CPU.
 
     `kind` and `processes` are what accelerate made of them (`distributed_type`, `num_processes`).
     """
-    asked = next((name for variable, name in ASKED.items() if environment.get(variable, "").lower() == "true"), None)
+    wanted = asked(environment)
     if processes != world:
         raise GateRefused(f"{world} processes were started, and accelerate trains in {processes} that know each other")
-    if asked is not None and kind != asked:
+    if wanted is not None and kind != wanted:
         raise GateRefused(
-            f"{asked} was asked for and accelerate took {kind}: it ignores {asked} without a GPU, or in one process. "
+            f"{wanted} was asked for and accelerate took {kind}: it ignores {wanted} without a GPU, or in one process. "
             "Use recipes/accelerate/ddp.yaml or multi_cpu.yaml"
         )
     if (world > 1) != (kind != "NO"):

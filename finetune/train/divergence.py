@@ -132,7 +132,8 @@ class Recorder:
         """Collate without the ROW column."""
         batch = self.collate([{k: v for k, v in e.items() if k != ROW} for e in examples])
         rows = tuple(int(e[ROW]) for e in examples)
-        tokens = sum(len(e["input_ids"]) for e in examples)
+        padded = batch.get("attention_mask")  # none of packed rows, which have no padding
+        tokens = sum(len(e["input_ids"]) for e in examples) if padded is None else int(padded.sum())
         self._made.append(MicroBatch(rows, tokens, int(batch["input_ids"].numel())))
         return batch
 
@@ -142,14 +143,15 @@ class Recorder:
 
 
 def row_names(numbers: Sequence[int], file: Path | None) -> list[str]:
-    """The ids of rows `numbers` of the data set, read from `row_ids` (lists, of packed rows) or `id` in a Parquet file;
-    the numbers themselves without one.
+    """The ids of rows `numbers` of the data set, read from `row_ids` (lists, of packed rows), `pair_id` or `id` in a
+    Parquet file; the numbers themselves without one.
     """
     if file is None:
         return [str(n) for n in numbers]
     import pyarrow.parquet as pq
 
-    column = "row_ids" if "row_ids" in pq.read_schema(file).names else "id"
+    there = pq.read_schema(file).names
+    column = next(name for name in ("row_ids", "pair_id", "id") if name in there)
     values = pq.read_table(file, columns=[column])[column]
     found = [values[n].as_py() for n in numbers]
     return [name for value in found for name in (value if isinstance(value, list) else [value])]

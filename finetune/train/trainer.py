@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused
-from finetune.recipe import Lora, Train
-from finetune.tokenization.token_rows import TokenRow
+from finetune.train.arguments import Job, shared_arguments
 from finetune.train.batch import batch_shape, total_steps
 from finetune.train.checkpoint import COMPLETE, last_checkpoint
 from finetune.utils.files import write_json
@@ -27,40 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
+    from finetune.train.callbacks import Follower
     from finetune.train.validation import HeldOut
-
-OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
-SCHEDULES = {
-    "constant": "constant_with_warmup",
-    "linear": "linear",
-    "cosine": "cosine",
-    "wsd": "warmup_stable_decay",
-}
-DECAY_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training, as far as the recipe and the device decide it."""
+class Task:
+    """In what one kind of training differs from another: its trainer, its proofs before step 1, its callback."""
 
-    seed: int
-    lora: Lora
-    train: Train
-    precision: str  # fp32, bf16 or fp16
-    device: str
-    checkpointing: str  # as runtime.checkpointing, not auto
-    checkpoints: Path
-    metrics_file: Path
-    documents: Path | None = None  # Parquet with `row_ids` or `id`, a row for each of the data set's
-    held_out: Sequence[TokenRow] = ()  # measured every train.eval_steps
-    start: Path | None = None  # a folder with the adapter to go on from
-    micro_batch_rows: int | None = None  # what auto has come to
-    fused_adapters: bool = False  # lora/fused_linear.py
+    build: Callable[[dict[str, Any]], Any]  # TRL's trainer, from `shared_arguments`
+    prove: Callable[[Any], None]  # raises GateRefused
+    follower: Callable[..., Follower]
+    shows_rows: bool = True  # the recipe's tracking.wandb_rows and wandb_data
 
 
 @dataclass(frozen=True)
@@ -92,62 +68,70 @@ def train(
     Raises GateRefused when the first batch or the adapters are not what they must be, FinetuneError when the training
     is lost (train/divergence.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
     """
-    from finetune.train import oom
+    from finetune.train import callbacks, oom, sanity_checks
 
     packed = isinstance(rows, Path)
+    dataset = _dataset(rows)
     rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
+    task = Task(
+        build=lambda shared: _trainer(job, base, tokenizer, dataset, _arguments(shared, packed)),
+        prove=lambda trainer: sanity_checks.prove(
+            trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed
+        ),
+        follower=callbacks.Follower,
+    )
 
     def attempt(micro: int) -> Result:
-        return _attempt(job, base, tokenizer, rows, ctx, micro)
+        return run(task, job, base, tokenizer, dataset, ctx, micro)
 
     return oom.halving(
         attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing in ("full", "offload")
     )
 
 
-def _attempt(
+def run(
+    task: Task,
     job: Job,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Path | pa.Table,
+    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
     ctx: Context,
     micro: int,
 ) -> Result:
     """Train with `micro` rows a micro-batch, from the last complete checkpoint on."""
-    from finetune.train import callbacks, distributed, divergence, neftune, sanity_checks, tracking
+    from finetune.train import distributed, divergence, neftune, sanity_checks, tracking
+    from finetune.train.callbacks import replace_printers
     from finetune.utils import quiet
 
-    packed = isinstance(rows, Path)
-    dataset = _dataset(rows)
     accumulate = job.train.batch_rows // ctx.world // micro
     steps = total_steps(len(dataset), job.train)
     resume = last_checkpoint(job.checkpoints, remove_incomplete=ctx.rank == 0)
-    arguments = _arguments(job, ctx, packed, micro, accumulate, steps)
-    follower = callbacks.Follower(ctx, job.metrics_file, job.checkpoints, steps, fp16=job.precision == "fp16")
+    follower = task.follower(ctx, job.metrics_file, job.checkpoints, steps, fp16=job.precision == "fp16")
     follower.documents = job.documents
-    follower.show_data = partial(
-        tracking.show_data, ctx=ctx, dataset=dataset, tokenizer=tokenizer, documents=job.documents
-    )
+    if task.shows_rows:
+        follower.show_data = partial(
+            tracking.show_data, ctx=ctx, dataset=dataset, tokenizer=tokenizer, documents=job.documents
+        )
     with quiet.quiet():
-        trainer = _trainer(job, base, tokenizer, dataset, arguments)
+        trainer = task.build(shared_arguments(job, ctx, micro, accumulate, steps))
         state = trainer.accelerator.state
         distributed.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
-        callbacks.replace_printers(trainer, follower)
+        replace_printers(trainer, follower)
         with sanity_checks.as_in_training(trainer):
-            sanity_checks.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
+            task.prove(trainer)
         trainer.data_collator = follower.recorder = divergence.Recorder(trainer.data_collator)
         shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
         follower.made_by = {**shape, "device": _device_name(job.device), "fused_adapters": job.fused_adapters}
         if resume:
             changes = distributed.changes(resume / COMPLETE, follower.made_by)
-            ctx.say(f"train: goes on from {resume.name} of {steps} steps{changes}")
+            ctx.say(f"{job.stage}: goes on from {resume.name} of {steps} steps{changes}")
             until = int(resume.name.rpartition("-")[2])
             follower.made_by["before"] = distributed.before(resume / COMPLETE, follower.made_by, until)
         follower.resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
         held_out = follower.held_out = _held_out(job, trainer, ctx, steps, resume)
         ctx.say(
-            f"train: {steps} steps of {job.train.batch_rows} rows "
+            f"{job.stage}: {steps} steps of {job.train.batch_rows} rows "
             f"({micro} a micro-batch x {accumulate} x {ctx.world} process{'es' if ctx.world > 1 else ''})"
         )
         try:
@@ -253,7 +237,7 @@ def save_adapter(
     model: PeftModel, folder: Path, base_id: str, revision: str | None, sharded: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write the adapter: fp32 safetensors, and a config that names the pinned base and is the same bytes every time."""
-    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded)
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # peft's template of a card; ours is made from measurements
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -278,58 +262,17 @@ def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, 
     return datasets.Dataset(table.append_column(ROW, pa.array(range(len(table)))))
 
 
-def _arguments(job: Job, ctx: Context, packed: bool, micro: int, accumulate: int, steps: int) -> SFTConfig:
+def _arguments(shared: dict[str, Any], packed: bool) -> SFTConfig:
     from trl import SFTConfig
 
-    from finetune.train import activation_checkpointing as checkpointing
-
-    recompute, settings = checkpointing.settings(job.checkpointing, job.device)
-    arguments = SFTConfig(
-        output_dir=str(job.checkpoints),
-        seed=job.seed,
-        data_seed=job.seed,
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=job.train.learning_rate,
-        lr_scheduler_type=SCHEDULES[job.train.schedule],
-        lr_scheduler_kwargs=_decay(job.train, steps),
-        warmup_steps=math.ceil(job.train.warmup_fraction * steps),
-        optim=OPTIMIZERS[job.train.optimizer],
-        weight_decay=job.train.weight_decay,
-        max_grad_norm=job.train.max_grad_norm,
-        adam_beta2=job.train.adam_beta2,
-        bf16=job.precision == "bf16",
-        fp16=job.precision == "fp16",
-        use_cpu=job.device == "cpu",
-        activation_checkpointing=recompute,
-        activation_checkpointing_kwargs=settings,
-        packing=packed,
-        packing_strategy="bfd",
-        max_length=None,
-        remove_unused_columns=False,  # the collator takes the rows' numbers off
-        dataset_kwargs={"skip_prepare_dataset": True},  # the rows are rendered, packed and proved already
-        save_strategy="steps",
-        save_steps=max(1, min(ctx.runtime.save_steps, steps)),
-        save_total_limit=ctx.runtime.keep_checkpoints,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a NaN loss logged as 0.0 hides the moment a run died (trl#6668)
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=job.device == "cuda",
-        ddp_find_unused_parameters=False,
-        router_aux_loss_coef=0.0,  # routers and experts are frozen: their balance is not ours to train
+    return use_one_gpu(
+        SFTConfig(
+            **shared,
+            packing=packed,
+            packing_strategy="bfd",
+            dataset_kwargs={"skip_prepare_dataset": True},  # the rows are rendered, packed and proved already
+        )
     )
-    use_one_gpu(arguments)
-    return arguments
-
-
-def _decay(train: Train, steps: int) -> dict[str, Any] | None:
-    if train.schedule != "wsd":
-        return None
-    return {"num_decay_steps": math.ceil((train.decay_fraction or DECAY_FRACTION) * steps), "decay_type": "linear"}
 
 
 def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Result:  # noqa: ANN401 - Follower

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, TrainingArguments
+
+Arguments = TypeVar("Arguments", bound="TrainingArguments")
 
 
 def compile_template(source: str) -> Any:  # noqa: ANN401 - jinja2.Template; transformers has no types here
@@ -29,7 +31,7 @@ def kept_in_fp32(model: PreTrainedModel) -> list[str]:
     return list(model._keep_in_fp32_modules or [])
 
 
-def use_one_gpu(arguments: TrainingArguments) -> None:
+def use_one_gpu(arguments: Arguments) -> Arguments:
     """Make Trainer use one GPU in a process without a launcher (transformers 5.23).
 
     Trainer otherwise takes every visible GPU through DataParallel, which multiplies the rows of a step and scales the
@@ -37,6 +39,7 @@ def use_one_gpu(arguments: TrainingArguments) -> None:
     """
     _ = arguments.n_gpu  # sets _n_gpu
     arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def register_lora_layers(config: LoraConfig, layers: Mapping[type[torch.nn.Module], type[torch.nn.Module]]) -> None:

@@ -36,6 +36,14 @@ EVERY_STAGE = (
 decontaminate: {against: [{source: local, path: evaluation.jsonl}]}
 sample: {random: 160}
 export: {gguf: [q8_0], perplexity_rows: 4}
+preference:
+  data:
+    - {source: local, path: pairs.jsonl}
+  batch_pairs: 8
+  learning_rate: 5e-3
+  max_length_tokens: 128
+  min_accuracy: null
+  max_perplexity_ratio: null
 """
 )
 
@@ -56,6 +64,19 @@ def rows():
         )
         found.append({"instruction": f"What does the {a} number {i} do?", "input": "", "output": answer})
     return found + found[:20] + [{**r, "output": r["output"].upper()} for r in found[20:40]]
+
+
+def pairs():
+    """Preference data: the right answer against one about other things."""
+    chance = random.Random(1)
+    found = []
+    for i in range(60):
+        a, b, c, verb = (*chance.sample(NOUNS, 3), chance.choice(VERBS))
+        prompt = f"{a.title()} {i * 7} meets {b} {i * 11}: who {verb} the {c}?"
+        found.append(
+            {"prompt": prompt, "chosen": f"The {a} {verb} the {c} number {i}.", "rejected": f"No {b} {i * 3}."}
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +138,7 @@ def make_workspace(folder, recipe=RECIPE):
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs()))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data[40:45]))
     (folder / "small.yaml").write_text(recipe)
     return Workspace(folder)

@@ -10,7 +10,7 @@ from finetune.gguf import writer as gguf_writer
 from finetune.recipe import Export, Lora, Merge, Quantization
 from finetune.recipe.load import load_recipe
 from finetune.stages import export
-from finetune.train import trainer as train_trainer
+from finetune.train.arguments import OPTIMIZERS
 from finetune.utils.files import read_json
 from tests.helpers.small_models import config, quantized
 from tests.helpers.tiny_models import save_tiny
@@ -50,7 +50,7 @@ def test_weights_that_are_not_quantised_and_biases_and_tied_heads_are_counted():
     assert estimate_memory.weight_bytes(shapes, None) == stored(model)
 
 
-@pytest.mark.parametrize("optimizer", train_trainer.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     "lora", [Lora(r=8), Lora(r=24, targets=["q_proj", "down_proj"], dora=True, modules_to_save=["norm", "lm_head"])],
     ids=["plain", "dora-and-whole"],
@@ -64,9 +64,7 @@ def test_adapter_gradients_and_optimizer_are_what_is_made_of_them(optimizer, lor
 
     made = config(128, 320, 2, 4, 2)
     model = get_peft_model(AutoModelForCausalLM.from_config(made), lora_config(lora))
-    arguments = TrainingArguments(
-        str(tmp_path), optim=train_trainer.OPTIMIZERS[optimizer], use_cpu=True, report_to="none"
-    )
+    arguments = TrainingArguments(str(tmp_path), optim=OPTIMIZERS[optimizer], use_cpu=True, report_to="none")
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     step = kind(trained, **settings)

@@ -107,7 +107,7 @@ BAD = {
     "nesting without end": ("a: " + "[" * 5000, "r"),
     "a number of a thousand digits": (GOOD + f"seed: {'9' * 1000}\n", "a number of 1000 digits"),
     "a seed out of range": (GOOD + "seed: -1\n", "r:6: seed: found -1"),
-    "a field outside its section": (GOOD + "learning_rate: 1e-4\n", "r:6: learning_rate: unknown field; it belongs in train; allowed: "),
+    "a field outside its section": (GOOD + "learning_rate: 1e-4\n", "r:6: learning_rate: unknown field; it belongs in train or preference; allowed: "),
     "a field in another section": (GOOD + "train: {max_length_tokens: 5}\n", "r:6: train.max_length_tokens: unknown field; it belongs in filter or render"),
     "an internal field": (GOOD + "render: {template_file: /etc/passwd}\n", "r:6: render.template_file: unknown field; write the file as template"),
     "an internal field of the model": (GOOD.replace("builtin:tiny-mistral", "{id: a/b, folder: /etc}"), "r:3: model.folder: unknown field"),

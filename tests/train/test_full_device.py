@@ -9,13 +9,14 @@ import torch
 from transformers import Trainer
 
 from finetune.recipe import Lora, Runtime
+from finetune.train import arguments
 from finetune.train import trainer as train_trainer
 from tests.helpers.trainings import documents, job, trained, unpacked
 from tests.train.test_divergence import full
 
 OPTIMIZERS = [
     "adamw_8bit",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in train_trainer.OPTIMIZERS if n != "adamw_8bit"),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in arguments.OPTIMIZERS if n != "adamw_8bit"),
 ]
 
 
@@ -44,13 +45,13 @@ def alive(references):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_nothing_of_an_attempt_is_alive_when_the_next_begins(optimizer, first, load, base, ctx, tmp_path, monkeypatch):
-    left, attempt = [], train_trainer._attempt
+    left, attempt = [], train_trainer.run
 
-    def counted(*arguments):
+    def counted(*given):
         left.append(alive(first))
-        return attempt(*arguments)
+        return attempt(*given)
 
-    monkeypatch.setattr(train_trainer, "_attempt", counted)
+    monkeypatch.setattr(train_trainer, "run", counted)
     lora = Lora(r=4, modules_to_save=["embed_tokens", "lm_head"])
     values = replace(job(tmp_path, max_steps=3, optimizer=optimizer), lora=lora)
     own = replace(ctx, runtime=Runtime(micro_batch_rows=4, save_steps=1))

@@ -1,0 +1,1 @@
+"""Preference tuning after SFT: pairs in, an aligned adapter out (DPO, KTO)."""

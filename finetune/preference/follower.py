@@ -1,0 +1,74 @@
+"""The callback of preference training: train/'s, which also holds the reference to what training started from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import GateRefused
+from finetune.preference import reference
+from finetune.preference.reference import Objective, expected_loss
+from finetune.train.callbacks import Follower
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+MARGIN_TOLERANCE = {"cpu": 0.0, "cuda": 0.01}  # of step 1, in β-scaled nats: a GPU may take another kernel for backward
+
+
+class AlignFollower(Follower):
+    """`Follower` with the proofs that need the training itself: after a resume, and on the whole first step."""
+
+    def __init__(self, *arguments: Any, objective: Objective, start: Mapping[str, torch.Tensor], **named: Any) -> None:  # noqa: ANN401
+        super().__init__(*arguments, **named)
+        self.objective, self.start = objective, start
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,  # noqa: ANN401
+        **more: Any,  # noqa: ANN401
+    ) -> None:
+        """The checkpoint has been read: the reference must still be the start adapter."""
+        if model is not None:
+            reference.require_start(_inner(model), self.start, resumed=self.resumed_from > 0)
+        super().on_train_begin(args, state, control, model=model, **more)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **more: Any,  # noqa: ANN401
+    ) -> None:
+        """The losses of step 1 were taken before its update: all of its pairs must have a margin of 0."""
+        if logs and "loss" in logs and state.global_step == 1:
+            self._first_step(logs, args.device.type)
+        super().on_log(args, state, control, logs=logs, **more)
+
+    def _first_step(self, logs: Mapping[str, Any], device: str) -> None:
+        tolerance = MARGIN_TOLERANCE.get(device, 0.01)
+        for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+            if abs(float(logs.get(name, 0.0))) > tolerance:
+                raise GateRefused(
+                    f"align: {name} of the first step is {logs[name]:.3g}, and 0 where policy and reference are "
+                    "equal: the reference is not what training starts from"
+                )
+        if device == "cpu":
+            reference.require_loss(float(logs["loss"]), expected_loss(self.objective, None), "of the first step")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # noqa: ANN401
+        """The reference is no part of a checkpoint: it is the start adapter, which is read again."""
+        if self.ctx.rank == 0:
+            shutil.rmtree(self.checkpoints / f"checkpoint-{state.global_step}" / "ref", ignore_errors=True)
+        super().on_save(args, state, control, **more)
+
+
+def _inner(model: Any) -> Any:  # noqa: ANN401
+    """The model inside DistributedDataParallel."""
+    return getattr(model, "module", model)

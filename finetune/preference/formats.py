@@ -1,0 +1,324 @@
+"""From one raw row of preference data to a Pair: which columns hold what, where the prompt ends, what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from finetune.data.chat_text import parse_chat_text
+from finetune.data.formats import MEANINGFUL, NUMBERED, STRUCTURE, FormatError, scalar_columns
+from finetune.data.records import Message
+from finetune.data.single_turn import optional_text
+from finetune.data.tool_calls import tools_of
+from finetune.data.turns import turn_notation, turns_of
+from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, nearest, text_of
+from finetune.preference.records import Pair
+from finetune.utils.files import canonical_json
+
+RawRow = Mapping[str, object]
+Messages = tuple[Message, ...]
+
+COLUMNS: dict[str, tuple[str, ...]] = {  # canonical names
+    "preference": ("prompt", "input", "system", "tools", "chosen", "rejected", "score_chosen", "score_rejected"),
+    "kto": ("prompt", "input", "system", "tools", "completion", "label"),
+}
+REQUIRED = {"preference": ("chosen", "rejected"), "kto": ("label",)}
+TURNS = ("conversations", "conversation", "messages", "dialog", "dialogue", "chat", "turns")
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("instruction", "question", "query", "input", *TURNS),
+    "system": ("system_prompt", "system_message"),
+    "tools": ("functions",),
+    "chosen": ("chosen_response", "response_chosen", "preferred"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred"),
+    "completion": ("response", "answer", "output"),
+    "label": ("kto_tag",),
+    "score_chosen": ("chosen_score", "chosen_rating", "chosen-rating", "chosen_avg_rating"),
+    "score_rejected": ("rejected_score", "rejected_rating", "rejected-rating", "rejected_avg_rating"),
+}
+CURATED = ("no_difference", "tied_scores", "scores_reversed")  # reasons that data, not their format, give
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+HUMAN = re.compile(r"\s*Human:")
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a source is read: canonical column name -> the source's name, a sentence of why, the columns left over."""
+
+    format: str
+    columns: Mapping[str, str]
+    why: str
+    unused: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
+    mapped: frozenset[str] = frozenset()  # canonical names that the recipe maps
+    notes: Counter[str] = field(default_factory=Counter, compare=False)
+
+
+def decide_pairs(
+    asked: str, columns: Mapping[str, str], sample: Sequence[RawRow], ignored: Collection[str], method: str
+) -> Layout:
+    """Decide how to read rows like those of `sample`; `asked` is preference, kto or auto, `method` dpo or kto.
+
+    Raises FormatError with what was found and what is allowed.
+    """
+    everything = list(dict.fromkeys(name for row in sample for name in row))
+    present = [name for name in everything if name not in ignored]
+    formats = [asked] if asked != "auto" else ["preference", "kto"]
+    _check_mapping(columns, present, formats)
+    for name in formats:
+        resolved = _resolve(name, columns, present)
+        lacking = [n for n in REQUIRED[name] if n not in resolved]
+        if name == "kto" and not {"prompt", "completion"} & set(resolved):
+            lacking.append("completion")
+        if lacking:
+            continue
+        if name == "kto" and method == "dpo":
+            raise FormatError("its rows are single answers with a label, and dpo needs pairs; set method: kto")
+        why = "the recipe says so" if asked != "auto" else f"it has {listed(resolved[n] for n in REQUIRED[name])}"
+        unused = tuple(c for c in everything if c not in resolved.values())
+        return Layout(name, resolved, why, unused, frozenset(ignored), frozenset(columns))
+    wanted = " or ".join(f"{' and '.join(REQUIRED[n])} ({n})" for n in formats)
+    first = REQUIRED[formats[0]][0]
+    raise FormatError(f"needs the columns {wanted}; the columns are {listed(present)}. Say which: {{{first}: NAME}}")
+
+
+def _check_mapping(columns: Mapping[str, str], present: Sequence[str], formats: Sequence[str]) -> None:
+    known = list(dict.fromkeys(n for name in formats for n in COLUMNS[name]))
+    for ours, theirs in columns.items():
+        for name, names, where in ((ours, known, "columns"), (theirs, present, f"columns.{ours}")):
+            if name not in names:
+                near = nearest(name, names)
+                hint = f" (did you mean {near!r}?)" if near else ""
+                raise FormatError(f"{where}: there is no {name!r}{hint}; there is {listed(names)}")
+
+
+def _resolve(name: str, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
+    resolved: dict[str, str] = {}
+    for canonical in COLUMNS[name]:
+        taken = {*resolved.values(), *(v for k, v in columns.items() if k != canonical)}
+        options = [columns[canonical]] if canonical in columns else [canonical, *ALIASES.get(canonical, ())]
+        if found := [o for o in options if o in present and o not in taken]:
+            resolved[canonical] = found[0]
+    return resolved
+
+
+def to_pairs(row: RawRow, layout: Layout, row_id: str, source: str, method: str) -> list[Pair]:
+    """The row as a Pair; for kto a pair gives two. Raises RowError, with a reason of CURATED if only the data lack."""
+    get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in layout.columns.items()}
+    if layout.format == "kto":
+        prompt, answers, label = _judged(get, layout.notes)
+    else:
+        prompt, *answers = _compared(get, layout.notes)
+        label = None
+    _check_unused(row, layout, prompt, answers)
+    extra = canonical_json(scalars) if (scalars := scalar_columns(row, layout.columns.values())) else None
+    tools = tools_of(*get["tools"], layout.notes) if "tools" in get else None
+    pair = Pair(row_id, source, prompt, tuple(answers), label, extra, tools)
+    return [*pair.apart()] if method == "kto" and label is None else [pair]
+
+
+Cells = Mapping[str, tuple[str, object]]
+
+
+def _compared(get: Cells, notes: Counter[str]) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen, rejected."""
+    before = _prompt(get, notes)
+    sides = []
+    for name in ("chosen", "rejected"):
+        found = _side(*get[name], before is not None, notes)
+        sides.append(_joined(before, _with_system(found, get, notes), get[name][0]))
+    prompt, chosen, rejected = split_prompt(sides[0], sides[1], (get["chosen"][0], get["rejected"][0]))
+    if before is not None and not _same_prompt(before, prompt, sides):
+        where = get["prompt"][0]
+        shown = kind(get["prompt"][1])
+        raise RowError("prompts_differ", where, shown, f"the prompt that {listed(('chosen', 'rejected'))} begin with")
+    scores = [_score(*get[name]) if name in get else None for name in ("score_chosen", "score_rejected")]
+    if None not in scores:
+        _check_scores(get["score_chosen"][0], *scores)
+    return prompt, chosen, rejected
+
+
+def _judged(get: Cells, notes: Counter[str]) -> tuple[Messages, list[Messages], bool]:
+    """Prompt, [answer], label."""
+    where, value = get["label"]
+    label = LABELS.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
+    if label is None:
+        raise RowError("label", where, kind(value), "0 or 1 (false or true)")
+    before = _prompt(get, notes)
+    if "completion" in get:
+        where = get["completion"][0]
+        whole = _joined(before, _with_system(_side(*get["completion"], before is not None, notes), get, notes), where)
+    else:
+        where, whole = get["prompt"][0], before or ()
+    asked = max((i for i, m in enumerate(whole) if m.role in ("user", "tool")), default=-1)
+    answer = whole[asked + 1 :]
+    if asked < 0 or not answer:
+        raise RowError("missing_side", where, "no assistant turn at the end", "a prompt and an answer")
+    _check_answer(where, answer)
+    return whole[: asked + 1], [answer], label
+
+
+def _prompt(get: Cells, notes: Counter[str]) -> Messages | None:
+    """The prompt's own column as messages; None without one."""
+    if "prompt" not in get or is_blank(get["prompt"][1]):
+        return None
+    where, value = get["prompt"]
+    found = _side(where, value, True, notes, role="user")
+    given = optional_text(*get["input"]) if "input" in get else ""
+    if given.strip() and found[-1].role == "user":  # as in Alpaca
+        found = (*found[:-1], Message("user", f"{found[-1].content}\n\n{given}"))
+    return _with_system(found, get, notes)
+
+
+def _with_system(messages: Messages, get: Cells, notes: Counter[str]) -> Messages:
+    """Put the column `system` in front of a conversation that begins with a user turn."""
+    system = optional_text(*get["system"]) if "system" in get else ""
+    if not system.strip() or not messages or messages[0].role != "user":
+        if system.strip() and messages and messages[0].role == "system" and messages[0].content != system:
+            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
+        return messages
+    return (Message("system", system), *messages)
+
+
+def _side(where: str, value: object, has_prompt: bool, notes: Counter[str], role: str = "assistant") -> Messages:
+    """A cell as turns: a text, one turn, a list of turns, or a whole conversation in a text."""
+    if is_blank(value):
+        raise RowError("missing_side", where, kind(value), "a text or a list of turns")
+    if isinstance(value, Mapping) and any(key in value for key in ("role", "from")):
+        return turns_of(where, [value], notes)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if not isinstance(value, str):
+        return turns_of(where, value, notes)
+    text = text_of(where, value)
+    if HUMAN.match(text) and SPEAKER.search(text):
+        return _speakers(where, text)
+    if turn_notation(text) not in (None, ("", "")):
+        return turns_of(where, text, notes)
+    if has_prompt:
+        return (Message(role, text),)
+    parsed = parse_chat_text(text, where)
+    if parsed is None:
+        allowed = "a whole conversation, since the row has no prompt; name its column: columns: {prompt: NAME}"
+        raise RowError("no_prompt", where, kind(value), allowed)
+    notes[f"texts in {parsed[0]} notation were read back as turns"] += 1
+    return parsed[1]
+
+
+def _speakers(where: str, text: str) -> Messages:
+    """Turns of Anthropic's HH notation, `Human: …`, empty line, `Assistant: …`; an open last one is left out."""
+    parts = SPEAKER.split("\n\n" + text.lstrip())
+    messages = [
+        Message("user" if name == "Human" else "assistant", body.strip())
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    if messages[-1].role == "assistant" and not messages[-1].content:
+        messages.pop()
+    if any(not m.content for m in messages):
+        raise RowError("empty", where, "a turn without text", "Human: and Assistant: each with a text")
+    return tuple(messages)
+
+
+def _joined(before: Messages | None, found: Messages, where: str) -> Messages:
+    """The whole conversation: a cell that begins with the assistant's turn stands behind the prompt."""
+    if found[0].role in ("system", "user"):
+        return found
+    if before is None:
+        raise RowError("no_prompt", where, f"a first turn of {found[0].role}", "a conversation that a user begins")
+    return (*before, *found)
+
+
+def split_prompt(
+    chosen: Messages, rejected: Messages, where: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[Messages, Messages, Messages]:
+    """Split two conversations into what both begin with, and their two answers. Raises RowError.
+
+    The prompt is the longest common beginning of whole turns; both sides go on with an assistant's turn.
+    """
+    same = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if _turn(a) != _turn(b)),
+        min(len(chosen), len(rejected)),
+    )
+    if same == len(chosen) == len(rejected):
+        raise RowError("no_difference", where[0], "the same answer as in " + where[1], "two different answers")
+    prompt, sides = chosen[:same], (chosen[same:], rejected[same:])
+    for name, side in zip(where, sides, strict=True):
+        if not side:
+            raise RowError("missing_side", name, "nothing behind what both sides begin with", "an answer of its own")
+    if any(side[0].role != "assistant" for side in sides) or not prompt or prompt[-1].role == "assistant":
+        a, b = (f"{side[0].role}: {side[0].content[:40]!r}" for side in sides)
+        found = f"turn {same + 1} is {a} in one and {b} in the other"
+        raise RowError("prompts_differ", where[0], found, "the same turns up to the answers")
+    for name, side in zip(where, sides, strict=True):
+        _check_answer(name, side)
+    return prompt, sides[0], sides[1]
+
+
+def _turn(message: Message) -> tuple[str, str, str | None]:
+    return message.role, message.content, message.extra
+
+
+def _check_answer(where: str, answer: Messages) -> None:
+    if answer[-1].role != "assistant":
+        raise RowError("missing_side", where, f"a last turn of {answer[-1].role}", "an answer of the assistant last")
+    for message in answer:
+        calls = message.extra is not None and '"tool_calls":' in message.extra
+        if message.role == "assistant" and not message.content.strip() and not calls:
+            raise RowError("missing_side", where, "a blank answer", "a text or a tool call")
+
+
+def _same_prompt(before: Messages, prompt: Messages, sides: Sequence[Messages]) -> bool:
+    """Whether the prompt's own column agrees with what both conversations begin with."""
+    plain, common = [_turn(m) for m in before if m.role != "system"], [_turn(m) for m in prompt if m.role != "system"]
+    if common[: len(plain)] == plain or any([_turn(m) for m in s if m.role != "system"] == plain for s in sides):
+        return True
+    if len(plain) > 1:
+        return False
+    text = before[-1].content.strip()
+    return any(
+        m.content.strip() and (m.content.strip() in text or text in m.content) for m in prompt if m.role == "user"
+    )
+
+
+def _score(where: str, value: object) -> float | None:
+    if is_blank(value):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RowError("score", where, kind(value), "a number") from None
+
+
+def _check_scores(where: str, chosen: float | None, rejected: float | None) -> None:
+    assert chosen is not None and rejected is not None  # noqa: S101 - the caller looked
+    if chosen == rejected:
+        raise RowError("tied_scores", where, f"the score {chosen:g} on both sides", "a higher one for the chosen side")
+    if not chosen > rejected:
+        raise RowError("scores_reversed", where, f"{chosen:g} under {rejected:g}", "a higher one for the chosen side")
+
+
+def _check_unused(row: RawRow, layout: Layout, prompt: Messages, answers: Sequence[Messages]) -> None:
+    """Refuse a row in which a column that means something, and is not read, holds what the pair does not."""
+    used = set(layout.columns.values()) | layout.ignored
+    replaced = {n for ours in layout.mapped for n in (ours, *ALIASES.get(ours, ()))}
+    ours = ""
+    for name, value in row.items():
+        if name in used or name in replaced or name.lower() not in MEANINGFUL or is_blank(value):
+            continue
+        ours = ours or "\n".join(
+            part for m in (*prompt, *(m for a in answers for m in a)) for part in (m.content, m.extra or "")
+        )
+        held = {k: v for k, v in value.items() if k not in NUMBERED} if isinstance(value, Mapping) else value
+        texts = [value.strip()] if isinstance(value, str) else [*leaves(held)]
+        if any(text not in ours and text.lower() not in STRUCTURE for text in texts):
+            free = [n for n in COLUMNS[layout.format] if n not in layout.columns]
+            use = f"use it (columns: {{{free[0]}: {name}}}, or another of {listed(free)}), or " if free else ""
+            raise RowError(
+                "unused_column",
+                name,
+                kind(value),
+                f"nothing there, since format {layout.format} does not read this column; {use}leave it out with "
+                f"ingest.ignore: [{name}]",
+            )

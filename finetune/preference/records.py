@@ -1,0 +1,78 @@
+"""Pair: a prompt with a better and a worse answer, or with one answer and a label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.data.records import REJECTED_CHARACTERS, Example, Message, Reject
+from finetune.data.text import field_text
+
+SIDES = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row of preference data.
+
+    `prompt` ends with a user's or a tool's turn. `answers` are (chosen, rejected), or one answer, then with `label`;
+    each begins and ends with an assistant's turn. `extra` and `tools` are as in Example.
+    """
+
+    id: str
+    source: str
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    label: bool | None = None
+    extra: str | None = None
+    tools: str | None = None
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What its answers are called."""
+        return SIDES["dpo" if self.label is None else "kto"]
+
+    def example(self, side: int) -> Example:
+        """The prompt with one answer as a row in which only that answer is learned; its id names the side."""
+        prompt = (replace(m, learn=False) if m.role == "assistant" else m for m in self.prompt)
+        name = f"{self.id} ({self.sides[side]})"
+        return Example(name, self.source, (*prompt, *self.answers[side]), None, self.extra, self.tools)
+
+    def apart(self) -> tuple[Pair, Pair]:
+        """The two answers as single ones with a label, ids `ID+` and `ID-`."""
+        chosen, rejected = self.answers
+        return (
+            replace(self, id=f"{self.id}+", answers=(chosen,), label=True),
+            replace(self, id=f"{self.id}-", answers=(rejected,), label=False),
+        )
+
+    def reject(self, reason: str, detail: str, value: float | None = None, limit: float | None = None) -> Reject:
+        """Return the reject for this pair, with the beginning of its text."""
+        text = "\n".join(part for part in (question(self.prompt), *map(said, self.answers)) if part)
+        return Reject(self.id, self.source, reason, detail, text[:REJECTED_CHARACTERS], value, limit)
+
+
+def question(prompt: Sequence[Message]) -> str:
+    """Return the user turns of a prompt, joined by newlines: what near-duplicate prompts are compared by."""
+    return "\n".join(m.content for m in prompt if m.role == "user")
+
+
+def said(answer: Sequence[Message]) -> str:
+    """Return the assistant turns of an answer with their tool calls."""
+    return field_text(Example("", "", tuple(answer)), "output")
+
+
+def context_text(pair: Pair) -> str:
+    """Return all that stands before the answer: roles, contents, calls and tools."""
+    turns = [f"{m.role}\n{m.content}\n{m.extra or ''}" for m in pair.prompt]
+    return "\n".join([*turns, pair.tools or ""])
+
+
+def as_json(messages: Sequence[Message]) -> str:
+    """Return messages as JSON text, as chat templates read them."""
+    turns: list[dict[str, Any]] = [
+        {**(json.loads(m.extra) if m.extra else {}), "role": m.role, "content": m.content} for m in messages
+    ]
+    return json.dumps(turns, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,65 @@
+"""What stage align measured, for a person: sentences, and figures with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.utils.format import interval, number, percent
+
+
+def words_of(figures: Mapping[str, Any]) -> list[str]:
+    """Sentences on what was measured, for a person."""
+    if not figures.get("eval_pairs"):
+        return ["no pair is held out: nothing says whether the preferences were learned"]
+    low, high = figures["accuracy_interval"]
+    lines = [
+        f"{figures['accuracy']:.1%} of {figures['eval_pairs']} held-out pairs are told apart ({low:.1%} to {high:.1%})"
+        f", margin {figures['margin']:.3g} nats; KL from the start {figures['mean_kl_from_start']:.3g} nats a token"
+    ]
+    if figures["displacement"]:
+        lines.append(
+            f"displacement: chosen answers lost {-figures['drift_chosen']:.3g} nats a token, rejected ones "
+            f"{-figures['drift_rejected']:.3g}: both became less likely (arXiv:2410.08847); a higher "
+            "preference.beta or fewer epochs keep the chosen ones"
+        )
+    if "perplexity_ratio" in figures:
+        lines.append(
+            f"perplexity of held-out SFT rows {figures['perplexity_start']:.4g} → {figures['perplexity_aligned']:.4g}; "
+            f"answers of {figures['answer_tokens_start']:.0f} → {figures['answer_tokens']:.0f} tokens, of which "
+            f"{figures['stop_rate_start']:.0%} → {figures['stop_rate']:.0%} end by themselves"
+        )
+    return lines
+
+
+def figures_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what stage align measured, for the report and the model card; empty without metrics."""
+    if not metrics:
+        return []
+    found = [
+        ("method", f"{metrics.get('method')}, loss {metrics.get('loss_type')}"),
+        ("loss", f"{number(metrics.get('first_loss'))} → {number(metrics.get('loss'))}"),
+        ("steps", f"{number(metrics.get('steps'))} of {number(metrics.get('batch_pairs'))} pairs"),
+    ]
+    if "accuracy" in metrics:
+        apart = f"{percent(metrics['accuracy'])}, 95 % {interval(metrics.get('accuracy_interval'))}"
+        found += [
+            ("held-out pairs", number(metrics["eval_pairs"])),
+            ("told apart", apart),
+            ("margin", f"{number(metrics['margin'])} nats, 95 % {interval(metrics.get('margin_interval'))}"),
+            ("drift of chosen answers", f"{number(metrics['drift_chosen'])} nats a token"),
+            ("drift of rejected answers", f"{number(metrics['drift_rejected'])} nats a token"),
+            ("mean KL from the start", f"{number(metrics['mean_kl_from_start'])} nats a token"),
+        ]
+        for source, own in metrics.get("by_source", {}).items():
+            apart = f"{percent(own['accuracy'])} of {number(own['pairs'])}, 95 % {interval(own['accuracy_interval'])}"
+            found.append((f"told apart: {source}", apart))
+    for label, name, change in (
+        ("perplexity of SFT rows", "perplexity", ("perplexity_start", "perplexity_aligned")),
+        ("answers that end", "stop_rate", ("stop_rate_start", "stop_rate")),
+        ("tokens of an answer", "answer_tokens", ("answer_tokens_start", "answer_tokens")),
+    ):
+        if change[0] in metrics:
+            show = percent if name == "stop_rate" else number
+            found.append((label, f"{show(metrics[change[0]])} → {show(metrics[change[1]])}"))
+    return found
