@@ -41,7 +41,8 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
     for at, sources in source_lists(recipe):
         for number, source in enumerate(sources):
-            yield from (((*at, number, "path"), why) for why in _no_file(source, loaded.path))
+            place: tuple[str | int, ...] = (*at, number, "path")
+            yield from ((place, why) for why in _no_file(source, loaded.path))
     problems = map(rule_problem, recipe.filter.rules if recipe.filter else [])
     yield from ((("filter", "rules", number), why) for number, why in enumerate(problems) if why)
     if encoder is not None and not encoder.is_dir():
