@@ -127,9 +127,10 @@ def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None
 
 def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     """Pairs, tokens and steps of preference tuning; the counts are None before the stage pairs has run."""
-    section, manifest = recipe.preference, by_name["pairs"].manifest
+    section = recipe.preference
     if section is None:
         return None
+    manifest = by_name["pairs"].manifest
     found: dict[str, Any] = {"method": section.method, "loss": section.loss_type}
     if manifest is None:
         return found | {"pairs": None, "tokens": None, "steps": None}
@@ -200,7 +201,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += ["", f"  access      {result['access']}"]
     if "imports" in result:
         lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
-        lines += [f"  preference  {_pairs_in_words(result['preference'])}"] if result["preference"] else []
+        lines += [f"  preference  {_pairs_in_words(result['preference'])}"] if result.get("preference") else []
         lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
         return "\n".join(lines)
     if result["parameters"] is None:
@@ -229,7 +230,7 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  WARNING     {result['few_steps']}")
     if result["embedding"]:
         lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
-    if result["preference"]:
+    if result.get("preference"):
         lines.append(f"  preference  {_pairs_in_words(result['preference'])}")
     if result["devices"]:
         lines += ["", *_table(result["devices"])]
