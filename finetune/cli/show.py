@@ -141,7 +141,8 @@ def _ratio(first: object, second: object) -> str:
 
 
 def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRow]:
-    """The first rendered rows, each with its source and the nearest rows that were dropped for it.
+    """The first rendered rows, each with its source and the nearest rows that were dropped for it; then the first
+    preference pairs, each side a row.
 
     Raises InputError where nothing is rendered yet.
     """
@@ -151,8 +152,13 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     from finetune.tokenization.token_rows import read_token_rows
 
     steps = {s.stage.name: s for s in runner.plan(recipe, store)}
-    render, base, dedup = steps["render"], steps["base"], steps["dedup"]
+    render, base, dedup, pairs = steps["render"], steps["base"], steps["dedup"], steps["pairs"]
+    sides: list[InspectedRow] = []
+    if pairs.manifest is not None and pairs.folder is not None and base.folder is not None:
+        sides = _inspected_pairs(pairs.folder / "train.parquet", load_tokenizer(base.folder), count)
     if render.manifest is None or render.folder is None or base.folder is None:
+        if sides:
+            return sides
         raise InputError(f"nothing rendered yet: run `finetune run {recipe.name} --until render` first")
     tokenizer: Any = load_tokenizer(base.folder)
     rows = read_token_rows(render.folder / "train.parquet", count, whole=False)
@@ -177,7 +183,29 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
             notes=notes[row.id],
         )
         for row in rows
-    ]
+    ] + sides
+
+
+def _inspected_pairs(path: Path, tokenizer: Any, count: int) -> list[InspectedRow]:  # noqa: ANN401
+    """The first pairs of the stage pairs: a row for each side, the prompt with that answer."""
+    import pyarrow.parquet as pq
+
+    from finetune.preference.records import SIDES
+    from finetune.report.rows import InspectedRow
+    from finetune.tokenization.inspection import segments
+
+    with pq.ParquetFile(path) as file:
+        table = next(file.iter_batches(batch_size=count), None)
+    found = []
+    for row in table.to_pylist() if table is not None else []:
+        for side in SIDES["kto" if "label" in row else "dpo"]:
+            prompt, answer, labels = row["prompt_ids"], row[f"{side}_ids"], row[f"{side}_mask"]
+            label = f", label {str(row['label']).lower()}" if "label" in row else ""
+            name = f"{row['pair_id']} ({side}{label})"
+            shown = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
+            tokens, supervised = len(prompt) + len(answer), sum(labels)
+            found.append(InspectedRow(name, row["source"], tokens, supervised, shown, repeats=[], dropped=0))
+    return found
 
 
 def print_rows(recipe: Recipe, store: Store, count: int) -> None:

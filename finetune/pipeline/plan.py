@@ -5,6 +5,7 @@ Rates are the datasheets' dense 16-bit figures; what is assumed of them is said 
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def predict(
         "parameters": shapes.parameters if shapes else None,
         **_data_figures(recipe, by_name),
         "embedding": _embedding(by_name, scratch),
+        "preference": _pairs(recipe, by_name),
     }
     if recipe.preference is not None and shapes is not None:
         result["alignment"] = _alignment(recipe, shapes, by_name, device)
@@ -169,6 +171,27 @@ def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None
     return embedding_time(step.spec.model_dump()["embedding"], int(filtered.metrics["rows_out"]), scratch)
 
 
+def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
+    """Pairs, tokens and steps of preference tuning; the counts are None before the stage pairs has run."""
+    section = recipe.preference
+    if section is None:
+        return None
+    manifest = by_name["pairs"].manifest
+    found: dict[str, Any] = {"method": section.method, "loss": section.loss_type}
+    if manifest is None:
+        return found | {"pairs": None, "tokens": None, "steps": None}
+    pairs = int(manifest.metrics["rows"])
+    steps = max(1, math.ceil(pairs / section.batch_pairs * section.epochs))
+    return found | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
+
+
+def _pairs_in_words(found: dict[str, Any]) -> str:
+    name = f"{found['method']} ({found['loss']})"
+    if found["pairs"] is None:
+        return f"{name}; pairs and steps unknown until the stage pairs has run"
+    return f"{name}; {found['tokens']:,} tokens in {found['pairs']:,} pairs; {found['steps']:,} steps"
+
+
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     """Rows, tokens and optimiser steps: counted by render and pack, before that estimated from local files."""
     pack, render = by_name["pack"], by_name["render"]
@@ -226,6 +249,7 @@ def describe(result: dict[str, Any]) -> str:
     if "imports" in result:
         lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
         lines += aligning
+        lines += [f"  preference  {_pairs_in_words(result['preference'])}"] if result.get("preference") else []
         lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
         return "\n".join(lines)
     if result["parameters"] is None:
@@ -255,6 +279,8 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  WARNING     {result['few_steps']}")
     if result["embedding"]:
         lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
+    if result.get("preference"):
+        lines.append(f"  preference  {_pairs_in_words(result['preference'])}")
     if result["devices"]:
         lines += ["", *_table(result["devices"])]
     return "\n".join(lines)

@@ -236,7 +236,8 @@ def without_folders(text: str, recipe: Recipe) -> str:
     """The recipe's text with the local folders it names shortened: where files lie is nobody else's business."""
     text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
     compared = recipe.decontaminate.against if recipe.decontaminate else []
-    every = [*recipe.data, *(recipe.eval_data or []), *compared]
+    pairs = [*recipe.preference.data, *(recipe.preference.eval_data or [])] if recipe.preference else []
+    every = [*recipe.data, *(recipe.eval_data or []), *compared, *pairs]
     paths = [path for s in every if isinstance(s, LocalSource) for path in s.paths]
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder)

@@ -23,7 +23,8 @@ def samples_shown(recipe: Recipe) -> int:
 
 def local_labels(recipe: Recipe) -> frozenset[str]:
     """Return the labels of the sources, held-out ones as well, that are files of this machine."""
-    sources = [*recipe.data, *(getattr(recipe, "eval_data", None) or [])]
+    pairs = getattr(recipe, "preference", None)
+    sources = [*recipe.data, *(getattr(recipe, "eval_data", None) or []), *(pairs.data if pairs else [])]
     return frozenset(source.label for source in sources if isinstance(source, LocalSource))
 
 

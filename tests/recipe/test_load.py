@@ -387,9 +387,9 @@ def test_validate_exits_2_without_a_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("finetune validate tiny", ["tiny-pydoc"]),
+        ("finetune validate tiny", ["tiny-preference", "tiny-pydoc"]),
         ("finetune run mistral", ["mistral-guanaco", "mistral-platypus"]),
-        ("finetune validate tiny-pydoc zep", ["zephyr-7b-qlora"]),
+        ("finetune validate tiny-pydoc zep", ["zephyr-7b-dpo", "zephyr-7b-qlora"]),
         ("finetune show llama", ["llama2-alpaca"]),
         ("finetune plan ./recipes/", []),  # a path: the shell's own
         ("finetune vali", ["validate"]),
@@ -420,7 +420,7 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny-pydoc.yaml").write_text(GOOD)
     (tmp_path / "recipes" / "tiny-mine.yaml").write_text(GOOD)
-    assert complete_recipe("tiny") == ["tiny-mine", "tiny-pydoc"]
+    assert complete_recipe("tiny") == ["tiny-mine", "tiny-preference", "tiny-pydoc"]
     assert known_recipes()["tiny-pydoc"] == Path("recipes/tiny-pydoc.yaml")
 
 
