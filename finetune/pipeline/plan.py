@@ -18,11 +18,11 @@ from finetune.estimate.memory import Training, disk, ram, windowed
 from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
 from finetune.eval.verdict import few_steps
-from finetune.lora.config import check_modules
+from finetune.lora.config import check_modules, check_targets
 from finetune.models.device import machine_notes
 from finetune.models.inventory import notes, why_not_packed, why_not_trained
 from finetune.pipeline.preflight import refuse_start
-from finetune.pipeline.recipe_checks import base_problem
+from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer
 from finetune.recipe import Recipe
 from finetune.train.batch import sizing_advice, total_steps
 
@@ -47,6 +47,7 @@ def predict(
     refuse_start(recipe, pinned, scratch)
     if (config := read_config(recipe, pinned)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
+    refuse_tokenizer(recipe, pinned)
     if (
         recipe.train is not None
         and pinned
@@ -55,6 +56,8 @@ def predict(
         raise InputError(f"{recipe.model.id}: {why}")
     if recipe.train is not None and (modules := read_known_modules(recipe, pinned)) is not None:
         check_modules(recipe.lora, modules)
+    if recipe.train is not None and recipe.tokens and pinned:
+        check_targets(recipe.lora, pinned, recipe.model.trust_remote_code)
     shapes = read_shapes(recipe, pinned)
     result: dict[str, Any] = {
         "recipe": recipe.name,

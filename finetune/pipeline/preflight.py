@@ -21,7 +21,7 @@ from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
 from finetune.models.inventory import why_not_trained
 from finetune.pipeline import run_view
-from finetune.pipeline.recipe_checks import base_problem, rule_problem
+from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
 from finetune.recipe import HubSource, Recipe
@@ -74,6 +74,7 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
     """
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
+    refuse_tokenizer(recipe, base)
     refuse_start(recipe, base, scratch)
     if recipe.train is None:
         return
@@ -101,7 +102,8 @@ def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = Non
         return []
     config, shapes = read_config(recipe, base), read_shapes(recipe, base)
     sizes = shapes.linears() if shapes else None
-    known = lora_start.Base(recipe.model.id, read_known_modules(recipe, base), config, sizes)
+    modules, tokens = read_known_modules(recipe, base), recipe.tokens is not None
+    known = lora_start.Base(recipe.model.id, modules, config, sizes, tokens)
     return lora_start.problems(recipe.lora, adapter, known, importing=recipe.train is None)
 
 

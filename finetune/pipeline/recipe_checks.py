@@ -30,8 +30,7 @@ def absent(loaded: LoadedRecipe) -> list[str]:
 def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     recipe = loaded.recipe
     folder = recipe.model.folder
-    if folder is not None and (why := _model_problem(recipe, folder)):
-        yield ("model",), why
+    yield from _model_problems(recipe, folder) if folder is not None else ()
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (
         (("model",), folder),
@@ -65,10 +64,13 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
 
 
-def _model_problem(recipe: Recipe, folder: Path) -> str | None:
+def _model_problems(recipe: Recipe, folder: Path) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if not (folder / "config.json").is_file():
-        return f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
-    return base_problem(recipe, read_json(folder / "config.json"))
+        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    elif why := base_problem(recipe, read_json(folder / "config.json")):
+        yield ("model",), why
+    else:
+        yield from _tokenizer_problems(recipe, folder)
 
 
 def _not_its_own(folder: Path) -> Iterator[str]:
@@ -90,6 +92,31 @@ def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
     if recipe.export is not None and merges and recipe.export.gguf and (why := support.problem(config)):
         return f"export.gguf: {why}; set export: null"
     return None
+
+
+def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
+    """Raise InputError if the base's tokenizer, as far as it is here, does not suit the recipe; a line for each reason.
+
+    `base`: the folder of the finished base stage, which has been given the recipe's new tokens.
+    """
+    folder = base or recipe.model.folder
+    if folder is not None and (found := list(_tokenizer_problems(recipe, folder, given=base is not None))):
+        raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in found))
+
+
+def _tokenizer_problems(
+    recipe: Recipe, folder: Path, *, given: bool = False
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.tokens is None or given:
+        return
+    from finetune.models.new_tokens import present_in_file
+
+    try:
+        found = present_in_file(folder / "tokenizer.json", recipe.tokens.add)
+    except InputError as error:
+        yield ("model",), str(error)
+        return
+    yield from ((("tokens", "add", number), why) for number, why in found)
 
 
 def rule_problem(rule: Rule) -> str | None:

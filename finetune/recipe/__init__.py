@@ -30,6 +30,7 @@ from finetune.recipe.training import (
     Quantization,
     Render,
     Runtime,
+    Tokens,
     Tracking,
     Train,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Section",
     "Source",
     "Split",
+    "Tokens",
     "Tracking",
     "Train",
     "resolve_path",

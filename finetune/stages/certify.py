@@ -57,6 +57,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.models import loading
     from finetune.models.device import DTYPES, pick_device, pick_precision
     from finetune.models.layerwise import hidden_states
+    from finetune.models.new_tokens import read_new_tokens
 
     base, adapter = inputs["base"], inputs["train"] / "adapter"
     device = pick_device(ctx.device)
@@ -66,9 +67,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     dtype = output_dtype(spec.merge_dtype, base)
     folder = loading.ensure_base(spec.model, base, ctx)
     # Everything that cannot be merged is refused here, before the slow part.
-    plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
+    own_code, tokens = spec.model.trust_remote_code, read_new_tokens(base)
+    plans = {n: plan_merge(folder, adapter, dtype, t, own_code, tokens) for n, t in trips.items()}
     held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
-    unmerged = plan_merge(folder, adapter, compute, seen, spec.model.trust_remote_code)
+    unmerged = plan_merge(folder, adapter, compute, seen, own_code, tokens)
     streamed = [_trained(spec.model, base, adapter, unmerged, compute, device)]
     streamed += [_merged(spec.model, base, plan, compute, device) for plan in plans.values()]
     every = hidden_states(streamed, held_out.batches, lambda layers: ctx.track(layers, "certify", len(layers)))

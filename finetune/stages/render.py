@@ -41,6 +41,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     """
     from finetune.data.records import read_rows, reject_writer
     from finetune.models.loading import load_tokenizer
+    from finetune.models.new_tokens import meant
     from finetune.tokenization.audit import check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
     from finetune.tokenization.chat_template import choose_template
@@ -56,9 +57,10 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     template = choose_template(
         spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]
     )
-    encoder = Encoder(tokenizer)
+    own_special = meant(inputs["base"])
+    encoder = Encoder(tokenizer, own_special)
     worker = RowTokenizer(template, encoder, _rules(spec, tokenizer, template))
-    check = IdCheck(tokenizer, template)
+    check = IdCheck(tokenizer, template, own_special)
     for row in sample:
         check.compare(row, worker)
     proved = worker.check_prompts(sample)
@@ -74,10 +76,10 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     for line in (*check.notes(), *_notes(tallies)):
         ctx.say(f"render: {line}")
     ctx.say(_shown(tokenizer, out / "train.parquet"))
-    pad = choose_pad(tokenizer, template.text, worker.labels)
+    pad = choose_pad(tokenizer, template.text, worker.labels, own_special)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
-    _write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    _write_template(out / "template", template, terminators, pad, worker.starts_with_bos, sorted(own_special))
     _write_audit(out / "audit.json", tallies, worker, proved, check)
     done = tallies["train"]
     dropped: dict[str, int] = {}
@@ -212,7 +214,9 @@ def _batches(source: Path) -> Iterator[list[Example]]:
         yield batch
 
 
-def _write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
+def _write_template(
+    folder: Path, template: Template, terminators: list[int], pad: str, bos: bool, meant: list[str]
+) -> None:
     from finetune.utils.files import write_bytes, write_json
 
     folder.mkdir()
@@ -221,6 +225,7 @@ def _write_template(folder: Path, template: Template, terminators: list[int], pa
     if template.tool_use:
         write_bytes(folder / "inference_tool_use.jinja", template.tool_use.encode())
     facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
+    facts |= {"typed": meant} if meant else {}  # special tokens that a typed text becomes
     write_json(folder / "template.json", facts)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
 
+    from finetune.models.new_tokens import NewTokens
     from finetune.train.validation import HeldOut
 
 OPTIMIZERS = {
@@ -60,6 +61,7 @@ class Job:
     start: Path | None = None  # a folder with the adapter to go on from
     micro_batch_rows: int | None = None  # what auto has come to
     fused_adapters: bool = False  # lora/fused_linear.py
+    tokens: NewTokens | None = None  # that were added to the base
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _attempt(
         distributed.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
         callbacks.replace_printers(trainer, follower)
         with sanity_checks.as_in_training(trainer):
-            sanity_checks.prove(trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed)
+            collate, tokens = trainer.data_collator, job.tokens
+            sanity_checks.prove(trainer, collate, dataset, job.lora, job.precision, packed=packed, tokens=tokens)
         trainer.data_collator = follower.recorder = divergence.Recorder(trainer.data_collator)
         shape = {"batch_rows": job.train.batch_rows, "micro_batch_rows": micro, "processes": ctx.world}
         follower.made_by = {**shape, "device": _device_name(job.device), "fused_adapters": job.fused_adapters}
@@ -178,7 +181,7 @@ def _trainer(
     from finetune.lora import resume as lora_resume
     from finetune.train.lora_plus import RecipeTrainer
 
-    adapter = lora_config.lora_config(job.lora, base)
+    adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
         fused_adapters.use(adapter)
     trainer = RecipeTrainer(
@@ -252,7 +255,7 @@ def save_adapter(
     model: PeftModel, folder: Path, base_id: str, revision: str | None, sharded: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write the adapter: fp32 safetensors, and a config that names the pinned base and is the same bytes every time."""
-    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded)
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template of a card; ours is made from measurements
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
