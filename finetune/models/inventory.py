@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
-from finetune.models.architecture import every_linear, linear_names
+from finetune.models.architecture import POSITIONS, every_linear, linear_names
 from finetune.utils.files import canonical_json, read_json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ SIZES: Mapping[str, tuple[str, ...]] = {  # size → attributes of transformers'
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "experts_per_token": ("num_experts_per_tok", "top_k", "moe_k"),
     "vocabulary": ("vocab_size",),
-    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length"),
+    "positions": POSITIONS,
     "window": ("sliding_window",),
 }
 

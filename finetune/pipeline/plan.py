@@ -19,6 +19,7 @@ from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
 from finetune.eval.verdict import few_steps
 from finetune.lora.config import check_modules, check_targets
+from finetune.models.architecture import positions
 from finetune.models.device import machine_notes
 from finetune.models.inventory import notes, why_not_packed, why_not_trained
 from finetune.pipeline.preflight import refuse_start
@@ -101,13 +102,17 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
     if recipe.pack and pinned and (why := why_not_packed(pinned)):
         found.append(f"packing is off: {why}")
     longest = Training.of(recipe, pinned).row_tokens
-    scaled = recipe.model.rope_scaling is not None
-    if shapes.positions and longest > shapes.positions and not scaled:
+    if (known := _positions(recipe, shapes)) and longest > known:
         found.append(
-            f"WARNING: rows may have {longest:,} tokens, the base knows {shapes.positions:,} positions "
+            f"WARNING: rows may have {longest:,} tokens, the base knows {known:,} positions "
             "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
         )
     return [*found, *machine_notes()]
+
+
+def _positions(recipe: Recipe, shapes: Shapes) -> int | None:
+    known = {"max_position_embeddings": shapes.positions or None}
+    return positions(known, recipe.model.rope_scaling)
 
 
 def _access(recipe: Recipe, shapes: Shapes | None) -> str:

@@ -62,7 +62,8 @@ def check(
         raise InputError("\n".join(f"evaluate.metrics: {why}" for why in lacks))
     if "train" in to_build:
         check_adapter(recipe, base.folder if base.manifest else None, scratch)
-        notes += _check_training(recipe, shapes, world, force=force) if recipe.train else []
+        pinned = base.folder if base.manifest else None
+        notes += _check_training(recipe, shapes, world, pinned, force=force) if recipe.train else []
     return notes
 
 
@@ -161,15 +162,24 @@ def more_epochs(recipe: Recipe, steps: Sequence[Step], store: Store) -> str | No
     )
 
 
-def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
-    """The batch can be shared out, the GPU is large enough, the trackers are there."""
+def _check_training(
+    recipe: Recipe, shapes: Shapes | None, world: int, base: Path | None = None, *, force: bool
+) -> list[str]:
+    """The batch can be shared out, the GPU is large enough, the trackers are there. `base` is the folder of a finished
+    base stage, which knows whether rows can be packed.
+    """
     notes = []
     if world > 1:
         distributed.check_devices(recipe.runtime.device, world, os.environ)
-    batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+    batch_shape(
+        recipe.training.batch_rows,
+        recipe.runtime.micro_batch_rows,
+        world,
+        estimate_memory.Training.of(recipe, base).packed,
+    )
     if recipe.runtime.checkpointing == "offload" and pick_device(recipe.runtime.device) == "cpu":
         raise InputError(batch.OFFLOAD_ON_CPU)
-    if shapes is not None and (small := _too_small(recipe, shapes, world)):
+    if shapes is not None and (small := _too_small(recipe, shapes, world, base)):
         if not force:
             raise GateRefused(f"{small}. --force goes on all the same")
         notes.append(f"{small}; going on, as --force asks")
@@ -261,7 +271,7 @@ def _check_device(recipe: Recipe, shapes: Shapes) -> None:
         )
 
 
-def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
+def _too_small(recipe: Recipe, shapes: Shapes, world: int, base: Path | None) -> str | None:
     """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
     if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
         return None
@@ -270,11 +280,19 @@ def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
     if pick_device(recipe.runtime.device) == "cpu":
         return None
     name, ampere = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
-    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere)
+    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere, base=base)
 
 
 def memory_problem(
-    recipe: Recipe, shapes: Shapes, world: int, free: int, total: int, name: str = "", *, ampere: bool = True
+    recipe: Recipe,
+    shapes: Shapes,
+    world: int,
+    free: int,
+    total: int,
+    name: str = "",
+    *,
+    ampere: bool = True,
+    base: Path | None = None,
 ) -> str | None:
     """Whether even the way to train that takes least is predicted more bytes than a GPU with `total` has, of which
     `free` are not in use.
@@ -283,7 +301,7 @@ def memory_problem(
     # Whoever asks already holds the context that the prediction counts as the device's own.
     room = min(total, free + estimate_memory.CONTEXT_BYTES)
     device = device_like(name, room, ampere)
-    choice = Options(shapes, estimate_memory.Training.of(recipe), world).best(device)
+    choice = Options(shapes, estimate_memory.Training.of(recipe, base), world).best(device)
     if choice.fits:
         return None
     in_use = f" ({held / 1e9:.1f} GB are in use: end what holds them)"

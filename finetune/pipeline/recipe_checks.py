@@ -6,6 +6,7 @@ Kept out of the models, which look at nothing but the recipe, and out of reading
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from finetune.recipe.messages import in_file_order
 from finetune.utils.files import read_json
 from finetune.utils.links import require_model
 from finetune.utils.resources import resource
+
+MOST_ROWS = 1 << 19  # of an embedding: more than any base has
 
 
 def absent(loaded: LoadedRecipe) -> list[str]:
@@ -100,6 +103,8 @@ def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
     `base`: the folder of the finished base stage, which has been given the recipe's new tokens.
     """
     folder = base or recipe.model.folder
+    if folder is not None and recipe.export is not None and (why := _gguf_problem(folder)):
+        raise InputError(f"export.gguf: {why}")
     if folder is not None and (found := list(_tokenizer_problems(recipe, folder, given=base is not None))):
         raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in found))
 
@@ -117,6 +122,35 @@ def _tokenizer_problems(
         yield ("model",), str(error)
         return
     yield from ((("tokens", "add", number), why) for number, why in found)
+
+
+def _gguf_problem(folder: Path) -> str | None:
+    """Why the tokenizer in `folder` cannot be written as GGUF; None if it can, or if there is no tokenizer.json.
+
+    transformers, which replaces parts of some tokenizers, is asked only where the file itself cannot be written.
+    """
+    from finetune.gguf.vocabulary import read_vocabulary
+    from finetune.models.base_limits import check_tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    check_tokenizer(path)
+    for read in (read_json, _as_loaded):
+        try:
+            read_vocabulary(folder, read(path), MOST_ROWS, None)
+        except InputError as error:
+            why = str(error)
+        else:
+            return None
+    return why
+
+
+def _as_loaded(path: Path) -> Any:  # noqa: ANN401 - JSON
+    from finetune.models.loading import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(path.parent)
+    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else read_json(path)
 
 
 def rule_problem(rule: Rule) -> str | None:

@@ -54,7 +54,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
     from finetune.models import loading, remote_code
-    from finetune.models.architecture import scaled
+    from finetune.models.architecture import positions, scaled
     from finetune.models.base_limits import check_config, check_tokenizer
 
     model, revision, metrics = spec.model, None, {}
@@ -89,7 +89,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     parameters = loading.count_parameters(source, model.trust_remote_code)
     _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), read_json(out / "config.json"))
     added = _add_tokens(spec, out, ctx) if spec.tokens else {}
-    if added:
+    if model.rope_scaling:
+        added |= {"positions": positions(read_json(source / "config.json"), model.rope_scaling)}
+    if spec.tokens:
         parameters = loading.count_parameters(out, model.trust_remote_code)
     config = read_json(out / "config.json")
     facts = _try_architecture(model, out, ctx)
