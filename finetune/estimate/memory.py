@@ -25,6 +25,7 @@ STATE_TABLES = 2 * 256 * 4  # their values, for both moments, once for all tenso
 
 CONTEXT_BYTES = int(0.7 * GIB)  # assumed: CUDA's context, and the workspaces of cuBLAS
 UNUSED_SHARE = 0.05  # assumed: of what comes and goes in a step, what torch's allocator holds and does not fill
+OTHER_LAYERS = 0.15  # of the activations, more for layers that are not Llama's: 0.88 of them predicted at worst (phi)
 PROCESS_BYTES = 3_000_000_000  # assumed: Python with torch, transformers and CUDA's libraries in RAM
 SHARD_BYTES = 1_000_000_000  # a file of the 4-bit copy, as it is written
 STREAM_BYTES = 1_000_000_000  # merging goes tensor by tensor: a 7B in 0.49 GB
@@ -145,6 +146,8 @@ def training(
     # torch's AdamW takes the root of all second moments at once
     in_step = {"gradients": adapter, "optimizer_step": adapter if run.train.optimizer == "adamw" else 0}
     in_backward = {"gradients": gradients, **{k: found.get(k, 0) for k in KINDS}}
+    if shapes.inventory is not None:
+        in_backward["other_layers"] = int(OTHER_LAYERS * found.get("activations", 0))
     in_backward["new_tokens"] = new_token_bytes(shapes, run.lora, 2 if batch.half else 4)
     most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
     kept = 2 * shapes.quantized_parameters if run.quantization and run.runtime.cache_dequantized else 0

@@ -203,9 +203,16 @@ def elements(pairs: Mapping[str, tuple[int, int]]) -> int:
     return sum(prod(pair) for pair in pairs.values())
 
 
-def notes(found: Inventory) -> list[str]:
-    """What of a base a training leaves alone, one sentence each."""
-    said = []
+def notes(found: Inventory, config: Mapping[str, Any] | None = None) -> list[str]:
+    """What of a base with this config.json a training leaves alone, one sentence each."""
+    said, config = [], config or {}
+    beside = [n.removesuffix("_config") for n, v in config.items() if n.endswith("_config") and isinstance(v, Mapping)]
+    beside = [n for n in beside if n not in ("text", "quantization", "generation")] if "text_config" in config else []
+    if beside and not found.other_parts:
+        said.append(
+            f"the language model is trained; the other parts ({', '.join(beside)}) are not loaded, and carried through "
+            "the merge as they are"
+        )
     if found.other_parts:
         said.append(
             f"the language model is trained; the other parts ({found.other_parts / 1e6:,.0f} M parameters: a vision "

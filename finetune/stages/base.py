@@ -129,7 +129,7 @@ def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
     counted = inventory.require_inventory(empty_model(out, trust_remote_code=model.trust_remote_code), model.id)
     facts = trial.try_architecture(out, trust_remote_code=model.trust_remote_code)
     write_json(out / inventory.FILE, {"inventory": counted.as_json(), **facts.as_json()})
-    for note in inventory.notes(counted):
+    for note in inventory.notes(counted, read_json(out / "config.json")):
         ctx.say(f"base: {note}")
     return {"packing": facts.packing is None, "attention": facts.attention}
 
