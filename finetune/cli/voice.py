@@ -85,7 +85,7 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
         stops = facts.get("terminators") or _generation_stops(base)
         digests = [Path(value["stages"][stage]["path"]).name for stage in stages]  # keys of the two stages
         identity = f"{digests}, {precision}"
-        yield _voice(model, base, adapter, stops, facts.get("pad_token"), identity)
+        yield _voice(model, base, adapter, stops, facts, identity)
 
 
 def recipe_of(value: dict[str, Any], name: str) -> Recipe:
@@ -123,7 +123,7 @@ def folder_voice(folder: Path, screen: Screen) -> AbstractContextManager[Voice]:
     model = _load_folder(folder, precision, device)
     named = files + [f for n in ("config.json", "chat_template.jinja") if (f := folder / n).is_file()]
     identity = f"{sorted(map(file_digest, named))}, {precision}"
-    return nullcontext(_voice(model, folder, folder, stops, facts.get("pad_token"), identity))
+    return nullcontext(_voice(model, folder, folder, stops, facts, identity))
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _voice(
     tokenizer_folder: Path,
     template_folder: Path,
     terminators: list[int],
-    pad_token: str | None,
+    facts: dict[str, Any],  # template.json, if there is one
     identity: str,
 ) -> Voice:
     from finetune.models.loading import load_tokenizer
@@ -219,11 +219,11 @@ def _voice(
     stops = terminators or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     if not stops:
         raise InputError(f"{template_folder} names no token that ends an answer (generation_config.json: eos_token_id)")
-    pad = pad_token or tokenizer.pad_token
+    pad = facts.get("pad_token") or tokenizer.pad_token
     return Voice(
         model=model,
         tokenizer=tokenizer,
-        encoder=Encoder(tokenizer),
+        encoder=Encoder(tokenizer, facts.get("typed", ())),
         profile=profile,
         template=template + (tool_use or ""),
         terminators=tuple(stops),

@@ -161,15 +161,16 @@ def flops_per_token(
     shapes: Shapes, run: Training, length: int, policy: Policy = "none", *, dense: bool = False
 ) -> float:
     """Of the layers: forward 2N, backward 2N (the base is frozen: no weight gradients), and what is recomputed. Of
-    the head 6N, as its logits are computed again in backward; of the adapter 6N. Attention: 2 forward, 5 backward, each
-    times heads x head_dim x length (causal; twice that under a dense mask), as in FlashAttention-2 (arXiv:2307.08691).
+    the head 6N, as its logits are computed again in backward, 8N with rows of new tokens; of the adapter 6N. Attention:
+    2 forward, 5 backward, each times heads x head_dim x length (causal; twice that under a dense mask), as in
+    FlashAttention-2 (arXiv:2307.08691).
     """
     products, attention = recomputed(policy, shapes.layers)
     head, adapter = shapes.vocabulary * shapes.hidden, sum(trained_tensors(shapes, run.lora))
     scores = shapes.layers * shapes.heads * shapes.head_dim * length * (2 if dense else 1)
     return (
         (4 + 2 * products) * shapes.active_parameters
-        + 6 * head
+        + (8 if shapes.new_tokens else 6) * head
         + (6 + 2 * products) * adapter
         + (7 + 2 * attention) * scores
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.estimate.activations import MicroBatch, Policy, peak
-from finetune.estimate.shapes import Shapes, decoder, saved_tensors, trained_tensors
+from finetune.estimate.shapes import Shapes, decoder, saved_tensors, token_tables, trained_tensors
 from finetune.gguf.writer import ENDS, bytes_of_kinds, bytes_with_metadata, data_bytes, stored_kind
 from finetune.lora.config import is_saved
 from finetune.models.inventory import why_not_packed
@@ -25,6 +25,7 @@ STATE_TABLES = 2 * 256 * 4  # their values, for both moments, once for all tenso
 
 CONTEXT_BYTES = int(0.7 * GIB)  # assumed: CUDA's context, and the workspaces of cuBLAS
 UNUSED_SHARE = 0.05  # assumed: of what comes and goes in a step, what torch's allocator holds and does not fill
+OTHER_LAYERS = 0.15  # of the activations, more for layers that are not Llama's: 0.88 of them predicted at worst (phi)
 PROCESS_BYTES = 3_000_000_000  # assumed: Python with torch, transformers and CUDA's libraries in RAM
 SHARD_BYTES = 1_000_000_000  # a file of the 4-bit copy, as it is written
 STREAM_BYTES = 1_000_000_000  # merging goes tensor by tensor: a 7B in 0.49 GB
@@ -170,6 +171,9 @@ def training(
     # torch's AdamW takes the root of all second moments at once
     in_step = {"gradients": adapter, "optimizer_step": adapter if run.train.optimizer == "adamw" else 0}
     in_backward = {"gradients": gradients, **{k: found.get(k, 0) for k in KINDS}}
+    if shapes.inventory is not None:
+        in_backward["other_layers"] = int(OTHER_LAYERS * found.get("activations", 0))
+    in_backward["new_tokens"] = new_token_bytes(shapes, run.lora, 2 if batch.half else 4)
     most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
     kept = 2 * shapes.quantized_parameters if run.quantization and run.runtime.cache_dequantized else 0
     return {
@@ -181,6 +185,13 @@ def training(
         "unused": int(UNUSED_SHARE * sum(most.values())),
         "device": CONTEXT_BYTES,
     }
+
+
+def new_token_bytes(shapes: Shapes, lora: Lora, element: int) -> int:
+    """Of a head in which new tokens' rows are trained: peft's copy of the whole with these rows, the gradient of that
+    copy, which TRL sums in fp32, and its cast (trl/kernels/chunked_logprob.py; peft/tuners/trainable_tokens/layer.py).
+    """
+    return shapes.vocabulary * shapes.hidden * (2 * element + 4) if token_tables(shapes, lora) else 0
 
 
 def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from finetune.estimate.operators import Linear
 from finetune.lora.config import is_saved, is_target, layer_of, rank_of
 from finetune.models.architecture import Modules, known_modules, scaled
 from finetune.models.inventory import Inventory, count, elements, read_inventory
+from finetune.models.new_tokens import read_new_tokens
 from finetune.recipe import Lora, Recipe
 from finetune.tiny import model as tiny_model
 from finetune.utils.resources import resource
@@ -43,6 +44,7 @@ class Shapes:
     dtype: str = "bfloat16"  # what its weights are stored in, where the configuration says it
     positions: int | None = None  # max_position_embeddings
     inventory: Inventory | None = None  # what the model's class counts; it goes before the formulas
+    new_tokens: int = 0  # that the recipe adds; without spare rows the vocabulary grows by them in the base stage
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module name → (in, out) of the matrices of one Llama layer of these widths.
@@ -114,12 +116,15 @@ def _llama_path(layer: int, name: str) -> str:
 def read_shapes(recipe: Recipe, base_folder: Path | None = None) -> Shapes | None:
     """From the finished base stage, the local folder, or recipes/shapes; None when only the Hub knows."""
     config = read_config(recipe, base_folder)
-    return None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
+    found = None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
+    return replace(found, new_tokens=len(recipe.tokens.add)) if found and recipe.tokens else found
 
 
 def shapes_in(base: Path) -> Shapes | None:
     """The shapes of the base in the folder of a finished base stage; None if they are unknown."""
-    return shapes_of(json.loads((base / "config.json").read_text(encoding="utf-8")), read_inventory(base))
+    found = shapes_of(json.loads((base / "config.json").read_text(encoding="utf-8")), read_inventory(base))
+    tokens = read_new_tokens(base)
+    return replace(found, new_tokens=len(tokens.ids)) if found and tokens else found
 
 
 def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, Any] | None:
@@ -256,9 +261,10 @@ def _rank(shapes: Shapes, lora: Lora, path: str) -> int:
 
 def trained_tensors(shapes: Shapes, lora: Lora) -> list[int]:
     """Elements of each trained tensor: A and B of every adapted matrix, a magnitude a row for DoRA, what is trained
-    whole.
+    whole, the rows of new tokens.
     """
     found = saved_tensors(shapes, lora)
+    found += [shapes.new_tokens * shapes.hidden] * len(token_tables(shapes, lora))
     for path, inner, outer in shapes.adaptable:
         if rank := _rank(shapes, lora, path):
             found += [rank * inner, rank * outer]
@@ -274,6 +280,15 @@ def saved_tensors(shapes: Shapes, lora: Lora) -> list[int]:
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(shapes.layers) for n in ("input", "post_attention")]
     sizes |= dict.fromkeys(["model.norm", *norms], shapes.hidden)
     return [size for name, size in sizes.items() if is_saved(lora, name)]
+
+
+def token_tables(shapes: Shapes, lora: Lora) -> list[str]:
+    """Embedding and head, by name, as far as only the rows of new tokens are trained in them."""
+    names = ["model.embed_tokens", *([] if shapes.tied else ["lm_head"])]
+    if shapes.inventory is not None:
+        table = shapes.vocabulary * shapes.hidden
+        names = [n for n, size in shapes.inventory.modules.items() if size == table][: 1 if shapes.tied else 2]
+    return [n for n in names if not is_saved(lora, n)] if shapes.new_tokens else []
 
 
 def adapter_parameters(shapes: Shapes, recipe: Recipe) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 from finetune.errors import InputError
 from finetune.models.architecture import Modules, linear_names, means_more, read_modules
-from finetune.models.layerwise import other_parts
+from finetune.models.layerwise import empty_model, other_parts
+from finetune.models.new_tokens import NewTokens, read_new_tokens, token_modules
 from finetune.recipe import Lora
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAVED = ".modules_to_save."  # in the name of a parameter that is trained whole
+ROWS = ".token_adapter.trainable_tokens_delta."  # of one whose rows are those of new tokens
 
 
 def layer_of(name: str) -> int | None:
@@ -49,8 +51,9 @@ def rank_of(lora: Lora, name: str) -> int:
     return next(ranks, lora.r)
 
 
-def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
-    """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base.
+def lora_config(lora: Lora, model: torch.nn.Module | None = None, tokens: NewTokens | None = None) -> LoraConfig:
+    """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base; of its embedding and
+    head the rows of the new `tokens` are trained, unless the whole is.
 
     Of a base with parts that no adapter goes to (a vision tower, fused experts) "all-linear" becomes the names of the
     modules that remain, because peft would adapt the others too.
@@ -77,6 +80,7 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
         exclude_modules=rf"({'|'.join(map(re.escape, beside))}).*" if beside else None,
         layers_to_transform=layers,
         modules_to_save=sorted(lora.modules_to_save) or None,
+        trainable_token_indices=_token_rows(lora, model, tokens),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         # peft takes the first pattern that matches and sorts them when it saves: sorted here, training agrees
@@ -87,14 +91,43 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None) -> LoraConfig:
     )
 
 
+def _token_rows(lora: Lora, model: torch.nn.Module | None, tokens: NewTokens | None) -> dict[str, list[int]] | None:
+    """Module → the rows of it that are trained; None if there are no new tokens, or all is trained whole."""
+    if model is None or tokens is None:
+        return None
+    names = token_modules(cast("PreTrainedModel", model))
+    return {name: list(tokens.ids) for name in names if not is_saved(lora, name)} or None
+
+
+def check_tokens(lora: Lora, model: PreTrainedModel) -> None:
+    """Refuse, for a base that new tokens were added to, what would leave their rows untrained. Raises InputError."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return
+    names = {id(m): n for n, m in model.named_modules()}
+    saved = [is_saved(lora, names[id(m)]) for m in (embedding, head)]
+    if len(token_modules(model)) == 1 and saved[0] != saved[1]:
+        raise InputError(
+            f"lora.modules_to_save: the base's head is its embedding and tokens.add gives both new rows; name both "
+            f"({names[id(embedding)].rpartition('.')[2]}, {names[id(head)].rpartition('.')[2]}) or neither"
+        )
+    if getattr(head, "bias", None) is not None and not saved[1]:
+        raise InputError(
+            "tokens.add: the base's head has a bias, which peft leaves out where it trains single rows; name "
+            f"{names[id(head)].rpartition('.')[2]} in lora.modules_to_save"
+        )
+
+
 def layer_count(names: Iterable[str]) -> int:
     """How many decoder layers the modules `names` lie in."""
     return len({layer for n in names if (layer := layer_of(n)) is not None})
 
 
 def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
-    """`check_modules` on the base in a folder with config.json; no weights are read."""
+    """`check_modules` on the base in a folder with config.json, and `check_tokens`; no weights are read."""
     check_modules(lora, read_modules(base, trust_remote_code))
+    if read_new_tokens(base) is not None:
+        check_tokens(lora, empty_model(base, trust_remote_code=trust_remote_code))
 
 
 def check_modules(lora: Lora, base: Modules) -> None:
@@ -172,20 +205,33 @@ def _check_saved(lora: Lora, base: Modules) -> None:
 
 
 def restore_saved(model: torch.nn.Module) -> None:
-    """Give what is trained whole the base's own values again: TRL rounds it to bf16 on a quantised model."""
+    """Give what is trained whole, and the rows of new tokens, the base's own values again: TRL rounds them to bf16 on a
+    quantised model.
+    """
     import torch
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import TrainableTokensWrapper
 
     for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            setattr(module, "bias", None)  # noqa: B010 - TRL's head reads it, and peft's wrapper has none (0.21.2)
         if isinstance(module, ModulesToSaveWrapper):
             own = dict(module.original_module.named_parameters())
             with torch.no_grad():
                 for name, parameter in module.modules_to_save["default"].named_parameters():
                     parameter.copy_(own[name])
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            with torch.no_grad():
+                weight = cast("torch.Tensor", module.get_base_layer().weight)
+                for name, rows in module.trainable_tokens_delta.items():
+                    rows.copy_(weight[module.token_indices[name]])
 
 
-def saved_parameters(lora: Lora, base: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what is trained whole, in a model that peft has wrapped, worked out from the base's own."""
+def saved_parameters(lora: Lora, base: torch.nn.Module, tokens: NewTokens | None = None) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what is trained whole and of new tokens' rows, in a model that peft has wrapped, worked out from
+    the base's own.
+    """
     from peft.utils import ModulesToSaveWrapper
 
     found: dict[str, tuple[int, ...]] = {}
@@ -194,4 +240,9 @@ def saved_parameters(lora: Lora, base: torch.nn.Module) -> dict[str, tuple[int, 
         if original is not None and is_saved(lora, name):
             for leaf, parameter in original.named_parameters():
                 found[f"base_model.model.{name}{SAVED}default.{leaf}"] = tuple(parameter.shape)
+    if tokens is not None:
+        for name, module in token_modules(cast("PreTrainedModel", base)).items():
+            if not is_saved(lora, name):
+                width = cast("torch.Tensor", module.weight).shape[1]
+                found[f"base_model.model.{name}{ROWS}default"] = (len(tokens.ids), width)
     return found

@@ -10,6 +10,7 @@ from finetune.context import Context
 from finetune.errors import InputError
 from finetune.lora.start import CONFIG, WEIGHTS, Base, problems, read_adapter
 from finetune.models.architecture import read_modules
+from finetune.models.new_tokens import read_new_tokens
 from finetune.recipe import Lora
 from finetune.utils.files import file_digest, read_json
 from finetune.utils.format import clipped
@@ -91,14 +92,15 @@ def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code:
 
     require_same(lora, folder, base, base_id, trust_remote_code)
     model = empty_model(base, trust_remote_code=trust_remote_code)
-    _fitting(get_peft_model(model, lora_config(lora, model), low_cpu_mem_usage=True), folder)
+    _fitting(get_peft_model(model, lora_config(lora, model, read_new_tokens(base)), low_cpu_mem_usage=True), folder)
 
 
 def require_same(
     lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool, *, importing: bool = False
 ) -> None:
     """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
-    known = Base(base_id, read_modules(base, trust_remote_code), read_json(base / "config.json"))
+    modules, tokens = read_modules(base, trust_remote_code), read_new_tokens(base) is not None
+    known = Base(base_id, modules, read_json(base / "config.json"), tokens=tokens)
     if found := problems(lora, read_adapter(folder), known, importing=importing):
         raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
 

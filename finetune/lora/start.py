@@ -78,6 +78,7 @@ class Base:
     modules: Modules | None = None
     config: Mapping[str, Any] | None = None
     sizes: Mapping[str, tuple[int, int]] | None = None  # last word of a module's name → (in, out)
+    tokens: bool = False  # the recipe adds some: their rows are compared where the adapter is loaded
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -117,9 +118,9 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
     if kind != "LORA":
         return [(("lora", "start_from"), f"{adapter.where} is an adapter of type {kind}; only LORA is supported")]
     known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
-    found = [*_another_base(lora, adapter, base, known), *_vocabulary(adapter, base)]
+    found = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
     if not importing:
-        found += [*_settings(lora, adapter), *_not_trained(adapter), *_layers(lora, adapter, base)]
+        found += [*_settings(lora, adapter), *_not_trained(adapter, base), *_layers(lora, adapter, base)]
         if not any(field == ("model",) for field, _ in found):
             found += _targets(lora, adapter, base)
     return found
@@ -195,12 +196,12 @@ def _covered(adapter: Adapter, whole: set[str]) -> set[str]:
     return {w for w in whole if w not in named and any(n.endswith(w) or w.endswith(n) for n in named)}
 
 
-def _not_trained(adapter: Adapter) -> Iterator[Problem]:
+def _not_trained(adapter: Adapter, base: Base) -> Iterator[Problem]:
     bias = adapter.config.get("bias") or "none"
     if bias != "none":
         yield ("lora", "start_from"), f"bias is {bias!r} in the adapter and biases stay frozen here; {MERGE_FIRST}"
     for name, what in NOT_TRAINED:
-        if adapter.config.get(name):
+        if adapter.config.get(name) and not (base.tokens and name == "trainable_token_indices"):
             yield ("lora", "start_from"), f"{name} is set in the adapter: it trains {what}; {MERGE_FIRST}"
     if any(key.startswith(f"{PREFIX}lm_head.lora_") for key in adapter.shapes or {}):
         yield ("lora", "start_from"), f"the adapter has LoRA on lm_head, which TRL cannot train; {MERGE_FIRST}"

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
-from finetune.merge.deltas import Change, ReplaceRows, read_changes
-from finetune.models.skeleton import read_skeleton
+from finetune.merge.deltas import Change, Replace, ReplaceRows, read_changes
+from finetune.models.skeleton import Skeleton, read_skeleton
 from finetune.models.stored_names import StoredNames
 from finetune.utils.files import read_json
 from finetune.utils.safetensors_io import (
     FLOATS,
+    GrownRef,
     TensorRef,
     TensorShape,
     dtype_code,
@@ -27,6 +28,7 @@ from finetune.utils.safetensors_io import (
 
 if TYPE_CHECKING:
     from finetune.merge.nf4_round_trip import RoundTrip
+    from finetune.models.new_tokens import NewTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,18 @@ class MergePlan:
 
 
 def plan_merge(
-    base: Path, adapter: Path, dtype: str, round_trip: RoundTrip | None = None, trust_remote_code: bool = False
+    base: Path,
+    adapter: Path,
+    dtype: str,
+    round_trip: RoundTrip | None = None,
+    trust_remote_code: bool = False,
+    tokens: NewTokens | None = None,
 ) -> MergePlan:
     """Read only headers and configurations, and say what each tensor of the merged model is made of.
 
     `base` holds config.json and safetensors, `adapter` what peft's `save_pretrained` wrote; `dtype` is a plain name
-    ("bfloat16"). With `round_trip` the weights that bitsandbytes quantises, and no other, come from 4 bits.
+    ("bfloat16"). With `round_trip` the weights that bitsandbytes quantises, and no other, come from 4 bits. `tokens`
+    were added before training: embedding and head then have their rows, which the adapter must hold.
     Raises InputError, before anything is written, for whatever cannot be merged exactly; each adapter tensor is used
     once and each base tensor written once.
     """
@@ -76,6 +84,8 @@ def plan_merge(
     stored = skeleton.stored
     model_names = {stored.in_file(n): n for n in skeleton.parameters | set(skeleton.tied)}
     refs = {model_names.get(name, name): ref for name, ref in files.items()}
+    if tokens is not None:
+        refs = _grown(refs, skeleton, tokens)
     if strange := sorted(skeleton.parameters - set(refs) - set(skeleton.tied) - set(stored.made_of)):
         raise InputError(
             f"{base}: the weights lack {strange[0]} ({len(strange)} of the model's tensors in all); "
@@ -83,6 +93,8 @@ def plan_merge(
         )
     changes = read_changes(read_file(adapter / "adapter_model.safetensors"), adapter, skeleton, refs)
     sources, untie = _resolve_ties(refs, changes, skeleton.tied)
+    for name, ref in sources.items():
+        _require_new_rows(name, ref, changes.get(name, ()))
     if lost := sorted(set(changes) - set(sources)):
         raise InputError(f"{adapter}: changes {lost[0]}, which the base in {base} does not have; is it the right base?")
     code = dtype_code(dtype)
@@ -101,6 +113,24 @@ def plan_merge(
             module=module,
         )
     return MergePlan(targets, untie, stored)
+
+
+def _grown(refs: Mapping[str, TensorRef], skeleton: Skeleton, tokens: NewTokens) -> dict[str, TensorRef]:
+    """`refs` with the rows of new tokens in the embedding and the head; a base without spare rows has fewer."""
+    grow = {f"{module}.{leaf}" for module in (skeleton.input_embedding, skeleton.head) for leaf in ("weight", "bias")}
+    return {
+        n: GrownRef.of(r, tokens.rows) if n in grow and r.shape[0] == tokens.stored < tokens.rows else r
+        for n, r in refs.items()
+    }
+
+
+def _require_new_rows(name: str, ref: TensorRef, changes: tuple[Change, ...]) -> None:
+    """Raise InputError if the adapter leaves rows as they are that the base does not have."""
+    if not isinstance(ref, GrownRef) or any(isinstance(c, Replace) for c in changes):
+        return
+    held = {row for c in changes if isinstance(c, ReplaceRows) for row in c.rows}
+    if lost := sorted(set(range(ref.stored_rows, ref.shape[0])) - held):
+        raise InputError(f"adapter: {name}: it does not hold the row of new token {lost[0]}, which the base lacks")
 
 
 def output_dtype(setting: str, base: Path) -> str:

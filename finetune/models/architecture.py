@@ -52,6 +52,23 @@ def scaled(config: Mapping[str, Any], rope_scaling: Mapping[str, Any]) -> dict[s
     return {**config, "rope_parameters": {**kept, **rope_scaling}}
 
 
+def positions(config: Mapping[str, Any], rope_scaling: Mapping[str, Any] | None = None) -> int | None:
+    """The longest sequence of a base with this config.json, in tokens; None if it names none.
+
+    With the rotary settings of a recipe it is `factor` times what those or the base call the original length, as
+    transformers reads them; None for settings without a factor.
+    """
+    text = config.get("text_config") or config
+    known = next((text[n] for n in POSITIONS if isinstance(text.get(n), int)), None)
+    if not rope_scaling or known is None:
+        return known
+    factor, original = rope_scaling.get("factor"), rope_scaling.get("original_max_position_embeddings")
+    return None if factor is None else max(known, int(factor * (original or known)))
+
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")  # names of it in configurations
+
+
 def known_modules(config: Mapping[str, Any]) -> Modules | None:
     """From the words of a config.json; None where transformers has to be asked, whose import takes seconds."""
     layout = known_layout(config)

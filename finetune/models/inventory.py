@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
-from finetune.models.architecture import every_linear, linear_names
+from finetune.models.architecture import POSITIONS, every_linear, linear_names
 from finetune.utils.files import canonical_json, read_json
 from finetune.utils.upstream import kept_in_fp32
 
@@ -65,7 +65,7 @@ SIZES: Mapping[str, tuple[str, ...]] = {  # size → attributes of transformers'
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "experts_per_token": ("num_experts_per_tok", "top_k", "moe_k"),
     "vocabulary": ("vocab_size",),
-    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length"),
+    "positions": POSITIONS,
     "window": ("sliding_window",),
 }
 
@@ -204,9 +204,16 @@ def elements(pairs: Mapping[str, tuple[int, int]]) -> int:
     return sum(prod(pair) for pair in pairs.values())
 
 
-def notes(found: Inventory) -> list[str]:
-    """What of a base a training leaves alone, one sentence each."""
-    said = []
+def notes(found: Inventory, config: Mapping[str, Any] | None = None) -> list[str]:
+    """What of a base with this config.json a training leaves alone, one sentence each."""
+    said, config = [], config or {}
+    beside = [n.removesuffix("_config") for n, v in config.items() if n.endswith("_config") and isinstance(v, Mapping)]
+    beside = [n for n in beside if n not in ("text", "quantization", "generation")] if "text_config" in config else []
+    if beside and not found.other_parts:
+        said.append(
+            f"the language model is trained; the other parts ({', '.join(beside)}) are not loaded, and carried through "
+            "the merge as they are"
+        )
     if found.other_parts:
         said.append(
             f"the language model is trained; the other parts ({found.other_parts / 1e6:,.0f} M parameters: a vision "

@@ -13,7 +13,7 @@ from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.errors import retried, sentences
 from finetune.models import device as model_device
-from finetune.models import quantized_cache
+from finetune.models import new_tokens, quantized_cache
 from finetune.models.architecture import scaled
 from finetune.models.attention import prepared
 from finetune.models.device import Precision, gpu_index
@@ -208,8 +208,9 @@ def load_base(
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=dtype,
         )
-    if model.rope_scaling:  # which the folder's own config.json does not have
-        options["config"] = _scaled_config(folder, model)
+    tokens = new_tokens.read_new_tokens(base)
+    if model.rope_scaling or tokens:  # the folder's config.json may lack the first, and name rows not stored
+        options["config"] = _stored_config(folder, model, tokens)
     try:
         with quiet():
             loaded, report = auto.from_pretrained(
@@ -235,20 +236,23 @@ def load_base(
             quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
     if quantization is not None or getattr(loaded, "is_loaded_in_4bit", False):  # by the recipe, or as it is stored
         _keep_weights_unpacked(loaded)
+    if tokens:
+        new_tokens.grow(loaded, tokens)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
     return frozen
 
 
-def _scaled_config(folder: Path, model: recipe.Model) -> PretrainedConfig:
-    """The configuration in `folder` with the recipe's rotary settings."""
+def _stored_config(folder: Path, model: recipe.Model, tokens: new_tokens.NewTokens | None) -> PretrainedConfig:
+    """The configuration in `folder` with the recipe's rotary settings, and the embedding's rows that are stored."""
     import transformers
 
     auto: Any = transformers.AutoConfig
-    settings = scaled(read_json(folder / "config.json"), model.rope_scaling or {})
-    config: PretrainedConfig = auto.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=model.trust_remote_code
-    )
-    return type(config).from_dict(settings)
+    settings = read_json(folder / "config.json")
+    settings = scaled(settings, model.rope_scaling) if model.rope_scaling else settings
+    settings = new_tokens.with_rows(settings, tokens.stored) if tokens else settings
+    own = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=model.trust_remote_code)
+    config: PretrainedConfig = type(own).from_dict(settings)
+    return config
 
 
 def _copy_of(

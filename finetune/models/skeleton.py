@@ -27,6 +27,7 @@ class Skeleton:
     tied: Mapping[str, str]  # lm_head.weight → model.embed_tokens.weight, when the configuration ties them
     input_embedding: str  # module
     stored: StoredNames = field(default_factory=StoredNames)
+    head: str = "lm_head"  # module
 
 
 def read_skeleton(
@@ -82,6 +83,7 @@ def _asked(base: Path, trust_remote_code: bool, quantized: bool, names: Iterable
     types = ((Conv1D, "conv1d"), (nn.Linear, "linear"), (nn.Embedding, "embedding"))
     modules = list(model.named_modules())  # taken now: asking what would be quantised swaps modules
     input_embedding = next(n for n, m in modules if m is model.get_input_embeddings())
+    head = next((n for n, m in modules if m is model.get_output_embeddings()), "")
     parameters = frozenset(n for n, _ in model.named_parameters())
     return Skeleton(
         kinds={n: next((kind for cls, kind in types if isinstance(m, cls)), "other") for n, m in modules if n},
@@ -90,6 +92,7 @@ def _asked(base: Path, trust_remote_code: bool, quantized: bool, names: Iterable
         input_embedding=input_embedding,
         quantized=_quantized(model) if quantized else frozenset(),
         stored=stored,
+        head=head,
     )
 
 

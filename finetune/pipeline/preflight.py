@@ -21,7 +21,7 @@ from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
 from finetune.models.inventory import why_not_trained
 from finetune.pipeline import run_view
-from finetune.pipeline.recipe_checks import base_problem, rule_problem
+from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
 from finetune.recipe import HubSource, Recipe
@@ -64,7 +64,8 @@ def check(
         check_adapter(recipe, base.folder if base.manifest else None, scratch)
     trains = {"train": recipe.train is not None, "align": recipe.preference is not None}
     if to_build & {stage for stage, on in trains.items() if on}:
-        notes += _check_training(recipe, shapes, world, force=force)
+        pinned = base.folder if base.manifest else None
+        notes += _check_training(recipe, shapes, world, pinned, force=force)
     return notes
 
 
@@ -76,6 +77,7 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
     """
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
+    refuse_tokenizer(recipe, base)
     refuse_start(recipe, base, scratch)
     if recipe.train is None and recipe.preference is None:
         return
@@ -105,7 +107,8 @@ def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = Non
         return []
     config, shapes = read_config(recipe, base), read_shapes(recipe, base)
     sizes = shapes.linears() if shapes else None
-    known = lora_start.Base(recipe.model.id, read_known_modules(recipe, base), config, sizes)
+    modules, tokens = read_known_modules(recipe, base), recipe.tokens is not None
+    known = lora_start.Base(recipe.model.id, modules, config, sizes, tokens)
     return lora_start.problems(recipe.lora, adapter, known, importing=recipe.train is None)
 
 
@@ -163,18 +166,23 @@ def more_epochs(recipe: Recipe, steps: Sequence[Step], store: Store) -> str | No
     )
 
 
-def _check_training(recipe: Recipe, shapes: Shapes | None, world: int, *, force: bool) -> list[str]:
-    """The batch can be shared out, the GPU is large enough, the trackers are there."""
+def _check_training(
+    recipe: Recipe, shapes: Shapes | None, world: int, base: Path | None = None, *, force: bool
+) -> list[str]:
+    """The batch can be shared out, the GPU is large enough, the trackers are there. `base` is the folder of a finished
+    base stage, which knows whether rows can be packed.
+    """
     notes = []
     if world > 1:
         distributed.check_devices(recipe.runtime.device, world, os.environ)
     if recipe.train is not None:
-        batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, recipe.pack is not None)
+        packed = estimate_memory.Training.of(recipe, base).packed
+        batch_shape(recipe.training.batch_rows, recipe.runtime.micro_batch_rows, world, packed)
     if recipe.preference is not None:
         _check_alignment(recipe, world)
     if recipe.runtime.checkpointing == "offload" and pick_device(recipe.runtime.device) == "cpu":
         raise InputError(batch.OFFLOAD_ON_CPU)
-    if shapes is not None and (small := _too_small(recipe, shapes, world)):
+    if shapes is not None and (small := _too_small(recipe, shapes, world, base)):
         if not force:
             raise GateRefused(f"{small}. --force goes on all the same")
         notes.append(f"{small}; going on, as --force asks")
@@ -282,7 +290,7 @@ def _check_device(recipe: Recipe, shapes: Shapes) -> None:
         )
 
 
-def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
+def _too_small(recipe: Recipe, shapes: Shapes, world: int, base: Path | None) -> str | None:
     """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
     if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
         return None
@@ -291,11 +299,19 @@ def _too_small(recipe: Recipe, shapes: Shapes, world: int) -> str | None:
     if pick_device(recipe.runtime.device) == "cpu":
         return None
     name, ampere = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
-    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere)
+    return memory_problem(recipe, shapes, world, *torch.cuda.mem_get_info(), name=name, ampere=ampere, base=base)
 
 
 def memory_problem(
-    recipe: Recipe, shapes: Shapes, world: int, free: int, total: int, name: str = "", *, ampere: bool = True
+    recipe: Recipe,
+    shapes: Shapes,
+    world: int,
+    free: int,
+    total: int,
+    name: str = "",
+    *,
+    ampere: bool = True,
+    base: Path | None = None,
 ) -> str | None:
     """Whether even the way to train that takes least is predicted more bytes than a GPU with `total` has, of which
     `free` are not in use.
@@ -304,7 +320,7 @@ def memory_problem(
     # Whoever asks already holds the context that the prediction counts as the device's own.
     room = min(total, free + estimate_memory.CONTEXT_BYTES)
     device = device_like(name, room, ampere)
-    trainings = [("training", "row", "render", estimate_memory.Training.of(recipe))] if recipe.train else []
+    trainings = [("training", "row", "render", estimate_memory.Training.of(recipe, base))] if recipe.train else []
     if recipe.preference is not None:
         trainings.append(("aligning", "pair", "preference", estimate_memory.Training.of_preference(recipe)))
     in_use = f" ({held / 1e9:.1f} GB are in use: end what holds them)"

@@ -6,6 +6,7 @@ Kept out of the models, which look at nothing but the recipe, and out of reading
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from finetune.utils.files import read_json
 from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
+MOST_ROWS = 1 << 19  # of an embedding: more than any base has
+
 
 def absent(loaded: LoadedRecipe) -> list[str]:
     """A sentence, with file and line, for each thing that is named and is not there."""
@@ -30,8 +33,7 @@ def absent(loaded: LoadedRecipe) -> list[str]:
 def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     recipe = loaded.recipe
     folder = recipe.model.folder
-    if folder is not None and (why := _model_problem(recipe, folder)):
-        yield ("model",), why
+    yield from _model_problems(recipe, folder) if folder is not None else ()
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
     named = (
         (("model",), folder),
@@ -72,10 +74,13 @@ def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Sou
         yield ("preference", name), getattr(recipe.preference, name, None) or []
 
 
-def _model_problem(recipe: Recipe, folder: Path) -> str | None:
+def _model_problems(recipe: Recipe, folder: Path) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if not (folder / "config.json").is_file():
-        return f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
-    return base_problem(recipe, read_json(folder / "config.json"))
+        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+    elif why := base_problem(recipe, read_json(folder / "config.json")):
+        yield ("model",), why
+    else:
+        yield from _tokenizer_problems(recipe, folder)
 
 
 def _not_its_own(folder: Path) -> Iterator[str]:
@@ -98,6 +103,62 @@ def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
         return None
     why = support.problem(config) or support.untied_problem(config, recipe.lora.modules_to_save)
     return f"export.gguf: {why}; set export: null" if why else None
+
+
+def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
+    """Raise InputError if the base's tokenizer, as far as it is here, does not suit the recipe; a line for each reason.
+
+    `base`: the folder of the finished base stage, which has been given the recipe's new tokens.
+    """
+    folder = base or recipe.model.folder
+    if folder is not None and recipe.export is not None and (why := _gguf_problem(folder)):
+        raise InputError(f"export.gguf: {why}")
+    if folder is not None and (found := list(_tokenizer_problems(recipe, folder, given=base is not None))):
+        raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in found))
+
+
+def _tokenizer_problems(
+    recipe: Recipe, folder: Path, *, given: bool = False
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.tokens is None or given:
+        return
+    from finetune.models.new_tokens import present_in_file
+
+    try:
+        found = present_in_file(folder / "tokenizer.json", recipe.tokens.add)
+    except InputError as error:
+        yield ("model",), str(error)
+        return
+    yield from ((("tokens", "add", number), why) for number, why in found)
+
+
+def _gguf_problem(folder: Path) -> str | None:
+    """Why the tokenizer in `folder` cannot be written as GGUF; None if it can, or if there is no tokenizer.json.
+
+    transformers, which replaces parts of some tokenizers, is asked only where the file itself cannot be written.
+    """
+    from finetune.gguf.vocabulary import read_vocabulary
+    from finetune.models.base_limits import check_tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    check_tokenizer(path)
+    for read in (read_json, _as_loaded):
+        try:
+            read_vocabulary(folder, read(path), MOST_ROWS, None)
+        except InputError as error:
+            why = str(error)
+        else:
+            return None
+    return why
+
+
+def _as_loaded(path: Path) -> Any:  # noqa: ANN401 - JSON
+    from finetune.models.loading import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(path.parent)
+    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else read_json(path)
 
 
 def rule_problem(rule: Rule) -> str | None:

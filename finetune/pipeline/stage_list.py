@@ -78,7 +78,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows=True),
     Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows=True),
-    Stage("merge", 2, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
+    Stage("merge", 3, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
     Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
 

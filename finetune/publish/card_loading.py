@@ -46,6 +46,9 @@ def _adapter(repo: str, facts: Facts) -> Block:
     if on_hub and base.get("revision"):
         options.append(f"revision={base['revision']!r}")
     lines.append(f"model = AutoModelForCausalLM.from_pretrained({base['id']!r}, {', '.join(options)})")
+    tokens = base.get("tokens")
+    if tokens and tokens["rows"] > tokens["stored"]:
+        lines.append(f"model.resize_token_embeddings({tokens['rows']}, mean_resizing=False)  # for the new tokens")
     lines.append(f"model = PeftModel.from_pretrained(model, {repo!r})")
     note = f"The base {base['id']} is not on the Hub: put the folder it lies in here in place of its name."
     extra = ["peft", *(["four"] if quantization else [])]

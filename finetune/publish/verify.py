@@ -117,9 +117,9 @@ def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[st
     there, here = (_settings(p) for p in (pulled, staged))
     if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # the folder each was read from
         yield "config.json is another"
-    ends = GenerationConfig.from_pretrained(pulled, local_files_only=True).eos_token_id
-    found = sorted(ends) if isinstance(ends, list) else [] if ends is None else [ends]
-    if facts and found != sorted(facts["terminators"]):
+    every = [GenerationConfig.from_pretrained(p, local_files_only=True).eos_token_id for p in (pulled, staged)]
+    found, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
+    if facts and (found != pushed or not set(found) >= set(facts["terminators"])):  # beside them the base's own others
         yield f"answers end at tokens {found}, trained to end at {sorted(facts['terminators'])}"
 
 

@@ -31,6 +31,7 @@ from finetune.recipe.training import (
     Quantization,
     Render,
     Runtime,
+    Tokens,
     Tracking,
     Train,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Section",
     "Source",
     "Split",
+    "Tokens",
     "Tracking",
     "Train",
     "resolve_path",

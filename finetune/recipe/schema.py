@@ -39,6 +39,7 @@ from finetune.recipe.training import (
     Quantization,
     Render,
     Runtime,
+    Tokens,
     Tracking,
     Train,
 )
@@ -55,6 +56,8 @@ class Recipe(Section):
     """The recipe's name; runs are in artifacts/runs/NAME."""
     model: Model
     """The base model: OWNER/NAME on the Hub, a folder (/… or ./…), builtin:tiny-mistral, or {id: …, revision: …}."""
+    tokens: Tokens | None = None
+    """Tokens to add to the base's vocabulary; null adds none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides every random choice."""
     data: Annotated[list[Source], Field(min_length=1)] = Field(default=[])

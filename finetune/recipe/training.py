@@ -46,6 +46,15 @@ def _known_rope(value: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **{name: v for name, v in value.items() if name != "type"}}
 
 
+def _text_of_token(value: str) -> str:
+    """Something to see."""
+    if not value.strip():
+        raise ValueError(f"found {value!r}; allowed is a text that is not only white space")
+    return value
+
+
+MOST_NEW_TOKENS = 10_000
+NewToken = Annotated[str, Field(max_length=200), AfterValidator(_text_of_token)]
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
 RopeScaling = Annotated[dict[str, str | bool | int | float | list[float]], AfterValidator(_known_rope)]
 
@@ -89,6 +98,22 @@ class Model(Section):
         if self.id.startswith("builtin:"):
             return "builtin"
         return "folder" if self.folder else "hub"
+
+
+class Tokens(Section):
+    """Tokens added to the base's vocabulary: one id each, their rows of the embedding and the head trained."""
+
+    add: Annotated[list[NewToken], Field(min_length=1, max_length=MOST_NEW_TOKENS)]
+    """Their texts, none of which the base has. In rows and in the template each is one id, wherever it stands."""
+    special: bool = False
+    """Whether they are control tokens, which decoding with skip_special_tokens leaves out."""
+
+    @field_validator("add")
+    @classmethod
+    def _each_once(cls, texts: list[str]) -> list[str]:
+        if twice := [t for i, t in enumerate(texts) if t in texts[:i]]:
+            raise ValueError(f"{twice[0]!r} is there twice")
+        return texts
 
 
 class Render(Section):

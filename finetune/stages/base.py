@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.context import Context, Metrics
 from finetune.errors import InputError
-from finetune.recipe import Model, Recipe, Section
+from finetune.recipe import Model, Recipe, Section, Tokens
 from finetune.utils.files import file_digest, read_json, write_json
 from finetune.utils.limits import reading
 from finetune.utils.links import require_model
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class Spec(Section):
-    """The base; the seed only where the base itself is trained with it."""
+    """The base and the tokens it is given; the seed only where the base itself is trained with it."""
 
     model: Model
     seed: int | None = None
+    tokens: Tokens | None = None
 
 
 def spec(recipe: Recipe) -> Spec:
     """The part of the recipe this stage sees."""
-    return Spec(model=recipe.model, seed=recipe.seed if recipe.model.kind == "builtin" else None)
+    seed = recipe.seed if recipe.model.kind == "builtin" else None
+    return Spec(model=recipe.model, seed=seed, tokens=recipe.tokens)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -52,7 +54,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
     from finetune.models import loading, remote_code
-    from finetune.models.architecture import scaled
+    from finetune.models.architecture import positions, scaled
     from finetune.models.base_limits import check_config, check_tokenizer
 
     model, revision, metrics = spec.model, None, {}
@@ -85,9 +87,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
     check_config(out / "config.json")
     parameters = loading.count_parameters(source, model.trust_remote_code)
+    _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), read_json(out / "config.json"))
+    added = _add_tokens(spec, out, ctx) if spec.tokens else {}
+    if model.rope_scaling:
+        added |= {"positions": positions(read_json(source / "config.json"), model.rope_scaling)}
+    if spec.tokens:
+        parameters = loading.count_parameters(out, model.trust_remote_code)
     config = read_json(out / "config.json")
     facts = _try_architecture(model, out, ctx)
-    _require_fitting_vocabulary(model.id, loading.load_tokenizer(out), config)
     pinned = {
         "id": model.id,
         "kind": model.kind,
@@ -95,9 +102,23 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "parameters": parameters,
         "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
         "weights": weights,
+        **added,
     }
     write_json(out / "base.json", pinned)
     return {"parameters": parameters, "revision": revision, **facts, **metrics}
+
+
+def _add_tokens(spec: Spec, out: Path, ctx: Context) -> Metrics:
+    """Write the recipe's tokens into the tokenizer and the configuration; what base.json holds of them."""
+    from finetune.models import loading, new_tokens
+    from finetune.models.layerwise import empty_model
+
+    assert spec.tokens is not None  # noqa: S101 - the caller asked
+    rows = new_tokens.embedding_rows(empty_model(out, trust_remote_code=spec.model.trust_remote_code))
+    found = new_tokens.add_to_tokenizer(out, spec.tokens, rows, loading.load_tokenizer)
+    write_json(out / "config.json", new_tokens.with_rows(read_json(out / "config.json"), found.rows))
+    ctx.say(f"base: {found.describe()}")
+    return {"tokens": found.as_json()}
 
 
 def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
@@ -108,7 +129,7 @@ def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
     counted = inventory.require_inventory(empty_model(out, trust_remote_code=model.trust_remote_code), model.id)
     facts = trial.try_architecture(out, trust_remote_code=model.trust_remote_code)
     write_json(out / inventory.FILE, {"inventory": counted.as_json(), **facts.as_json()})
-    for note in inventory.notes(counted):
+    for note in inventory.notes(counted, read_json(out / "config.json")):
         ctx.say(f"base: {note}")
     return {"packing": facts.packing is None, "attention": facts.attention}
 

@@ -61,6 +61,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.merge.plan import output_dtype, plan_merge
     from finetune.models import loading
     from finetune.models.device import DTYPES, pick_device, pick_precision
+    from finetune.models.new_tokens import read_new_tokens
 
     base, adapter = inputs["base"], inputs["train"] / "adapter"
     device = pick_device(ctx.device)
@@ -70,9 +71,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     dtype = output_dtype(spec.merge_dtype, base)
     folder = loading.ensure_base(spec.model, base, ctx)
     # Everything that cannot be merged is refused here, before the slow part.
-    plans = {n: plan_merge(folder, adapter, dtype, t, spec.model.trust_remote_code) for n, t in trips.items()}
+    own_code, tokens = spec.model.trust_remote_code, read_new_tokens(base)
+    plans = {n: plan_merge(folder, adapter, dtype, t, own_code, tokens) for n, t in trips.items()}
     held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
-    unmerged = plan_merge(folder, adapter, compute, seen, spec.model.trust_remote_code)
+    unmerged = plan_merge(folder, adapter, compute, seen, own_code, tokens)
     own = _trained(spec.model, base, adapter, unmerged, compute, device)
     merged = {name: _merged(spec.model, base, plan, compute, device) for name, plan in plans.items()}
     trained, *others = _hidden([own, *merged.values()], held_out, ctx)
@@ -86,7 +88,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     if not _passes(spec.certify, certificate) and (gain := _gain(spec, certificate, found, held_out)):
         control = found.get("dequantized")
         if control is None:  # certify.base: original
-            plan = plan_merge(folder, adapter, dtype, seen, spec.model.trust_remote_code)
+            plan = plan_merge(folder, adapter, dtype, seen, own_code, tokens)
             model = _merged(spec.model, base, plan, compute, device)
             control = compared(model, _hidden([model], held_out, ctx)[0])
         same = _figures(control, held_out, spec.seed)

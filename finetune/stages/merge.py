@@ -47,6 +47,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.merge.plan import output_dtype, plan_merge
     from finetune.models import loading, remote_code
     from finetune.models.device import pick_device
+    from finetune.models.new_tokens import read_new_tokens
     from finetune.utils.safetensors_io import plan_shards, write_shards
 
     started = time.monotonic()
@@ -56,7 +57,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     dtype = output_dtype(spec.merge.dtype, base)
     folder = loading.ensure_base(spec.model, base, ctx)
     trip = _round_trip(spec, certificate, ctx) if certificate["base"] == "dequantized" else None
-    plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code)
+    tokens = read_new_tokens(base)
+    plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code, tokens)
     shards = plan_shards(plan.shapes, spec.merge.max_shard_bytes)
     _require_space(out, shards.file_bytes + SMALL_FILES_BYTES)
     with _peak_anonymous() as peak:
@@ -131,15 +133,18 @@ def _write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
 
 
 def _write_generation_config(base: Path, adapter: Path, out: Path) -> None:
-    """The base's generation settings, ending at the terminators that were trained."""
+    """The base's generation settings, ending at the terminators that were trained, and at the base's own others."""
     path = base / "generation_config.json"
     config = read_json(path) if path.exists() else {}
+    architecture = read_json(base / "config.json")
     for name in ("_from_model_config", "transformers_version"):
         config.pop(name, None)
     template = adapter / "template" / "template.json"
     if template.exists() and (terminators := read_json(template)["terminators"]):
-        config["eos_token_id"] = terminators[0] if len(terminators) == 1 else terminators
-    architecture = read_json(base / "config.json")
+        own = config.get("eos_token_id", architecture.get("eos_token_id"))
+        others = own if isinstance(own, list) else [] if own is None else [own]
+        every = list(dict.fromkeys([*terminators, *others]))
+        config["eos_token_id"] = every[0] if len(every) == 1 else every
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is None and architecture.get(name) is not None:
             config[name] = architecture[name]

@@ -41,6 +41,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     """
     from finetune.data.records import read_rows, reject_writer
     from finetune.models.loading import load_tokenizer
+    from finetune.models.new_tokens import meant
     from finetune.tokenization.audit import check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
     from finetune.tokenization.chat_template import choose_template, write_template
@@ -56,9 +57,10 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     template = choose_template(
         spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]
     )
-    encoder = Encoder(tokenizer)
+    own_special = meant(inputs["base"])
+    encoder = Encoder(tokenizer, own_special)
     worker = RowTokenizer(template, encoder, _rules(spec, tokenizer, template))
-    check = IdCheck(tokenizer, template)
+    check = IdCheck(tokenizer, template, own_special)
     for row in sample:
         check.compare(row, worker)
     proved = worker.check_prompts(sample)
@@ -71,13 +73,13 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction, spec.max_unterminated_fraction
     )
     ctx.say(f"render: template {template.name}; {check.equal} sampled rows have the ids of the base's own template")
-    for line in (*check.notes(), *_notes(tallies)):
+    for line in (*check.notes(), *_notes(tallies), *_unseen(out, inputs["base"]), *_too_long(out, inputs["base"])):
         ctx.say(f"render: {line}")
     ctx.say(_shown(tokenizer, out / "train.parquet"))
-    pad = choose_pad(tokenizer, template.text, worker.labels)
+    pad = choose_pad(tokenizer, template.text, worker.labels, own_special)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
-    write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    write_template(out / "template", template, terminators, pad, worker.starts_with_bos, sorted(own_special))
     _write_audit(out / "audit.json", tallies, worker, proved, check)
     done = tallies["train"]
     dropped: dict[str, int] = {}
@@ -132,6 +134,42 @@ def _notes(tallies: Mapping[str, Tally]) -> Iterator[str]:
         yield (
             f"{rows:,} rows hold the text {string!r}, a special token of this base; typed text is encoded as text: "
             f"{ids:,} of these rows hold it as a token"
+        )
+
+
+def _unseen(out: Path, base: Path) -> Iterator[str]:
+    """New tokens that no training row holds: their embedding stays where it begins."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from finetune.models.new_tokens import read_new_tokens
+
+    if (tokens := read_new_tokens(base)) is None:
+        return
+    seen: set[int] = set()
+    for batch in pq.ParquetFile(out / "train.parquet").iter_batches(columns=["input_ids"]):
+        seen.update(np.unique(batch.column(0).flatten().to_numpy()).tolist())
+    if lost := [text for text, number in zip(tokens.texts, tokens.ids, strict=True) if number not in seen]:
+        yield f"WARNING: {len(lost)} of {len(tokens.ids)} new tokens are in no training row, such as {lost[0]!r}"
+
+
+def _too_long(out: Path, base: Path) -> Iterator[str]:
+    """Rows that are longer than the sequences the base was made for."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from finetune.models.architecture import positions
+    from finetune.utils.files import read_json
+
+    pinned, config = (read_json(p) if p.is_file() else {} for p in (base / "base.json", base / "config.json"))
+    known = pinned["positions"] if "positions" in pinned else positions(config)
+    lengths = [pq.read_table(out / f"{n}.parquet", columns=["length"])["length"].to_numpy() for n in ("train", "eval")]
+    every = np.concatenate(lengths)
+    if known and (count := int((every > known).sum())):
+        yield (
+            f"WARNING: {count:,} of {len(every):,} rows are longer than the {known:,} positions that the base knows "
+            f"(max_position_embeddings; the longest has {every.max():,} tokens): lower render.max_length_tokens, or "
+            "set model.rope_scaling"
         )
 
 

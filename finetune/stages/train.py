@@ -56,7 +56,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.lora import config as lora_config
     from finetune.lora import fused_linear
     from finetune.lora import resume as lora_resume
-    from finetune.models import attention, loading
+    from finetune.models import attention, loading, new_tokens
     from finetune.models import compile as models_compile
     from finetune.models.device import pick_device, pick_precision
     from finetune.tokenization.token_rows import read_rendered, read_token_rows
@@ -101,6 +101,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         documents=inputs["pack"] / "row_ids.parquet" if packed.exists() else inputs["render"] / "train.parquet",
         held_out=held_out,
         start=start,
+        tokens=new_tokens.read_new_tokens(inputs["base"]),
         fused_adapters=fused_linear.wanted(ctx.runtime.fused_adapters, precision, os.environ, worth=worth_fusing),
     )
     with runtime.fitting(inputs["base"], device):

@@ -216,14 +216,20 @@ def choose_template(
     return Template(label, own, inference, tool_use, profile, finder)
 
 
-def write_template(folder: Path, template: Template, terminators: list[int], pad: str, bos: bool) -> None:
-    """Write the template's texts and template.json: name, sha256, terminators (ids), pad_token, bos."""
+def write_template(
+    folder: Path, template: Template, terminators: list[int], pad: str, bos: bool, typed: Sequence[str] = ()
+) -> None:
+    """Write the template's texts and template.json: name, sha256, terminators (ids), pad_token, bos.
+
+    `typed`: special tokens that a typed text becomes; the field is absent if there is none.
+    """
     folder.mkdir()
     write_bytes(folder / "chat_template.jinja", template.training.encode())
     write_bytes(folder / "inference.jinja", template.inference.encode())
     if template.tool_use:
         write_bytes(folder / "inference_tool_use.jinja", template.tool_use.encode())
     facts = {"name": template.name, "sha256": template.digest, "terminators": terminators, "pad_token": pad, "bos": bos}
+    facts |= {"typed": list(typed)} if typed else {}
     write_json(folder / "template.json", facts)
 
 

@@ -34,7 +34,8 @@ class Encoder:
     control tokens by private names only (see ControlStrings), and runs over the whole text as the first one does.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, meant: Collection[str] = ()) -> None:
+        """`meant`: special tokens that are tokens where a row holds their text (those of the recipe's tokens.add)."""
         from tokenizers import Tokenizer
 
         if not tokenizer.is_fast:
@@ -43,7 +44,7 @@ class Encoder:
                 "convert it once with AutoTokenizer.from_pretrained(BASE, use_fast=True).save_pretrained(FOLDER)"
             )
         self._description = tokenizer.backend_tokenizer.to_str()
-        self.controls = ControlStrings(special_strings(tokenizer))
+        self.controls = ControlStrings(s for s in special_strings(tokenizer) if s not in meant)
         self.special_ids = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
         self._plain: Tokenizer = Tokenizer.from_str(_bare(self._description))
         self._sealed: Tokenizer | None = None
@@ -92,21 +93,24 @@ class Encoder:
         return copy
 
 
-def choose_pad(tokenizer: PreTrainedTokenizerBase, template: str, label_ids: Collection[int]) -> str:
+def choose_pad(
+    tokenizer: PreTrainedTokenizerBase, template: str, label_ids: Collection[int], meant: Collection[str] = ()
+) -> str:
     """A pad token that never is a label: the base's own if it serves no other purpose, else an unused special token.
 
-    No embedding is added. Raises GateRefused where the base has none.
+    Of the recipe's own tokens (`meant`) only one with "pad" in its text is taken. Raises GateRefused where the base has
+    none.
     """
     taken = {tokenizer.bos_token, tokenizer.eos_token}
     strings = [t.content for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in label_ids]
-    free = [s for s in strings if s not in taken and s not in template]
+    free = [s for s in strings if s not in taken and s not in template and (s not in meant or "pad" in s.lower())]
     preferred = [tokenizer.pad_token, *(s for s in free if "pad" in s.lower()), tokenizer.unk_token, *free]
     for string in preferred:
         if string in free:
             return str(string)
     raise GateRefused(
         "the base has no unused special token to pad with: each is a label, the beginning or end of a text, or part of "
-        "the template; add a <pad> token to the base's tokenizer whose id is inside its embedding"
+        "the template; add one: tokens: {add: [<pad>], special: true}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.records import Example
@@ -26,11 +26,11 @@ class IdCheck:
     opened reasoning block) are compared up to the end of their last prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, meant: Collection[str] = ()) -> None:
         self._tokenizer: Any = tokenizer
         self._template = template
         added = tokenizer.added_tokens_decoder.items()
-        self._special = {t.content: i for i, t in added if t.special and t.content.strip()}
+        self._special = {t.content: i for i, t in added if t.special and t.content.strip() and t.content not in meant}
         self._ordinary = [i for i, t in added if not t.special]
         self.equal = 0
         self.other: Counter[str] = Counter()  # why a row's ids are not those of apply_chat_template -> rows

@@ -13,6 +13,8 @@ from finetune.recipe import Lora, Train
 from finetune.tokenization.token_rows import TokenRow
 
 if TYPE_CHECKING:
+    from finetune.models.new_tokens import NewTokens
+
     pass
 
 OPTIMIZERS = {
@@ -48,6 +50,7 @@ class Job:
     micro_batch_rows: int | None = None  # what auto has come to
     fused_adapters: bool = False  # lora/fused_linear.py
     stage: str = "train"  # in front of what is said
+    tokens: NewTokens | None = None  # that were added to the base
 
 
 def shared_arguments(job: Job, ctx: Context, micro: int, accumulate: int, steps: int) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateRefused
-from finetune.lora.config import SAVED, is_target, layer_count, rank_of, saved_parameters
+from finetune.lora.config import ROWS, SAVED, is_target, layer_count, rank_of, saved_parameters
 from finetune.recipe import Lora
 
 if TYPE_CHECKING:
     import torch
     from trl import SFTTrainer
+
+    from finetune.models.new_tokens import NewTokens
 
     Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -47,11 +49,12 @@ def prove(
     precision: str,
     *,
     packed: bool,
+    tokens: NewTokens | None = None,
 ) -> None:
     """Everything that is proved before step 1, on up to two documents of `dataset`. Raises GateRefused."""
     model: Any = trainer.model
     prove_adapters(model)
-    prove_planned(model, planned_parameters(model, lora))
+    prove_planned(model, planned_parameters(model, lora, tokens))
     first = dataset[0]
     check_batch(collate([first]), first.get("seq_lengths"), packed)
     documents = two_documents(dataset)
@@ -146,14 +149,19 @@ def prove_adapters(model: torch.nn.Module) -> None:
     wrong = [n for n, p in trainable.items() if p.dtype != torch.float32]
     if wrong:
         raise GateRefused(f"{len(wrong)} trainable parameters are not fp32 ({wrong[0]} is {trainable[wrong[0]].dtype})")
-    other = [n for n in trainable if "lora_" not in n and SAVED not in n]
+    other = [n for n in trainable if "lora_" not in n and SAVED not in n and ROWS not in n]
     if other or not trainable:
         raise GateRefused(
-            f"only LoRA parameters and lora.modules_to_save should train, found {other[0] if other else 'none'}"
+            "only LoRA parameters, lora.modules_to_save and new tokens' rows should train, found "
+            f"{other[0] if other else 'none'}"
         )
 
 
-def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - PeftModel
+def planned_parameters(
+    model: Any,  # noqa: ANN401 - PeftModel
+    lora: Lora,
+    tokens: NewTokens | None = None,
+) -> dict[str, tuple[int, ...]]:
     """Name → shape of what `lora` says is trained, worked out from the base's matrices and not from peft's layers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -162,7 +170,7 @@ def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  #
 
     base = model.get_base_model()
     head = base.get_output_embeddings()
-    planned = saved_parameters(lora, base)
+    planned = saved_parameters(lora, base, tokens)
     linear = {
         path.removesuffix(".base_layer"): module
         for path, module in base.named_modules()
@@ -170,6 +178,7 @@ def planned_parameters(model: Any, lora: Lora) -> dict[str, tuple[int, ...]]:  #
         and ".lora_" not in path
         and module is not head
         and SAVED not in f"{path}."
+        and ".token_adapter." not in path
     }
     layers = layer_count(linear)
     for name in adaptable(base, linear):
@@ -337,8 +346,9 @@ class Movement:
     def __init__(self, model: torch.nn.Module) -> None:
         from torch.distributed.tensor import DTensor
 
-        # Of a saved embedding only the rows that were read have a gradient: no share of it must have moved.
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and SAVED not in n}
+        # Of an embedding only the rows that were read have a gradient: no share of it must have moved.
+        rows = (SAVED, ROWS)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not any(r in n for r in rows)}
         shared_out = any(isinstance(p, DTensor) for p in trained.values())
         self._before = {} if shared_out else {n: thinned(p) for n, p in trained.items()}
         self._updates = 0

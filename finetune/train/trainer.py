@@ -77,7 +77,7 @@ def train(
     task = Task(
         build=lambda shared: _trainer(job, base, tokenizer, dataset, _arguments(shared, packed)),
         prove=lambda trainer: sanity_checks.prove(
-            trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed
+            trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed, tokens=job.tokens
         ),
         follower=callbacks.Follower,
     )
@@ -163,7 +163,7 @@ def _trainer(
     from finetune.lora import resume as lora_resume
     from finetune.train.lora_plus import RecipeTrainer
 
-    adapter = lora_config.lora_config(job.lora, base)
+    adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
         fused_adapters.use(adapter)
     trainer = RecipeTrainer(
@@ -237,7 +237,13 @@ def save_adapter(
     model: PeftModel, folder: Path, base_id: str, revision: str | None, sharded: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write the adapter: fp32 safetensors, and a config that names the pinned base and is the same bytes every time."""
-    model.save_pretrained(str(folder), safe_serialization=True, state_dict=sharded, selected_adapters=["default"])
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        state_dict=sharded,
+        selected_adapters=["default"],
+        save_embedding_layers=False,
+    )
     (folder / "README.md").unlink(missing_ok=True)  # peft's template of a card; ours is made from measurements
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -75,6 +75,25 @@ class TensorRef:
                 forget_pages(file.fileno(), begin, len(raw))
 
 
+@dataclass(frozen=True, slots=True)
+class GrownRef(TensorRef):
+    """A tensor with more rows than the `stored_rows` that the file has: those behind them are zeros."""
+
+    stored_rows: int
+
+    def read_into(self, raw: torch.Tensor, start: int = 0, *, once: bool = False) -> None:
+        """As for a tensor that is stored whole."""
+        stored = self.stored_rows * prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        there = min(len(raw), max(0, stored - start))
+        TensorRef.read_into(self, raw[:there], start, once=once)
+        raw[there:] = 0
+
+    @classmethod
+    def of(cls, ref: TensorRef, rows: int) -> GrownRef:
+        """The tensor `ref` with so many rows."""
+        return cls(ref.name, ref.dtype, (rows, *ref.shape[1:]), ref.file, ref.offset, ref.shape[0])
+
+
 def torch_dtype(code: str) -> torch.dtype:
     """The torch dtype of a safetensors code ("BF16") or of a plain name ("bfloat16")."""
     import torch

@@ -44,7 +44,7 @@ def row(family: str, base: Path, done: Through) -> str:
     cells += ["yes" if _suits(base) else "no", "refused" if facts["training"] or facts["quantized"] else "yes"]
     cells += ["yes" if problem(config) is None else "no"]
     inventory = read_inventory(done.folders["base"])
-    remarks = [_remark(note) for note in notes(inventory)] if inventory else []
+    remarks = [_remark(note) for note in notes(inventory, config)] if inventory else []
     reasons = dict.fromkeys(facts[name] for name in ("packing", "training", "quantized") if facts[name])
     return "| " + " | ".join([*cells, "; ".join([*reasons, *remarks])]) + " |"
 

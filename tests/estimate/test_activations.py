@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune.estimate.activations import POLICIES, MicroBatch
+from finetune.estimate.activations import POLICIES, MicroBatch, peak
 from tests.helpers.small_models import PARTIAL, adapted, apply, config, measured, predicted, quantized
 
 TOLERANCE = 0.02
@@ -66,3 +66,41 @@ def test_a_gpu_dequantises_in_forward_too_and_keeps_what_it_keeps():
         for policy in ("full", "selective", "offload")
     )
     assert offload <= full <= selective
+
+
+OTHERS = {  # the worst below, and the worst above
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 8},
+    "opt": {"ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "gpt_neox": {}, "starcoder2": {}, "qwen3": {}, "olmo2": {}, "phi3": {"pad_token_id": 0}, "stablelm": {},
+    "cohere": {}, "nemotron": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [k if k == "phi" else pytest.param(k, marks=pytest.mark.slow) for k in OTHERS])
+def test_layers_that_are_not_llamas_stay_within_what_plan_says_of_the_estimate(kind, tmp_path):
+    """The layers' part: what is held without checkpointing and not with it. Everything else is the same for all."""
+    import json
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.estimate.memory import OTHER_LAYERS
+    from finetune.estimate.shapes import decoder, shapes_of
+    from finetune.recipe import Lora
+
+    sizes = {
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 512, "sliding_window": None,
+        "use_sliding_window": False, **OTHERS[kind],
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).requires_grad_(False)
+    model.config.save_pretrained(tmp_path)
+    shapes = shapes_of(json.loads((tmp_path / "config.json").read_text()))
+    assert shapes is not None and shapes.inventory is not None
+    whole, found = adapted(model, None, 0.0), {}
+    for policy in ("none", "full"):
+        apply(whole, policy)
+        batch = MicroBatch(rows=1, length=128, mask=False, half=False, cuda=False, policy=policy)
+        parts = peak(decoder(shapes, Lora(r=8), quantized=False), batch)
+        found[policy] = measured(whole, batch), sum(parts.values()) + OTHER_LAYERS * parts["activations"]
+    real, said = (a - b for a, b in zip(found["none"], found["full"], strict=True))
+    assert 1.0 <= said / real <= 2.2

@@ -82,6 +82,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5 text": ("qwen3_5_text", {**HEAD, "layer_types": ["linear_attention", "full_attention"],
                                  "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                                  "linear_value_head_dim": 16}),
+    "qwen3_5": ("qwen3_5", {  # saved as the wrapper that it is published as; only its language model is loaded
+        "text_config": {**TINY, **HEAD, "layer_types": ["linear_attention", "full_attention"],
+                        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                        "linear_value_head_dim": 16},
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+                          "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": []}}),
     "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2}),
     "recurrent_gemma": ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 8, "num_hidden_layers": 3}),
     "mixtral": ("mixtral", {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -106,10 +112,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> PreTrainedModel:
-    """A random model of `family` in fp32 and eval mode; norms and biases are moved off their initial values."""
+WRAPPED = ("qwen3_5",)  # what AutoModelForCausalLM loads is a part of what is saved
+
+
+def build(family: str, seed: int = 0, vocabulary: int = VOCABULARY, *, whole: bool = False) -> PreTrainedModel:
+    """A random model of `family` in fp32 and eval mode; norms and biases are moved off their initial values.
+
+    `whole`: with the parts beside the language model that AutoModelForCausalLM leaves out.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind, own = FAMILIES[family]
     settings = own if "text_config" in own else {**TINY, **own}
@@ -118,7 +130,8 @@ def build(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> PreTraine
     config.get_text_config().vocab_size = vocabulary
     if hasattr(config, "vocab_size_per_layer_input"):
         config.vocab_size_per_layer_input = vocabulary
-    model: Any = AutoModelForCausalLM.from_config(config)
+    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.02 if parameter.ndim == 1 else 0.1))
@@ -130,5 +143,5 @@ def save(family: str, folder: Path, seed: int = 0, dtype: str = "float32", vocab
     """Save a random model of `family` in `folder`, as transformers saves it; returns the folder."""
     import torch
 
-    build(family, seed, vocabulary).to(getattr(torch, dtype)).save_pretrained(folder)
+    build(family, seed, vocabulary, whole=family in WRAPPED).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ import pytest
 
 from finetune.context import Context
 from finetune.errors import InputError
-from finetune.models.architecture import scaled
+from finetune.models.architecture import positions, scaled
 from finetune.models.layerwise import empty_model
 from finetune.pipeline import plan as pipeline_plan
 from finetune.pipeline import preflight, runner
@@ -18,7 +18,7 @@ from finetune.pipeline.recipe_checks import absent
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe, Runtime, Tracking
 from finetune.recipe.load import LoadedRecipe, load_recipe
-from finetune.stages import base, pack
+from finetune.stages import base, merge, pack
 from finetune.tiny.model import train_tokenizer
 from finetune.utils.files import read_json, write_json
 from tests.helpers.tiny_models import load, save_tiny
@@ -88,6 +88,8 @@ def test_rows_beyond_the_bases_positions_are_warned_of_until_they_are_scaled(fol
     )
     scaling = "model.rope_scaling={rope_type: yarn, factor: 2}"
     assert not planned(recipe(folder, config, long, "model={id: ./base}", scaling), folder)["notes"]
+    longer = recipe(folder, config, long.replace("8192", "8193"), "model={id: ./base}", scaling)
+    assert any("the base knows 8,192 positions" in note for note in planned(longer, folder)["notes"])
     assert not planned(recipe(folder, {**config, "max_position_embeddings": 8192}, long), folder)["notes"]
 
 
@@ -165,6 +167,33 @@ def test_rows_are_not_packed_for_a_base_whose_documents_would_see_each_other(
     assert said == ["pack: off: packed documents see each other; rows are trained one by one"]
 
 
+ODD = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "[a-m]+|[^a-m]+"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_split_is_refused_before_the_training(folder: Path) -> None:
+    exports = "export: {gguf: [q8_0]}\n"
+    fine = recipe(folder, None, exports)
+    planned(fine, folder)
+    preflight.check_adapter(fine.recipe, None)
+    path = folder / "base" / "tokenizer.json"
+    write_json(path, {**read_json(path), "pre_tokenizer": ODD})
+    with pytest.raises(InputError, match=r"export\.gguf: .*llama\.cpp has no splitter for '\[a-m\]"):
+        planned(fine, folder)
+    with pytest.raises(InputError, match="has no splitter"):
+        preflight.check_adapter(fine.recipe, None)
+    with pytest.raises(InputError, match="has no splitter"):  # a base of the Hub, once it is here
+        preflight.check_adapter(fine.recipe, pinned(fine, folder))
+    without = recipe(folder)
+    planned(without, folder)
+    preflight.check_adapter(without.recipe, None)
+
+
 SCALED = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -179,6 +208,51 @@ def test_rotary_settings_of_the_recipe_are_trained_and_pinned(folder: Path) -> N
     trained = loading.load_base(loaded.recipe.model, out, context, None, "fp32", "cpu")
     for model in (trained, empty_model(out)):
         assert (model.model.rotary_emb.inv_freq - expected).abs().max() < 1e-9
+
+
+def test_they_are_in_the_merged_config_and_the_base_says_how_far_they_reach(folder: Path) -> None:
+    from tests.helpers.tiny_models import save_adapter
+
+    loaded = recipe(folder, None, "", "model={id: ./base}", "model.rope_scaling={rope_type: linear, factor: 2.0}")
+    out = pinned(loaded, folder)
+    assert read_json(out / "base.json")["positions"] == 512 and "tokens" not in read_json(out / "base.json")
+    (folder / "train").mkdir()
+    (folder / "merged").mkdir()
+    save_adapter(folder / "base", folder / "train" / "adapter")
+    context = Context(scratch=folder / "scratch", runtime=Runtime(), tracking=Tracking(), device="cpu")
+    inputs = {"base": out, "train": folder / "train", "certify": folder / "train"}
+    merge.run(merge.spec(loaded.recipe), inputs, folder / "merged", context)
+    merged = load(folder / "merged")
+    assert {**merged.config.rope_parameters, "rope_theta": 0} == {**SCALED, "rope_theta": 0}
+    assert (merged.model.rotary_emb.inv_freq - load(folder / "base").model.rotary_emb.inv_freq / 2).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling", "reach"),
+    [
+        ({"max_position_embeddings": 100}, None, 100),
+        ({"max_position_embeddings": 100}, {"rope_type": "linear", "factor": 4.0}, 400),
+        ({"text_config": {"max_position_embeddings": 100}}, {"factor": 2, "original_max_position_embeddings": 80}, 160),
+        ({"max_position_embeddings": 100}, {"factor": 2, "original_max_position_embeddings": 10}, 100),
+        ({"max_position_embeddings": 100}, {"rope_type": "longrope", "long_factor": [1.0]}, None),
+        ({"n_positions": 7}, None, 7),
+        ({}, {"factor": 2}, None),
+    ],
+)  # fmt: skip
+def test_how_far_a_base_reaches(config: dict[str, Any], scaling: dict[str, Any] | None, reach: int | None) -> None:
+    assert positions(config, scaling) == reach
+
+
+@pytest.mark.parametrize("why", [None, "packed documents see each other"])
+def test_the_preflight_takes_packing_from_the_trial(
+    why: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(preflight, "batch_shape", lambda *given: asked.append(given[-1]))
+    write_json(folder / "architecture.json", {"packing": why})
+    preflight._check_training(recipe(folder).recipe, None, 1, folder, force=False)
+    preflight._check_training(recipe(folder).recipe, None, 1, force=False)  # no base yet: as the recipe says
+    assert asked == [why is None, True]
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,15 @@ def test_the_code_compiles_and_pins_the_base(kind: Kind, quantization: object, t
     assert ("eos_token_id=[2, 32000]" in source) == (template is not None)
 
 
+@pytest.mark.parametrize(("stored", "grows"), [(32000, True), (32064, False)])
+def test_an_adapter_with_new_tokens_says_that_the_base_grows(stored: int, grows: bool) -> None:
+    tokens = {"add": ["<a>"], "special": False, "known": 32000, "stored": stored, "rows": max(32001, stored)}
+    source = code(card(base={**BASE, "tokens": tokens}))
+    compile(source, "card", "exec")
+    assert ("model.resize_token_embeddings(32001, mean_resizing=False)" in source) == grows
+    assert not grows or source.index("resize_token") < source.index("PeftModel.from_pretrained")
+
+
 def test_a_token_in_the_recipe_is_refused_and_not_repeated() -> None:
     token = "hf_" + "A1b2" * 8
     with pytest.raises(InputError, match="line 2") as error:

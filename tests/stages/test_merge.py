@@ -92,6 +92,18 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert not any("/home/me" in p.read_text() for p in out.glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"), [([2, 9, 8], [2, 9, 8]), ([9, 8], [2, 9, 8]), (9, [2, 9]), (2, 2), (None, 2)]
+)
+def test_answers_also_end_at_the_bases_other_terminators(own: Any, expected: Any, tmp_path: Path) -> None:
+    inputs = finish(tmp_path)
+    template = inputs["train"] / "adapter" / "template" / "template.json"
+    template.write_text(json.dumps({**json.loads(template.read_text()), "terminators": [2]}))
+    (inputs["base"] / "generation_config.json").write_text(json.dumps({"eos_token_id": own}))
+    run(tmp_path, inputs)
+    assert config(tmp_path / "out", "generation_config.json")["eos_token_id"] == expected
+
+
 def test_it_merges_into_the_base_that_the_certificate_names(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     (tmp_path / "certify").mkdir()

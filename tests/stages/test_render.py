@@ -13,7 +13,7 @@ from finetune.data.records import Example, Message, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Render, Runtime, Tracking
 from finetune.stages import render
-from finetune.utils.files import read_json
+from finetune.utils.files import read_json, write_json
 from tests.helpers.base_templates import MISTRAL_LATER
 from tests.helpers.tiny_tokenizers import build
 
@@ -158,3 +158,42 @@ def test_typed_special_text_and_masked_turns_are_reported(inputs, tmp_path) -> N
     assert metrics["special_text"] == {"</s>": 31} and metrics["masked_turns"] == 1
     audit = read_json(tmp_path / "out" / "audit.json")["splits"]["train"]
     assert audit["special_text"] == {"</s>": {"rows_with_text": 31, "rows_with_id": 0}} and audit["answers"] == 32
+
+
+def test_rows_beyond_the_positions_of_the_base_are_counted(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write_json(inputs["base"] / "config.json", {"max_position_embeddings": 30})
+    said: list[str] = []
+    run(Render(), inputs, tmp_path / "out", said)
+    tables = [pq.read_table(tmp_path / "out" / f"{n}.parquet")["length"].to_pylist() for n in ("train", "eval")]
+    lengths = [n for table in tables for n in table]
+    count = sum(n > 30 for n in lengths)
+    words = f"WARNING: {count:,} of 620 rows are longer than the 30 positions that the base knows"
+    assert 0 < count < 620 and any(words in line and f"has {max(lengths)} tokens" in line for line in said)
+
+
+@pytest.mark.parametrize("pinned", [None, {"positions": 80}, {"positions": None}])
+def test_none_are_where_the_base_or_rope_scaling_reaches_far_enough(
+    pinned: dict[str, int | None] | None, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    write_json(inputs["base"] / "config.json", {"max_position_embeddings": 80 if pinned is None else 40})
+    if pinned is not None:
+        write_json(inputs["base"] / "base.json", pinned)
+    said: list[str] = []
+    run(Render(), inputs, tmp_path / "out", said)
+    assert not any("positions" in line for line in said)
+
+
+def test_a_new_token_that_no_row_holds_is_warned_of(inputs: dict[str, Path], tmp_path: Path) -> None:
+    from finetune.models.loading import load_tokenizer
+    from finetune.models.new_tokens import add_to_tokenizer
+    from finetune.recipe import Tokens
+
+    tokens = add_to_tokenizer(inputs["base"], Tokens(add=["<|a|>", "the sea"]), 900, load_tokenizer)
+    write_json(inputs["base"] / "base.json", {"tokens": tokens.as_json()})
+    said: list[str] = []
+    run(Render(), inputs, tmp_path / "out", said)
+    assert [line for line in said if "WARNING" in line] == [
+        "render: WARNING: 1 of 2 new tokens are in no training row, such as '<|a|>'"
+    ]
+    rows = pq.read_table(tmp_path / "out" / "train.parquet")["input_ids"].to_pylist()
+    assert all(row.count(tokens.ids[1]) == 1 for row in rows)
