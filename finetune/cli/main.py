@@ -258,28 +258,18 @@ def rm(
 
 @app.command()
 def clean(
-    keep: Annotated[int, typer.Option(min=1, help="Runs of each recipe whose stages stay.")] = 1,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Newest runs of each recipe that stay; so do those that commands use.")
+    ] = 1,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Drop what none of the newest runs of any recipe uses, after listing it."""
-    from finetune.cli import clean as cleaning
+    from finetune.cli.clean import clean_store
     from finetune.pipeline.store import Store
 
-    store = Store(artifacts, scratch)
-    unused = cleaning.unused(store, keep)
-    if not unused:
-        print_text("nothing to clean")
-        return
-    for item in unused:
-        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
-        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
-    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
-        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
-        print_text(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
-    else:
-        print_text("nothing deleted; add --yes")
+    clean_store(Store(artifacts, scratch), keep, yes=yes)
 
 
 @app.command()

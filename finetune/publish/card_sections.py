@@ -36,7 +36,8 @@ def base_words(base: Json, licences: Mapping[str, str]) -> Markdown:
 def sources(facts: Facts) -> list[Markdown]:
     """A line for each source: where its rows came from, at which revision, under which licence."""
     lines = []
-    for position, source in enumerate(facts.recipe.data):
+    recipe = facts.recipe
+    for position, source in enumerate([*recipe.data, *(recipe.eval_data or [])]):
         pinned = facts.sources[position] if position < len(facts.sources) else {}
         weight = f", weight {number(source.weight)}" if source.weight != 1 else ""
         if isinstance(source, HubSource):
@@ -51,7 +52,8 @@ def sources(facts: Facts) -> list[Markdown]:
             words = f"{what}, {code(source.label)}{digest}, licence: unknown{weight}"
         else:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
-        lines.append(Markdown(f"measured on, not trained on: {words}" if facts.recipe.train is None else words))
+        trained = recipe.train is not None and position < len(recipe.data)
+        lines.append(Markdown(words if trained else f"measured on, not trained on: {words}"))
     return lines
 
 

@@ -41,7 +41,7 @@ class Run:
     sets: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source
+    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source, those of eval_data last
 
 
 @dataclass(frozen=True)

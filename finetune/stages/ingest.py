@@ -89,7 +89,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             held_out = write_rows(out / "eval.parquet", read(refuse, named[len(spec.data) :]))
     total, read_rows = refused.total(), count + held_out
     empty = [label for label in labels if not rows_of[label]]
-    if not count or (spec.eval_data and not held_out):
+    if (spec.data and not count) or (spec.eval_data and not held_out):
         raise InputError(f"no row could be read from {', '.join(empty)}. {_first(first)} {_read_as(decisions)}")
     fraction = total / (read_rows + total)
     if fraction > spec.max_refused_fraction:

@@ -51,7 +51,9 @@ def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe holds nothing out."""
     if not recipe.holds_out:
         return None
-    return Spec(seed=recipe.seed, split=recipe.split, repeats=_repeats(recipe.dedup) if recipe.eval_data else None)
+    # Without training rows there is nothing to compare, so no model is asked for.
+    repeats = _repeats(recipe.dedup if recipe.data else None) if recipe.eval_data else None
+    return Spec(seed=recipe.seed, split=recipe.split, repeats=repeats)
 
 
 def _repeats(dedup: Dedup | None) -> Repeats:

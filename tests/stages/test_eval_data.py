@@ -17,7 +17,7 @@ from finetune.dedup.measures import Cosine
 from finetune.dedup.select import repeats_of
 from finetune.errors import GateRefused, InputError
 from finetune.pipeline import runner
-from finetune.pipeline.stage_list import stage_named
+from finetune.pipeline.stage_list import STAGES, spec_of, stage_named
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.stages import certify, evaluate, ingest, split
@@ -153,3 +153,26 @@ def test_the_stage_needs_ingest_only_with_them(tmp_path: Path) -> None:
     held = [{"source": "local", "path": "/none/b"}]
     assert set(step(recipe()).inputs) == {"sample", "embed"}
     assert set(step(recipe(eval_data=held)).inputs) == {"sample", "embed", "ingest"}
+
+
+def test_without_training_rows_every_row_is_held_out(tmp_path: Path) -> None:
+    """An adapter made elsewhere and rows to certify it on: nothing curates, and no embedding is asked for."""
+    held = [{"source": "local", "path": "/none/b"}]
+    imports = {"name": "t", "model": "builtin:tiny-mistral", "train": None, "lora": {"start_from": "/none/adapter"}}
+    whole = Recipe.model_validate({**imports, "eval_data": held, "dedup": {"embedding": "a/b"}})
+    on = {stage.name for stage in STAGES if spec_of(stage, whole) is not None}
+    assert on == {"base", "ingest", "split", "render", "train", "evaluate", "certify", "merge"}
+    spec = split.spec(whole)
+    assert spec is not None and split.fingerprint(spec) == {}
+    rows = [chat(i, f"q{i}", t, source="b") for i, t in enumerate(TEXTS, 1)]
+    made = folder(tmp_path / "ingest", [])
+    (folder(tmp_path / "theirs", rows) / "rows.parquet").rename(made / "eval.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = split.run(spec, {"sample": made, "embed": made, "ingest": made}, out, context(tmp_path))
+    assert (metrics["train_rows"], metrics["eval_rows"], metrics["dropped"]) == (0, 30, 0)
+    assert list(read_rows(out / "eval.parquet")) == rows and ids(out / "train.parquet") == []
+    with pytest.raises(ValidationError, match="there is no data to hold rows out of"):
+        Recipe.model_validate({**imports, "eval_data": held, "split": {}})
+    nothing = {stage.name for stage in STAGES if spec_of(stage, Recipe.model_validate(imports)) is not None}
+    assert nothing == {"base", "train", "merge"}
