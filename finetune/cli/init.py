@@ -10,19 +10,18 @@ from pathlib import Path
 
 import yaml
 
-from finetune.data.sources import read_source
 from finetune.errors import InputError
 from finetune.estimate.choice import DEVICES, Options
 from finetune.estimate.memory import Training
 from finetune.estimate.shapes import read_shapes
 from finetune.eval.verdict import few_steps
 from finetune.init.columns import Chosen
-from finetune.init.data import FILE, Ask, Data, read_data
+from finetune.init.data import FILE, Ask, Data, open_source, read_data
 from finetune.init.preview import preview
 from finetune.init.sizing import batch_for, held_out_fraction, length_for
 from finetune.pipeline.recipe_checks import absent
 from finetune.pipeline.store import Store
-from finetune.recipe import LocalSource, Recipe
+from finetune.recipe import Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.files import canonical_json, read_json
@@ -56,6 +55,7 @@ COMMENTS = {  # by what a line begins with
     "    path:": "beside this recipe, or under the working folder",
     "    columns:": "the format's names, each with yours",
     "  - {source: pydoc": "rows made of Python's own documentation",
+    "ingest:": "columns that are not read",
     "filter: {keep_where": "conditions on other columns of the file",
     "filter:": "rejects.parquet says why a row is left out",
     "split:": "the share of rows that is held out to measure on",
@@ -161,7 +161,7 @@ def from_axolotl(file: Path, name: str | None, out: Path | None, *, force: bool 
     return "\n".join([*lines, f"wrote {path}", f"next: finetune plan {path}, then finetune run {path}"])
 
 
-def _held_out(data: str, path: Path) -> tuple[str, list[str]]:
+def _held_out(data: str, path: Path, ignore: tuple[str, ...]) -> tuple[str, list[str]]:
     """The recipe's line for rows to evaluate on (a file, a folder or a pattern if there is one, else a Hub data set),
     and what was found in them.
     """
@@ -169,7 +169,8 @@ def _held_out(data: str, path: Path) -> tuple[str, list[str]]:
     pattern = any(c in data for c in "*?[")
     if not (file.exists() or pattern or data.startswith((".", "/", "~")) or data.count("/") != 1):
         return f"{{source: hub, id: {_scalar(data)}}}", []
-    decision, _ = read_source(LocalSource(source="local", path=file.absolute()), file.name, Path())
+    fields = {"source": "local", "path": file.absolute()}
+    decision, _, _ = open_source(fields, file.name, Chosen(ignore=ignore))
     where = _scalar(_written_path(file, path))
     found = f"{file.name}: format {decision.format}, since {decision.why}"
     return f"{{source: local, path: {where}, format: {decision.format}}}", [found]
@@ -188,9 +189,11 @@ def recipe_text(
     source = data.lines(lambda file: _written_path(file, path), _scalar)
     head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", *source]
     if eval_data is not None:
-        held_out, notes = _held_out(eval_data, path)
+        held_out, notes = _held_out(eval_data, path, data.ignore)
         head += ["eval_data:", f"  - {held_out}"]
         data = replace(data, notes=[*data.notes, *notes])
+    if data.ignore:
+        head.append(f"ingest: {{ignore: [{', '.join(map(_scalar, data.ignore))}]}}")
     tiny = model.startswith("builtin:")
     if tiny and data.measured is None:
         lines = [*head, *TINY]

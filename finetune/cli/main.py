@@ -349,6 +349,7 @@ def init(
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the answer.")] = None,
     system: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column with a system text.")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="'COLUMN>=N'", help="Keep only such rows.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column not to read.")] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="AXOLOTL.yaml", help="Translate an axolotl configuration.")
     ] = None,
@@ -361,7 +362,7 @@ def init(
 
     ask = ask_terminal if sys.stdin.isatty() else None
     more: dict[str, Any] = {"eval_data": eval_data, "force": force, "ask": ask, "store": Store(ARTIFACTS, SCRATCH)}
-    more["chosen"] = Chosen(question, answer, system, tuple(keep or ()))
+    more["chosen"] = Chosen(question, answer, system, tuple(keep or ()), tuple(ignore or ()))
     axolotl = from_ and from_axolotl(from_, name, out, force=force)
     print_text(axolotl or write_recipe(name, model, data, device, out, **more))
 

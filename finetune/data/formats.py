@@ -74,7 +74,14 @@ STRUCTURE = frozenset({*READ_ROLES, "text", "function"})  # words of a notation,
 
 
 class FormatError(ValueError):
-    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe."""
+    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe.
+
+    `column` is the column that means something and that the format does not read, if that is the reason.
+    """
+
+    def __init__(self, message: str, column: str | None = None) -> None:
+        super().__init__(message)
+        self.column = column
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
                 to_example(raw.row, trial, "", "")
         except RowError as error:
             if error.reason == "unused_column":
-                raise FormatError(f"row {_row_id(label, file, raw)}: {error}") from None
+                raise FormatError(f"row {_row_id(label, file, raw)}: {error}", error.where) from None
         except RecursionError:
             continue  # refused when its turn comes
 

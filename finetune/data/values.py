@@ -12,12 +12,15 @@ ABSENT = object()  # in place of a value: this row has no such column
 
 
 class RowError(ValueError):
-    """A row that does not fit its format: `reason` is a short name to count by, the text says it to a person."""
+    """A row that does not fit its format; the text is for a person.
+
+    `reason` is a short name to count by, `where` the column or the place in it.
+    """
 
     def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
         hint = f"; did you mean {near!r}?" if near else ""
         super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 def text_of(where: str, value: object) -> str:

@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows="training"),
     Stage(
         "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
-        rows="training",
+        rows="training", also=decontaminate.also,
     ),
     Stage(
         "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows="training"

@@ -1,6 +1,7 @@
 """A CSV's columns: sample values, suggestions, names that are not there, and two sides that are swapped."""
 
 import csv
+import json
 
 import pytest
 
@@ -116,3 +117,59 @@ def test_other_encodings_and_delimiters_are_recognised(encoding, delimiter, tick
     said = write(Chosen("frage", "antwort"), data="t.csv")
     source = load_recipe("tickets.yaml").recipe.data[0]
     assert source.encoding == (None if encoding.startswith("utf-8") else encoding) and "40 of 40 rows kept" in said
+
+
+@pytest.fixture
+def choices(tickets):
+    """Rows with a column that means something and that no format reads, beside one that is only kept."""
+    rows = [
+        {
+            "question": f"What is {i} + {i}?",
+            "choices": ["one", "two", f"zebra {i}"],
+            "answer": f"It is {2 * i}.",
+            "n": i,
+        }
+        for i in range(60)
+    ]
+    for name in ("mc.jsonl", "held.jsonl"):
+        (tickets / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tickets
+
+
+def test_a_column_that_is_not_needed_is_left_out_by_a_flag(choices):
+    said = write(Chosen(ignore=("choices",)), data="mc.jsonl", eval_data="held.jsonl")
+    recipe = load_recipe("tickets.yaml").recipe
+    assert recipe.ingest.ignore == ["choices"] and "zebra 0" in said and "60 of 60 rows kept" in said
+    with pytest.raises(InputError, match="--ignore gone: no column of that name"):
+        write(Chosen(ignore=("gone",)), data="mc.jsonl")
+    write(Chosen(ignore=("choices",)), data="owner/rows")  # of the Hub, whose columns are not known yet
+    assert load_recipe("tickets.yaml").recipe.ingest.ignore == ["choices"]
+
+
+def test_without_a_terminal_the_column_and_its_flag_are_named(choices):
+    for chosen in (Chosen(), Chosen("question", "answer")):
+        with pytest.raises(InputError, match=r"choices: found a list.*here: --ignore choices"):
+            write(chosen, data="mc.jsonl")
+    with pytest.raises(InputError, match=r"held\.jsonl.*here: --ignore choices"):
+        write(data="tickets.csv", eval_data="held.jsonl")
+    assert not (choices / "tickets.yaml").exists()
+
+
+def test_a_person_is_shown_the_column_and_asked(choices):
+    asked = []
+
+    def ask(question, default):
+        asked.append((question, default))
+        return "yes"
+
+    write(Chosen(), data="mc.jsonl", ask=ask)
+    assert load_recipe("tickets.yaml").recipe.ingest.ignore == ["choices"]
+    assert "zebra 0" in asked[0][0] and "leave the column 'choices' out" in asked[0][0] and asked[0][1] == ""
+
+
+def test_a_column_that_is_needed_leads_to_the_choice_of_columns(tickets):
+    (tickets / "labelled.csv").write_text("text,label\n" + "".join(f"How is it {i}?,fine {i}\n" for i in range(40)))
+    answers = iter(["no", "text", "label", "none"])
+    write(Chosen(), data="labelled.csv", ask=lambda question, default: next(answers))
+    recipe = load_recipe("tickets.yaml").recipe
+    assert recipe.data[0].columns == {"prompt": "text", "completion": "label"} and recipe.ingest.ignore == []
