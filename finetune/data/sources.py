@@ -69,7 +69,7 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
     """Stop at once where one of the first rows would lose a column; later ones are refused row by row."""
     if not decision.watched:
         return
-    trial = replace(decision, notes=Counter())
+    trial = replace(decision, notes=Counter(), later={})
     for file, raw in head:
         try:
             if raw.row is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+MOST_LITERAL = 1_000_000  # characters of Python text; reading it takes a hundred times that in memory
 MOST_LISTED = 20  # column names in a message
 ABSENT = object()  # in place of a value: this row has no such column
 
@@ -54,9 +57,23 @@ def parsed(where: str, value: object, allowed: str, reason: str = "type") -> obj
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return loads(value)
     except (ValueError, RecursionError):
         raise RowError(reason, where, kind(value), f"{allowed}, also as JSON text") from None
+
+
+def loads(text: str) -> object:
+    """What JSON text holds; also Python's notation, in which pandas writes a list to CSV. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if len(text) > MOST_LITERAL or not text.lstrip().startswith(("[", "{")):
+            raise
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a backslash before a letter
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON

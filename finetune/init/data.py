@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from finetune.data.files import TRAINED_ON, evaluation_files
 from finetune.data.formats import Decision
 from finetune.data.readers import local_rows
 from finetune.data.records import Example, Reject
 from finetune.data.sources import SAMPLE_ROWS, read_source
 from finetune.data.text_files import encoding_of
+from finetune.data.values import listed
 from finetune.errors import InputError
 from finetune.estimate.rows import Measured, measure
 from finetune.filters.private_text import warning
@@ -126,6 +128,9 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
         fields["format"] = decision.format
     found = measure(rows, chosen.keep, tiny=tiny)
     notes.append(_found(file, decision.format, decision.why, decision.unused, found))
+    notes += [f"{file.name}: {note} ({count:,})" for note, count in sorted(decision.notes.items())]
+    if not file.is_file() and (evaluation := evaluation_files([file])):
+        notes.append(f"{file.name}: {TRAINED_ON.format(listed(evaluation))} (--eval-data)")
     if found.kept == 0:
         why = f"none can be read: {found.first_reject}"
         why = f"--keep {' and '.join(chosen.keep)} keeps none" if chosen.keep else why
