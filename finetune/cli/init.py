@@ -33,11 +33,8 @@ LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the lon
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
-TINY = (  # recipes/tiny-pydoc.yaml tells why
-    "filter: {max_length_tokens: 448}",
-    "render: {max_length_tokens: 512}",
-    "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}",
-)
+TINY_POSITIONS = 512
+TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml tells why
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
 ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
@@ -85,14 +82,16 @@ def write_recipe(
     force: bool = False,
     ask: Ask | None = None,
     chosen: Chosen = Chosen(),  # noqa: B008 - frozen
+    length: int | None = None,
     store: Store | None = None,
 ) -> str:
     """Write the recipe and return what to tell the person: its text, what was found in the data, what comes next.
 
     `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
     `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
-    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others; in
-    `store` a finished base is looked for, to show one row with its labels.
+    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others;
+    `length` is the row length in tokens, chosen by the rows and the device if it is None; in `store` a finished base is
+    looked for, to show one row with its labels.
 
     Raises:
         InputError: an answer is missing and nobody can be asked; a model, data, a column or a device that cannot be; a
@@ -110,7 +109,7 @@ def write_recipe(
     assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
     path = target(name, out, force=force)
     data_found = read_data(data, chosen, tiny=model.startswith("builtin:"), force=force, ask=ask)
-    text, notes = recipe_text(name, model, data_found, device or DEFAULT_DEVICE, path, eval_data)
+    text, notes = recipe_text(name, model, data_found, device or DEFAULT_DEVICE, path, eval_data, length)
     recipe = write_file(text, path)
     measured = data_found.measured
     if store is not None and measured is not None and measured.first is not None:
@@ -177,7 +176,7 @@ def _held_out(data: str, path: Path, ignore: tuple[str, ...]) -> tuple[str, list
 
 
 def recipe_text(
-    name: str, model: str, data: Data, device: str, path: Path, eval_data: str | None = None
+    name: str, model: str, data: Data, device: str, path: Path, eval_data: str | None = None, length: int | None = None
 ) -> tuple[str, list[str]]:
     """The validated recipe that will be at `path`, in 16 lines at most, and notes for the person.
 
@@ -195,15 +194,20 @@ def recipe_text(
     if data.ignore:
         head.append(f"ingest: {{ignore: [{', '.join(map(_scalar, data.ignore))}]}}")
     tiny = model.startswith("builtin:")
+    bare = _parse(head, path)
+    positions = TINY_POSITIONS if tiny else _positions(bare)
+    known = tiny or bare.model.folder is not None
+    if length is not None and not 16 <= length <= (positions if known else length):
+        raise InputError(f"--max-length-tokens {length}: allowed are 16 to {positions}, what this base was made for")
     if tiny and data.measured is None:
-        lines = [*head, *TINY]
+        longest = length or positions
+        short = f"filter: {{max_length_tokens: {longest * 7 // 8}}}"  # a template and special tokens come on top
+        lines = [*head, short, f"render: {{max_length_tokens: {longest}}}", TINY_TRAIN]
         _parse(lines, path)
         return _text(ANY_MACHINE, lines, path, {"train:": TINY_RATE}), data.notes
-    bare = _parse(head, path)
     template, note = ("", "") if tiny or data.format == "text" else _template(bare, where)
-    positions = 512 if tiny else _positions(bare)
-    lengths = [n for n in LENGTHS if n <= positions] or [positions]
-    if data.measured is not None:
+    lengths = [length] if length is not None else [n for n in LENGTHS if n <= positions] or [positions]
+    if data.measured is not None and length is None:
         wanted = length_for(data.measured, lengths)
         lengths = [n for n in lengths if n <= wanted]
     best = ""
@@ -232,6 +236,8 @@ def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[l
     about = "about " if found.whole else "over "
     words = f"{found.kept:,} rows, about {sum(found.lengths):,} tokens: {about}{sizing.steps:,} optimiser steps"
     notes = [f"{words}, about {round(share * found.kept):,} rows held out"]
+    if longer := sum(n > length for n in found.lengths):
+        notes.append(f"about {longer:,} rows are longer than {length:,} tokens and would be cut (render.overlong)")
     if few := few_steps(sizing.steps, "add rows; so few cannot teach a model much"):
         notes.append(few)
     return [*lines, train], notes

@@ -350,6 +350,7 @@ def init(
     system: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column with a system text.")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="'COLUMN>=N'", help="Keep only such rows.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column not to read.")] = None,
+    max_length_tokens: Annotated[int | None, typer.Option(help="The longest row; default: by the rows.")] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="AXOLOTL.yaml", help="Translate an axolotl configuration.")
     ] = None,
@@ -363,6 +364,7 @@ def init(
     ask = ask_terminal if sys.stdin.isatty() else None
     more: dict[str, Any] = {"eval_data": eval_data, "force": force, "ask": ask, "store": Store(ARTIFACTS, SCRATCH)}
     more["chosen"] = Chosen(question, answer, system, tuple(keep or ()), tuple(ignore or ()))
+    more["length"] = max_length_tokens
     axolotl = from_ and from_axolotl(from_, name, out, force=force)
     print_text(axolotl or write_recipe(name, model, data, device, out, **more))
 

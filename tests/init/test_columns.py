@@ -94,9 +94,48 @@ def test_columns_of_what_is_no_file_are_refused(tickets):
             write(data=data)
 
 
-def test_a_row_is_shown_with_its_labels_for_a_base_that_is_not_here(tickets):
+HUB_BASE = "them/chat-base"
+
+
+def test_a_row_is_shown_with_its_labels_for_a_base_that_cannot_be_had(tickets, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     said = write(model="mistralai/Mistral-7B-Instruct-v0.2", store=Store(tickets / "artifacts", tickets / "scratch"))
     assert "»Order 0 is on its way and comes soon.«" in said and "user: Where is order 0?" in said
+    assert "HF_HUB_OFFLINE is set" in said
+
+
+def test_the_row_is_rendered_by_the_tokenizer_of_a_base_on_the_hub(tickets, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    from finetune.tiny.model import train_tokenizer
+
+    folder = tickets / "base"
+    train_tokenizer(["Order 0 is on its way. Where is order 0?"], 300).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}))
+    files = {p.name: p.read_bytes() for p in folder.iterdir()} | {"model.safetensors": b"weights"}
+    hub.plant(HUB_BASE, files)
+    store = Store(tickets / "artifacts", tickets / "scratch")
+    said = write(model=HUB_BASE, store=store)
+    assert "first row as the model sees it" in said and "Order 0 is on its way and comes soon.«" in said
+    assert not list((tickets / "scratch").rglob("model.safetensors"))  # the weights stay where they are
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "first row as the model sees it" in write(model=HUB_BASE, store=store)  # from the cache
+
+
+def test_the_row_length_can_be_chosen(tickets):
+    said = write(length=24)
+    assert load_recipe("tickets.yaml").recipe.render.max_length_tokens == 24
+    assert "about 300 rows are longer than 24 tokens" in said
+    write(data="pydoc", chosen=Chosen(), length=128)
+    recipe = load_recipe("tickets.yaml").recipe
+    assert (recipe.render.max_length_tokens, recipe.filter.max_length_tokens) == (128, 112)
+    write(model="owner/base-instruct", length=8192)
+    assert load_recipe("tickets.yaml").recipe.render.max_length_tokens == 8192
+    for length in (8, 1024):
+        with pytest.raises(InputError, match="--max-length-tokens"):
+            write(length=length)
 
 
 ROWS = [{"a": f"How do I do {i}?", "b": f"You do {i} by hand, slowly.", "n": str(i)} for i in range(20)]
