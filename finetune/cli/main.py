@@ -97,7 +97,10 @@ def run(
         ),
     ] = MIRROR,
 ) -> None:
-    """Run a recipe: every stage that is not there yet, or whose inputs changed."""
+    """Run a recipe: every stage that is not there yet, or whose inputs changed.
+
+    The report is in ARTIFACTS/runs/NAME, the adapter in ARTIFACTS/train, the merged model in SCRATCH/merge.
+    """
     from finetune.cli.run import launch_recipe, run_recipe
 
     asked: dict[str, Any] = {"until": until, "sets": sets or [], "artifacts": artifacts, "scratch": scratch}
@@ -177,7 +180,7 @@ def publish(
     repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Push although the adapter is no better than its base.")
+        bool, typer.Option("--force", help="Push a model that is no better than its base, or memorised.")
     ] = False,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,

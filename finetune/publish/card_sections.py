@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.eval.answer_metrics import words_of
 from finetune.eval.metrics import never_stops
-from finetune.eval.verdict import BAD, Line, few_steps
+from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
 from finetune.hub.client import Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped, number
@@ -195,7 +195,12 @@ def warnings(facts: Facts) -> list[str]:
         found.append(f"Warning: {facts.verdict.refusal}.")
     if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
         found.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    if facts.verdict and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines):
+    said = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
+    if (
+        not said
+        and facts.verdict
+        and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
+    ):
         found.append("Warning: it repeats its training rows (see Evaluation).")
     return found if evaluate or train else []
 
