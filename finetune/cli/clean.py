@@ -1,17 +1,23 @@
-"""`finetune clean`: what none of the newest runs uses, and no living process builds."""
+"""`finetune clean`: what neither the newest runs nor those that commands choose use, and no living process builds."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import FinetuneError
 from finetune.models import quantized_cache
+from finetune.pipeline import run_view
 from finetune.pipeline.leases import is_being_built, is_running
-from finetune.pipeline.runs import latest_run, read_record
+from finetune.pipeline.runs import latest_run, read_record, run_folders
 from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
+from finetune.publish.contents import NEEDED
 from finetune.utils import links
+from finetune.utils.streams import print_text
+
+ASKED = frozenset({"base", "train", *(stage for stages in NEEDED.values() for stage in stages)})  # by some command
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,28 @@ class Unused:
     bytes: int
 
 
+def clean_store(store: Store, keep: int, *, yes: bool) -> None:
+    """List what may go, and delete it if `yes`, or if a person on a terminal agrees."""
+    import typer
+
+    found = unused(store, keep)
+    if not found:
+        print_text("nothing to clean")
+        return
+    for item in found:
+        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
+        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
+    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(found)} folders?")):
+        still = {item.folder for item in unused(store, keep)}  # a run may have begun while the question stood
+        print_text(f"{remove(store, [item for item in found if item.folder in still]):,} bytes freed")
+    else:
+        print_text("nothing deleted; add --yes")
+
+
 def unused(store: Store, keep: int) -> list[Unused]:
     """Folders that none of the newest `keep` runs of any recipe names, oldest runs included; none of a live build.
 
+    The runs that commands choose stay too: a finished one is not dropped for a later one that failed.
     A link in the place of such a folder is listed as itself, never what it names. Raises InputError where runs/, a
     recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
     """
@@ -37,6 +62,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
         runs = sorted(p for p in recipe.iterdir() if (p / "run.json").is_file())
         # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
         kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
+        kept |= run_view.chosen_by_commands(store, run_folders(recipe), ASKED)
         old_runs += [r for r in runs if r not in kept]
         for run in (r for r in runs if r in kept):
             stages = read_record(run)["stages"]

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import yaml
 
-from finetune.data.sources import read_source
 from finetune.errors import InputError
 from finetune.estimate.choice import DEVICES, Options
 from finetune.estimate.memory import Training
 from finetune.estimate.shapes import read_shapes
 from finetune.eval.verdict import few_steps
 from finetune.init.columns import Chosen
-from finetune.init.data import FILE, Ask, Data, read_data
+from finetune.init.data import FILE, Ask, Data, open_source, read_data
 from finetune.init.preview import preview
 from finetune.init.sizing import batch_for, held_out_fraction, length_for
 from finetune.pipeline.recipe_checks import absent
 from finetune.pipeline.store import Store
-from finetune.recipe import LocalSource, Recipe
+from finetune.recipe import Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.files import canonical_json, read_json
@@ -34,11 +33,8 @@ LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the lon
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
-TINY = (  # recipes/tiny-pydoc.yaml tells why
-    "filter: {max_length_tokens: 448}",
-    "render: {max_length_tokens: 512}",
-    "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}",
-)
+TINY_POSITIONS = 512
+TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml tells why
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
 ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
@@ -56,6 +52,7 @@ COMMENTS = {  # by what a line begins with
     "    path:": "beside this recipe, or under the working folder",
     "    columns:": "the format's names, each with yours",
     "  - {source: pydoc": "rows made of Python's own documentation",
+    "ingest:": "columns that are not read",
     "filter: {keep_where": "conditions on other columns of the file",
     "filter:": "rejects.parquet says why a row is left out",
     "split:": "the share of rows that is held out to measure on",
@@ -85,14 +82,16 @@ def write_recipe(
     force: bool = False,
     ask: Ask | None = None,
     chosen: Chosen = Chosen(),  # noqa: B008 - frozen
+    length: int | None = None,
     store: Store | None = None,
 ) -> str:
     """Write the recipe and return what to tell the person: its text, what was found in the data, what comes next.
 
     `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
     `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
-    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others; in
-    `store` a finished base is looked for, to show one row with its labels.
+    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others;
+    `length` is the row length in tokens, chosen by the rows and the device if it is None; in `store` a finished base is
+    looked for, to show one row with its labels.
 
     Raises:
         InputError: an answer is missing and nobody can be asked; a model, data, a column or a device that cannot be; a
@@ -110,7 +109,7 @@ def write_recipe(
     assert name is not None and model is not None and data is not None  # noqa: S101 - for mypy
     path = target(name, out, force=force)
     data_found = read_data(data, chosen, tiny=model.startswith("builtin:"), force=force, ask=ask)
-    text, notes = recipe_text(name, model, data_found, device or DEFAULT_DEVICE, path, eval_data)
+    text, notes = recipe_text(name, model, data_found, device or DEFAULT_DEVICE, path, eval_data, length)
     recipe = write_file(text, path)
     measured = data_found.measured
     if store is not None and measured is not None and measured.first is not None:
@@ -161,7 +160,7 @@ def from_axolotl(file: Path, name: str | None, out: Path | None, *, force: bool 
     return "\n".join([*lines, f"wrote {path}", f"next: finetune plan {path}, then finetune run {path}"])
 
 
-def _held_out(data: str, path: Path) -> tuple[str, list[str]]:
+def _held_out(data: str, path: Path, ignore: tuple[str, ...]) -> tuple[str, list[str]]:
     """The recipe's line for rows to evaluate on (a file, a folder or a pattern if there is one, else a Hub data set),
     and what was found in them.
     """
@@ -169,14 +168,15 @@ def _held_out(data: str, path: Path) -> tuple[str, list[str]]:
     pattern = any(c in data for c in "*?[")
     if not (file.exists() or pattern or data.startswith((".", "/", "~")) or data.count("/") != 1):
         return f"{{source: hub, id: {_scalar(data)}}}", []
-    decision, _ = read_source(LocalSource(source="local", path=file.absolute()), file.name, Path())
+    fields = {"source": "local", "path": file.absolute()}
+    decision, _, _ = open_source(fields, file.name, Chosen(ignore=ignore))
     where = _scalar(_written_path(file, path))
     found = f"{file.name}: format {decision.format}, since {decision.why}"
     return f"{{source: local, path: {where}, format: {decision.format}}}", [found]
 
 
 def recipe_text(
-    name: str, model: str, data: Data, device: str, path: Path, eval_data: str | None = None
+    name: str, model: str, data: Data, device: str, path: Path, eval_data: str | None = None, length: int | None = None
 ) -> tuple[str, list[str]]:
     """The validated recipe that will be at `path`, in 16 lines at most, and notes for the person.
 
@@ -188,19 +188,26 @@ def recipe_text(
     source = data.lines(lambda file: _written_path(file, path), _scalar)
     head = ["schema: 1", f"name: {_scalar(name)}", f"model: {_scalar(where)}", "data:", *source]
     if eval_data is not None:
-        held_out, notes = _held_out(eval_data, path)
+        held_out, notes = _held_out(eval_data, path, data.ignore)
         head += ["eval_data:", f"  - {held_out}"]
         data = replace(data, notes=[*data.notes, *notes])
+    if data.ignore:
+        head.append(f"ingest: {{ignore: [{', '.join(map(_scalar, data.ignore))}]}}")
     tiny = model.startswith("builtin:")
+    bare = _parse(head, path)
+    positions = TINY_POSITIONS if tiny else _positions(bare)
+    known = tiny or bare.model.folder is not None
+    if length is not None and not 16 <= length <= (positions if known else length):
+        raise InputError(f"--max-length-tokens {length}: allowed are 16 to {positions}, what this base was made for")
     if tiny and data.measured is None:
-        lines = [*head, *TINY]
+        longest = length or positions
+        short = f"filter: {{max_length_tokens: {longest * 7 // 8}}}"  # a template and special tokens come on top
+        lines = [*head, short, f"render: {{max_length_tokens: {longest}}}", TINY_TRAIN]
         _parse(lines, path)
         return _text(ANY_MACHINE, lines, path, {"train:": TINY_RATE}), data.notes
-    bare = _parse(head, path)
     template, note = ("", "") if tiny or data.format == "text" else _template(bare, where)
-    positions = 512 if tiny else _positions(bare)
-    lengths = [n for n in LENGTHS if n <= positions] or [positions]
-    if data.measured is not None:
+    lengths = [length] if length is not None else [n for n in LENGTHS if n <= positions] or [positions]
+    if data.measured is not None and length is None:
         wanted = length_for(data.measured, lengths)
         lengths = [n for n in lengths if n <= wanted]
     best = ""
@@ -229,6 +236,8 @@ def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[l
     about = "about " if found.whole else "over "
     words = f"{found.kept:,} rows, about {sum(found.lengths):,} tokens: {about}{sizing.steps:,} optimiser steps"
     notes = [f"{words}, about {round(share * found.kept):,} rows held out"]
+    if longer := sum(n > length for n in found.lengths):
+        notes.append(f"about {longer:,} rows are longer than {length:,} tokens and would be cut (render.overlong)")
     if few := few_steps(sizing.steps, "add rows; so few cannot teach a model much"):
         notes.append(few)
     return [*lines, train], notes

@@ -98,7 +98,10 @@ def run(
         ),
     ] = MIRROR,
 ) -> None:
-    """Run a recipe: every stage that is not there yet, or whose inputs changed."""
+    """Run a recipe: every stage that is not there yet, or whose inputs changed.
+
+    The report is in ARTIFACTS/runs/NAME, the adapter in ARTIFACTS/train, the merged model in SCRATCH/merge.
+    """
     from finetune.cli.run import launch_recipe, run_recipe
 
     asked: dict[str, Any] = {"until": until, "sets": sets or [], "artifacts": artifacts, "scratch": scratch}
@@ -178,7 +181,7 @@ def publish(
     repo: Annotated[str | None, typer.Option(metavar="ID", help="Instead of the recipe's publish.repo.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and print the card; push nothing.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Push although the adapter is no better than its base.")
+        bool, typer.Option("--force", help="Push a model that is no better than its base, or memorised.")
     ] = False,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
@@ -255,28 +258,18 @@ def rm(
 
 @app.command()
 def clean(
-    keep: Annotated[int, typer.Option(min=1, help="Runs of each recipe whose stages stay.")] = 1,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Newest runs of each recipe that stay; so do those that commands use.")
+    ] = 1,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Drop what none of the newest runs of any recipe uses, after listing it."""
-    from finetune.cli import clean as cleaning
+    from finetune.cli.clean import clean_store
     from finetune.pipeline.store import Store
 
-    store = Store(artifacts, scratch)
-    unused = cleaning.unused(store, keep)
-    if not unused:
-        print_text("nothing to clean")
-        return
-    for item in unused:
-        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
-        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
-    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
-        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
-        print_text(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
-    else:
-        print_text("nothing deleted; add --yes")
+    clean_store(Store(artifacts, scratch), keep, yes=yes)
 
 
 @app.command()
@@ -350,6 +343,8 @@ def init(
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The file's column with the answer.")] = None,
     system: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column with a system text.")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="'COLUMN>=N'", help="Keep only such rows.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column not to read.")] = None,
+    max_length_tokens: Annotated[int | None, typer.Option(help="The longest row; default: by the rows.")] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="AXOLOTL.yaml", help="Translate an axolotl configuration.")
     ] = None,
@@ -362,7 +357,8 @@ def init(
 
     ask = ask_terminal if sys.stdin.isatty() else None
     more: dict[str, Any] = {"eval_data": eval_data, "force": force, "ask": ask, "store": Store(ARTIFACTS, SCRATCH)}
-    more["chosen"] = Chosen(question, answer, system, tuple(keep or ()))
+    more["chosen"] = Chosen(question, answer, system, tuple(keep or ()), tuple(ignore or ()))
+    more["length"] = max_length_tokens
     axolotl = from_ and from_axolotl(from_, name, out, force=force)
     print_text(axolotl or write_recipe(name, model, data, device, out, **more))
 

@@ -96,8 +96,7 @@ def write_recipe(asked: Request, store: Store, screen: Screen) -> Path:
     if quantized:
         content["quantization"] = own.quantization.model_dump() if own and own.quantization else {}
     if asked.data:
-        content["data"] = [{"source": "local", "path": str(path.absolute())} for path in asked.data]
-        content["split"] = {"eval_fraction": 0.5}
+        content["eval_data"] = [{"source": "local", "path": str(path.absolute())} for path in asked.data]
         content["render"] = {"max_truncated_fraction": 1.0, "max_dropped_fraction": 0.5}
         template = template_of(start.start_folder or Path())
         if template is not None:

@@ -67,6 +67,7 @@ def publish_run(
                 f"cannot publish: {'; '.join(wrong[:3])}; remove {folders[name]} and run the recipe again"
             )
     trained, read = manifests.get("train"), manifests.get("ingest")
+    pinned = read.fingerprint if read else {}
     run = publish.Run(
         folder=value["folder"],
         recipe_text=text,
@@ -74,7 +75,7 @@ def publish_run(
         sets=value["sets"],
         seconds={n: s["seconds"] for n, s in value["stages"].items() if s.get("seconds")},
         versions=trained.environment.get("versions", {}) if trained else {},
-        sources=read.fingerprint.get("sources", []) if read else [],
+        sources=[*pinned.get("sources", []), *pinned.get("eval_sources", [])],
     )
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from finetune.cli.options import ARTIFACTS, SCRATCH
 from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
@@ -81,7 +83,7 @@ def run_recipe(
             if rank == 0 and not stop.signal_number and not record.refused:
                 _write_report(store, record, screen)
     if rank == 0:
-        _print_result(loaded, steps, record, time.monotonic() - start, until)
+        _print_result(loaded, steps, record, time.monotonic() - start, until, store)
     return record
 
 
@@ -167,7 +169,7 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
     name, manifest = step.stage.name, step.manifest
     if manifest is None or step.folder is None or recipe.train is None:
         return
-    if name == ("split" if recipe.split else "dedup") and (
+    if name == ("split" if recipe.holds_out else "dedup") and (
         line := private_text(recipe, {name: step.folder}, "training")
     ):
         yield line
@@ -204,14 +206,19 @@ def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None
     return judged
 
 
-def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None) -> str:
-    """Return the command that mostly comes next for this recipe."""
-    name = loaded.recipe.name
+def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, store: Store | None = None) -> str:
+    """Return the command that mostly comes next for this recipe; it names roots that are not the default ones."""
+    name, roots = loaded.recipe.name, ""
+    if store is not None:
+        named = (("--artifacts", store.artifacts, ARTIFACTS), ("--scratch", store.scratch, SCRATCH))
+        roots = "".join(
+            f" {option} {shlex.quote(str(root))}" for option, root, default in named if root != default.absolute()
+        )
     if judged is None:
-        return f"next: finetune run {loaded.path}" if until else f"next: finetune show {name}"
+        return f"next: finetune run {loaded.path}{roots}" if until else f"next: finetune show {name}{roots}"
     if judged.refusal:
-        return f"next: finetune report {name}, then change train in {loaded.path} and run it again"
-    return f"next: finetune chat {name}"
+        return f"next: finetune report {name}{roots}, then change train in {loaded.path} and run it again"
+    return f"next: finetune chat {name}{roots}"
 
 
 def _rejecting(steps: list[runner.Step]) -> list[str]:
@@ -221,7 +228,7 @@ def _rejecting(steps: list[runner.Step]) -> list[str]:
 
 
 def _print_result(
-    loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float, until: str | None
+    loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float, until: str | None, store: Store
 ) -> None:
     rows = []
     for step in steps:
@@ -253,6 +260,6 @@ def _print_result(
     for step in steps:
         if step.manifest and (words := never_stops(step.manifest.metrics)):
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
-    print_text(f"\n{next_step(loaded, judged, until)}")
+    print_text(f"\n{next_step(loaded, judged, until, store)}")
     if loaded.recipe.model.kind == "builtin":
         print_text("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")

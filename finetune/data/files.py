@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from finetune.utils.files import read_json
 
 SPLITS = "dataset_dict.json"  # in a folder that DatasetDict.save_to_disk wrote
 STATE = "state.json"  # in one that Dataset.save_to_disk wrote
+EVALUATION = re.compile(r"(?i)(^|[^a-z])(test|valid|validation|val|dev|eval|evaluation|holdout|heldout)([^a-z]|$)")
+TRAINED_ON = "{} by name is evaluation data, and is trained on like the other files; name it under eval_data instead"
 FACTS = (SPLITS, STATE, "dataset_info.json", "dataset_infos.json")  # about rows; no rows
 
 
@@ -47,6 +50,16 @@ def is_one_file(paths: Sequence[Path]) -> bool:
 def skipped_files(paths: Sequence[Path]) -> list[str]:
     """Names of files in the folders of `paths` that are not read, since their names do not end like those of rows."""
     return [p.name for path in paths if path.is_dir() for p in _inside(path) if not _is_data(p) and p.name not in FACTS]
+
+
+def evaluation_files(paths: Sequence[Path]) -> list[str]:
+    """Names of files that a folder or a pattern brings along with others, and that are for evaluation by their names.
+
+    Files that are named one by one were chosen; so were they if there are no others.
+    """
+    files = data_files([path for path in paths if path.is_dir() or glob_parts(path) is not None])
+    found = [file.name for file in files if EVALUATION.search(Path(file.name).stem)]
+    return found if len(found) < len(data_files(paths)) else []
 
 
 def digest(paths: Sequence[Path]) -> dict[str, object]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from finetune.data.chat_text import LLAMA2_START, parse_chat_text, parse_llama2
 from finetune.data.records import Example, Message
 from finetune.data.single_turn import optional_text, question_and_answer
-from finetune.data.tool_calls import tools_of
+from finetune.data.tool_calls import CALLS_AS_TEXT, tools_of, writes_call
 from finetune.data.turns import READ_ROLES, turn_notation, turns_of
 from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, nearest, require_unicode, text_of
 from finetune.utils.files import canonical_json
@@ -74,7 +75,14 @@ STRUCTURE = frozenset({*READ_ROLES, "text", "function"})  # words of a notation,
 
 
 class FormatError(ValueError):
-    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe."""
+    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe.
+
+    `column` is the column that means something and that the format does not read, if that is the reason.
+    """
+
+    def __init__(self, message: str, column: str | None = None) -> None:
+        super().__init__(message)
+        self.column = column
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Decision:
     ignored: frozenset[str] = frozenset()
     notes: Counter[str] = field(default_factory=Counter, compare=False)
     later: dict[frozenset[str], Decision] = field(default_factory=dict, compare=False)
+    auto: bool = False  # the format was found by the columns, so that of rows with other columns is found as well
 
     def for_row(self, row: RawRow) -> Decision:
         """This decision, or one for a row whose columns are not those of the first rows (another shard, say)."""
@@ -107,14 +116,20 @@ class Decision:
             return self
         present = frozenset(keys)
         if present not in self.later:
-            self.later[present] = self._for_columns(present)
+            self.later[present] = self._for_columns(present, row)
         if new := sorted(present - self.known):
             self.notes[f"the column {listed(new)} is not in the first rows"] += 1
         return self.later[present]
 
-    def _for_columns(self, present: frozenset[str]) -> Decision:
+    def _for_columns(self, present: frozenset[str], row: RawRow) -> Decision:
         names = sorted(present - self.ignored)
         resolved = _resolve(self.format, self.mapping, names)
+        if self.auto and any(needed not in resolved for needed in REQUIRED[self.format]):
+            with suppress(FormatError):
+                name, resolved, why = _guess(self.mapping, names, [row])
+                self.notes[f"rows with the columns {listed(names)} were read as {name}, since {why}"] += 1
+                other = _decision(name, resolved, why, names, self.mapping, self.ignored, self.raw)
+                return replace(other, notes=self.notes, watched=other.watched if self.meaningful else ())
         columns = {**resolved, **{k: v for k, v in self.columns.items() if v in present or k not in resolved}}
         known = [*(self.known or ()), *sorted(present)]
         wider = _decision(self.format, columns, self.why, known, self.mapping, self.ignored, self.raw)
@@ -148,7 +163,10 @@ def decide(
                 f"format {asked} needs the column {missing[0]!r}; the columns are {listed(present)}. "
                 f"Say which it is: columns: {{{missing[0]}: NAME}}"
             )
-    return _decision(name, resolved, why, everything, columns, frozenset(ignored), raw)
+    decision = _decision(name, resolved, why, everything, columns, frozenset(ignored), raw)
+    like = {column for row in sample if decision.required <= row.keys() for column in row}
+    unused = tuple(c for c in decision.unused if not like or c in like)  # not those of rows in another format
+    return replace(decision, unused=unused, auto=asked == "auto")
 
 
 def _guess(
@@ -207,10 +225,13 @@ def _resolve(
     Of several columns that could hold the turns, the first is taken that holds some in `sample`.
     """
     resolved: dict[str, str] = {}
+    folded = {name.strip().lower(): name for name in reversed(present)}  # `Question`, ` Answer` of a spreadsheet
     for canonical in (*REQUIRED[name], *OPTIONAL[name]):
         taken = set(resolved.values()) | {v for k, v in columns.items() if k != canonical}
         aliases = ALIASES[name].get(canonical, ()) + COMMON_ALIASES.get(canonical, ())
-        options = [o for o in (columns.get(canonical, canonical), *aliases) if o in present and o not in taken]
+        names = (columns.get(canonical, canonical), *aliases)
+        there = [name if name in present else folded.get(name) for name in names]
+        options = [name for name in there if name is not None and name not in taken]
         if canonical in ("messages", "conversations") and len(options) > 1:
             options.sort(key=lambda o: not any(turn_notation(row.get(o)) for row in sample))
         if options:
@@ -230,7 +251,7 @@ def _decision(
     unused = tuple(c for c in present if c not in columns.values())
     meaningful = MEANINGFUL | BESIDE_TEXT if name in ("text", "llama2_text") else MEANINGFUL
     replaced = {n for ours in mapping for same in SAME if ours in same for n in same}  # by the recipe, knowingly
-    watched = tuple(c for c in unused if c.lower() in meaningful and c not in ignored and c not in replaced)
+    watched = tuple(c for c in unused if c.strip().lower() in meaningful and c not in ignored and c not in replaced)
     required = frozenset(columns[ours] for ours in REQUIRED[name] if ours in columns)
     return Decision(name, columns, why, unused, raw, watched, frozenset(present), required, True, mapping, ignored)
 
@@ -260,6 +281,8 @@ def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Exa
         messages = question_and_answer(get, decision.format, decision.notes)
     messages = _with_system(messages, get, decision.notes)
     tools = tools_of(*get["tools"], decision.notes) if "tools" in get else None
+    if tools is not None and decision.format in ("alpaca", "prompt_completion") and writes_call(messages[-1].content):
+        decision.notes[CALLS_AS_TEXT] += 1
     for name in decision.watched:
         _refuse_lost(name, row.get(name), messages, text, decision)
     return Example(row_id, source, messages, text, extra, tools)

@@ -51,12 +51,19 @@ def json_lines(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
 
 
 def json_file(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
-    """An array of objects, also inside one object ({"data": […]}); objects over lines; JSON lines called .json."""
+    """An array of objects, also inside one object ({"data": […]}); columns; objects over lines; JSON lines."""
     text = ArrayText(chunks(path, encoding))
     if text.peek() != "{":
         yield from _json_array(path, text)
         return
-    if (name := _wrapped(path, encoding)) is not None:
+    only = _only_object(path, encoding)
+    if only and (columns := _columns(only)):
+        yield from (
+            RawRow(n, dict(zip(columns, cells, strict=True)))
+            for n, cells in enumerate(zip(*columns.values(), strict=True), 1)
+        )
+        return
+    if (name := _wrapped(path, encoding, only)) is not None:
         yield from _wrapped_array(path, text, name)
         return
     number, line = next((n, t) for n, t in lines(path, encoding) if t.strip())
@@ -103,20 +110,39 @@ def _objects(path: Path, text: ArrayText) -> Iterator[RawRow]:
             text.skip()
 
 
-def _wrapped(path: Path, encoding: str | None) -> str | None:
-    """The name under which a file's only object holds an array of rows, with no column of a row beside it; or None."""
+def _only_object(path: Path, encoding: str | None) -> dict[str, object] | None:
+    """The file's only object; {} if there are more, None if it is too large to be parsed as a whole, or damaged."""
+    if path.stat().st_size > WHOLE_BYTES:
+        return None
     text = ArrayText(chunks(path, encoding))
     text.peek()
-    if path.stat().st_size <= WHOLE_BYTES:
-        try:
-            value = text.value()
-        except (ValueError, RecursionError):
-            pass  # damaged: the reader that comes to the place says where
-        else:
-            if text.peek() or not isinstance(value, dict) or any(name.lower() in MEANINGFUL for name in value):
-                return None
-            return next((n for n, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
-        text = ArrayText(chunks(path, encoding))
+    try:
+        value = text.value()
+        return value if isinstance(value, dict) and not text.peek() else {}
+    except (ValueError, RecursionError):
+        return None  # damaged: the reader that comes to the place says where
+
+
+def _columns(only: dict[str, object]) -> dict[str, list[object]] | None:
+    """Columns of equal length, as pandas writes a table: lists of plain values, or {"0": …, "1": …} each."""
+    values = list(only.values())
+    if all(isinstance(v, dict) and v and v.keys() == values[0].keys() for v in values):  # type: ignore[attr-defined]
+        numbered = all(key.isdecimal() for key in values[0])  # type: ignore[attr-defined]
+        return {name: list(v.values()) for name, v in only.items() if isinstance(v, dict)} if numbered else None
+    lists = {
+        name: v for name, v in only.items() if isinstance(v, list) and not any(isinstance(e, dict | list) for e in v)
+    }
+    alike = len({len(v) for v in lists.values()}) == 1
+    return lists if alike and len(lists) == len(only) > 1 and values[0] else None
+
+
+def _wrapped(path: Path, encoding: str | None, only: dict[str, object] | None) -> str | None:
+    """The name under which a file's only object holds an array of rows, with no column of a row beside it; or None."""
+    if only is not None:
+        if any(name.lower() in MEANINGFUL for name in only):
+            return None
+        return next((n for n, v in only.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+    text = ArrayText(chunks(path, encoding))
     text.skip_mark("{")
     try:
         while text.peek() == '"':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +26,17 @@ TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # also packed, an
 BINARY_ENDINGS = (".parquet", ".arrow")
 ENDINGS = (*TEXT_ENDINGS, *BINARY_ENDINGS)
 PACKED = (".gz", ".zst")
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # the line before the header in which Excel names the mark
+BYTES_OF = {  # what other files begin with
+    b"\x1f\x8b\x08": "gzip; name it .gz at the end",
+    b"\x28\xb5\x2f\xfd": "Zstandard; name it .zst at the end",
+    b"PK\x03\x04": "a ZIP archive or an Excel sheet; unpack it, or save the sheet as CSV",
+    b"BZh91AY&SY": "bzip2; unpack it",
+    b"\xfd7zXZ\0": "xz; unpack it",
+    b"PAR1\x15": "Parquet; name it .parquet",
+    b"ARROW1\0\0": "Arrow; name it .arrow",
+}
 
 
 def content_digest(path: Path) -> str:
@@ -77,9 +88,22 @@ def local_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
         return _parquet(path)
     if ending == ".arrow":
         return _arrow(path)
+    if not path.name.lower().endswith(PACKED):
+        _require_text(path)
     read: dict[str, Callable[[Path, str | None], Iterator[RawRow]]]
     read = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file, ".csv": _csv, ".tsv": _csv}
     return read[ending](path, encoding)
+
+
+def _require_text(path: Path) -> None:
+    """Raise InputError if the bytes of a text file are those of a packed or binary one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return  # told by the reader
+    if (found := next((words for mark, words in BYTES_OF.items() if start.startswith(mark)), None)) is not None:
+        raise InputError(f"{path}: its name is that of a text file and its content is {found}")
 
 
 def hub_rows(
@@ -146,13 +170,17 @@ def file_ending(path: Path) -> str:
 def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
     csv.field_size_limit(MOST_ROW_BYTES)  # the default of 128 KiB would refuse a long document
     first = next((text for _, text in lines(path, encoding) if text.strip()), "")
-    mark = _delimiter(first)
+    named = SEPARATOR.fullmatch(first)
+    mark = named[1] if named else _delimiter(first)
     reader = csv.reader((text for _, text in lines(path, encoding)), strict=True, delimiter=mark)
     number, header, begin = 0, None, 1
     try:
         for cells in reader:
             begin = reader.line_num + 1  # of the next record, for an error in it
             if not cells:
+                continue
+            if named and header is None:
+                named = None
                 continue
             if header is None:
                 header = cells
@@ -172,7 +200,7 @@ def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
         found = f"{first_line(error)}, in the record that begins on line {begin}"
         if "unexpected end of data" in str(error):
             found = f'a quotation mark (") opened in the record that begins on line {begin} and never closed'
-        allowed = f'CSV with {DELIMITERS[mark]}, quoted by ", a quotation mark inside doubled'
+        allowed = f'CSV with {DELIMITERS.get(mark, repr(mark))}, quoted by ", a quotation mark inside doubled'
         refuse(path, reader.line_num, found, allowed)
 
 

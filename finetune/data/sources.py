@@ -70,14 +70,14 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
     """Stop at once where one of the first rows would lose a column; later ones are refused row by row."""
     if not decision.watched:
         return
-    trial = replace(decision, notes=Counter())
+    trial = replace(decision, notes=Counter(), later={})
     for file, raw in head:
         try:
             if raw.row is not None:
                 to_example(raw.row, trial, "", "")
         except RowError as error:
             if error.reason == "unused_column":
-                raise FormatError(f"row {row_id(label, file, raw)}: {error}") from None
+                raise FormatError(f"row {row_id(label, file, raw)}: {error}", error.where) from None
         except RecursionError:
             continue  # refused when its turn comes
 

@@ -22,6 +22,23 @@ NULLS = (
     "JSON text to keep a null)"
 )
 
+CALLS_AS_TEXT = (
+    "answers are the JSON of tool calls and are learned as this text; to have the chat template write calls in its own "
+    "form, make them turns with tool_calls (format: messages)"
+)
+
+
+def writes_call(text: str) -> bool:
+    """Whether an answer is the JSON text of tool calls."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    calls = value if isinstance(value, list) else [value]
+    return bool(calls) and all(isinstance(c, Mapping) and {"name", "arguments"} <= c.keys() for c in calls)
+
 
 def tools_of(where: str, value: object, notes: Counter[str]) -> str | None:
     """The tool definitions of a row, a list or its JSON text, as canonical JSON; None where there are none.

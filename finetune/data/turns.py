@@ -15,6 +15,7 @@ from finetune.data.values import (
     is_blank,
     kind,
     listed,
+    loads,
     nearest,
     parsed,
     plain_json,
@@ -22,8 +23,8 @@ from finetune.data.values import (
     text_of,
 )
 
-ROLE_KEYS = ("role", "from")
-CONTENT_KEYS = ("content", "value", "text")
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "message")
 PAIR_KEYS = (  # a question and its answer as one element of the list
     ("human", "assistant"),
     ("user", "assistant"),
@@ -40,7 +41,7 @@ PAIR_KEYS = (  # a question and its answer as one element of the list
 CALLS = "calls"  # a turn whose whole content is a tool call
 READ_ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bing", "bard", "bot"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bing", "bard", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), CALLS),
@@ -48,6 +49,8 @@ READ_ROLES = {
 ROLE_NAMES = "system, user, assistant, tool or another name of these (human, gpt, function_call, …)"
 LEARN_KEYS = ("weight", "train", "training", "trainable", "loss_mask", "learn")  # 0 or false: no label
 MASK_KEYS = ("mask", "masked")  # 1 or true: no label
+WRITTEN = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": False, "true": True}
+TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 KEPT_KEYS = ("name", "tool_call_id", "id")  # of a turn, beside the above: known to chat templates
 
@@ -62,7 +65,7 @@ def turn_notation(value: object) -> tuple[str, str] | None:
         if not value.lstrip().startswith("["):
             return None
         try:
-            value = json.loads(value)
+            value = loads(value)
         except (ValueError, RecursionError):
             return None
     value = _transposed(value)
@@ -189,6 +192,8 @@ def _learn(where: str, rest: dict[str, Any]) -> bool:
         if key not in rest:
             continue
         value = rest.pop(key)
+        if isinstance(value, str):  # of a CSV file, say
+            value = WRITTEN.get(value.strip().lower(), value)
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError("weight", f"{where}.{key}", kind(value), "0 or 1 (false or true): a turn is learned or not")
         learn = learn and bool(value) != (key in MASK_KEYS)
@@ -225,7 +230,7 @@ def _content(where: str, value: object, role: str) -> str:
     if isinstance(value, list):
         texts = []
         for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
+            if not isinstance(part, Mapping) or (part.get("type") or "text") not in TEXT_PARTS:
                 what = part.get("type") if isinstance(part, Mapping) else kind(part)
                 raise RowError("content_part", where, f"a part of type {what!r}", "parts of type 'text'")
             texts.append(text_of(where, part.get("text")))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+MOST_LITERAL = 1_000_000  # characters of Python text; reading it takes a hundred times that in memory
 MOST_LISTED = 20  # column names in a message
 ABSENT = object()  # in place of a value: this row has no such column
 
 
 class RowError(ValueError):
-    """A row that does not fit its format: `reason` is a short name to count by, the text says it to a person."""
+    """A row that does not fit its format; the text is for a person.
+
+    `reason` is a short name to count by, `where` the column or the place in it.
+    """
 
     def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
         hint = f"; did you mean {near!r}?" if near else ""
         super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 def text_of(where: str, value: object) -> str:
@@ -51,9 +57,23 @@ def parsed(where: str, value: object, allowed: str, reason: str = "type") -> obj
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return loads(value)
     except (ValueError, RecursionError):
         raise RowError(reason, where, kind(value), f"{allowed}, also as JSON text") from None
+
+
+def loads(text: str) -> object:
+    """What JSON text holds; also Python's notation, in which pandas writes a list to CSV. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if len(text) > MOST_LITERAL or not text.lstrip().startswith(("[", "{")):
+            raise
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a backslash before a letter
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON

@@ -21,6 +21,7 @@ FEW_ROWS = 30  # held-out rows: fewer cannot tell a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
 COPIED_NATS = 0.25  # and training loss this much under the held-out one: formulaic rows repeat without being memorised
+REPEATS = "it repeats its training rows"
 ENDS_WELL = 0.9  # share of answers that end by themselves
 
 Metrics = Mapping[str, Any]
@@ -81,6 +82,8 @@ def verdict(
         _enough(evaluate),
     ]
     refusal = no_difference(evaluate) or _worse(evaluate)
+    if not refusal and memorised(train, evaluate, copies):
+        refusal = f"{REPEATS} ({lines[1].words.partition(':')[0]})"
     lines.append(_use(lines, certify, merged=merged, refusal=refusal))
     return Verdict(tuple(lines), refusal)
 

@@ -34,12 +34,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which columns are which, as the user said or chose; `keep` are conditions for filter.keep_where."""
+    """Which columns are which, as the user said or chose.
+
+    `keep` are conditions for filter.keep_where, `ignore` columns for ingest.ignore.
+    """
 
     question: str | None = None
     answer: str | None = None
     system: str | None = None
     keep: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
     @property
     def given(self) -> bool:

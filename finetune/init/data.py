@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from finetune.data.files import TRAINED_ON, evaluation_files
+from finetune.data.formats import Decision
 from finetune.data.readers import local_rows
+from finetune.data.records import Example, Reject
 from finetune.data.sources import SAMPLE_ROWS, read_source
 from finetune.data.text_files import encoding_of
+from finetune.data.values import listed
 from finetune.errors import InputError
 from finetune.estimate.rows import Measured, measure
 from finetune.filters.private_text import warning
@@ -37,6 +42,7 @@ class Data:
     file: Path | None = None
     format: str = ""
     keep: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     measured: Measured | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -70,7 +76,7 @@ def read_data(data: str, chosen: Chosen, *, tiny: bool, force: bool = False, ask
             raise InputError(f"--keep {condition!r}: {error}") from None
     if data == "pydoc":
         _no_columns(chosen, data)
-        return Data({"source": "pydoc"}, format="messages", keep=chosen.keep)
+        return Data({"source": "pydoc"}, format="messages", keep=chosen.keep, ignore=chosen.ignore)
     try:
         file = local_path(data)
     except ValueError as error:
@@ -78,7 +84,7 @@ def read_data(data: str, chosen: Chosen, *, tiny: bool, force: bool = False, ask
     if not (file.exists() or FILE.search(data) or data.startswith((".", "/", "~")) or data.count("/") > 1):
         _no_columns(chosen, data)
         notes = [f"{data}: its format is found when it is read"]
-        return Data({"source": "hub", "id": data}, keep=chosen.keep, notes=notes)
+        return Data({"source": "hub", "id": data}, keep=chosen.keep, ignore=chosen.ignore, notes=notes)
     return _file(file, chosen, tiny=tiny, force=force, ask=ask)
 
 
@@ -98,11 +104,13 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
     sample = [r.row for r in islice(found_rows, SAMPLE_ROWS) if r.row is not None]
     columns = describe(sample)
     notes = [f"{file.name}: columns, each with a sample value:\n{table(columns)}"] if columns else []
+    if absent := [c for c in chosen.ignore if columns and c not in {column.name for column in columns}]:
+        raise InputError(f"--ignore {absent[0]}: no column of that name. The columns are:\n{table(columns)}")
     if not chosen.given:
         try:
-            decision, rows = read_source(LocalSource.model_validate(fields), file.name, Path())
+            decision, rows, chosen = open_source(fields, file.name, chosen, columns, ask)
         except InputError as error:
-            if not columns or "no format fits" not in str(error):
+            if not columns or not (isinstance(error, NotNeeded) or "no format fits" in str(error)):
                 raise
             chosen = _ask_columns(file, columns, chosen, ask)
     if chosen.given:
@@ -115,18 +123,50 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
             )
         named = {CANONICAL[k]: v for k in CANONICAL if (v := getattr(chosen, k)) is not None}
         fields |= {"format": "prompt_completion", "columns": named}
-        decision, rows = read_source(LocalSource.model_validate(fields), file.name, Path())
+        decision, rows, chosen = open_source(fields, file.name, chosen, columns, ask)
     else:
         fields["format"] = decision.format
     found = measure(rows, chosen.keep, tiny=tiny)
     notes.append(_found(file, decision.format, decision.why, decision.unused, found))
+    notes += [f"{file.name}: {note} ({count:,})" for note, count in sorted(decision.notes.items())]
+    if not file.is_file() and (evaluation := evaluation_files([file])):
+        notes.append(f"{file.name}: {TRAINED_ON.format(listed(evaluation))} (--eval-data)")
     if found.kept == 0:
         why = f"none can be read: {found.first_reject}"
         why = f"--keep {' and '.join(chosen.keep)} keeps none" if chosen.keep else why
         raise InputError(f"{file.name}: of {found.rows:,} rows {why}. The columns are:\n{table(columns)}")
     if line := warning(found.private, "training"):
         notes.append(line)
-    return Data(fields, file, decision.format, chosen.keep, found, notes)
+    return Data(fields, file, decision.format, chosen.keep, chosen.ignore, found, notes)
+
+
+class NotNeeded(InputError):
+    """A person does not want to leave out a column that the format does not read."""
+
+
+def open_source(
+    fields: Mapping[str, object], label: str, chosen: Chosen, columns: Sequence[Column] = (), ask: Ask | None = None
+) -> tuple[Decision, Iterator[Example | Reject], Chosen]:
+    """Read a source as `read_source` does; of a column that no format uses a person is asked if it may be ignored.
+
+    Returns `chosen` with the columns that are ignored. Raises InputError as `read_source` does, with the option that
+    ignores the column if nobody can be asked; NotNeeded if it may not be ignored.
+    """
+    while True:
+        try:
+            source = LocalSource.model_validate(fields)
+            return *read_source(source, label, Path(), chosen.ignore), chosen
+        except InputError as error:
+            column = getattr(error.__cause__, "column", None)
+            if column is None:
+                raise
+            if ask is None:
+                raise InputError(f"{error}; here: --ignore {shlex.quote(column)}") from None
+            shown = table([c for c in columns if c.name == column])
+            asked = f"{error}\n{shown}\nleave the column {column!r} out (ingest.ignore)? yes or no"
+            if not ask(asked, "").lower().startswith("y"):
+                raise NotNeeded(str(error)) from None
+            chosen = replace(chosen, ignore=(*chosen.ignore, column))
 
 
 def _found(file: Path, format_: str, why: str, unused: tuple[str, ...], found: Measured) -> str:
@@ -148,4 +188,4 @@ def _ask_columns(file: Path, columns: list[Column], chosen: Chosen, ask: Ask | N
     question = ask(f"{shown}column of the question", question)
     answer = ask("column of the answer", answer)
     system = ask("column of a system text", NONE)
-    return Chosen(question, answer, None if system == NONE else system, chosen.keep)
+    return replace(chosen, question=question, answer=answer, system=None if system == NONE else system)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.context import Context
 from finetune.data.records import Example
 from finetune.errors import FinetuneError
 from finetune.pipeline import runner
@@ -16,8 +17,15 @@ MOST = 1200  # characters shown
 
 
 def preview(recipe: Recipe, row: Example, store: Store) -> str:
-    """Return the row rendered by the base's template, or its turns if the base's tokenizer is not on this machine."""
-    base = _base_folder(recipe, store)
+    """Return the row rendered by the base's template, or its turns if the base's tokenizer cannot be had.
+
+    The tokenizer of a base on the Hub is read from the cache or downloaded, a few megabytes.
+    """
+    why = "its tokens are shown by the run, once the base is here"
+    try:
+        base = _base_folder(recipe, store)
+    except FinetuneError as error:
+        base, why = None, f"{why}: {error}"
     if base is not None and row.text is None:
         try:
             text, labels, count = _rendered(recipe, row, base)
@@ -28,7 +36,6 @@ def preview(recipe: Recipe, row: Example, store: Store) -> str:
         f"{m.role}: " + (f"»{m.content}«" if m.role == "assistant" and m.learn else m.content) for m in row.messages
     ]
     text = "\n".join(turns) if row.text is None else f"»{row.text}«"
-    why = "its tokens are shown by the run, once the base is here"
     return f"first row, the learned text between » and « ({why}):\n{_short(text)}"
 
 
@@ -38,11 +45,20 @@ def _short(text: str) -> str:
 
 
 def _base_folder(recipe: Recipe, store: Store) -> Path | None:
-    """The base's folder with a tokenizer: the recipe's own, or that of a finished base stage."""
+    """The base's folder with a tokenizer: the recipe's own, that of a finished base stage, or what the Hub has.
+
+    Raises FinetuneError if the Hub cannot be reached and the cache does not hold it, InputError for a base that is not
+    there or that this account may not read.
+    """
     if recipe.model.folder is not None:
         return recipe.model.folder if any(recipe.model.folder.glob("tokenizer*")) else None
-    if recipe.model.kind == "hub":  # its revision would be asked for over the network
-        return None
+    if recipe.model.kind == "hub":
+        from finetune.hub.client import resolve_revision
+        from finetune.models.loading import hub_snapshot
+
+        ctx = Context(store.scratch, recipe.runtime, recipe.tracking)
+        revision = resolve_revision(recipe.model.id, recipe.model.revision, scratch=store.scratch)
+        return hub_snapshot(recipe.model, revision, ctx, weights=False)
     step = next(s for s in runner.plan(recipe, store) if s.stage.name == "base")
     return step.folder if step.manifest else None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.pipeline.runs import named_run, read_run, run_folders
+from finetune.pipeline.runs import named_run, read_record, read_run, run_folders
 from finetune.pipeline.stage_list import STAGE_NAMES, stage_folder
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -77,6 +77,26 @@ def adapter_stage(stages: Mapping[str, Mapping[str, Any]]) -> str:
 def adapter_needs(value: dict[str, Any]) -> Collection[str]:
     """For `finished`: the base and the stage with the adapter."""
     return ("base", adapter_stage(value["stages"]))
+
+
+def chosen_by_commands(store: Store, folders: Sequence[Path], stages: Collection[str]) -> set[Path]:
+    """Return those of a recipe's runs, newest first, that `finished` chooses for some needs out of `stages`.
+
+    A run is never chosen if one before it (finished ones come first) has at least the same of these stages done.
+    """
+    read: list[tuple[bool, frozenset[str], Path]] = []
+    for folder in folders:
+        try:
+            value = _as_now(store, read_record(folder))
+        except InputError:
+            continue
+        done = frozenset(stage for stage in stages if value["stages"][stage]["status"] == "done")
+        read.append((unfinished_stage(value) is not None, done, folder))
+    chosen: list[tuple[frozenset[str], Path]] = []
+    for _, done, folder in sorted(read, key=lambda entry: entry[0]):
+        if not any(done <= before for before, _ in chosen):
+            chosen.append((done, folder))
+    return {folder for _, folder in chosen}
 
 
 def with_start(recipe: Recipe, store: Store, say: Callable[[str], None] = lambda line: None) -> Recipe:

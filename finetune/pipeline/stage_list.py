@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -49,7 +49,7 @@ class Stage:
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
     large: bool = False  # is in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
-    rows: bool = False  # needs rows: off in a recipe without data
+    rows: Literal["", "training", "any"] = ""  # the rows without which it is off; any: held-out ones are enough
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
     replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
@@ -57,15 +57,20 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("base", 2, (), base.spec, base.fingerprint, base.run),
-    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows=True),
-    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows=True),
-    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows=True),
-    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows=True),
-    Stage("decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run, rows=True),
-    Stage("sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows=True),
-    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows=True, also=split.also),
-    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows=True),
-    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows=True),
+    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows="any"),
+    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows="training"),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows="training"),
+    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows="training"),
+    Stage(
+        "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
+        rows="training", also=decontaminate.also,
+    ),
+    Stage(
+        "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows="training"
+    ),
+    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows="any", also=split.also),
+    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows="any"),
+    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows="training"),
     # Before train, so that bad preference data are refused before hours of SFT.
     Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run),
     Stage(
@@ -76,8 +81,8 @@ STAGES: tuple[Stage, ...] = (
         "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run,
         collective=True, logs=("metrics.jsonl",), working="checkpoints", replaces="train",
     ),
-    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows=True),
-    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows=True),
+    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows="any"),
+    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows="any"),
     Stage("merge", 3, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
     Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
 )  # fmt: skip
@@ -88,7 +93,8 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
     """What the stage sees of the recipe; None if it is off."""
-    return None if stage.rows and not recipe.data else stage.spec(recipe)
+    there = {"": True, "training": bool(recipe.data), "any": bool(recipe.data or recipe.eval_data)}
+    return stage.spec(recipe) if there[stage.rows] else None
 
 
 def needs_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:

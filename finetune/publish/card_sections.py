@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.eval.answer_metrics import words_of
 from finetune.eval.metrics import never_stops
-from finetune.eval.verdict import BAD, Line, few_steps
+from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
 from finetune.hub.client import Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped, number
@@ -36,7 +36,8 @@ def base_words(base: Json, licences: Mapping[str, str]) -> Markdown:
 def sources(facts: Facts) -> list[Markdown]:
     """A line for each source: where its rows came from, at which revision, under which licence."""
     lines = []
-    for position, source in enumerate(facts.recipe.data):
+    recipe = facts.recipe
+    for position, source in enumerate([*recipe.data, *(recipe.eval_data or [])]):
         pinned = facts.sources[position] if position < len(facts.sources) else {}
         weight = f", weight {number(source.weight)}" if source.weight != 1 else ""
         if isinstance(source, HubSource):
@@ -51,8 +52,9 @@ def sources(facts: Facts) -> list[Markdown]:
             words = f"{what}, {code(source.label)}{digest}, licence: unknown{weight}"
         else:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
-        lines.append(Markdown(f"measured on, not trained on: {words}" if facts.recipe.train is None else words))
-    for source in facts.recipe.preference.data if facts.recipe.preference else []:
+        trained = recipe.train is not None and position < len(recipe.data)
+        lines.append(Markdown(words if trained else f"measured on, not trained on: {words}"))
+    for source in recipe.preference.data if recipe.preference else []:
         licence = escaped(facts.licences.get(f"dataset {source.label}", "unknown"))
         lines.append(Markdown(f"preferences: {code(source.label)}, licence: {licence}"))
     return lines
@@ -196,7 +198,12 @@ def warnings(facts: Facts) -> list[str]:
         found.append(f"Warning: {facts.verdict.refusal}.")
     if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
         found.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    if facts.verdict and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines):
+    said = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
+    if (
+        not said
+        and facts.verdict
+        and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
+    ):
         found.append("Warning: it repeats its training rows (see Evaluation).")
     return found if evaluate or train else []
 

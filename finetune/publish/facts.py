@@ -25,7 +25,9 @@ class Facts:
     template: Json | None = None  # template.json: name, sha256, terminators (token ids), pad_token
     seconds: Mapping[str, float] = field(default_factory=dict)  # stage → how long it took
     versions: Mapping[str, str] = field(default_factory=dict)  # library → version, while training
-    sources: Sequence[Json] = ()  # for each of recipe.data what pinned it: commit, digest or version of Python
+    sources: Sequence[
+        Json
+    ] = ()  # for each of recipe.data and eval_data what pinned it: commit, digest or version of Python
     licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → what the Hub says
     steps: Sequence[Json] = ()  # the lines of metrics.jsonl
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown

@@ -20,7 +20,7 @@ from typing import Any
 
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
-from finetune.eval.verdict import verdict_of
+from finetune.eval.verdict import REPEATS, verdict_of
 from finetune.hub.client import Kind
 from finetune.publish import private_rows
 from finetune.publish.contents import CARD, collect
@@ -41,7 +41,7 @@ class Run:
     sets: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source
+    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source, those of eval_data last
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,16 @@ def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mappi
 
 
 def _check_worth(facts: Facts, kinds: list[Kind], ctx: Context, *, force: bool, dry_run: bool) -> None:
-    """Refuse a model that is no better than its base by the interval that was measured."""
+    """Refuse a model that is no better than its base by the interval that was measured, or memorised its rows."""
     refusal = facts.verdict.refusal if facts.verdict else ""
     if not refusal or kinds == ["dataset"]:
         return
     if force or dry_run:
         ctx.say(f"publish: {refusal}{'; pushed all the same, as --force asks' if force and not dry_run else ''}")
         return
-    raise GateRefused(f"publish: {refusal}; train longer or on more rows; --force pushes it all the same")
+    repeats = refusal.startswith(REPEATS)
+    advice = "take fewer train.epochs or more rows" if repeats else "train longer or on more rows"
+    raise GateRefused(f"publish: {refusal}; {advice}; --force pushes it all the same")
 
 
 def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides every random choice."""
     data: Annotated[list[Source], Field(min_length=1)] = Field(default=[])
-    """Where the rows come from, one source after the other; only train: null does without, uncertified."""
+    """Where the rows come from, one source after the other; only train: null does without (eval_data certifies)."""
     eval_data: Annotated[list[Source], Field(min_length=1)] | None = None
     """Your own held-out rows: never trained on, and no training row repeats one; `split` is then null by default."""
     ingest: Ingest = Ingest()
@@ -145,6 +145,8 @@ class Recipe(Section):
     def _trained_from(self) -> Iterator[Contradiction]:
         if not self.data and self.train is not None:
             yield ("data",), "missing; name one source or more (only a recipe with train: null goes without)"
+        if not self.data and self.eval_data and self.split is not None:
+            yield ("split",), "there is no data to hold rows out of: eval_data is held out whole; leave split out"
         if self.train is None and self.lora.start_from is None and self.preference is None:
             yield (
                 ("train",),

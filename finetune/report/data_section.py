@@ -31,7 +31,11 @@ WORDS = {  # what a reason in the metrics means
     "embedding": "nearly a kept row",
     "tokens": "too many tokens",
 }
-LEAKED = {"words": "words in common with the evaluation data", "embedding": "nearly an evaluation question"}
+LEAKED = {
+    "words": "words in common with the evaluation data",
+    "embedding": "nearly an evaluation question",
+    "repeats": "repeat a row of eval_data",
+}
 
 
 def data_section(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, st
             return m.get("rows_out"), sum(dropped.values()), _reasons(dropped)
         case "decontaminate":
             dropped = {k: m[k] for k in ("words", "embedding") if m.get(k)}
+            if repeats := sum((m.get("repeat_eval_data") or {}).values()):
+                dropped["repeats"] = repeats
             return m.get("rows_out"), int(m.get("dropped", 0)), _reasons(dropped, LEAKED)
         case "sample":
             kept, before = m.get("rows_out"), m.get("rows_in", 0)

@@ -73,7 +73,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     # Everything that cannot be merged is refused here, before the slow part.
     own_code, tokens = spec.model.trust_remote_code, read_new_tokens(base)
     plans = {n: plan_merge(folder, adapter, dtype, t, own_code, tokens) for n, t in trips.items()}
-    held_out = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
+    held_out, whole = _held_out(spec.certify.tokens, inputs["render"] / "eval.parquet")
+    if held_out.rows < whole:
+        more = f"certify.tokens {spec.certify.tokens:,}; --set certify.tokens=N reads more"
+        ctx.say(f"certify: compares on {held_out.rows:,} of {whole:,} held-out rows ({more})")
     unmerged = plan_merge(folder, adapter, compute, seen, own_code, tokens)
     own = _trained(spec.model, base, adapter, unmerged, compute, device)
     merged = {name: _merged(spec.model, base, plan, compute, device) for name, plan in plans.items()}
@@ -124,7 +127,8 @@ def _candidates(spec: Spec, dtype: str, device: str) -> tuple[RoundTrip | None, 
     return trip, every if spec.certify.base == "auto" else {spec.certify.base: every[spec.certify.base]}
 
 
-def _held_out(tokens: int, path: Path) -> HeldOut:
+def _held_out(tokens: int, path: Path) -> tuple[HeldOut, int]:
+    """The rows that are compared, and how many there are to choose from."""
     from finetune.eval.compare import choose_rows, lay_out
     from finetune.tokenization.token_rows import read_token_rows
 
@@ -134,7 +138,7 @@ def _held_out(tokens: int, path: Path) -> HeldOut:
             "certify: no held-out row is whole and has a supervised token; raise split.eval_fraction or "
             "render.max_length_tokens, or set certify: null"
         )
-    return lay_out(choose_rows(rows, tokens))
+    return lay_out(choose_rows(rows, tokens)), len(rows)
 
 
 def _trained(model: Model, folder: Path, adapter: Path, plan: MergePlan, dtype: str, device: str) -> StreamedModel:

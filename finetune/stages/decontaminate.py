@@ -1,4 +1,6 @@
-"""Drop training rows that share a long run of words with evaluation data, or ask the same by their vectors."""
+"""Drop training rows that repeat a row of eval_data, or that share a long run of words with evaluation data or ask the
+same by their vectors.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +8,69 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from finetune.context import Context, Metrics
-from finetune.data.records import Example, Reject, read_rows, write_rows, write_table
+from finetune.data.records import ROLES, Example, Reject, read_rows, write_rows, write_table
 from finetune.dedup.embedding_names import LSA, model_fingerprint
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Decontaminate, Recipe, Section, Source
+from finetune.recipe import Decontaminate, Dedup, MinHash, Recipe, Section, Source
+
+if TYPE_CHECKING:
+    from finetune.dedup.measures import Measure
 
 WORD = re.compile(r"\w+")
 
 
-class Spec(Section):
-    """The decontaminate section, and the model whose vectors are compared where the recipe asks for that."""
+class Repeats(Section):
+    """By what a training row repeats a held-out one: the dedup section's measures, or equal texts without them."""
 
-    section: Decontaminate
+    exact: bool = True
+    minhash: MinHash | None = None
+    field: Literal["instruction", "output", "both"] = "both"
+    threshold: float = 1.0
     embedding: str | None = None
     folder: Annotated[Path | None, Field(exclude=True)] = None
 
 
+class Spec(Section):
+    """The decontaminate section with the model whose vectors it compares, and what counts as a repeat of eval_data."""
+
+    section: Decontaminate | None
+    embedding: str | None = None
+    repeats: Repeats | None = None
+    folder: Annotated[Path | None, Field(exclude=True)] = None
+
+
 def spec(recipe: Recipe) -> Spec | None:
-    """Off unless the recipe names evaluation data."""
+    """Off unless the recipe names evaluation data or has held-out rows of its own."""
     section = recipe.decontaminate
+    repeats = _repeats(recipe.dedup) if recipe.eval_data else None
+    if section is None and repeats is None:
+        return None
     if section is None or section.embedding_threshold is None:
-        return None if section is None else Spec(section=section)
+        return Spec(section=section, repeats=repeats)
     if recipe.dedup is None or recipe.dedup.embedding is None:
-        return Spec(section=section, embedding=LSA)
-    return Spec(section=section, embedding=recipe.dedup.embedding, folder=recipe.dedup.embedding_folder)
+        return Spec(section=section, embedding=LSA, repeats=repeats)
+    folder = recipe.dedup.embedding_folder
+    return Spec(section=section, embedding=recipe.dedup.embedding, repeats=repeats, folder=folder)
+
+
+def _repeats(dedup: Dedup | None) -> Repeats:
+    if dedup is None:
+        return Repeats()
+    return Repeats(
+        exact=dedup.exact,
+        minhash=dedup.minhash,
+        field=dedup.field,
+        threshold=dedup.threshold,
+        embedding=dedup.embedding,
+        folder=dedup.embedding_folder,
+    )
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -44,14 +79,25 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """
     from finetune.data.sources import source_fingerprint
 
-    found: dict[str, object] = {"against": [source_fingerprint(source) for source in spec.section.against]}
+    found: dict[str, object] = {}
+    if spec.section is not None:
+        found["against"] = [source_fingerprint(source) for source in spec.section.against]
     if spec.embedding is not None:
         found["model"] = model_fingerprint(spec.embedding, spec.folder)
+    if spec.repeats is not None and spec.repeats.embedding is not None:
+        found["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
     return found
+
+
+def also(spec: Spec) -> tuple[str, ...]:
+    """With held-out rows of the user's own, the stage that read them."""
+    return ("ingest",) if spec.repeats is not None else ()
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write rows.parquet, in order, and pairs.parquet: dropped_id, evaluation_id, method, score, words, text.
+
+    With `eval_data`, a row that repeats one of its rows by the dedup measures is dropped: exact, minhash, embedding.
 
     By words: turns are compared as words (NFKC, case folded, punctuation left out), one turn at a time, whatever its
     role; a row is dropped when one of its turns shares `ngram` consecutive words with an evaluation turn
@@ -61,50 +107,102 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """
     import pyarrow as pa
 
-    from finetune.data.formats import unique_labels
-
-    section = spec.section
-    index = NgramIndex(section.ngram)
-    labels = unique_labels(source.label for source in section.against)
-    questions: list[tuple[str, str]] = []
-    for label, source in zip(labels, section.against, strict=True):
-        for row in _evaluation_rows(source, label, ctx):
-            index.add(row)
-            questions.append((row.id, row.joined("user")))
-
     source_rows = inputs["dedup"] / "rows.parquet"
     found: dict[str, Match] = {}
-    asked: dict[str, str] = {}  # the question of every row that shares no words
-    for row in ctx.track(read_rows(source_rows), "compare"):
-        match = index.match(row)
-        if match is not None:
-            found[row.id] = match
-        else:
-            asked[row.id] = row.joined("user") if spec.embedding is not None else ""
-    rows_in, by_words = len(found) + len(asked), len(found)
-    if spec.embedding is not None:
-        found |= _alike(spec, asked, questions, ctx)
-    if rows_in and len(found) == rows_in:
-        raise GateRefused(_why_all(next(iter(found.values())), rows_in, section))
+    figures: dict[str, Any] = {}
+    if spec.repeats is not None:
+        found, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
+    if spec.section is not None:
+        figures |= _matching(spec, spec.section, source_rows, found, ctx)
     listed = [row.id for row in read_rows(source_rows) if row.id in found]
     rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
     columns: dict[str, Sequence[object]] = {
         "dropped_id": listed,
         "evaluation_id": [found[i].evaluation_id for i in listed],
-        "method": ["words" if found[i].score is None else "embedding" for i in listed],
+        "method": [found[i].method for i in listed],
         "score": [found[i].score for i in listed],
         "words": [found[i].words for i in listed],
         "text": [found[i].text for i in listed],
     }
     write_table(out / "pairs.parquet", columns, dict.fromkeys(columns, pa.string()) | {"score": pa.float64()})
-    return {
-        "rows_in": rows_in,
-        "rows_out": rows_out,
-        "dropped": len(found),
-        "words": by_words,
-        "embedding": len(found) - by_words,
-        "evaluation_rows": len(questions),
+    return {"rows_in": rows_out + len(found), "rows_out": rows_out, "dropped": len(found), **figures}
+
+
+def _repeating(repeats: Repeats, source: Path, theirs: Path, ctx: Context) -> tuple[dict[str, Match], dict[str, Any]]:
+    """Row id -> the held-out row of the user's that it repeats, and the figures."""
+    import numpy as np
+
+    from finetune.data.text import field_text, text_key
+    from finetune.dedup.embed import embed
+    from finetune.dedup.index import exact_search
+    from finetune.dedup.jaccard import Jaccard, word_sets
+    from finetune.dedup.measures import Cosine
+    from finetune.dedup.select import repeats_of
+
+    ids: list[str] = []
+    texts: list[str] = []
+    wholes: list[bytes] = []  # a row that is a held-out row is never trained on, whatever the measures are
+    for row in chain(read_rows(source), read_rows(theirs)):
+        ids.append(row.id)
+        texts.append(field_text(row, repeats.field))
+        wholes.append(text_key(row.joined(*ROLES)))
+    held_out = sum(1 for _ in read_rows(theirs))
+    ours = np.arange(len(ids) - held_out, dtype=np.int64)
+    others = np.arange(len(ids) - held_out, len(ids), dtype=np.int64)
+    measures: list[Measure] = []
+    if repeats.minhash is not None:
+        measures.append(Jaccard(word_sets(texts, repeats.minhash.ngram), repeats.minhash.threshold))
+    if repeats.embedding is not None:
+        # Together, since LSA makes its vectors of the texts it is given.
+        made_by = model_fingerprint(repeats.embedding, repeats.folder)
+        vectors = embed(texts, repeats.embedding, ctx, repeats.folder, made_by)
+        measures.append(Cosine(vectors, repeats.threshold, exact_search(ctx.device, len(ids))))
+    keys = [text_key(text) for text in texts] if repeats.exact else wholes
+    pairs = {pair.dropped: pair for pair in repeats_of(ours, others, wholes, [])}
+    pairs |= {pair.dropped: pair for pair in repeats_of(ours, others, keys, measures)}
+    if len(ours) and len(pairs) == len(ours):
+        raise GateRefused(
+            f"decontaminate: every one of {len(ours):,} training rows repeats the {repeats.field} of a row of "
+            f"eval_data (the first, {ids[0]}, that of {ids[pairs[0].kept]}); is eval_data the training data itself, or "
+            "do only the answers repeat (labels, yes and no)? Name other rows, or compare both: dedup.field=both"
+        )
+    if pairs:
+        ctx.say(f"decontaminate: {len(pairs):,} training rows repeat a row of eval_data and are left out")
+    by = {name: sum(pair.method == name for pair in pairs.values()) for name in ("exact", "minhash", "embedding")}
+    found = {
+        ids[row]: Match(ids[pair.kept], "", texts[pair.kept], pair.score, pair.method) for row, pair in pairs.items()
     }
+    return found, {"repeat_eval_data": {name: count for name, count in by.items() if count}, "eval_data_rows": held_out}
+
+
+def _matching(
+    spec: Spec, section: Decontaminate, source: Path, found: dict[str, Match], ctx: Context
+) -> dict[str, Any]:
+    """Add the rows that share words or their meaning with `section.against` to `found`; returns the figures."""
+    from finetune.data.formats import unique_labels
+
+    index = NgramIndex(section.ngram)
+    labels = unique_labels(source.label for source in section.against)
+    questions: list[tuple[str, str]] = []
+    for label, against in zip(labels, section.against, strict=True):
+        for row in _evaluation_rows(against, label, ctx):
+            index.add(row)
+            questions.append((row.id, row.joined("user")))
+    matched: dict[str, Match] = {}
+    asked: dict[str, str] = {}  # the question of every row that shares no words
+    for row in ctx.track((row for row in read_rows(source) if row.id not in found), "compare"):
+        match = index.match(row)
+        if match is not None:
+            matched[row.id] = match
+        else:
+            asked[row.id] = row.joined("user") if spec.embedding is not None else ""
+    rows, by_words = len(matched) + len(asked), len(matched)
+    if spec.embedding is not None and asked:
+        matched |= _alike(spec, asked, questions, ctx)
+    if rows and len(matched) == rows:
+        raise GateRefused(_why_all(next(iter(matched.values())), rows, section))
+    found |= matched
+    return {"words": by_words, "embedding": len(matched) - by_words, "evaluation_rows": len(questions)}
 
 
 def _alike(
@@ -115,17 +213,18 @@ def _alike(
     from finetune.dedup.index import exact_search
     from finetune.dedup.select import links_between
 
-    assert spec.embedding is not None and spec.section.embedding_threshold is not None  # noqa: S101 - the caller asked
+    threshold = spec.section.embedding_threshold if spec.section else None
+    assert spec.embedding is not None and threshold is not None  # noqa: S101 - the caller asked
     # Together, since LSA makes its vectors of the texts it is given.
     texts = [*asked.values(), *(text for _, text in questions)]
     made_by = model_fingerprint(spec.embedding, spec.folder)
     vectors = embed(texts, spec.embedding, ctx, spec.folder, made_by)
     left, right = vectors[: len(asked)], vectors[len(asked) :]
     new_search = exact_search(ctx.device, len(asked))
-    rows, partners, scores = links_between(left, right, spec.section.embedding_threshold, new_search)
+    rows, partners, scores = links_between(left, right, threshold, new_search)
     ids = list(asked)
     return {
-        ids[row]: Match(questions[partner][0], "", questions[partner][1], score)
+        ids[row]: Match(questions[partner][0], "", questions[partner][1], score, "embedding")
         for row, partner, score in zip(rows.tolist(), partners.tolist(), scores.tolist(), strict=True)
     }
 
@@ -145,12 +244,13 @@ def _why_all(some: Match, rows: int, section: Decontaminate) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The evaluation row a training row is like, the words they share, the evaluation turn, and the cosine if by it."""
+    """The evaluation row a training row is like, the words they share, the evaluation text, the score, the method."""
 
     evaluation_id: str
     words: str
     text: str
     score: float | None = None
+    method: str = "words"
 
 
 @dataclass

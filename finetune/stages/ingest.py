@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from finetune.context import Context, Metrics
+from finetune.data.files import TRAINED_ON, evaluation_files
 from finetune.data.formats import Decision, unique_labels
 from finetune.data.records import Example, Reject, reject_writer, write_rows
 from finetune.data.sources import read_source, source_fingerprint
 from finetune.data.values import listed
 from finetune.errors import InputError
-from finetune.recipe import Recipe, Section, Source
+from finetune.recipe import LocalSource, Recipe, Section, Source
 
 HOPELESS_ROWS = 1000  # so many rows of a source refused and none read: the format is wrong, the rest is the same
 SHOWN_ROWS = 3
@@ -59,6 +60,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     labels = unique_labels(source.label for source in (*spec.data, *spec.eval_data))
     named = list(zip(labels, (*spec.data, *spec.eval_data), strict=True))
 
+    for line in _trained_on(named[: len(spec.data)]):
+        ctx.say(line)
+
     def read(refuse: Callable[[Reject], None], sources: Iterable[tuple[str, Source]]) -> Iterator[Example]:
         for label, source in sources:
             decision, rows = read_source(source, label, ctx.scratch, spec.ignore)
@@ -89,7 +93,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             held_out = write_rows(out / "eval.parquet", read(refuse, named[len(spec.data) :]))
     total, read_rows = refused.total(), count + held_out
     empty = [label for label in labels if not rows_of[label]]
-    if not count or (spec.eval_data and not held_out):
+    if (spec.data and not count) or (spec.eval_data and not held_out):
         raise InputError(f"no row could be read from {', '.join(empty)}. {_first(first)} {_read_as(decisions)}")
     fraction = total / (read_rows + total)
     if fraction > spec.max_refused_fraction:
@@ -108,6 +112,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "unused": {label: list(decision.unused) for label, decision in decisions.items() if decision.unused},
         "notes": {label: dict(sorted(d.notes.items())) for label, d in decisions.items() if d.notes},
     } | ({"eval_rows": held_out} if spec.eval_data else {})
+
+
+def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:
+    """A line for each source whose folder or pattern brings along files that are for evaluation by their names."""
+    for label, source in sources:
+        if isinstance(source, LocalSource) and (found := evaluation_files(source.paths)):
+            yield f"{label}: {TRAINED_ON.format(listed(found))}"
 
 
 def _read_as(decisions: Mapping[str, Decision]) -> str:

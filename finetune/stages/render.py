@@ -37,6 +37,7 @@ def fingerprint(spec: Render) -> dict[str, object]:
 def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Render both splits; a row that is left out is in rejects.parquet with its reason.
 
+    Without training rows (`train: null` beside `eval_data`) the template is proved on the held-out ones.
     Raises GateRefused (with row ids) where training on the result would ruin the model.
     """
     from finetune.data.records import read_rows, reject_writer
@@ -51,9 +52,12 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
+    held_out = folder / "eval.parquet"
+    only_held_out = next(read_rows(train), None) is None and held_out.exists()
     tokenizer = load_tokenizer(inputs["base"])
     asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
-    sample = verification_sample(ctx.track(read_rows(train), "choose rows to prove the template on"), asked)
+    proof = read_rows(held_out if only_held_out else train)
+    sample = verification_sample(ctx.track(proof, "choose rows to prove the template on"), asked)
     template = choose_template(
         spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]
     )
@@ -67,21 +71,26 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     with reject_writer(out / "rejects.parquet") as reject:
         tallies = {
             "train": _write(worker, train, out / "train.parquet", ctx, reject),
-            "eval": _write(worker, folder / "eval.parquet", out / "eval.parquet", ctx, reject),
+            "eval": _write(worker, held_out, out / "eval.parquet", ctx, reject),
         }
     check_shares(
-        list(tallies.values()), spec.max_truncated_fraction, spec.max_dropped_fraction, spec.max_unterminated_fraction
+        [tallies["eval"]] if only_held_out else list(tallies.values()),
+        spec.max_truncated_fraction,
+        spec.max_dropped_fraction,
+        spec.max_unterminated_fraction,
+        "held-out" if only_held_out else "training",
     )
     ctx.say(f"render: template {template.name}; {check.equal} sampled rows have the ids of the base's own template")
     for line in (*check.notes(), *_notes(tallies), *_unseen(out, inputs["base"]), *_too_long(out, inputs["base"])):
         ctx.say(f"render: {line}")
-    ctx.say(_shown(tokenizer, out / "train.parquet"))
+    shown = "eval" if only_held_out else "train"
+    ctx.say(_shown(tokenizer, out / f"{shown}.parquet"))
     pad = choose_pad(tokenizer, template.text, worker.labels, own_special)
     check_pad(tokenizer.get_vocab()[pad], worker.labels)
     terminators = sorted(worker.terminators)
     write_template(out / "template", template, terminators, pad, worker.starts_with_bos, sorted(own_special))
     _write_audit(out / "audit.json", tallies, worker, proved, check)
-    done = tallies["train"]
+    done = tallies[shown]
     dropped: dict[str, int] = {}
     for tally in tallies.values():
         for reason, count in tally.dropped.items():
@@ -94,7 +103,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         "dropped_because": dropped,
         "masked_turns": sum(sum(t.masked.values()) for t in tallies.values()),
         "special_text": {s: rows for s, (rows, _) in sorted(_special_text(tallies).items())},
-        "rows": done.rows,
+        "rows": tallies["train"].rows,
         "tokens": done.tokens,
         "longest": done.longest,
         "eval_rows": tallies["eval"].rows,

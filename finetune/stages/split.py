@@ -3,75 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
-from finetune.data.records import Example, read_rows, write_rows, write_table
-from finetune.dedup.embedding_names import model_fingerprint
+from finetune.data.records import Example, read_rows, write_rows
 from finetune.dedup.holdout import choose, count_leaks
-from finetune.errors import FinetuneError, GateRefused
-from finetune.recipe import Dedup, MinHash, Recipe, Section, Split
+from finetune.errors import FinetuneError
+from finetune.recipe import Recipe, Section, Split
 
 if TYPE_CHECKING:
-    from finetune.dedup.measures import Measure
+    pass
 
 ALL_ROLES = ("system", "user", "assistant", "tool")
 
 
-class Repeats(Section):
-    """By what a training row repeats a held-out one: the dedup section's measures, or equal texts without them."""
-
-    exact: bool = True
-    minhash: MinHash | None = None
-    field: Literal["instruction", "output", "both"] = "both"
-    threshold: float = 1.0
-    embedding: str | None = None
-    folder: Annotated[Path | None, Field(exclude=True)] = None
-
-
 class Spec(Section):
-    """The split section and the seed of the choice; with held-out rows of the user's own, what counts as a repeat."""
+    """The split section and the seed of the choice, and whether the user has held-out rows of their own."""
 
     seed: int
     split: Split | None
-    repeats: Repeats | None = None
+    eval_data: bool = False
 
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe holds nothing out."""
     if not recipe.holds_out:
         return None
-    return Spec(seed=recipe.seed, split=recipe.split, repeats=_repeats(recipe.dedup) if recipe.eval_data else None)
-
-
-def _repeats(dedup: Dedup | None) -> Repeats:
-    if dedup is None:
-        return Repeats()
-    return Repeats(
-        exact=dedup.exact,
-        minhash=dedup.minhash,
-        field=dedup.field,
-        threshold=dedup.threshold,
-        embedding=dedup.embedding,
-        folder=dedup.embedding_folder,
-    )
+    return Spec(seed=recipe.seed, split=recipe.split, eval_data=bool(recipe.eval_data))
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The model whose vectors are compared with those of the user's held-out rows; else nothing outside the recipe."""
-    if spec.repeats is None or spec.repeats.embedding is None:
-        return {}
-    return model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
+    """Nothing outside the recipe and the inputs."""
+    return {}
 
 
 def also(spec: Spec) -> tuple[str, ...]:
     """With held-out rows of the user's own, the stage that read them."""
-    return ("ingest",) if spec.repeats is not None else ()
+    return ("ingest",) if spec.eval_data else ()
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -79,94 +50,35 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
     vectors (where there are any) reach group_threshold, also in chains. With `eval_data` its rows come first in
-    eval.parquet, and the rows that repeat one of them are left out of both and listed in pairs.parquet: dropped_id,
-    kept_id (of the held-out row), method, score.
+    eval.parquet; decontaminate has left out what repeats one of them.
     """
     source = inputs["sample"] / "rows.parquet"
-    if spec.repeats is None:
-        assert spec.split is not None  # noqa: S101 - the stage would be off
-        train, held, figures = _divided(spec.split, spec.seed, source, inputs["embed"], ctx)
-        write_rows(out / "train.parquet", _picked(source, set(train)))
-        write_rows(out / "eval.parquet", _picked(source, set(held)))
-        return figures
-    theirs = inputs["ingest"] / "eval.parquet"
-    dropped, repeated = _without_repeats(spec.repeats, source, theirs, out / "pairs.parquet", ctx)
-    figures = {"rows_in": sum(1 for _ in read_rows(source)), **repeated}
-    remaining = [i for i in range(figures["rows_in"]) if i not in dropped]
-    train, held = remaining, []
+    train: Sequence[int] = range(sum(1 for _ in read_rows(source)))
+    held: Sequence[int] = ()
+    figures: dict[str, Any] = {"rows_in": len(train)}
     if spec.split is not None:
-        write_rows(out / "remaining.parquet", _picked(source, set(remaining)))
-        try:
-            chosen, kept, divided = _divided(spec.split, spec.seed, out / "remaining.parquet", inputs["embed"], ctx)
-        finally:
-            (out / "remaining.parquet").unlink()
-        train, held = [remaining[i] for i in chosen], [remaining[i] for i in kept]
-        figures |= divided | {"rows_in": figures["rows_in"], "leaks": figures["leaks"] + divided["leaks"]}
+        train, held, figures = _divided(spec.split, spec.seed, source, inputs["embed"], ctx)
+    theirs = inputs["ingest"] / "eval.parquet" if spec.eval_data else None
     write_rows(out / "train.parquet", _picked(source, set(train)))
-    write_rows(out / "eval.parquet", chain(read_rows(theirs), _picked(source, set(held))))
-    return figures | {"train_rows": len(train), "eval_rows": figures["eval_data_rows"] + len(held)}
+    write_rows(out / "eval.parquet", chain(read_rows(theirs) if theirs else (), _picked(source, set(held))))
+    if theirs is None:
+        return figures
+    count, leaks = _check_apart(out / "train.parquet", theirs)
+    ctx.say(f"split: {count:,} rows of eval_data are held out as they are: not filtered, deduplicated or sampled")
+    sizes = {"train_rows": len(train), "eval_rows": count + len(held), "eval_data_rows": count}
+    return figures | sizes | {"leaks": figures.get("leaks", 0) + leaks}
 
 
-def _without_repeats(
-    repeats: Repeats, source: Path, theirs: Path, pairs_file: Path, ctx: Context
-) -> tuple[set[int], dict[str, Any]]:
-    """The numbers of the rows that repeat a held-out row of the user's; they are listed in `pairs_file`."""
-    import numpy as np
-    import pyarrow as pa
+def _check_apart(train: Path, theirs: Path) -> tuple[int, int]:
+    """Count the user's held-out rows, and the training rows that are one of them: FinetuneError if there is any."""
+    from finetune.data.text import text_key
 
-    from finetune.data.text import field_text, text_key
-    from finetune.dedup.embed import embed
-    from finetune.dedup.index import exact_search
-    from finetune.dedup.jaccard import Jaccard, word_sets
-    from finetune.dedup.measures import Cosine
-    from finetune.dedup.select import original_id, repeats_of
-
-    ids: list[str] = []
-    texts: list[str] = []
-    wholes: list[bytes] = []  # a row that is a held-out row is never trained on, whatever the measures are
-    for row in chain(read_rows(source), read_rows(theirs)):
-        ids.append(row.id)
-        texts.append(field_text(row, repeats.field))
-        wholes.append(text_key(row.joined(*ALL_ROLES)))
-    held_out = sum(1 for _ in read_rows(theirs))
-    ours = np.arange(len(ids) - held_out, dtype=np.int64)
-    others = np.arange(len(ids) - held_out, len(ids), dtype=np.int64)
-    measures: list[Measure] = []
-    if repeats.minhash is not None:
-        measures.append(Jaccard(word_sets(texts, repeats.minhash.ngram), repeats.minhash.threshold))
-    if repeats.embedding is not None:
-        # Together, since LSA makes its vectors of the texts it is given.
-        made_by = model_fingerprint(repeats.embedding, repeats.folder)
-        vectors = embed(texts, repeats.embedding, ctx, repeats.folder, made_by)
-        measures.append(Cosine(vectors, repeats.threshold, exact_search(ctx.device, len(ids))))
-    keys = [text_key(text) for text in texts] if repeats.exact else wholes
-    found = {pair.dropped: pair for pair in repeats_of(ours, others, wholes, [])}
-    found |= {pair.dropped: pair for pair in repeats_of(ours, others, keys, measures)}
-    if len(ours) and len(found) == len(ours):
-        raise GateRefused(
-            f"split: every one of {len(ours):,} training rows repeats the {repeats.field} of a row of eval_data (the "
-            f"first, {ids[0]}, that of {ids[found[0].kept]}); is eval_data the training data itself, or do only the "
-            "answers repeat (labels, yes and no)? Name other rows, or compare both: dedup.field=both"
-        )
-    listed = [found[i] for i in sorted(found)]
-    columns: dict[str, list[object]] = {
-        "dropped_id": [ids[pair.dropped] for pair in listed],
-        "kept_id": [ids[pair.kept] for pair in listed],
-        "method": [pair.method for pair in listed],
-        "score": [pair.score for pair in listed],
-    }
-    write_table(pairs_file, columns, dict.fromkeys(columns, pa.string()) | {"score": pa.float64()})
-    held_texts = {whole for whole in wholes[len(ours) :] if whole}
-    leaks = sum(1 for i in ours.tolist() if i not in found and wholes[i] in held_texts)
+    keys = [text_key(row.joined(*ALL_ROLES)) for row in read_rows(theirs)]
+    known = {key for key in keys if key}
+    leaks = sum(text_key(row.joined(*ALL_ROLES)) in known for row in read_rows(train))
     if leaks:
         raise FinetuneError(f"split: {leaks} training rows are rows of eval_data; this is a fault of the program")
-    if listed:
-        ctx.say(f"split: {len(listed):,} training rows repeat a row of eval_data and are left out (pairs.parquet)")
-    by = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
-    rows_repeated = len({original_id(ids[pair.dropped]) for pair in listed})
-    return set(found), {
-        "eval_data_rows": held_out, "dropped": len(listed), "rows_repeated": rows_repeated, **by, "leaks": leaks
-    }  # fmt: skip
+    return len(keys), leaks
 
 
 def _divided(

@@ -272,11 +272,15 @@ def check_pad(pad: int, labels: Iterable[int]) -> None:
 
 
 def check_shares(
-    tallies: Sequence[Tally], max_truncated: float, max_dropped: float, max_unterminated: float = 1.0
+    tallies: Sequence[Tally],
+    max_truncated: float,
+    max_dropped: float,
+    max_unterminated: float = 1.0,
+    first: str = "training",
 ) -> None:
     """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
 
-    `tallies` begins with the training split's.
+    `first` says of which rows the first of `tallies` is: the training ones, or the held-out ones if no row is trained.
     """
     total = sum(t.rows_in for t in tallies)
     cut = sum(t.truncated for t in tallies)
@@ -301,7 +305,7 @@ def check_shares(
             "render.max_length_tokens, set render.overlong: drop, or end raw text with the base's EOS"
         )
     if not tallies[0].rows:
-        raise GateRefused(f"no training row is left to render{': ' + reasons if reasons else ''}")
+        raise GateRefused(f"no {first} row is left to render{': ' + reasons if reasons else ''}")
 
 
 def _named(tallies: Sequence[Tally], reason: str) -> str:

@@ -62,7 +62,7 @@ def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # 
     with pq.ParquetFile(rendered) as file:
         table = next(file.iter_batches(batch_size=1, columns=["id", "input_ids", "mask"]), None)
     if table is None or not table.num_rows:
-        return "render: no training row"
+        return "render: no row"
     row = table.to_pylist()[0]
     ids = row["input_ids"]
     text = "".join(f"»{s.text}«" if s.supervised else s.text for s in segments(tokenizer, ids, row["mask"]))

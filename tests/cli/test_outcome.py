@@ -1,12 +1,15 @@
 """What a run says beside its table: rows left out anywhere, few steps, private rows, the next command."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from finetune.cli.options import SCRATCH
 from finetune.cli.run import dropped_rows, next_step, warnings_before_training
 from finetune.data.records import Example, Message, write_rows
 from finetune.eval.verdict import verdict
+from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.report.stage_table import stage_figure
 
@@ -66,3 +69,5 @@ def test_the_next_command_suits_what_was_found():
     assert "a/mine.yaml" in next_step(loaded, bad, None) and "report mine" in next_step(loaded, bad, None)
     assert next_step(loaded, verdict({"steps": 99}, {}, {}, merged=True), None) == "next: finetune chat mine"
     assert next_step(loaded, None, "pack") == "next: finetune run a/mine.yaml"
+    elsewhere = Store(Path("/my drive/runs"), SCRATCH)
+    assert next_step(loaded, None, None, elsewhere) == "next: finetune show mine --artifacts '/my drive/runs'"

@@ -5,7 +5,9 @@ The check knows nothing of formats: it takes the words out of the raw row, and l
 
 from __future__ import annotations
 
+import ast
 import copy
+import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.data.files import evaluation_files
 from finetune.data.formats import decide
 from finetune.data.records import Example
 from finetune.data.sources import read_source
+from finetune.errors import InputError
 from finetune.recipe import LocalSource
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
@@ -96,6 +100,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "pairs": {
         "conversation": [{"human": "question one", "assistant": "answer one"}, {"human": "more", "assistant": "last"}]
     },
+    "weights as text": {"messages": [ASK, {**SAY, "train": "false"}, {"role": "user", "content": "more"}, SAY]},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"text": "question one"}, {"type": "input_text", "text": "part two"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "answer one"}]},
+        ]
+    },
+    "speakers": {
+        "conversation": [{"speaker": "Human", "text": "question one"}, {"speaker": "AI", "message": "answer one"}]
+    },
+    "titled columns": {"Instruction": "question one", " Input": "given two", "Output ": "answer one", "": "7"},
+    "turns in Python's notation": {"messages": str([ASK, {**SAY, "name": None}])},
     "text": {"text": "once upon a time"},
     "written chat": {"text": "<|im_start|>user\nquestion one<|im_end|>\n<|im_start|>assistant\nanswer one<|im_end|>\n"},
 }
@@ -137,11 +153,27 @@ def reordered(rows: list[dict[str, Any]], folder: Path) -> Path:
     return as_is([turned(row) for row in rows], folder)
 
 
+def packed(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """JSON lines with a byte order mark and Windows line ends, packed."""
+    text = "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in rows)
+    (folder / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder / "x.jsonl.gz"
+
+
+def table(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Columns of numbered values, as pandas' to_json writes them."""
+    columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
+    (folder / "x.json").write_text(json.dumps(columns))
+    return folder / "x.json"
+
+
 STORED: dict[str, Callable[[list[dict[str, Any]], Path], Path]] = {
     "as is": as_is,
     "padded": padded,
     "shards": shards,
     "reordered": reordered,
+    "packed": packed,
+    "table": table,
 }
 
 
@@ -149,11 +181,13 @@ def words(value: object, key: str = "") -> Iterator[str]:
     """The words of a raw row that a model should see: no keys of the notation, no roles, no numbers."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            if name not in ("role", "from", "type", "weight", "id", "answer_start", "title"):
+            if name not in ("role", "from", "speaker", "train", "type", "weight", "id", "answer_start", "title"):
                 yield from words(inner, name)
     elif isinstance(value, list):
         for inner in value:
             yield from words(inner, key)
+    elif isinstance(value, str) and value.startswith("[{'"):
+        yield from words(ast.literal_eval(value))
     elif isinstance(value, str):
         yield from re.findall(r"[a-z]{3,}", re.sub(r"<\|[^|]*\|>(user|assistant)?", " ", value))
 
@@ -179,7 +213,7 @@ def test_no_word_of_a_row_is_lost(shape: str, stored: str, tmp_path: Path) -> No
         assert isinstance(example, Example)
         lost = sorted(set(words(row)) - set(re.findall(r"[a-z]{3,}", of_example(example))))
         assert not lost, f"{shape}, {stored}: {lost} lost; unused {decision.unused}, notes {dict(decision.notes)}"
-        if stored == "as is":
+        if stored in ("as is", "packed", "table"):
             assert (example.messages, example.text, example.tools) == (plain.messages, plain.text, plain.tools)
     kept = rows[0] if stored in ("padded", "reordered") else plain
     assert isinstance(kept, Example)
@@ -206,3 +240,72 @@ def test_the_examples_of_the_page_are_read_as_it_says(name: str, format_: str, t
 
 def test_the_page_has_every_shape() -> None:
     assert len(EXAMPLES) == DOCS.read_text(encoding="utf-8").count("```json") == 10
+
+
+def read(path: Path, **more: Any) -> list[list[str]]:
+    """The contents of each row's turns; a refused row as its reason."""
+    _, rows = read_source(LocalSource.model_validate({"source": "local", "path": str(path), **more}), "s", path.parent)
+    return [[m.content for m in r.messages] if isinstance(r, Example) else [r.reason] for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.json", '{"question": ["q", "r"], "answer": ["a", "b"]}'),
+        ("x.json", '{"question": {"0": "q", "7": "r"}, "answer": {"0": "a", "7": "b"}}'),
+        ("x.csv", "sep=;\nquestion;answer\nq;a\nr;b\n"),
+        ("x.csv", '"sep=|"\nQuestion|Answer\nq|a\nr|b\n'),
+        ("x.csv", ",question,answer\n0,q,a\n1,r,b\n"),
+        ("x.csv", "question|answer\nq|a\nr|b\n"),
+    ],
+)
+def test_a_table_is_read_by_rows(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert read(tmp_path / name) == [["q", "a"], ["r", "b"]]
+
+
+def test_one_row_of_lists_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"prompt": [ASK], "completion": [SAY]}))
+    assert read(tmp_path / "x.json") == [["question one", "answer one"]]
+    (tmp_path / "x.json").write_text(json.dumps({"dialog": ["a", "b"]}))
+    assert read(tmp_path / "x.json") == [["a", "b"]]
+
+
+def test_files_of_a_folder_are_read_each_in_its_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    (tmp_path / "b.csv").write_text("query;response;score\nq;r;1\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"nothing": "known"}) + "\n")
+    assert read(tmp_path) == [["question one", "answer one"], ["q", "r"], ["type"]]
+    assert read(tmp_path, format="messages")[1] == ["type"]  # the recipe says what they are
+    decision, rows = read_source(LocalSource(source="local", path=tmp_path), "s", tmp_path)
+    assert decision.unused == () and len(list(rows)) == 3
+    assert any("score were read as prompt_completion" in note for note in decision.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b'{"prompt": "q", "completion": "a"}'), "gzip; name it .gz"),
+        (b"PK\x03\x04rest", "a ZIP archive or an Excel sheet"),
+        (b"PAR1\x15\x04", "Parquet; name it .parquet"),
+    ],
+)
+def test_packed_content_under_a_text_files_name_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.json", "x.csv"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            read(tmp_path / name)
+
+
+def test_evaluation_files_among_others_are_named(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl", "contest.jsonl", "my-dev-2.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    assert evaluation_files([tmp_path]) == ["my-dev-2.jsonl", "test.jsonl"]
+    assert evaluation_files([tmp_path / "*.jsonl"]) == ["my-dev-2.jsonl", "test.jsonl"]
+    assert evaluation_files([tmp_path / "test.jsonl"]) == evaluation_files([tmp_path / "t*st.jsonl"]) == []
+
+
+def test_answers_that_write_tool_calls_are_noted(tmp_path: Path) -> None:
+    row = {"query": "q", "answers": json.dumps([{"name": "f", "arguments": {}}]), "tools": json.dumps([TOOL])}
+    decision, rows = read_source(LocalSource(source="local", path=as_is([row], tmp_path)), "s", tmp_path)
+    assert len(list(rows)) == 1 and any("JSON of tool calls" in note for note in decision.notes)

@@ -44,7 +44,7 @@ def test_pairs_and_calls_are_masked_too() -> None:
     ]
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "0", "yes", [0]])
+@pytest.mark.parametrize("value", [0.5, 2, -1, "0.5", "yes", [0]])
 def test_any_other_weight_is_refused_by_name(value: object) -> None:
     with pytest.raises(RowError, match=r"messages\[1\]\.weight: found .*allowed is 0 or 1") as caught:
         turns(ASK, {"role": "assistant", "content": "Ho", "weight": value})
@@ -78,7 +78,7 @@ def test_arguments_that_are_no_object_stay_text_and_are_counted() -> None:
     assert calls_of("x", {"name": "f", "arguments": " "}, notes)[0]["function"]["arguments"] == {}
 
 
-@pytest.mark.parametrize("found", ["{'name': 'f'}", 7, [7], [{"arguments": {}}], {"function": {"arguments": {}}}])
+@pytest.mark.parametrize("found", ["{'name' 'f'}", 7, [7], [{"arguments": {}}], {"function": {"arguments": {}}}])
 def test_what_is_no_tool_call_is_refused(found: object) -> None:
     with pytest.raises(RowError, match="tool call"):
         calls_of("x", found, Counter())

@@ -27,6 +27,6 @@ def test_own_held_out_rows_are_rendered_apart_and_never_trained_on(lab: Laborato
         **{f"the column {name!r} is missing in b.csv": 1 for name in ("completion", "prompt")},
         **{f"the column {name!r} is missing in a.jsonl": 1 for name in ("answer", "question", "score")},
     }
-    pairs = [(p["dropped_id"], p["kept_id"]) for p in done.table("split", "pairs.parquet")]
+    pairs = [(p["dropped_id"], p["evaluation_id"]) for p in done.table("decontaminate", "pairs.parquet")]
     assert pairs == [("rows/a.jsonl:3", "held.json:1"), ("rows/b.csv:3", "held.json:2")]
     assert (done.metrics["render"]["rows"], done.metrics["render"]["eval_rows"]) == (10, 3)

@@ -90,6 +90,8 @@ def test_clean_leaves_alone_what_a_running_process_uses(finished, tmp_path):
     newest = runs / "99990101T000000Z-00000000"
     shutil.copytree(running, newest)
     value = json.loads((newest / "run.json").read_text())
+    train = work.folder / "artifacts" / "train"
+    shutil.copytree(train / value["stages"]["train"]["key"][:16], train / ("0" * 16))
     value["stages"]["train"] |= {"key": "0" * 32}
     (newest / "run.json").write_text(json.dumps(value))
     (runs / "latest").write_text(newest.name)
@@ -97,6 +99,8 @@ def test_clean_leaves_alone_what_a_running_process_uses(finished, tmp_path):
         assert "nothing to clean" in work.run("clean", "--yes").stdout
     listed = work.run("clean").stdout
     assert str(running) in listed and "/train/" in listed and "nothing deleted" in listed
+    shutil.rmtree(train / ("0" * 16))  # commands then use the other run again
+    assert "nothing to clean" in work.run("clean", "--yes").stdout
 
 
 def test_the_run_that_latest_names_stays_though_a_clock_was_set_back(finished, tmp_path):

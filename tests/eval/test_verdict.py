@@ -65,9 +65,12 @@ def test_each_line_changes_with_its_figures(number, changes, level, words):
     assert line.level == level and words in str(line)
 
 
-def test_publishing_is_refused_only_where_the_interval_says_so():
+def test_publishing_is_refused_where_the_interval_says_so_and_for_memorised_rows():
     assert judged(measured=evaluate(0.99, 0.95, 1.03)).refusal and judged(measured=evaluate(1.2, 1.1, 1.3)).refusal
-    assert not judged(train={"steps": 2, "loss": 0.1}).refusal and not judged(measured={}).refusal
+    assert not judged(train={"steps": 2, "loss": 3.0}).refusal and not judged(measured={}).refusal
+    learned_by_heart = judged(train={"steps": 150, "loss": 0.1})
+    assert "repeats its training rows (loss 0.10" in learned_by_heart.refusal
+    assert "DO NOT PUBLISH" in str(learned_by_heart.lines[4])
 
 
 def test_few_steps_have_a_limit_and_an_advice():

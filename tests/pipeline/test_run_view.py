@@ -1,10 +1,13 @@
 """Which run a command uses; the list of runs and their removal. Runs are made by hand."""
 
+import itertools
 import json
+import random
 
 import pytest
 from typer.testing import CliRunner
 
+from finetune.cli import clean
 from finetune.cli import runs as cli_runs
 from finetune.cli.clean import unused
 from finetune.cli.main import app
@@ -146,6 +149,36 @@ def test_a_removed_run_leaves_what_others_use(made):
     assert [f.parent.name for f in gone] == ["merge"]  # left for `clean`; base and train are used by the first run
     assert remove_runs([name_of(1)], made.store)[0].endswith("made has no run left")
     assert not parent.exists()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clean_keeps_every_run_that_a_command_chooses(made, seed):
+    """Whatever the needs of a command are, the run it uses before `clean` is there after it; its stages as well."""
+    chance = random.Random(seed)
+    for second in range(1, 8):
+        ways = {stage: chance.choice(("done", "done", "off", "failed", "missing")) for stage in ("train", "merge")}
+        made.run(second, key="abcdefgh"[second], base="done", render=chance.choice(("done", "partial")), **ways)
+    needs = [set(c) for n in range(4) for c in itertools.combinations(("base", "train", "merge", "render"), n)]
+    before = [run_view.finished(made.store, "made", lambda _, n=n: n) for n in needs]
+    listed = unused(made.store, 1)
+    assert listed
+    clean.remove(made.store, listed)
+    for asked, was in zip(needs, before, strict=True):
+        now = run_view.finished(made.store, "made", lambda _, n=asked: n)
+        if all(was["stages"][stage]["status"] == "done" for stage in asked):
+            assert (now["run"], now["stages"]) == (was["run"], was["stages"])
+
+
+def test_clean_drops_an_earlier_run_of_the_same_stages_and_keeps_it_for_a_failed_one(made):
+    old = made.run(1, key="b", base="done", train="done", merge="done")
+    assert old not in {u.folder for u in unused(made.store, 1)}
+    made.run(2, key="c", base="done", train="failed")
+    made.run(3, key="d", base="done", train="done", merge="refused")
+    assert old not in {u.folder for u in unused(made.store, 1)}
+    made.run(4, key="e", base="done", train="done", merge="done", export="off")
+    gone = {u.folder for u in unused(made.store, 1)}
+    assert {old, made.store.folder("merge", f"merge{'b':0<20}", large=True)} <= gone
+    assert old not in {u.folder for u in unused(made.store, 4)}
 
 
 @pytest.mark.parametrize(

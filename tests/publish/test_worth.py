@@ -40,6 +40,9 @@ def ctx(tmp_path: Path) -> Context:
 def test_a_model_no_better_than_its_base_needs_force(ctx: Context) -> None:
     with pytest.raises(GateRefused, match=r"does not differ from its base.*--force"):
         _check_worth(of(SAME), ["adapter"], ctx, force=False, dry_run=False)
+    with pytest.raises(GateRefused, match=r"repeats its training rows.*fewer train\.epochs.*--force"):
+        _check_worth(of(BETTER, loss=0.01), ["adapter"], ctx, force=False, dry_run=False)
+    _check_worth(of(BETTER, loss=0.01), ["adapter"], ctx, force=True, dry_run=False)
     _check_worth(of(SAME), ["adapter"], ctx, force=True, dry_run=False)
     _check_worth(of(SAME), ["adapter"], ctx, force=False, dry_run=True)
     _check_worth(of(SAME), ["dataset"], ctx, force=False, dry_run=False)

@@ -17,31 +17,39 @@ from finetune.dedup.measures import Cosine
 from finetune.dedup.select import repeats_of
 from finetune.errors import GateRefused, InputError
 from finetune.pipeline import runner
-from finetune.pipeline.stage_list import stage_named
+from finetune.pipeline.stage_list import STAGES, spec_of, stage_named
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
-from finetune.stages import certify, evaluate, ingest, split
+from finetune.stages import certify, decontaminate, evaluate, ingest, sample, split
 from tests.stages.rows import chat, context, folder, ids, recipe, sentences
 
 TEXTS = sentences(30)
 
 
 def built(tmp_path: Path, train: list[Any], held: list[Any], **sections: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder with what decontaminate, sample (if the recipe has it) and split leave, and all their figures."""
     whole = recipe(eval_data=[{"source": "local", "path": "/none/b"}], **sections)
     made = folder(tmp_path / "ingest", train)
-    folder(tmp_path / "ingest2", held)
-    (tmp_path / "ingest2" / "rows.parquet").rename(made / "eval.parquet")
-    out = tmp_path / "out"
+    (folder(tmp_path / "ingest2", held) / "rows.parquet").rename(made / "eval.parquet")
+    out, sampled = tmp_path / "out", tmp_path / "sampled"
     out.mkdir()
-    sampled = folder(tmp_path / "sample", train)
-    inputs = {"sample": sampled, "embed": tmp_path / "none", "ingest": made}
-    spec = split.spec(whole)
-    assert spec is not None and split.also(spec) == ("ingest",)
-    return out, split.run(spec, inputs, out, context(tmp_path))
+    sampled.mkdir()
+    inputs = {"dedup": folder(tmp_path / "dedup", train), "embed": tmp_path / "none", "ingest": made}
+    spec, chosen = decontaminate.spec(whole), sample.spec(whole)
+    assert spec is not None and decontaminate.also(spec) == ("ingest",)
+    metrics = decontaminate.run(spec, inputs, out, context(tmp_path))
+    if chosen is not None:
+        sample.run(chosen, {"decontaminate": out, "base": tmp_path}, sampled, context(tmp_path))
+    last = split.spec(whole)
+    assert last is not None and split.also(last) == ("ingest",)
+    inputs["sample"] = sampled if chosen is not None else out
+    return out, metrics | split.run(last, inputs, out, context(tmp_path))
 
 
 def pairs(out: Path) -> list[tuple[str, str, str]]:
-    return [(p["dropped_id"], p["kept_id"], p["method"]) for p in pq.read_table(out / "pairs.parquet").to_pylist()]
+    return [
+        (p["dropped_id"], p["evaluation_id"], p["method"]) for p in pq.read_table(out / "pairs.parquet").to_pylist()
+    ]
 
 
 def test_rows_that_repeat_a_held_out_row_are_dropped_and_listed(tmp_path: Path) -> None:
@@ -65,7 +73,7 @@ def test_rows_that_repeat_a_held_out_row_are_dropped_and_listed(tmp_path: Path) 
         ("a:5~2", "b:5", "exact"),
     ]
     assert (metrics["train_rows"], metrics["eval_rows"], metrics["dropped"], metrics["leaks"]) == (27, 4, 6, 0)
-    assert not (out / "remaining.parquet").exists()
+    assert metrics["repeat_eval_data"] == {"exact": 5, "embedding": 1}
 
 
 def test_the_whole_row_counts_whatever_the_measures_are(tmp_path: Path) -> None:
@@ -81,6 +89,25 @@ def test_a_share_is_held_out_as_well_where_the_recipe_asks(tmp_path: Path) -> No
     kept, tested = ids(out / "train.parquet"), ids(out / "eval.parquet")
     assert tested[0] == "b:1" and len(tested) == 6 and len(kept) == 24 and "a:1" not in kept + tested
     assert not set(kept) & set(tested) and (metrics["train_rows"], metrics["eval_rows"]) == (24, 6)
+
+
+def test_sampling_gives_the_rows_asked_for_whatever_repeats_a_held_out_row(tmp_path: Path) -> None:
+    train = [chat(i, f"q{i}", t) for i, t in enumerate(TEXTS, 1)]
+    held = [chat(i, f"q{i}", TEXTS[i - 1], source="b") for i in range(1, 11)]
+    out, metrics = built(tmp_path, train, held, dedup={"embedding": None}, sample={"random": 20})
+    assert (metrics["train_rows"], metrics["eval_rows"], metrics["dropped"]) == (20, 10, 10)
+    assert set(ids(out / "train.parquet")) == {f"a:{i}" for i in range(11, 31)}
+
+
+def test_both_kinds_of_evaluation_data_are_kept_apart(tmp_path: Path) -> None:
+    """A benchmark under decontaminate.against beside held-out rows: each row goes once, with the data it is like."""
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"prompt": "other words " + TEXTS[4], "completion": "x"}) + "\n")
+    against = {"against": [{"source": "local", "path": str(tmp_path / "bench.jsonl")}], "ngram": 8}
+    train = [chat(i, f"q{i}", t) for i, t in enumerate(TEXTS, 1)]
+    held = [chat(3, "q3", TEXTS[2], source="b")]
+    out, metrics = built(tmp_path, train, held, dedup={"embedding": None}, decontaminate=against)
+    assert pairs(out) == [("a:3", "b:3", "exact"), ("a:5", "bench.jsonl:1", "words")]
+    assert (metrics["rows_in"], metrics["rows_out"], metrics["words"]) == (28, 28, 1)
 
 
 def test_all_rows_repeated_is_refused(tmp_path: Path) -> None:
@@ -137,7 +164,7 @@ def test_the_recipe_then_holds_nothing_else_out_and_evaluates(tmp_path: Path) ->
     assert recipe(eval_data=held, split={}).split is not None
     assert split.spec(recipe(split=None)) is None and evaluate.spec(recipe(split=None)) is None
     plain = split.spec(recipe())
-    assert plain is not None and split.also(plain) == () and plain.repeats is None
+    assert plain is not None and split.also(plain) == () and decontaminate.spec(recipe()) is None
     for field in ({"weight": 2}, {"rows": 5}):
         with pytest.raises(ValidationError, match="held-out rows are used once each"):
             recipe(eval_data=[{**held[0], **field}])
@@ -153,3 +180,26 @@ def test_the_stage_needs_ingest_only_with_them(tmp_path: Path) -> None:
     held = [{"source": "local", "path": "/none/b"}]
     assert set(step(recipe()).inputs) == {"sample", "embed"}
     assert set(step(recipe(eval_data=held)).inputs) == {"sample", "embed", "ingest"}
+
+
+def test_without_training_rows_every_row_is_held_out(tmp_path: Path) -> None:
+    """An adapter made elsewhere and rows to certify it on: nothing curates, and no embedding is asked for."""
+    held = [{"source": "local", "path": "/none/b"}]
+    imports = {"name": "t", "model": "builtin:tiny-mistral", "train": None, "lora": {"start_from": "/none/adapter"}}
+    whole = Recipe.model_validate({**imports, "eval_data": held, "dedup": {"embedding": "a/b"}})
+    on = {stage.name for stage in STAGES if spec_of(stage, whole) is not None}
+    assert on == {"base", "ingest", "split", "render", "train", "evaluate", "certify", "merge"}
+    spec = split.spec(whole)
+    assert spec is not None
+    rows = [chat(i, f"q{i}", t, source="b") for i, t in enumerate(TEXTS, 1)]
+    made = folder(tmp_path / "ingest", [])
+    (folder(tmp_path / "theirs", rows) / "rows.parquet").rename(made / "eval.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = split.run(spec, {"sample": made, "embed": made, "ingest": made}, out, context(tmp_path))
+    assert (metrics["train_rows"], metrics["eval_rows"], metrics["leaks"]) == (0, 30, 0)
+    assert list(read_rows(out / "eval.parquet")) == rows and ids(out / "train.parquet") == []
+    with pytest.raises(ValidationError, match="there is no data to hold rows out of"):
+        Recipe.model_validate({**imports, "eval_data": held, "split": {}})
+    nothing = {stage.name for stage in STAGES if spec_of(stage, Recipe.model_validate(imports)) is not None}
+    assert nothing == {"base", "train", "merge"}
