@@ -30,11 +30,12 @@ def unused(store: Store, keep: int) -> list[Unused]:
     """
     used: set[Path] = set()
     old_runs: list[Path] = []
-    for recipe in sorted(p for p in (store.artifacts / "runs").glob("*") if p.is_dir()):
-        for run in (recipe, *recipe.iterdir()) if not recipe.is_symlink() else (recipe,):
+    for recipe in (store.artifacts / "runs" / name for name in links.names_in(store.artifacts / "runs")):
+        inside = [recipe / name for name in links.names_in(recipe)] if not recipe.is_symlink() else []
+        for run in (recipe, *inside):
             if run.is_dir():
                 links.require_inside(run, store.artifacts)
-        runs = sorted(p for p in recipe.iterdir() if (p / "run.json").is_file())
+        runs = [p for p in inside if "run.json" in links.names_in(p)]
         # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
         kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
         old_runs += [r for r in runs if r not in kept]
@@ -45,7 +46,8 @@ def unused(store: Store, keep: int) -> list[Unused]:
     for stage in STAGES:
         root = store.scratch if stage.large else store.artifacts
         links.require_inside(root / stage.name, root)
-        for folder in sorted(p for p in (root / stage.name).glob("*") if p.is_dir() or p.is_symlink()):
+        places = (root / stage.name / name for name in links.names_in(root / stage.name))
+        for folder in (p for p in places if p.is_dir() or p.is_symlink()):
             if links.way_out(folder, root) or (folder not in used and not is_being_built(folder)):
                 folders.append(folder)
     bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())

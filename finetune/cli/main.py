@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune.cli.options import ARTIFACTS, MIRROR, SCRATCH, Artifacts, AsJson, RecipeName, RunName, Scratch, Sets, note
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import FinetuneError, InputError, of_the_machine
 from finetune.utils.resources import complete_recipe
 from finetune.utils.streams import print_text, steady
 
@@ -397,3 +397,11 @@ def main() -> None:
         if text := message(error, os.environ):
             print_error(text)
         sys.exit(error.exit_status)
+    except (OSError, MemoryError) as error:
+        told = of_the_machine(error, "finetune")
+        if told is None:
+            raise
+        from finetune.utils.console import print_error
+
+        print_error(str(told))
+        sys.exit(told.exit_status)

@@ -160,6 +160,7 @@ def _attempt(
         finally:
             follower.close()
     ctx.stop.check()
+    ctx.stop.require_own()
     result = _result(trainer, follower, micro, job.device)
     distributed.part()
     return result
