@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from finetune.pipeline.runs import latest_run, read_record
 from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
 from finetune.utils import links
+
+LEFT_BY = re.compile(r"(?:publish|publish-made|incoming)-(\d{1,9})-")  # the process that made a folder of its own
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
     # had fetched.
     left = [*store.scratch.glob("publish-*"), *store.artifacts.glob("incoming-*")]
     staged = [p for p in sorted(left) if p.is_dir()]
-    folders += [p for p in staged if (pid := p.name.split("-")[1]).isdigit() and not is_running(int(pid))]
+    folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
     return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]
 
 
