@@ -12,6 +12,7 @@ MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,
     errno.ENFILE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.EBUSY, errno.ETXTBSY,
 )  # fmt: skip
+OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 # torch, Arrow, Python's threads and C++ have words of their own for it.
 NO_MEMORY = (
     "can't allocate memory", "annot allocate memory", "bad_alloc", "Failed to launch worker thread",
@@ -89,6 +90,8 @@ def of_the_machine(error: Exception, work: str) -> FinetuneError | None:
         return memory_full(work)
     if isinstance(error, OSError) and error.errno in MACHINE and error.filename:
         return FinetuneError(f"{work}: {error.filename}: {error.strerror}; see to it, and run the same command again")
+    if isinstance(error, OSError) and error.errno in OF_A_NAME and error.filename:
+        return InputError(f"{work}: {str(error.filename)[:200]}: {error.strerror}; give another path or name")
     return None
 
 

@@ -14,7 +14,9 @@ from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
 from finetune.utils import links
 
-LEFT_BY = re.compile(r"(?:publish|publish-made|incoming)-(\d{1,9})-")  # the process that made a folder of its own
+LEFT_BY = re.compile(
+    r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-"
+)  # the process that made a folder of its own
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
     folders += quantized_cache.unneeded(store.scratch, bases)
     # What a push that was killed had staged (links to a whole model, which keep its bytes on the disk), or a mirror
     # had fetched.
-    left = [*store.scratch.glob("publish-*"), *store.artifacts.glob("incoming-*")]
+    left = [root / name for root in {store.scratch, store.artifacts} for name in links.names_in(root)]
     staged = [p for p in sorted(left) if p.is_dir()]
     folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
     return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]

@@ -129,11 +129,15 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError for anything else, also for a pipe, which would be waited for."""
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """The bytes of a regular file, at most `most`.
+
+    Raises OSError for anything else, also for a pipe, which would be waited for.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(22, SPECIAL, str(path))
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def size_of(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Memory that runs out in dedup, merge or export: one sentence, nothing half-written, and the same command goes on."""
 
+import faulthandler
 import os
 import resource
 import shutil
@@ -40,6 +41,7 @@ def build_in(megabytes, stage, workspace, store, log):
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    faulthandler.dump_traceback_later(120, exit=True)
     status, held = 99, []
     try:
         with log.open("w") as said:
