@@ -16,6 +16,7 @@ from finetune.lora.config import is_target, layer_count, layer_of
 from finetune.models.architecture import Modules
 from finetune.recipe import Lora
 from finetune.utils.files import read_json
+from finetune.utils.format import clipped
 from finetune.utils.limits import reading
 from finetune.utils.safetensors_io import read_file
 
@@ -125,7 +126,7 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
             found += [*_settings(lora, adapter), *_not_trained(adapter), *_layers(lora, adapter, base)]
             if not any(field == ("model",) for field, _ in found):
                 found += _targets(lora, adapter, base)
-    return found
+    return [(field, clipped(words, 1000)) for field, words in found]
 
 
 def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str] | None) -> Iterator[Problem]:
