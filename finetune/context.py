@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune.errors import Stopped
+from finetune.errors import FinetuneError, Stopped
 from finetune.utils.progress import Bar, HeardBar, SilentBar
 
 if TYPE_CHECKING:
@@ -30,9 +30,17 @@ class StopFlag:
     signal_number: int = 0
     deferred: bool = False  # the handler must not interrupt: whoever works looks at signal_number
     hold: Callable[[], None] = lambda: None  # do not leave by force: something is being saved
+    lost: FinetuneError | None = None  # another process took over the folder that is being built
+    require_own: Callable[[], None] = lambda: None  # looks whether one did, and raises: before a file is written again
+
+    def lose(self, error: FinetuneError) -> None:
+        """Let the next check raise `error`."""
+        self.lost = error
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come."""
+        """Raise Stopped if a signal has come, or FinetuneError if another process builds this folder by now."""
+        if self.lost is not None:
+            raise self.lost
         if self.signal_number:
             raise Stopped(self.signal_number)
 

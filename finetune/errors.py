@@ -7,6 +7,18 @@ import signal
 from pathlib import Path
 
 KEPT = "(what was finished is kept; the same command goes on from there)"
+# What the machine does, and no file or program: a disk, a mount, permissions, the number of open files.
+MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.EBUSY, errno.ETXTBSY,
+)  # fmt: skip
+OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+# torch, Arrow, Python's threads and C++ have words of their own for it.
+NO_MEMORY = (
+    "can't allocate memory", "annot allocate memory", "bad_alloc", "Failed to launch worker thread",
+    "can't start new thread", "cannot map zero-fill pages", "failed to map segment", "CUDA out of memory",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class FinetuneError(Exception):
@@ -50,6 +62,37 @@ def not_written(folder: Path, error: OSError) -> FinetuneError:
     if error.errno == errno.ENOSPC:
         return disk_full(str(folder))
     return FinetuneError(f"{folder}: cannot be written: {error.strerror or error} {KEPT}")
+
+
+def has_no_memory(error: BaseException | None) -> bool:
+    """Whether memory that was refused is at the bottom of an error, also where a library made its own of it."""
+    seen = 0
+    while error is not None and seen < 100:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if any(words in str(error) for words in NO_MEMORY):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def memory_full(where: str) -> FinetuneError:
+    """What to say where no more memory is given; `where` names the work."""
+    return FinetuneError(
+        f"{where}: no memory is left, or this process may have no more (ulimit, a container's limit); end other "
+        f"programs, raise the limit, or take a larger machine {KEPT}"
+    )
+
+
+def of_the_machine(error: Exception, work: str) -> FinetuneError | None:
+    """What to say of an error that the disk or the memory made outside any stage; None where it may be a defect."""
+    if has_no_memory(error):
+        return memory_full(work)
+    if isinstance(error, OSError) and error.errno in MACHINE and error.filename:
+        return FinetuneError(f"{work}: {error.filename}: {error.strerror}; see to it, and run the same command again")
+    if isinstance(error, OSError) and error.errno in OF_A_NAME and error.filename:
+        return InputError(f"{work}: {str(error.filename)[:200]}: {error.strerror}; give another path or name")
+    return None
 
 
 def how_it_ended(status: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from finetune.utils import links
 from finetune.utils.streams import print_text
 
 ASKED = frozenset({"base", "train", *(stage for stages in NEEDED.values() for stage in stages)})  # by some command
+
+LEFT_BY = re.compile(
+    r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-"
+)  # the process that made a folder of its own
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,12 @@ def unused(store: Store, keep: int) -> list[Unused]:
     """
     used: set[Path] = set()
     old_runs: list[Path] = []
-    for recipe in sorted(p for p in (store.artifacts / "runs").glob("*") if p.is_dir()):
-        for run in (recipe, *recipe.iterdir()) if not recipe.is_symlink() else (recipe,):
+    for recipe in (store.artifacts / "runs" / name for name in links.names_in(store.artifacts / "runs")):
+        inside = [recipe / name for name in links.names_in(recipe)] if not recipe.is_symlink() else []
+        for run in (recipe, *inside):
             if run.is_dir():
                 links.require_inside(run, store.artifacts)
-        runs = sorted(p for p in recipe.iterdir() if (p / "run.json").is_file())
+        runs = [p for p in inside if "run.json" in links.names_in(p)]
         # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
         kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
         kept |= run_view.chosen_by_commands(store, run_folders(recipe), ASKED)
@@ -71,16 +77,17 @@ def unused(store: Store, keep: int) -> list[Unused]:
     for stage in STAGES:
         root = store.scratch if stage.large else store.artifacts
         links.require_inside(root / stage.name, root)
-        for folder in sorted(p for p in (root / stage.name).glob("*") if p.is_dir() or p.is_symlink()):
+        places = (root / stage.name / name for name in links.names_in(root / stage.name))
+        for folder in (p for p in places if p.is_dir() or p.is_symlink()):
             if links.way_out(folder, root) or (folder not in used and not is_being_built(folder)):
                 folders.append(folder)
     bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())
     folders += quantized_cache.unneeded(store.scratch, bases)
     # What a push that was killed had staged (links to a whole model, which keep its bytes on the disk), or a mirror
     # had fetched.
-    left = [*store.scratch.glob("publish-*"), *store.artifacts.glob("incoming-*")]
+    left = [root / name for root in {store.scratch, store.artifacts} for name in links.names_in(root)]
     staged = [p for p in sorted(left) if p.is_dir()]
-    folders += [p for p in staged if (pid := p.name.split("-")[1]).isdigit() and not is_running(int(pid))]
+    folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
     return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]
 
 

@@ -27,7 +27,7 @@ from finetune.cli.options import (
     note,
 )  # fmt: skip
 from finetune.cli.serve import serve
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, of_the_machine
 from finetune.utils.quiet import silence_libraries
 from finetune.utils.resources import complete_recipe
 from finetune.utils.streams import print_text, steady
@@ -89,7 +89,7 @@ def run(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
     fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and start again.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Train in this many processes, one a GPU.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=128, help="Train in this many processes, one a GPU.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
     mirror: Annotated[
         str | None,
@@ -234,11 +234,11 @@ def runs(
 
     lines = cli_runs.list_runs(Store(artifacts, scratch), recipe)
     if as_json:
-        typer.echo(json.dumps(lines, indent=1, ensure_ascii=False))
+        print_text(json.dumps(lines, indent=1))
     elif lines:
         cli_runs.print_list(lines)
     else:
-        typer.echo(f"no run under {artifacts}")
+        print_text(f"no run under {artifacts}")
 
 
 @app.command()
@@ -251,8 +251,7 @@ def rm(
     from finetune.cli.runs import remove_runs
     from finetune.pipeline.store import Store
 
-    for line in remove_runs(names, Store(artifacts, scratch)):
-        typer.echo(line)
+    print_text("\n".join(remove_runs(names, Store(artifacts, scratch))))
     typer.echo("`finetune clean` removes the stages that no run uses", err=True)
 
 
@@ -381,10 +380,13 @@ def main() -> None:
     silence_libraries()
     try:
         app()
-    except FinetuneError as error:
+    except (FinetuneError, OSError, MemoryError) as error:
+        told = error if isinstance(error, FinetuneError) else of_the_machine(error, "finetune")
+        if told is None:
+            raise
         from finetune.pipeline.launch import message
         from finetune.utils.console import print_error
 
-        if text := message(error, os.environ):
+        if text := message(told, os.environ):
             print_error(text)
-        sys.exit(error.exit_status)
+        sys.exit(told.exit_status)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from finetune.utils.format import visible
 from finetune.utils.resources import complete_recipe
 
 RecipeName = Annotated[
@@ -34,5 +34,10 @@ Temperature = Annotated[float, typer.Option(min=0, max=10, help="0 always takes 
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
-note = partial(typer.echo, err=True)
+
 MIRROR = os.environ.get("FINETUNE_MIRROR") or None
+
+
+def note(line: str) -> None:
+    """Print a line on stderr, every control character visible."""
+    typer.echo(visible(line), err=True)

@@ -13,6 +13,8 @@ from finetune.data.values import listed
 from finetune.errors import InputError
 from finetune.recipe.data import glob_parts
 from finetune.utils.files import read_json
+from finetune.utils.limits import reading
+from finetune.utils.links import way_out
 
 SPLITS = "dataset_dict.json"  # in a folder that DatasetDict.save_to_disk wrote
 STATE = "state.json"  # in one that Dataset.save_to_disk wrote
@@ -73,6 +75,8 @@ def _meant(path: Path) -> Iterator[DataFile]:
     if (parts := glob_parts(path)) is not None:
         folder, pattern = parts
         matches = [p for p in folder.glob(pattern) if p.is_file()]
+        for match in matches:
+            _require_no_way_out(match, folder)
         if not matches:
             raise InputError(f"no file matches {path}; a relative path is looked for beside the recipe, then under the "
                              "working folder")  # fmt: skip
@@ -85,11 +89,16 @@ def _meant(path: Path) -> Iterator[DataFile]:
 
 def _in_folder(folder: Path) -> Iterator[DataFile]:
     if (folder / SPLITS).is_file():
-        splits = read_json(folder / SPLITS).get("splits", [])
-        raise InputError(f"{folder} holds the splits {listed(splits)}; name one of them: {folder}/{splits[0]}")
+        with reading(f"{folder / SPLITS} is not what datasets writes; save the data set again"):
+            splits = [str(name) for name in read_json(folder / SPLITS)["splits"]]
+            first = splits[0]
+        raise InputError(f"{folder} holds the splits {listed(splits)}; name one of them: {folder}/{first}")
     if (folder / STATE).is_file():
-        written = [folder / entry["filename"] for entry in read_json(folder / STATE).get("_data_files", [])]
+        with reading(f"{folder / STATE} is not what datasets writes; save the data set again"):
+            written = [folder / str(entry["filename"]) for entry in read_json(folder / STATE).get("_data_files", [])]
         files = written or sorted(folder.glob("*.arrow"))
+        for path in files:
+            _require_no_way_out(path, folder)
     else:
         files = [path for path in _inside(folder) if _is_data(path)]
     if not files:
@@ -98,10 +107,35 @@ def _in_folder(folder: Path) -> Iterator[DataFile]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """The files in a folder and the folders in it, hidden ones left out."""
+    """The files in a folder and the folders in it, hidden ones left out.
+
+    Raises InputError for a link out of the folder to a file of rows or to another folder.
+    """
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and (path.is_dir() or _is_data(path)):
+            _require_no_way_out(path, folder)
+        if path.is_file():
             yield path
+
+
+def _require_no_way_out(path: Path, folder: Path) -> None:
+    """Raise InputError for a file that only a link, or `..` in a list of files, puts into the folder.
+
+    The folder may come from somebody else. A snapshot of the Hub's cache consists of links to its blobs, and may.
+    """
+    if (link := way_out(path, folder)) is None:
+        return
+    real = Path(os.path.realpath(folder))
+    blobs = real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+    target = Path(os.path.realpath(link))
+    if blobs is not None and link.is_symlink() and not blobs.is_symlink() and target.parent == blobs:
+        return
+    raise InputError(
+        f"{link} leads to {target}, outside {folder}; name that file or folder as a path of its own if its rows are "
+        "meant, or remove the link"
+    )
 
 
 def _is_data(path: Path) -> bool:

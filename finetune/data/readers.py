@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
 
@@ -17,11 +17,13 @@ from finetune.data.json_files import RawRow, json_file, json_lines
 from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, first_line, lines, refuse
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.format import clipped
+from finetune.utils.limits import memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ARROW_ROWS = 1000
+BATCH_BYTES, BATCH_MEMORY = 1 << 26, 1 << 30  # of rows that are unpacked at once; what that may take
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # also packed, and in any encoding
 BINARY_ENDINGS = (".parquet", ".arrow")
 ENDINGS = (*TEXT_ENDINGS, *BINARY_ENDINGS)
@@ -220,12 +222,44 @@ def _parquet(path: Path) -> Iterator[RawRow]:
     number = 0
     try:
         with pq.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:  # else it is read as a whole
-            for batch in file.iter_batches(batch_size=ARROW_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(number, row)
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                row_bytes = about.total_byte_size / max(1, about.num_rows)
+                if row_bytes > MOST_ROW_BYTES:
+                    _refuse_bomb(path, number)
+                rows = int(min(ARROW_ROWS, max(1, BATCH_BYTES // max(1, row_bytes))))
+                for batch in _unpacked(path, number, file.iter_batches(batch_size=rows, row_groups=[group])):
+                    for row in batch:
+                        number += 1
+                        yield RawRow(number, row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: after row {number}: not readable as parquet: {first_line(error)}") from error
+
+
+def _unpacked(path: Path, number: int, batches: Iterator[pa.RecordBatch]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each batch, after `number` others, each batch unpacked within BATCH_MEMORY.
+
+    A dictionary of one long text, say, has no size of its own in the file.
+    """
+    while True:
+        try:
+            with memory(BATCH_MEMORY):
+                batch = next(batches, None)
+                rows = None if batch is None else batch.to_pylist()
+        except MemoryError:
+            _refuse_bomb(path, number)
+        if rows is None:
+            return
+        del batch
+        number += len(rows)
+        yield rows
+
+
+def _refuse_bomb(path: Path, number: int) -> NoReturn:
+    raise InputError(
+        f"{path}: after row {number}: rows that unpack to more than {MOST_ROW_BYTES >> 20} MB each, or to more than "
+        f"{BATCH_MEMORY / 1e9:.1f} GB together; is it what it should be?"
+    )
 
 
 def _arrow(path: Path) -> Iterator[RawRow]:
@@ -234,9 +268,22 @@ def _arrow(path: Path) -> Iterator[RawRow]:
     number = 0
     try:
         with pa.memory_map(str(path)) as source:
-            for batch in _arrow_batches(source):
-                for start in range(0, batch.num_rows, ARROW_ROWS):
-                    for row in batch.slice(start, ARROW_ROWS).to_pylist():
+            batches = _arrow_batches(source)
+            while True:
+                try:
+                    with memory(BATCH_MEMORY):  # its buffers may be packed
+                        batch = next(batches, None)
+                except MemoryError:
+                    _refuse_bomb(path, number)
+                if batch is None:
+                    return
+                size = batch.nbytes / max(1, batch.num_rows)
+                if size > MOST_ROW_BYTES:
+                    _refuse_bomb(path, number)
+                step = int(min(ARROW_ROWS, max(1, BATCH_BYTES // max(1, size))))
+                slices = (batch.slice(start, step) for start in range(0, batch.num_rows, step))
+                for rows in _unpacked(path, number, slices):
+                    for row in rows:
                         number += 1
                         yield RawRow(number, row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ import yaml
 
 from finetune.errors import InputError
 from finetune.recipe.data import HUB_NAME
+from finetune.utils.links import read_regular
 
 MOST_BYTES = 200_000
 # axolotl's key -> section and field of a recipe, where the value is the same
@@ -96,7 +97,7 @@ class Translated:
 def read(path: Path) -> dict[str, Any]:
     """Return the mapping in an axolotl YAML file. Raises InputError if it is none."""
     try:
-        text = path.read_bytes()[: MOST_BYTES + 1]
+        text = read_regular(path, MOST_BYTES + 1)
     except OSError as error:
         raise InputError(f"--from {path}: cannot be read: {error.strerror}") from None
     if len(text) > MOST_BYTES:

@@ -16,6 +16,8 @@ from finetune.lora.config import is_target, layer_count, layer_of
 from finetune.models.architecture import Modules
 from finetune.recipe import Lora
 from finetune.utils.files import read_json
+from finetune.utils.format import clipped
+from finetune.utils.limits import reading
 from finetune.utils.safetensors_io import read_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -103,7 +105,8 @@ def read_adapter(folder: Path) -> Adapter:
         shapes = {name: tuple(ref.shape) for name, ref in read_file(folder / WEIGHTS).items()}
     except InputError as error:
         raise InputError(f"lora.start_from: {error}") from None
-    odd = [m for m in config.get("modules_to_save") or [] if not isinstance(m, str)]
+    whole = config.get("modules_to_save") or []
+    odd = [m for m in whole if not isinstance(m, str)] if isinstance(whole, list) else [whole]
     if odd:
         raise InputError(f"lora.start_from: {folder / CONFIG}: modules_to_save: found {odd[0]!r}, allowed are names")
     return Adapter(folder.name, config, shapes)
@@ -117,13 +120,14 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
     kind = adapter.config.get("peft_type")
     if kind != "LORA":
         return [(("lora", "start_from"), f"{adapter.where} is an adapter of type {kind}; only LORA is supported")]
-    known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
-    found = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
-    if not importing:
-        found += [*_settings(lora, adapter), *_not_trained(adapter, base), *_layers(lora, adapter, base)]
-        if not any(field == ("model",) for field, _ in found):
-            found += _targets(lora, adapter, base)
-    return found
+    with reading(f"lora.start_from: {adapter.where}: its {CONFIG} is none that peft writes"):
+        known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
+        found = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
+        if not importing:
+            found += [*_settings(lora, adapter), *_not_trained(adapter, base), *_layers(lora, adapter, base)]
+            if not any(field == ("model",) for field, _ in found):
+                found += _targets(lora, adapter, base)
+    return [(field, clipped(words, 1000)) for field, words in found]
 
 
 def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str] | None) -> Iterator[Problem]:

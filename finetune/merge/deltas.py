@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from finetune.errors import InputError
 from finetune.merge.adapter_config import AdapterConfig
 from finetune.utils.files import read_json
-from finetune.utils.safetensors_io import TensorRef
+from finetune.utils.safetensors_io import FLOATS, TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +192,10 @@ def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
     """Module → part → tensor; every adapter tensor lands in exactly one place."""
     parts: Parts = {}
     for key, ref in tensors.items():
+        if ref.dtype not in FLOATS:
+            raise InputError(
+                f"{ref.file}: the adapter tensor {key} is {ref.dtype}; allowed are {', '.join(sorted(FLOATS))}"
+            )
         name = key.removeprefix(PREFIX)
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         module, part = (name.removesuffix(suffix), SUFFIXES[suffix]) if suffix else (name.rpartition(".")[0], "")

@@ -29,8 +29,10 @@ PROBE_TEXTS = (
 CHILD = """
 import json, resource, sys
 asked = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (asked["cpu"], asked["cpu"] + 1))
-resource.setrlimit(resource.RLIMIT_DATA, (asked["memory"],) * 2)
+for kind, soft, hard in (("CPU", asked["cpu"], asked["cpu"] + 1), ("DATA", asked["memory"], asked["memory"])):
+    most = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[1]  # a user's own limit may be lower, and stays
+    limits = (soft, hard) if most < 0 else (min(soft, most), min(hard, most))
+    resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), limits)
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(asked["file"])
 for text in asked["texts"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import MACHINE, FinetuneError, InputError
 from finetune.hub.errors import retried, sentences
 from finetune.models import device as model_device
 from finetune.models import new_tokens, quantized_cache
@@ -18,7 +18,7 @@ from finetune.models.architecture import scaled
 from finetune.models.attention import prepared
 from finetune.models.device import Precision, gpu_index
 from finetune.utils.files import file_digest, read_json, write_bytes, write_json
-from finetune.utils.limits import OF_THE_DISK, bounded, reading
+from finetune.utils.limits import bounded, reading
 from finetune.utils.links import read_regular
 from finetune.utils.quiet import quiet
 
@@ -227,7 +227,7 @@ def load_base(
     except FinetuneError:
         raise
     except Exception as error:
-        if (isinstance(error, OSError) and error.errno in OF_THE_DISK) or isinstance(error, MemoryError):
+        if (isinstance(error, OSError) and error.errno in MACHINE) or isinstance(error, MemoryError):
             raise
         raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
     _require_all_weights(model.id, loaded, report, ctx)

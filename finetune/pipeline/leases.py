@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import FinetuneError
-from finetune.utils.links import read_regular
+from finetune.utils.links import names_in, read_regular
 
 LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
 BEAT_SECONDS = 5.0
@@ -30,11 +30,12 @@ WAIT_SECONDS = 15.0  # how often a run that waits says how far the other one has
 
 @dataclass
 class Lease:
-    """The right to build one folder. `note` is shown to whoever waits."""
+    """The right to build one folder. `note` is shown to whoever waits; `on_lost` is called once by a thread."""
 
     path: Path
     token: str
     note: str = ""
+    on_lost: Callable[[FinetuneError], None] = lambda error: None
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -51,6 +52,13 @@ class Lease:
         beat = 0
         while not self._stop.wait(BEAT_SECONDS):
             beat += 1
+            try:
+                self.require()
+            except FinetuneError as error:  # this process was stopped, or its machine slept
+                self.on_lost(error)
+                return
+            except OSError:
+                continue  # a file server that does not answer now
             with contextlib.suppress(OSError):  # a full disk must not kill the build
                 # In place and of one length: no room is needed, and what is there is never cut off.
                 with self.path.open("r+b") as file:
@@ -164,10 +172,10 @@ def _lease_bytes(token: str, beat: int, note: str) -> bytes:
 
 
 def _leases(folder: Path) -> list[Path]:
-    try:
-        return [p for p in folder.glob("lease.*.json") if p.name.split(".")[1].isdigit()]
-    except FileNotFoundError:  # another process removed the folder while it was listed
-        return []
+    names = (name.split(".") for name in names_in(folder))  # none if another process removed the folder meanwhile
+    return [
+        folder / ".".join(n) for n in names if n[0] == "lease" and n[-1] == "json" and len(n) == 3 and n[1].isdigit()
+    ]
 
 
 def _read(path: Path) -> bytes:

@@ -15,7 +15,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.context import Context
-from finetune.errors import KEPT, FinetuneError, GateRefused, InputError, Stopped, disk_full
+from finetune.errors import (
+    KEPT,
+    FinetuneError,
+    GateRefused,
+    InputError,
+    Stopped,
+    disk_full,
+    has_no_memory,
+    memory_full,
+)
 from finetune.pipeline.leases import Lease, is_being_built
 from finetune.pipeline.run_view import with_start
 from finetune.pipeline.runs import Run, StageRecord
@@ -24,6 +33,7 @@ from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, 
 from finetune.recipe import Recipe
 from finetune.recipe.keys import key_form
 from finetune.utils import links
+from finetune.utils.limits import memory_is_short
 from finetune.utils.runtime import describe_environment, peak_memory_bytes
 
 NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file")
@@ -176,6 +186,8 @@ def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
         step.folder and is_full(step.folder)
     ):  # torch and safetensors have words of their own for it
         return "failed", disk_full(f"{name}: {step.folder}")
+    if has_no_memory(error) or memory_is_short():
+        return "failed", memory_full(name)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return "failed", FinetuneError(f"{name}: {where}{error.strerror or error} {KEPT}")
@@ -206,7 +218,11 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
         manifest = store.find(folder)  # whoever was waited for may have finished it
         if manifest is None:
-            manifest = _build_leased(step, recipe, store, ctx.heard_by(lease.say), fresh, lease)
+            lease.on_lost, ctx.stop.require_own = ctx.stop.lose, lease.require
+            try:
+                manifest = _build_leased(step, recipe, store, ctx.heard_by(lease.say), fresh, lease)
+            finally:
+                lease.on_lost, ctx.stop.require_own = (lambda error: None), (lambda: None)
     return _finished(step, manifest)
 
 

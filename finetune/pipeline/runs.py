@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune.errors import FinetuneError, InputError, not_written
+from finetune.errors import MACHINE, FinetuneError, InputError, not_written
 from finetune.pipeline.store import Manifest
 from finetune.utils import links
 from finetune.utils.files import replace_bytes
@@ -127,10 +127,14 @@ class Run:
 
 
 def latest_run(parent: Path) -> Path | None:
-    """The folder that `latest` names, or None."""
+    """The folder that `latest` names, or None. Raises FinetuneError where the disk fails."""
     try:
         name = links.read_regular(parent / "latest").decode(errors="replace").strip()
-    except OSError:
+    except OSError as error:
+        if error.errno in MACHINE:
+            raise FinetuneError(
+                f"{parent / 'latest'}: cannot be read: {error.strerror}; see to it, and run again"
+            ) from None
         return None
     folder = parent / name
     return folder if PLAIN.fullmatch(name) and folder.is_dir() else None
@@ -229,7 +233,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not all(_is_stage(s) for s in stages.values()) or not all(isinstance(s, str) for s in value["sets"]):
             raise TypeError
         return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run again") from None
         raise InputError(
             f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
             "nothing that is there already"

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ValidationError
 
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import MACHINE, FinetuneError, InputError
 from finetune.pipeline.leases import Lease, acquire
 from finetune.utils import files as utils_files
 from finetune.utils import links
@@ -92,21 +92,28 @@ class Store:
     def find(self, folder: Path) -> Manifest | None:
         """The manifest of a complete folder whose files are all there at their size, else None.
 
-        What is reached only through a link out of the store is not there.
+        What is reached only through a link out of the store is not there. Raises FinetuneError where the disk does not
+        let it be looked at: a folder that is complete would be built again, and cleared first.
         """
         root = self.root(folder)
         try:
             if links.way_out(folder / MANIFEST, root) is not None:
                 return None
             manifest = Manifest.model_validate_json(links.read_regular(folder / MANIFEST))
-        except (OSError, ValidationError, ValueError):
+        except (ValidationError, ValueError):
+            return None
+        except OSError as error:
+            _raise_fault(folder / MANIFEST, error)
             return None
         for name, entry in manifest.files.items():
             path = folder / name
             try:
                 if path.stat().st_size != entry.bytes or links.way_out(path, folder) is not None:
                     return None
-            except (OSError, ValueError):
+            except ValueError:
+                return None
+            except OSError as error:
+                _raise_fault(path, error)
                 return None
         return manifest
 
@@ -214,11 +221,18 @@ def output_digest(files: Mapping[str, FileEntry], logs: Iterable[str] = ()) -> s
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hex. Raises InputError where it cannot be read."""
+    """xxh3-128 of a file's bytes, in hex. Raises InputError, or, for a fault of the disk, FinetuneError."""
     try:
         return utils_files.hash_file(path)
     except OSError as error:
+        _raise_fault(path, error)
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _raise_fault(path: Path, error: OSError) -> None:
+    """Raise FinetuneError where the machine, and not the absence of a file, is what `error` tells of."""
+    if error.errno in MACHINE:
+        raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run the same command again")
 
 
 def _write_synced(path: Path, text: str) -> None:

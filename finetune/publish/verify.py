@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +50,9 @@ def check_loaded(
         return []
     from huggingface_hub import snapshot_download
 
-    with tempfile.TemporaryDirectory(prefix="pushed-", dir=staged.parent, ignore_cleanup_errors=True) as cache:
+    with tempfile.TemporaryDirectory(
+        prefix=f"pushed-{os.getpid()}-", dir=staged.parent, ignore_cleanup_errors=True
+    ) as cache:
         with sentences("read back", repo_id, "model"):
             options: dict[str, Any] = {"allow_patterns": SMALL, "ignore_patterns": WEIGHT_MAPS}
             pulled = Path(

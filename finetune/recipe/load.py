@@ -16,10 +16,13 @@ from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.messages import Location, Where, explain, in_file_order, line_of, shortened
+from finetune.utils.format import clipped
 from finetune.utils.resources import known_recipes
 
 MAX_RECIPE_BYTES = 100_000
 MOST_SHOWN = 50  # mistakes of one file
+MOST_CHARACTERS = 4000  # of one mistake
+MOST_LEVELS = 20  # of a --set: a recipe has four
 PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
     yaml.MappingNode: ("map",),
     yaml.SequenceNode: ("seq",),
@@ -120,7 +123,8 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
         problems.append(f"{path}: nested too deeply to be a recipe")
     if problems:
         more = [f"{path}: and {len(problems) - MOST_SHOWN:,} mistakes more"] if len(problems) > MOST_SHOWN else []
-        raise InputError("\n".join([*in_file_order(problems)[:MOST_SHOWN], *more]))
+        shown = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
+        raise InputError("\n".join([*shown, *more]))
     return recipe, where
 
 
@@ -236,6 +240,8 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
     steps = path.strip().split(".")
     if not equals or not all(steps):
         return f"--set {shown}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
+    if len(steps) > MOST_LEVELS:
+        return f"--set {clipped(shown, 100)}: {len(steps):,} levels, a recipe has at most {MOST_LEVELS}"
     problems: list[str] = []
     scratch: Where = {}
     value = _parse_yaml(text, f"--set {path if path.isprintable() else shortened(path)}", scratch, problems)

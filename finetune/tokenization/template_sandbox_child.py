@@ -91,9 +91,12 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # SIGXCPU comes at the first limit; SIGKILL, which somebody else may have sent too, only at the second.
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+    limits = [(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)]
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        limits.append((resource.RLIMIT_AS, memory_bytes, memory_bytes))
+    for kind, soft, hard in limits:
+        most = resource.getrlimit(kind)[1]  # a user's own limit may be lower, and stays
+        resource.setrlimit(kind, (soft, hard) if most < 0 else (min(soft, most), min(hard, most)))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class Follower(TrainerCallback):
         **_: Any,  # noqa: ANN401
     ) -> None:
         """The watchdog, then one line of metrics.jsonl."""
+        self.ctx.stop.require_own()
         if not logs or "loss" not in logs:
             return
         alarm = self._watchdog.look(state.global_step, float(logs["loss"]), _number(logs.get("grad_norm")))
@@ -188,6 +189,7 @@ class Follower(TrainerCallback):
         **_: Any,  # noqa: ANN401
     ) -> None:
         """A signal: save what there is, then stop. Ranks hear of it at different moments, and stop at the same step."""
+        self.ctx.stop.require_own()
         self._taken()
         if self.held_out and self.held_out.look(model, state.global_step):
             control.should_save = True
@@ -218,6 +220,7 @@ class Follower(TrainerCallback):
             import torch.distributed
 
             torch.distributed.barrier()
+        self.ctx.stop.require_own()
         if self.ctx.rank == 0:
             if self.held_out:
                 self.held_out.save(self.checkpoints / f"checkpoint-{state.global_step}")

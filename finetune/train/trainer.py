@@ -145,6 +145,7 @@ def run(
         finally:
             follower.close()
     ctx.stop.check()
+    ctx.stop.require_own()
     result = _result(trainer, follower, micro, job.device)
     distributed.part()
     return result

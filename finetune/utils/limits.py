@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import threading
@@ -11,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import MACHINE, FinetuneError, InputError
 from finetune.utils.format import clipped, visible
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)  # says nothing of the file
+SHORT_BYTES = 1 << 25
 
 
 class OutOfTime(BaseException):
@@ -26,7 +25,7 @@ def reading(what: str) -> Iterator[None]:
     """Turn what a library raises about a file into InputError: `what`, the error's kind and its first line.
 
     Rust extensions (tokenizers, safetensors) panic with an exception that is no Exception. FinetuneError, signals and
-    errors of the disk itself pass.
+    errors of the machine itself (its disks, permissions, open files) pass.
     """
     try:
         yield
@@ -36,7 +35,7 @@ def reading(what: str) -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         if not (isinstance(error, Exception) or panic):
             raise
-        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        if isinstance(error, OSError) and error.errno in MACHINE:
             raise
         raise InputError(f"{what}: {said(error)}") from error
 
@@ -45,6 +44,8 @@ def said(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, in at most 300 characters."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
     return f"{kind}: {visible(clipped(lines[0], 300))}" if lines else kind
@@ -71,6 +72,14 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
             raise InputError(
                 f"{what}: it takes more than {memory_bytes / 1e9:.1f} GB of memory; is it what it should be?"
             ) from None
+
+
+def memory_is_short() -> bool:
+    """Whether this process cannot have SHORT_BYTES more: some libraries lose the error that says so."""
+    try:
+        return not bytearray(SHORT_BYTES)
+    except MemoryError:
+        return True
 
 
 @contextmanager

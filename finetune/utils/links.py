@@ -117,11 +117,27 @@ def remove(path: Path, root: Path) -> None:
             continue  # somebody else deletes it at the same time
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError for anything else, also for a pipe, which would be waited for."""
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where there is no such folder.
+
+    Raises OSError where it cannot be read. `Path.glob` takes that for an empty folder; what is deleted because nothing
+    names it must not depend on it.
+    """
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """The bytes of a regular file, at most `most`.
+
+    Raises OSError for anything else, also for a pipe, which would be waited for.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(22, SPECIAL, str(path))
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def size_of(folder: Path) -> int:

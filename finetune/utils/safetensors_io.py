@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import canonical_json, read_json, write_json
+from finetune.utils.limits import reading
 from finetune.utils.synced_file import SyncedFile, forget_pages
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ def read_file(path: Path) -> dict[str, TensorRef]:
 
     Raises InputError when the file is cut short, is no safetensors file, or holds a dtype we cannot read.
     """
+    with reading(f"{path}: its safetensors header is damaged; download it again"):
+        return _read_header(path)
+
+
+def _read_header(path: Path) -> dict[str, TensorRef]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -127,6 +133,9 @@ def read_file(path: Path) -> dict[str, TensorRef]:
         if entry["dtype"] not in ITEM_BYTES:
             raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; known are {', '.join(ITEM_BYTES)}")
         begin, end = entry["data_offsets"]
+        numbers = (begin, end, *entry["shape"])
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in numbers):
+            raise InputError(f"{path}: tensor {name} has a shape or a place that is none; download it again")
         ref = TensorRef(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin)
         if end - begin != ref.size_bytes or ref.offset + ref.size_bytes > size:
             raise InputError(
@@ -144,7 +153,10 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
     over. Raises InputError when there is no weight, a shard is missing, or two files hold the same name.
     """
     index = folder / "model.safetensors.index.json"
-    weight_map: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
+    weight_map: dict[str, str] = {}
+    if index.exists():
+        with reading(f"{index} is not an index of weights; download it again"):
+            weight_map = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
     names = sorted(set(weight_map.values())) or sorted(
         p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")
     )

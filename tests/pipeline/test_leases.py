@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.context import StopFlag
 from finetune.errors import FinetuneError
 from finetune.pipeline.store import Store
 
@@ -162,3 +163,46 @@ def test_a_waiting_run_says_now_and_then_how_far_the_other_one_is(store, tmp_pat
     said = [re.fullmatch(rf"waiting for process {os.getpid()} on \S+?(?:: training (\d+)/40)?", line) for line in lines]
     steps = [int(found[1]) for found in said if found[1]]
     assert 2 <= len(steps) <= 5 and steps == sorted(set(steps)), lines
+
+
+def test_a_builder_that_wakes_up_learns_at_once_that_another_took_over(store, monkeypatch):
+    """Before it writes into files that the other one may have finished."""
+    monkeypatch.setattr("finetune.pipeline.leases.BEAT_SECONDS", 0.01)
+    folder = store.folder("x", "0" * 32)
+    heard = threading.Event()
+    lost = []
+    with store.lease(folder, str, lambda: None) as lease:
+        lease.on_lost = lambda error: (lost.append(error), heard.set())
+        time.sleep(0.1)
+        assert lost == []
+        later = folder / "lease.000002.json"
+        later.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+        assert heard.wait(10)
+        time.sleep(0.05)
+    assert len(lost) == 1 and "process 7 on elsewhere took this folder over" in str(lost[0])
+    assert "beat" not in json.loads(later.read_text())
+
+
+def test_a_file_server_that_does_not_answer_takes_no_lease_away(store, monkeypatch):
+    monkeypatch.setattr("finetune.pipeline.leases.BEAT_SECONDS", 0.01)
+    lost = []
+    with store.lease(store.folder("x", "0" * 32), str, lambda: None) as lease:
+        lease.on_lost = lost.append
+
+        def stale(folder):
+            raise OSError(116, "Stale file handle", str(folder))
+
+        with monkeypatch.context() as gone:
+            gone.setattr("finetune.pipeline.leases.names_in", stale)
+            time.sleep(0.1)
+        time.sleep(0.1)
+        lease.require()
+    assert lost == []
+
+
+def test_a_check_raises_what_took_the_folder(store):
+    flag = StopFlag()
+    flag.check()
+    flag.lose(FinetuneError("another"))
+    with pytest.raises(FinetuneError, match="another"):
+        flag.check()

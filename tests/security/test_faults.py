@@ -146,3 +146,51 @@ def test_a_full_or_absent_temporary_folder(made: MadeRun, tmp_path: Path, finetu
         command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": "/dev/full"}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_runs_out_outside_a_stage_is_one_sentence(
+    made: MadeRun, finetune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("finetune.cli.show.print_runs", refuse)
+    ended = finetune("show", "made", *roots(made), status=1)
+    assert ended.err.startswith("finetune: no memory is left") and ended.err.count("\n") <= 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ValueError("Unknown error: Failed to launch worker thread: Resource temporarily unavailable"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), RuntimeError("std::bad_alloc"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_memory_that_runs_out_in_a_stage_is_one_sentence(error: Exception, tmp_path: Path) -> None:
+    outer = ValueError("a library's own words")
+    outer.__cause__ = error
+    for raised in (error, outer):
+        step = Step(stage_named("dedup"), "missing", folder=tmp_path)
+        status, told = runner._told(raised, step, context(tmp_path))
+        assert status == "failed" and isinstance(told, FinetuneError) and told.exit_status == 1
+        assert "dedup: no memory is left" in str(told) and "\n" not in str(told)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by RLIMIT_DATA")
+@pytest.mark.parametrize("kind", ["tokenizer", "template"])
+def test_a_limit_of_the_users_own_blames_no_file(kind: str, tmp_path: Path) -> None:
+    """`ulimit -d` below what the trial's own limit is: the trial keeps the lower one."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2); resource.setrlimit(resource.RLIMIT_CPU, (5, 5))\n"
+    ) + {
+        "tokenizer": "from pathlib import Path; from tokenizers import Tokenizer, models\n"
+        "Tokenizer(models.WordLevel({'a': 0}, 'a')).save('t.json')\n"
+        "from finetune.models.base_limits import check_tokenizer; check_tokenizer(Path('t.json'))",
+        "template": "from finetune.tokenization.template_sandbox import check_template as c; c('{{1}}', {}, 'x')",
+    }[kind]
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
