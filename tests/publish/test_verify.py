@@ -66,6 +66,6 @@ def test_reading_back_survives_a_passing_failure(hub: LoopbackHub, act: Act, ans
 def test_reading_back_that_fails_for_good_leaves_the_receipt(hub: LoopbackHub, act: Act) -> None:
     hub.fail("HEAD", "/resolve/", times=1000, status=403)
     hub.fail("GET", "/resolve/", times=1000, status=403)
-    with pytest.raises(InputError, match=r"cannot read back model me/tiny: the token has no right to that \(403\)"):
+    with pytest.raises(InputError, match=r"cannot read back model me/tiny: the token lacks this permission \(403\)"):
         act(recipe(what=["merged"]))
     assert json.loads((act.run_folder / "publish.json").read_text())["pushes"][0]["repo"] == "me/tiny"
