@@ -57,11 +57,14 @@ def plan(
     from finetune.pipeline.store import Store
 
     store = Store(artifacts, scratch)
-    planned = run_view.with_start(load_recipe(recipe, sets or [], artifacts).recipe, store, note)
+    loaded = load_recipe(recipe, sets or [], artifacts)
+    for line in loaded.notes:
+        note(line)
+    planned = run_view.with_start(loaded.recipe, store, note)
     steps = runner.plan(planned, store)
     result = pipeline_plan.predict(planned, steps, device, store.scratch)
-    if line := preflight.more_epochs(planned, steps, store):
-        note(line)
+    if hint := preflight.more_epochs(planned, steps, store):
+        note(hint)
     print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
 
 
@@ -139,11 +142,13 @@ def inspect(
     from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
 
-    loaded, store = load_recipe(recipe, sets or [], artifacts).recipe, Store(artifacts, scratch)
+    loaded, store = load_recipe(recipe, sets or [], artifacts), Store(artifacts, scratch)
+    for line in loaded.notes:
+        note(line)
     if html is None:
-        cli_show.print_rows(loaded, store, rows or 5)
+        cli_show.print_rows(loaded.recipe, store, rows or 5)
     else:
-        cli_show.write_rows_page(loaded, store, rows or 50, html)
+        cli_show.write_rows_page(loaded.recipe, store, rows or 50, html)
         print_text(html)
 
 

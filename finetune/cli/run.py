@@ -48,6 +48,8 @@ def run_recipe(
     rank, world = launch.ranks(os.environ)
     loaded = load_recipe(name, sets, artifacts)
     screen = Screen(silent=rank != 0)
+    for line in loaded.notes:
+        screen.say(line)
     store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
     start = time.monotonic()

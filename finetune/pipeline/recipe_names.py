@@ -54,6 +54,7 @@ def check(names: Sequence[str], edits: Sequence[str], artifacts: Path, scratch: 
             if missing:
                 raise InputError("\n".join(missing))
             yield f"{loaded.path}: fine ({loaded.recipe.name})"
+            yield from loaded.notes
         except InputError as error:
             problems.append(str(error))
     if problems:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from finetune.context import Context, Metrics
 from finetune.data.records import Example, read_rows, write_rows, write_table
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Dedup, MinHash, Recipe, Section
+from finetune.recipe import Dedup, Recipe, Section
+from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     from finetune.dedup.jaccard import Jaccard
@@ -23,7 +24,7 @@ class Spec(Section):
     """The dedup section without the embedding, whose vectors are an input."""
 
     exact: bool
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     field: str
     threshold: float
     keep: str
@@ -35,7 +36,7 @@ def spec(recipe: Recipe) -> Spec | None:
     dedup: Dedup | None = recipe.dedup
     if dedup is None:
         return None
-    return Spec(**dedup.model_dump(exclude={"embedding"}))
+    return Spec(**dedup.model_dump(exclude={"embedding", "jaccard"}), minhash=dedup.jaccard)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:

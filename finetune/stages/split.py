@@ -16,7 +16,8 @@ from finetune.context import Context, Metrics
 from finetune.data.records import Example, read_rows, write_rows, write_table
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import FinetuneError, GateRefused
-from finetune.recipe import Dedup, MinHash, Recipe, Section, Split
+from finetune.recipe import Dedup, Recipe, Section, Split
+from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ class Repeats(Section):
     """By what a training row repeats a held-out one: the dedup section's measures, or equal texts without them."""
 
     exact: bool = True
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     field: Literal["instruction", "output", "both"] = "both"
     threshold: float = 1.0
     embedding: str | None = None
@@ -59,7 +60,7 @@ def _repeats(dedup: Dedup | None) -> Repeats:
         return Repeats()
     return Repeats(
         exact=dedup.exact,
-        minhash=dedup.minhash,
+        minhash=dedup.jaccard,
         field=dedup.field,
         threshold=dedup.threshold,
         embedding=dedup.embedding,

@@ -53,7 +53,7 @@ def test_gguf_and_rows_of_a_run(finished, hub, tmp_path):
     server, env = hub
     here = Workspace(shutil.copytree(finished.folder, tmp_path / "work"))
     refused = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf]", status=2, **env)
-    assert "publish.what: it names gguf, and export is null" in refused.stderr
+    assert "publish.what: found gguf, but export is null" in refused.stderr
     asked = ("--set", "export.gguf=[q8_0, f16]")
     here.run("run", "small.yaml", *asked)
     perplexity = here.show()["stages"]["export"]["metrics"]["perplexity"]

@@ -356,10 +356,10 @@ def test_a_plan_counts_what_peft_trains(base, name):
 @pytest.mark.parametrize(
     "section, fields, expected",
     [
-        (Lora, {"last_layers": 2, "targets": ".*q_proj"}, "an expression can say itself"),
+        (Lora, {"last_layers": 2, "targets": ".*q_proj"}, "put the layers into the regular expression"),
         (Lora, {"targets": ["lm_head"]}, "name it in modules_to_save"),
         (Lora, {"modules_to_save": ["norm", "norm"]}, "norm is there twice"),
-        (Lora, {"start_from": "no hub name"}, "is no recipe, RECIPE@RUN, folder .* or OWNER/NAME@REVISION"),
+        (Lora, {"start_from": "no hub name"}, "allowed: RECIPE, RECIPE@RUN, folder .* or OWNER/NAME@REVISION"),
         (Train, {"keep_best": True}, "needs train.eval_steps"),
         (Train, {"patience": 2}, "needs train.eval_steps"),
         (Train, {"decay_fraction": 0.2}, "only the schedule wsd"),
