@@ -242,7 +242,7 @@ class Evaluate(Section):
     @classmethod
     def _each_once(cls, tasks: list[str]) -> list[str]:
         if twice := [t for i, t in enumerate(tasks) if t in tasks[:i]]:
-            raise ValueError(f"{twice[0]} is there twice")
+            raise ValueError(f"{twice[0]} is listed twice; keep one")
         return tasks
 
 

@@ -94,7 +94,7 @@ def test_another_template_beside_the_adapter_is_refused_in_a_recipe(work, adapte
     lines = [line for line in text.splitlines() if not line.startswith(("lora:", "train:"))]
     recipe.write_text("\n".join([*lines, "train: null", "lora: {start_from: ./other}"]) + "\n")
     refused = work.run("run", "imported.yaml", status=3).stderr
-    assert "chat template that writes a question as '<user>How far is it?'" in refused
+    assert "chat template writes a question as '<user>How far is it?'" in refused
     (other / "chat_template.jinja").write_text((work.folder / "base" / "chat_template.jinja").read_text())
     work.run("run", "imported.yaml")
     assert work.show("imported")["stages"]["train"]["metrics"]["imported"] == "other"

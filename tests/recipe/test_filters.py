@@ -95,6 +95,6 @@ def test_validation_looks_for_the_function(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"{HEAD}filter:\n  rules:\n    - echo\n    - mine:f\n")
     (said,) = recipe_checks.absent(load_recipe(str(path), []))
-    assert said.startswith(f"{path}:8: filter.rules.1: filter rule mine:f: there is no module mine")
+    assert said.startswith(f"{path}:8: filter.rules.1: filter rule mine:f: no module mine")
     (tmp_path / "mine.py").write_text("def f(row): ...\n")
     assert recipe_checks.absent(load_recipe(str(path), [])) == []
