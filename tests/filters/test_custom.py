@@ -54,7 +54,7 @@ def test_looking_for_it_runs_nothing(tmp_path):
     [
         ("def f(row): ...\n", "absent:f", "no module absent"),
         ("def f(row): ...\n", "mine.absent:f", "no module mine.absent"),
-        ("def first(row): ...\n", "mine:frist", "has no frist at its top level; did you mean first"),
+        ("def first(row): ...\n", "mine:frist", "does not define frist at its top level; did you mean first"),
         ("def f(row:\n", "mine:f", "cannot be read as Python"),
         ("import absent_package\ndef f(row): ...\n", "mine:f", "cannot be imported: ModuleNotFoundError"),
         ("f = 1 / 0\n", "mine:f", "cannot be imported: ZeroDivisionError"),

@@ -329,7 +329,7 @@ def test_another_attempt_begins_with_the_bases_own_modules(load, base, ctx, tmp_
         ({"modules_to_save": ["q_proj"]}, "q_proj is a linear module, which is quantised"),
         ({"modules_to_save": ["embed_tokenz"]}, "did you mean embed_tokens"),
         ({"modules_to_save": ["mlp"]}, "no module with weights of its own is named 'mlp'"),
-        ({"targets": r".*mlp\..*"}, "also matches model.layers.0.mlp.act_fn, which is no linear module"),
+        ({"targets": r".*mlp\..*"}, "also matches model.layers.0.mlp.act_fn, which is not a linear module"),
     ],
 )
 def test_what_the_base_cannot_do_is_refused_before_its_weights_are_read(base, lora, expected):

@@ -60,7 +60,7 @@ def test_what_is_left_open_is_refused_only_where_no_way_fits(tmp_path):
 def test_offloading_without_a_gpu_is_refused_before_the_first_stage(tmp_path):
     recipe, steps, _ = planned("tiny-pydoc", tmp_path, "runtime.checkpointing=offload")
     steps = steps[: STAGE_NAMES.index("train") + 1]
-    with pytest.raises(InputError, match="activations are there already; use full"):
+    with pytest.raises(InputError, match="on a CPU; use full"):
         preflight.check(recipe, steps)
     preflight.check(*planned("tiny-pydoc", tmp_path, "runtime.checkpointing=selective")[:2])
 
