@@ -33,7 +33,7 @@ def load_recipe(name: str, sets: Sequence[str], artifacts: Path) -> LoadedRecipe
     except InputError:
         if at:
             raise
-        return load_file(name, sets)  # whose error names the recipes that there are
+        return load_file(name, sets)  # its error lists the known recipes
     return load_file(str(folder / "recipe.yaml"), [*read_record(folder).get("sets", []), *sets])
 
 

@@ -88,7 +88,7 @@ def explained(world: int) -> Iterator[None]:
         if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)):
             raise
         raise FinetuneError(
-            "train: another process of this training has exited; run the same command to resume from the last checkpoint"
+            "train: another process of this training has exited; run the same command to resume from a checkpoint"
         ) from error
 
 

@@ -205,7 +205,7 @@ def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: P
         return None
     if not job.held_out:
         raise GateRefused(
-            "train.eval_steps: all held-out rows are truncated; raise render.max_length_tokens or remove train.eval_steps"
+            "train.eval_steps: all held-out rows are truncated; raise render.max_length_tokens or remove this field"
         )
     autocast = trainer.accelerator.autocast
     held_out = HeldOut(job.held_out, job.train, steps, autocast, ctx.rank, ctx.world)

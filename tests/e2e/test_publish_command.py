@@ -24,7 +24,9 @@ def test_push_verify_push_again_and_pull(finished, hub, tmp_path):
     assert "model.safetensors" in dry.stdout and "pipeline_tag: text-generation" in dry.stdout
     done = finished.run("publish", "small", "--repo", "me/small", *sets, **env)
     assert "files verified" in done.stdout
-    assert "loaded from there and as trained: tokenizer, chat template, config, generation config" in done.stderr
+    assert (
+        "loaded from there and equal to the trained: tokenizer, chat template, config, generation config" in done.stderr
+    )
     names = set(server.files("me/small"))
     assert {"model.safetensors", "config.json", "chat_template.jinja", "certificate.json", "README.md"} <= names
     again = finished.run("publish", "small", "--repo", "me/small", *sets, **env)

@@ -242,7 +242,7 @@ def test_a_network_that_fails_costs_a_line_and_is_tried_again(hub, one):
     one.finish(INGEST, {"rows.parquet": b"rows"})
     hub.fail("POST", "/commit/", status=503, times=50)
     assert not one.mirror.push() and not one.mirror.push()
-    assert len(one.said) == 1 and "server error of the Hub" in one.said[0] and "the run goes on" in one.said[0]
+    assert len(one.said) == 1 and "server error of the Hub" in one.said[0] and "the run continues" in one.said[0]
     assert not there(hub, INGEST)  # all of it or nothing
     hub.faults.clear()
     assert one.mirror.push() and there(hub, INGEST)
@@ -288,7 +288,7 @@ def test_without_a_token_it_says_how_to_log_in(hub, one, monkeypatch):
 def test_a_hub_that_is_down_at_the_start_does_not_stop_the_run(hub, one):
     hub.fail("POST", "/repos/create", status=503, times=50)
     one.mirror.pull()
-    assert "going on without" in one.said[0]
+    assert "continuing without" in one.said[0]
     one.begin_training()
     one.checkpoint(4)
     hub.faults.clear()

@@ -72,9 +72,9 @@ def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GB, 4 * GB))
-    with pytest.raises(GateRefused, match="--force goes on"):
+    with pytest.raises(GateRefused, match="--force continues"):
         preflight.check(recipe, steps)
-    assert any("as --force asks" in note for note in preflight.check(recipe, steps, force=True))
+    assert any("because of --force" in note for note in preflight.check(recipe, steps, force=True))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80 * GB, 80 * GB))
     assert not any("GPU memory" in note for note in preflight.check(recipe, steps))
 
@@ -126,7 +126,7 @@ def test_a_tracker_without_a_key_is_said_to_record_offline(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe, steps, _ = planned("tiny-pydoc", tmp_path, "tracking.wandb=true")
     steps = steps[: STAGE_NAMES.index("train") + 1]
-    assert any("W&B is recorded offline" in note for note in preflight.check(recipe, steps))
+    assert any("W&B is offline" in note for note in preflight.check(recipe, steps))
     recipe, steps, _ = planned("tiny-pydoc", tmp_path)
     assert not any("W&B" in note for note in preflight.check(recipe, steps))
 

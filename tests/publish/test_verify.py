@@ -15,7 +15,7 @@ from tests.helpers.publishing import Act, recipe
 
 def test_a_hub_that_serves_another_template_is_refused(hub: LoopbackHub, act: Act) -> None:
     hub.served["chat_template.jinja"] = CHATML.replace("<|im_start|>", "<|im_open|>").encode()
-    with pytest.raises(GateRefused, match=r"me/tiny serves at [0-9a-f]{12} is not what was trained: the chat template"):
+    with pytest.raises(GateRefused, match=r"me/tiny at [0-9a-f]{12} differs from the trained model: the chat template"):
         act(recipe(what=["merged"]))
     pushes = json.loads((act.run_folder / "publish.json").read_text())["pushes"]
     assert pushes[0]["commit"] == hub.repos["model", "me/tiny"].head and "loaded" not in pushes[0]
