@@ -1,4 +1,4 @@
-"""`finetune clean`: what none of the newest runs uses, and no living process builds."""
+"""`finetune clean`: remove stage folders that no recent run uses and no live process builds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.utils import links
 
 @dataclass(frozen=True)
 class Unused:
-    """A stage folder or a run folder that may go."""
+    """A stage folder or a run folder that can be removed."""
 
     folder: Path
     bytes: int
@@ -59,7 +59,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
 
 
 def remove(store: Store, items: list[Unused]) -> int:
-    """Delete the folders; returns the bytes freed. Raises FinetuneError where the disk refuses."""
+    """Delete the folders; return the bytes freed. Raises FinetuneError if the disk refuses."""
     freed = 0
     for item in items:
         if not item.folder.is_symlink() and is_being_built(item.folder):

@@ -50,7 +50,7 @@ def plan(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
+    """Show what a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
     from finetune.pipeline import plan as pipeline_plan
     from finetune.pipeline import preflight, run_view, runner
     from finetune.pipeline.recipe_names import load_recipe
@@ -105,7 +105,7 @@ def show(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """What a run made: statuses, figures, folders."""
+    """Show a run: statuses, metrics, folders."""
     from finetune.cli import show as cli_show
     from finetune.pipeline import run_view
     from finetune.pipeline.store import Store
@@ -137,7 +137,7 @@ def inspect(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Rendered rows as the model sees them, the supervised text coloured."""
+    """Show rendered rows as the model sees them, with the supervised text in colour."""
     from finetune.cli import show as cli_show
     from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
@@ -253,7 +253,7 @@ def clean(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Drop what none of the newest runs of any recipe uses, after listing it."""
+    """List, then remove stages that none of the newest runs of any recipe uses."""
     from finetune.cli import clean as cleaning
     from finetune.pipeline.store import Store
 
@@ -266,7 +266,7 @@ def clean(
         link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
         print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
     if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unused)} folders?")):
-        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun while the question stood
+        still = {item.folder for item in cleaning.unused(store, keep)}  # a run may have begun during the prompt
         print_text(f"{cleaning.remove(store, [item for item in unused if item.folder in still]):,} bytes freed")
     else:
         print_text("nothing deleted; add --yes")
@@ -291,7 +291,7 @@ def chat(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Talk to what was trained: the adapter of a run on its 4-bit base, or a merged model."""
+    """Chat with a trained model: the adapter of a run on its 4-bit base, or a merged model."""
     from finetune.cli import chat as chatting
 
     options = chatting.Options(max_new_tokens, temperature, seed, system, compare)
@@ -326,7 +326,7 @@ def generate(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Answer every row of a file; goes on after a stop without losing or repeating a row."""
+    """Answer every row of a file; continues after a stop without losing or repeating a row."""
     from finetune.cli import generate as cli_generate
 
     options = cli_generate.Options(max_new_tokens, temperature, top_p, seed, n, system, batch_tokens)
@@ -368,15 +368,15 @@ def init(
 
 @app.command()
 def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
-    """What this machine has and lacks, and how to fix it."""
+    """Check this machine for missing requirements, and show how to fix them."""
     from finetune.cli.doctor import examine
 
     examine(artifacts, scratch)
 
 
 def main() -> None:
-    """Run the command line; errors are sentences, and the exit status says of which kind."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
+    """Run the command line; print errors as sentences, with an exit status for each kind."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # for child processes: the working folder is data, not code
     steady()
     silence_libraries()
     try:
