@@ -91,11 +91,11 @@ def write_recipe(
 
     `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
     `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
-    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others; in
+    if there is no terminal; `chosen` has the columns of question, answer and system text, and conditions on others; in
     `store` a finished base is looked for, to show one row with its labels.
 
     Raises:
-        InputError: an answer is missing and nobody can be asked; a model, data, a column or a device that cannot be; a
+        InputError: an answer is missing and there is no terminal; a model, data, a column or a device that cannot be; a
             file that is there already.
     """
     missing = [f"--{n}" for n, v in (("name", name), ("model", model), ("data", data)) if v is None]

@@ -77,7 +77,7 @@ def signals_handled(screen: Screen, *, launched: bool = False) -> Iterator[StopF
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; nohup ignores it, which is kept
         numbers.append(signal.SIGHUP)
     # An interruption inside a weak reference's callback or a finaliser is dropped by Python, with a traceback that
-    # tells nobody anything: the next check, or `leave`, ends the work.
+    # needs no notification: the next check, or `leave`, ends the work.
     hook = sys.unraisablehook
 
     def unraisable(dropped: sys.UnraisableHookArgs) -> None:

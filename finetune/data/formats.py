@@ -74,7 +74,7 @@ STRUCTURE = frozenset({*READ_ROLES, "text", "function"})  # words of a notation,
 
 
 class FormatError(ValueError):
-    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe."""
+    """No format fits the columns, or `columns:` names a missing column; the user has to fix the recipe."""
 
 
 @dataclass(frozen=True, slots=True)

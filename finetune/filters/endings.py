@@ -102,9 +102,9 @@ def refusals(row: Example, phrases: Sequence[str]) -> Drop | None:
     for number, message in enumerate(row.messages, start=1):
         if message.role != "assistant":
             continue
-        said = plain(message.content)
-        opening = said[:OPENING_CHARACTERS]
-        found = next((p for p in known if (at := said.find(p)) >= 0 and said.count('"', 0, at) % 2 == 0), None)
+        text = plain(message.content)
+        opening = text[:OPENING_CHARACTERS]
+        found = next((p for p in known if (at := text.find(p)) >= 0 and text.count('"', 0, at) % 2 == 0), None)
         found = found or next((p for p in REFUSALS if p in opening), None)
         if found is not None:
             return Drop("refusals", f"turn {number} says {found!r}")

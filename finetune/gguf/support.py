@@ -1,4 +1,4 @@
-"""Which architectures are written as GGUF, how llama.cpp names their tensors, and what it cannot be told. No torch.
+"""Which architectures are written as GGUF, how llama.cpp names their tensors, and unsupported features. No torch.
 
 Names, permutations and offsets are those of llama.cpp's convert_hf_to_gguf.py
 (https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py).
@@ -91,7 +91,7 @@ def _class_name(config: Mapping[str, Any]) -> str:
 
 
 def _gemma_problem(arch: str, config: Mapping[str, Any]) -> str | None:
-    """What llama.cpp takes for granted in a Gemma, and this one has otherwise."""
+    """Return a Gemma setting that llama.cpp assumes and this model has differently, or None."""
     layers, period = config["num_hidden_layers"], GEMMA2_PATTERN if arch == "gemma2" else GEMMA3_PATTERN
     usual = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     if list(config.get("layer_types") or usual) != usual:

@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which columns are which, as the user said or chose; `keep` are conditions for filter.keep_where."""
+    """Roles of columns, as given or chosen by the user; `keep` are conditions for filter.keep_where."""
 
     question: str | None = None
     answer: str | None = None

@@ -31,12 +31,12 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
 
     with_extra, with_text, with_tools, with_learn = False, False, False, False
     for row in read_rows(source):
-        said = [
+        scanned = [
             row.joined("system", "user", "assistant", "tool"),
             *(m.extra or "" for m in row.messages),
             row.tools or "",
         ]
-        if found := find_secrets("\n".join(said)):
+        if found := find_secrets("\n".join(scanned)):
             raise InputError(
                 f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; remove it and run again"
             )

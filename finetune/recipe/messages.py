@@ -84,8 +84,8 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
         return error["msg"]
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
-        said = isinstance(value, dict) or str(value)[:20] in message
-        return message if said else f"found {found}; {message}"
+        is_quoted = isinstance(value, dict) or str(value)[:20] in message
+        return message if is_quoted else f"found {found}; {message}"
     if kind in ("model_type", "model_attributes_type"):
         fields = list(written_fields(held)) if (held := _model_at(at)) else []
         if "source" in fields:

@@ -190,8 +190,8 @@ def _words(value: Mapping[str, Any]) -> str:
 
 def _range(value: Mapping[str, Any]) -> str:
     limits = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-    said = [f"{sign} {value[name]:,}" for name, sign in limits if name in value]
-    return f" {', '.join(said)}" if said else ""
+    bounds = [f"{sign} {value[name]:,}" for name, sign in limits if name in value]
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _yaml(value: object) -> str:

@@ -133,7 +133,7 @@ def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str
 
 
 def _certificate(spec: Spec, dtype: str, found: Mapping[str, Comparison], held_out: HeldOut) -> dict[str, Any]:
-    """What certificate.json says: six significant digits, so that the last bits of a sum do not change the file."""
+    """Return the content of certificate.json, with six significant digits, so that rounding does not change it."""
     from finetune.eval.compare import per_row
     from finetune.eval.metrics import agreement, paired_interval, perplexity_interval
 

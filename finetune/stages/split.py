@@ -279,7 +279,7 @@ def count_leaks(
     held: Sequence[int],
     threshold: float,
 ) -> int:
-    """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched anew."""
+    """How many of the rows `train` share a key with one of `held` or reach `threshold` with it, by a new search."""
     from finetune.dedup.index import FlatIndex
     from finetune.dedup.select import links_between
 

@@ -38,10 +38,10 @@ def reading(what: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno in OF_THE_DISK:
             raise
-        raise InputError(f"{what}: {said(error)}") from error
+        raise InputError(f"{what}: {first_line(error)}") from error
 
 
-def said(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of its message, at most 300 characters."""
     if isinstance(error, RecursionError):
         return "nested too deeply"

@@ -149,7 +149,7 @@ CHILDREN = ("--set", "export.gguf=[q4_k_m]", "--set", "tracking.wandb=true")
 ENDS = {
     "pydoc_reader.py": (
         "ingest",
-        r"the process that reads the documentation of \S+ was killed by SIGKILL \(out of memory\?\): it said nothing",
+        r"the process that reads the documentation of \S+ was killed by SIGKILL \(out of memory\?\): no output",
         signal.SIGKILL,
     ),
     "template_sandbox_child.py": (
