@@ -109,7 +109,7 @@ def test_a_file_that_differs_on_the_hub_is_found(hub: LoopbackHub, folder: Path,
     with pytest.raises(FinetuneError) as error:
         push(folder)
     status, text = code_of(error)
-    assert status == 1 and damaged in text and "not what was pushed" in text
+    assert status == 1 and damaged in text and "differs from the local files" in text
 
 
 def test_a_file_that_did_not_arrive_is_found(hub: LoopbackHub, folder: Path) -> None:

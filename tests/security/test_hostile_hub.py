@@ -107,7 +107,7 @@ def test_a_name_that_leaves_the_cache_is_refused_before_anything_is_written(
         return status, body, headers
 
     answers(change)
-    with pytest.raises(FinetuneError, match="that is no name"):
+    with pytest.raises(FinetuneError, match="that is not a valid file name"):
         fetch(tmp_path, commit)
     assert files_outside(tmp_path) == []
 
