@@ -39,8 +39,8 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """What the evaluation data hold (a file's digest, a Hub data set's commit, the Python that is documented), and the
-    model whose vectors are compared.
+    """Return the identity of the evaluation data (a file's digest, a Hub data set's commit, the Python that is
+    documented), and the model whose vectors are compared.
     """
     from finetune.data.sources import source_fingerprint
 

@@ -70,11 +70,11 @@ def test_without_data_there_is_no_certificate_and_it_says_so(work, adapter):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("./gone",), "is no folder"),
+        (("./gone",), "is not a folder"),
         (("./base",), "holds no adapter_config.json"),
         (("nobody",), "has not run yet"),
         (("a b",), "no folder, RECIPE"),
-        (("./theirs", "--base", "./rows"), "is no folder"),
+        (("./theirs", "--base", "./rows"), "is not a folder"),
         (("./theirs", "--base", "./base", "--data", "gone.jsonl"), "no such file"),
         (("./theirs", "--base", "./base", "--gguf", "q9"), "export.gguf.0: found 'q9'"),
     ],

@@ -252,7 +252,7 @@ def test_what_is_there_is_not_complained_of(tmp_path):
     assert absent(loaded) == [f"--set model={base}: model: {base} holds no config.json"]
     (base / "config.json").write_text("{}")
     assert absent(loaded) == []
-    assert absent(load_recipe(str(tmp_path / "r.yaml"))) == [f"{tmp_path / 'r.yaml'}:3: model: /nope is no folder"]
+    assert absent(load_recipe(str(tmp_path / "r.yaml"))) == [f"{tmp_path / 'r.yaml'}:3: model: /nope is not a folder"]
 
 
 def test_all_errors_of_a_file_come_at_once_in_its_order(tmp_path):

@@ -222,7 +222,7 @@ def test_the_key_follows_the_task_files(tmp_path: Path) -> None:
     (folder / "questions.jsonl").write_text("")
     assert evaluate.fingerprint(spec) != first
     assert evaluate.fingerprint(spec_of()) == {}
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         evaluate.fingerprint(spec_of(tasks=["colours"], task_folder=str(tmp_path / "gone")))
 
 
