@@ -1,4 +1,4 @@
-"""What a stage is handed beside its own part of the recipe: where to work, how to report, when to stop."""
+"""Arguments common to all stages: folders, progress output, the stop flag."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 Metrics = dict[str, object]
-"""What a stage says of itself: JSON scalars, lists and mappings; bytes are integers, seconds floats."""
+"""Metrics of a stage: JSON scalars, lists and mappings; bytes are integers, seconds floats."""
 
 
 @dataclass
 class StopFlag:
-    """Set by a signal handler, which also interrupts the work at once, wherever it is: a stage is complete only with
-    its manifest, so nothing is lost. Training alone is left to reach its next check, for it has something to save.
+    """Set by a signal handler, which also interrupts the work immediately: a stage is complete only with its manifest,
+    so nothing is lost. Only training continues to its next check, because it has a checkpoint to save.
     """
 
     signal_number: int = 0
@@ -56,24 +56,26 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage shares. Frozen: a stage leaves its result in its folder, never here."""
+    """Settings common to all stages. Frozen: a stage writes its result to its folder, never here."""
 
-    scratch: Path  # local and large; everything in it can be made again
+    scratch: Path  # local and large; all of it can be rebuilt
     runtime: Runtime
     tracking: Tracking
     run_name: str = "run"
-    say: Callable[[str], None] = lambda line: None  # one plain line for a person
+    say: Callable[[str], None] = lambda line: None  # prints one line
     bar: Callable[[str, int | None], Bar] = lambda label, total: SilentBar()
     stop: StopFlag = field(default_factory=StopFlag)
-    hashed: Callable[[Path, str], None] = lambda path, digest: None  # a large file, written, synced, and its xxh3-128
+    hashed: Callable[[Path, str], None] = lambda path, digest: (
+        None
+    )  # receives a large file that was written and synced, and its xxh3-128
     device: str = "auto"  # "auto", "cpu" or "cuda"; models/loading.py decides what auto means
     rank: int = 0
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another
-    environment: Mapping[str, str] = field(default_factory=dict)  # what the tracker may record; never a secret
+    environment: Mapping[str, str] = field(default_factory=dict)  # recorded by the tracker; never a secret
 
     def heard_by(self, tell: Callable[[str], None]) -> Context:
-        """The same, whose lines and progress `tell` hears too: it is called at every step, so it must be quick."""
+        """Return a copy that also passes its lines and progress to `tell`, a fast function called at every step."""
 
         def say(line: str) -> None:
             tell(line)
@@ -82,7 +84,7 @@ class Context:
         return replace(self, say=say, bar=lambda label, total: HeardBar(self.bar(label, total), tell, label, total))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yield `items` under a progress bar, and raise Stopped between two of them once a signal has come."""
+        """Yield `items` under a progress bar; raise Stopped between two of them if a signal was received."""
         bar = self.bar(label, total)
         try:
             for item in items:

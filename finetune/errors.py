@@ -1,4 +1,4 @@
-"""What can go wrong, by what the person should do next; each kind has its own exit status."""
+"""Exceptions, one class for each exit status."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class FinetuneError(Exception):
 
 
 class InputError(FinetuneError):
-    """A recipe, a row, a file or an option is wrong; nothing was built from it."""
+    """A recipe, a row, a file or an option is invalid; nothing was built from it."""
 
     exit_status = 2
 
 
 class GateRefused(FinetuneError):
-    """The input is well-formed, but going on would ruin the model or waste hours."""
+    """The input is well-formed, but continuing would damage the model or waste hours."""
 
     exit_status = 3
 
@@ -48,17 +48,17 @@ class Stopped(FinetuneError):
 
 
 def from_outside(status: int) -> bool:
-    """Whether a child's return code is a signal that somebody sent it, and not its own crash (SIGSEGV, SIGABRT)."""
+    """Return whether a child's return code is a signal sent to it and not its own crash (SIGSEGV, SIGABRT)."""
     return -status in {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
 
 
 def disk_full(where: str) -> FinetuneError:
-    """What to say where nothing more fits on the disk; `where` names the folder."""
+    """Return the error for a full disk; `where` names the folder."""
     return FinetuneError(f"{where}: no space left on this disk; free some {KEPT}")
 
 
 def not_written(folder: Path, error: OSError) -> FinetuneError:
-    """What to say of a folder that does not take what belongs into it."""
+    """Return the error for a folder that cannot be written."""
     if error.errno == errno.ENOSPC:
         return disk_full(str(folder))
     return FinetuneError(f"{folder}: cannot be written: {error.strerror or error} {KEPT}")
@@ -96,7 +96,7 @@ def of_the_machine(error: Exception, work: str) -> FinetuneError | None:
 
 
 def how_it_ended(status: int) -> str:
-    """What became of a child process, by its return code: `was killed by SIGTERM`, or `failed with status 3`."""
+    """Describe a child's return code: `was killed by SIGTERM`, or `failed with status 3`."""
     if status >= 0:
         return f"failed with status {status}"
     known = {s.value: s.name for s in signal.Signals}

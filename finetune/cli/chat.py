@@ -28,7 +28,7 @@ HELP = (
 
 @dataclass(frozen=True)
 class Options:
-    """How answers are made. `temperature` 0 is greedy; `compare` shows the answer without the adapter too."""
+    """Generation options. `temperature` 0 is greedy; `compare` also shows the answer without the adapter."""
 
     max_new_tokens: int = 512
     temperature: float = 0.7
@@ -40,14 +40,14 @@ class Options:
 
 @dataclass
 class Conversation:
-    """What has been said so far, and under which system message and seed."""
+    """Turns of the conversation, its system message and its seed."""
 
     system: str | None
     seed: int
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def chat(self) -> list[dict[str, str]]:
-        """The messages, the system message first."""
+        """Return the messages, the system message first."""
         start = [{"role": "system", "content": self.system}] if self.system else []
         return [*start, *self.messages]
 
@@ -60,7 +60,7 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
     if options.compare not in (None, "base"):
         raise InputError(f"--compare {options.compare}: allowed: base")
     if prompt is not None and not prompt.strip():
-        raise InputError("--prompt is empty; write a question, or leave it out to talk")
+        raise InputError("--prompt is empty; write a question, or omit it for a conversation")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in cli/run.py
     screen = Screen()
     if options.server:
@@ -125,7 +125,7 @@ def _talk_on(exchange: Exchange, conversation: Conversation, screen: Screen, ter
             line = read_question(terminal).strip()
         except EOFError:
             return
-        except KeyboardInterrupt:  # meant for an answer that has just ended
+        except KeyboardInterrupt:  # sent to stop an answer that has just ended
             if not terminal:
                 raise
             continue
@@ -148,7 +148,7 @@ def _talk_on(exchange: Exchange, conversation: Conversation, screen: Screen, ter
 
 
 def _command(line: str, conversation: Conversation, screen: Screen) -> bool:
-    """Carry out a /command; False for /quit. Raises InputError for a value that cannot be."""
+    """Run a /command; return False for /quit. Raises InputError for an invalid value."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     match name:
@@ -168,7 +168,7 @@ def _command(line: str, conversation: Conversation, screen: Screen) -> bool:
             screen.say(f"seed {rest}")
         case "/save":
             if not conversation.messages:
-                raise InputError("nothing said yet")
+                raise InputError("the conversation is empty")
             path = Path(rest or "chat.jsonl").expanduser()
             with path.open("a", encoding="utf-8") as file:
                 file.write(canonical_json({"messages": conversation.chat()}) + "\n")
@@ -176,12 +176,12 @@ def _command(line: str, conversation: Conversation, screen: Screen) -> bool:
         case "/help":
             screen.say(HELP)
         case _:
-            raise InputError(f"no command {name}; there is\n{HELP}")
+            raise InputError(f"no command {name}; allowed:\n{HELP}")
     return True
 
 
 def _exchange(voice: Voice, conversation: Conversation, question: str, options: Options) -> None:
-    """Print the answer to `question` as it is made and remember both; on any failure neither is remembered."""
+    """Stream the answer to `question` and add both to the conversation; on a failure add neither."""
     asked = {"role": "user", "content": question}
     ids = prompt_ids(voice, [*conversation.chat(), asked])
     seed = conversation.seed + len(conversation.messages)
@@ -211,7 +211,7 @@ def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Ca
         raise InputError(f"the conversation has {len(ids)} tokens, this model reads {voice.positions}: /reset it")
 
     class Writer(TextStreamer):
-        """Whole words as they come, to `write`."""
+        """Streamer that passes complete words to `write`."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             write(printable(text))
@@ -239,7 +239,7 @@ def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Ca
 
 
 def printable(text: str) -> str:
-    """`text` without the control characters by which what a model writes could steer a terminal."""
+    """Return `text` without control characters, with which a model's output could control a terminal."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "�" for c in text)
 
 
@@ -255,7 +255,7 @@ GOES_ON = "\\"  # at a line's end
 
 
 def history_file() -> Path:
-    """Where the lines typed at a terminal are kept, readable by their writer only."""
+    """Return the file with the history of typed lines, readable by the user only."""
     home = os.environ.get("XDG_STATE_HOME", "")
     root = Path(home) if Path(home).is_absolute() else Path("~/.local/state").expanduser()
     return root / "finetune" / "chat_history"
@@ -272,7 +272,7 @@ def remembering(terminal: bool) -> Iterator[None]:
         return
     try:
         import readline
-    except ImportError:  # Windows, or a Python built without it
+    except ImportError:  # Windows, or a Python without readline
         yield
         return
     path = history_file()
@@ -289,17 +289,17 @@ def remembering(terminal: bool) -> Iterator[None]:
 
 
 def read_question(terminal: bool) -> str:
-    """The next line, and those after it as long as a line ends in a backslash. Raises EOFError, KeyboardInterrupt."""
+    """Read a line, and further ones while a line ends in a backslash. Raises EOFError, KeyboardInterrupt."""
     line = input("\nyou> " if terminal else "")
     while line.endswith(GOES_ON):
         line = line.removesuffix(GOES_ON) + "\n"
         try:
             line += input("...> " if terminal else "")
-        except EOFError:  # what there is, is the question
+        except EOFError:  # the lines so far are the question
             break
     return clean(line)
 
 
 def clean(text: str) -> str:
-    """`text` without the halves of characters that a terminal in another encoding sends."""
+    """Return `text` without lone surrogates, which a terminal with another encoding sends."""
     return text.encode("utf-8", "replace").decode()

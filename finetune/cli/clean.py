@@ -27,7 +27,7 @@ LEFT_BY = re.compile(
 
 @dataclass(frozen=True)
 class Unused:
-    """A stage folder or a run folder that may go."""
+    """A stage folder or a run folder that can be removed."""
 
     folder: Path
     bytes: int
@@ -92,7 +92,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
 
 
 def remove(store: Store, items: list[Unused]) -> int:
-    """Delete the folders; returns the bytes freed. Raises FinetuneError where the disk refuses."""
+    """Delete the folders; return the bytes freed. Raises FinetuneError if the disk refuses."""
     freed = 0
     for item in items:
         if not item.folder.is_symlink() and is_being_built(item.folder):

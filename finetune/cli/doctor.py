@@ -1,4 +1,4 @@
-"""`finetune doctor`: what this machine has, what it lacks, and the command that mends it. Changes nothing."""
+"""`finetune doctor`: check packages, GPU, disk and tokens, with the command that fixes each. Changes nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from finetune.utils.console import print_table
 
 PYTHON = (3, 11)
 DISTRIBUTION = "finetune-recipes"  # the name in pyproject.toml
-CORE = (  # what `finetune run` cannot do without
+CORE = (  # required by `finetune run`
     "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "sentence-transformers",
     "faiss-cpu", "scikit-learn", "huggingface_hub", "tokenizers", "safetensors", "pydantic", "pyarrow", "numpy",
     "jinja2", "xxhash",
 )  # fmt: skip
-OPTIONAL = {  # what one setting asks for
+OPTIONAL = {  # required by one setting
     "wandb": "tracking.wandb",
     "tensorboard": "tracking.tensorboard",
     "zstandard": "data files that end in .zst",
@@ -41,16 +41,16 @@ ROOM_BYTES = 40_000_000_000  # the download of a 7B in 16 bits and its merged mo
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. `broken`: no run can end well before this is mended."""
+    """One row of the table. `broken`: no run can succeed before this is fixed."""
 
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
     broken: bool = False
 
 
 def examine(artifacts: Path, scratch: Path) -> None:
-    """Print the table. Raises FinetuneError, after it, where a core package is missing or does not work."""
+    """Print the table. Then raises FinetuneError if a core package is missing or does not work."""
     findings = [
         *python_and_packages(),
         *devices(),
@@ -60,13 +60,13 @@ def examine(artifacts: Path, scratch: Path) -> None:
         hub_login(),
         wandb_key(),
     ]
-    print_table("this machine", ["", "found", "to mend it"], [[f.what, f.found, f.mend] for f in findings])
+    print_table("this machine", ["", "found", "to fix it"], [[f.what, f.found, f.fix] for f in findings])
     if broken := [f for f in findings if f.broken]:
-        raise FinetuneError("\n".join(f"{f.what}: {f.found}; {f.mend}" for f in broken))
+        raise FinetuneError("\n".join(f"{f.what}: {f.found}; {f.fix}" for f in broken))
 
 
 def python_and_packages() -> list[Finding]:
-    """The versions of Python and of every package, against what this one asks for."""
+    """Return findings on the versions of Python and of every package, compared with the requirements."""
     version, needed = platform.python_version(), ".".join(map(str, PYTHON))
     old = sys.version_info < PYTHON
     first = Finding("python", version, f"make PYTHON=/path/to/python{needed} setup" if old else "", broken=old)
@@ -77,7 +77,7 @@ def python_and_packages() -> list[Finding]:
 
 
 def quantizer() -> Finding:
-    """Whether llama.cpp's program for K-quants is there."""
+    """Return whether llama.cpp's program for K-quants is installed."""
     from finetune.gguf.llama_cpp import PROGRAM
 
     found = shutil.which(PROGRAM)
@@ -85,7 +85,7 @@ def quantizer() -> Finding:
 
 
 def required_versions() -> dict[str, str]:
-    """Package → the versions that finetune asks for; empty where finetune itself is not installed."""
+    """Return package → required versions; empty if finetune itself is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -96,23 +96,23 @@ def required_versions() -> dict[str, str]:
 
 
 def package(name: str, asked: str, needed_for: str | None = None) -> Finding:
-    """Whether a package is there in a version that fits; `needed_for` is given for one that is not core."""
+    """Return whether a package is installed in a suitable version; `needed_for` is set for an optional one."""
     from packaging.specifiers import SpecifierSet
 
     core = needed_for is None
-    mend = f'{sys.executable} -m pip install "{name}{asked}"'
+    fix = f'{sys.executable} -m pip install "{name}{asked}"'
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         found = "missing" if core else f"missing, needed only for {needed_for}"
-        return Finding(name, found, mend, broken=core)
+        return Finding(name, found, fix, broken=core)
     if not SpecifierSet(asked).contains(version, prereleases=True):
-        return Finding(name, f"{version}, but {asked} is asked for", mend, broken=core)
+        return Finding(name, f"{version}, but {asked} is asked for", fix, broken=core)
     return Finding(name, version)
 
 
 def devices() -> list[Finding]:
-    """Every GPU with the precision that training would choose on it, or that there is none; and whether NF4 works."""
+    """Return findings on every GPU with its training precision, or on its absence, and whether NF4 works."""
     try:
         import torch
 
@@ -136,8 +136,8 @@ def devices() -> list[Finding]:
 
 def _no_gpu(version: str, cuda: str | None) -> Finding:
     if shutil.which("nvidia-smi") and cuda is None:
-        mend = f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
-        return Finding("GPU", f"a driver is there, but torch {version} is built for CPUs only", mend)
+        fix = f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+        return Finding("GPU", f"a driver is there, but torch {version} is built for CPUs only", fix)
     if cuda is not None and shutil.which("nvidia-smi"):
         return Finding(
             "GPU", f"none that torch {version} can use (CUDA_VISIBLE_DEVICES? driver too old?)", "nvidia-smi"
@@ -146,10 +146,10 @@ def _no_gpu(version: str, cuda: str | None) -> Finding:
 
 
 def _quantises(device: str) -> Finding:
-    """Four bits there and back: the part of an installation that breaks most often is bitsandbytes' own library."""
+    """Check a 4-bit round trip: bitsandbytes' library is the part of an installation that fails most often."""
     import torch
 
-    mend = f"{sys.executable} -m pip install --force-reinstall --no-deps bitsandbytes"
+    fix = f"{sys.executable} -m pip install --force-reinstall --no-deps bitsandbytes"
     try:
         from finetune.utils.quiet import quiet
 
@@ -159,15 +159,15 @@ def _quantises(device: str) -> Finding:
             value = torch.linspace(-1, 1, 4096, device=device)
             back = dequantize_4bit(*quantize_4bit(value, quant_type="nf4"))
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return Finding("NF4 works", f"no: {_first_line(error)}", mend, broken=True)
+        return Finding("NF4 works", f"no: {_first_line(error)}", fix, broken=True)
     worst = float((back - value).abs().max())
     if not worst < 0.2:  # half of NF4's widest gap is 0.15 of the block's largest value
-        return Finding("NF4 works", f"no: {worst:.2f} off on {device}", mend, broken=True)
+        return Finding("NF4 works", f"no: {worst:.2f} off on {device}", fix, broken=True)
     return Finding("NF4 works", f"yes, on {device}")
 
 
 def memory() -> Finding:
-    """Cores and main memory; of a container, its own limit."""
+    """Return cores and RAM, or the limit of the container."""
     cores = os.cpu_count() or 1
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no cgroup, or the word max
@@ -181,18 +181,18 @@ def memory() -> Finding:
 
 
 def disk(what: str, root: Path, option: str, wanted: int = 0) -> Finding:
-    """Room and the right to write where `root` lies or would be made; nothing is made."""
+    """Return free space and write permission for `root` or its nearest existing parent; creates nothing."""
     root = root.absolute()
     there = next(p for p in (root, *root.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(what, f"{root} cannot be written", f"{option} FOLDER")
     free = shutil.disk_usage(there).free
-    mend = f"{option} FOLDER, for a 7B: {_gb(wanted)}" if free < wanted else ""
-    return Finding(what, f"{_gb(free)} free in {root}", mend)
+    fix = f"{option} FOLDER, for a 7B: {_gb(wanted)}" if free < wanted else ""
+    return Finding(what, f"{_gb(free)} free in {root}", fix)
 
 
 def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Whose account the Hub's client would use. The token is read by that client alone and never shown."""
+    """Return the account that the Hub's client would use. Only that client reads the token; it is never printed."""
     try:
         from huggingface_hub import constants, get_token
     except ImportError:
@@ -232,7 +232,7 @@ def _who(where: str) -> Finding:
 
 
 def wandb_key(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Whether Weights & Biases would find a key, as it looks itself: the environment, then netrc."""
+    """Return whether Weights & Biases would find a key: in the environment, then in netrc."""
     if environment.get("WANDB_API_KEY"):
         return Finding("W&B", "key present (WANDB_API_KEY)")
     file = Path(environment.get("NETRC") or Path.home() / ".netrc")

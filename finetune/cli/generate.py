@@ -1,4 +1,4 @@
-"""`finetune generate`: answer every row of a file; a run that was stopped goes on where it was."""
+"""`finetune generate`: answer every row of a file; a stopped run continues where it was."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SERVER_REQUESTS = 8  # at once
 
 @dataclass(frozen=True)
 class Options:
-    """How answers are made: `temperature` 0 is greedy, `n` answers a prompt; `batch_tokens` changes no answer."""
+    """Generation options: `temperature` 0 is greedy, `n` answers per prompt; `batch_tokens` changes no answer."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """One answer that is asked for: the row, and which of its `n` answers."""
+    """One requested answer: the row and the index among its `n` answers."""
 
     row: PromptRow
     sample: int
@@ -214,7 +214,7 @@ def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: s
 
 
 def _stream(task: str, seed: int) -> int:
-    """The key of an answer's random numbers: of the row's id, the sample's number and the seed alone."""
+    """Return the key of an answer's random stream, from the row's id, the sample's index and the seed only."""
     return int.from_bytes(xxhash.xxh3_128_digest(f"{seed}\0{task}".encode()), "big")
 
 
@@ -227,7 +227,7 @@ def _line(task: Task, text: str, finish: str, tokens: int, made_by: str) -> dict
 
 
 def append(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add JSON lines to a file and have the disk confirm them. Raises FinetuneError if it refuses."""
+    """Append JSON lines to a file and sync it. Raises FinetuneError if the disk refuses."""
     try:
         with target.open("ab") as file:
             file.write("".join(canonical_json(line) + "\n" for line in lines).encode("utf-8", "surrogatepass"))
@@ -259,9 +259,9 @@ def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
 
 
 def _read_lines(target: Path) -> list[dict[str, Any]]:
-    """The whole lines of an output file. Raises InputError for a line that is no answer."""
+    """Return the complete lines of an output file. Raises InputError for a line that is not an answer."""
     lines = []
-    for number, text in enumerate(target.read_bytes().split(b"\n")[:-1], start=1):  # the last is torn, or empty
+    for number, text in enumerate(target.read_bytes().split(b"\n")[:-1], start=1):  # last: partial or empty
         try:
             line = json.loads(text)
             if not all(isinstance(line[key], str) for key in ("id", "answer", "made_by")):

@@ -29,7 +29,7 @@ from finetune.utils.resources import resource
 
 DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_DEVICE = "t4"
-LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens, the longest that fits is taken
+LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens; the longest that fits is used
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
@@ -39,7 +39,7 @@ LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
 ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
 TINY_RATE = "a rate for a small model: a 7B takes 2e-4"
-COMMENTS = {  # by what a line begins with
+COMMENTS = {  # by the beginning of a line
     "schema:": "the version of this format",
     "name:": "runs are in artifacts/runs/NAME",
     "model:": "the base; its revision is pinned when it is first read",
@@ -65,7 +65,7 @@ COMMENT_COLUMN = 58
 
 
 def ask_terminal(question: str, default: str) -> str:
-    """Ask on the terminal; a question without a default is asked until it is answered."""
+    """Prompt on the terminal; a question without a default is repeated until it is answered."""
     import typer
 
     return str(typer.prompt(question, default=default or None)).strip()
@@ -85,7 +85,7 @@ def write_recipe(
     length: int | None = None,
     store: Store | None = None,
 ) -> str:
-    """Write the recipe and return what to tell the person: its text, what was found in the data, what comes next.
+    """Write the recipe and return lines to print: its text, findings on the data, the next commands.
 
     `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
     `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
@@ -94,12 +94,12 @@ def write_recipe(
     looked for, to show one row with its labels.
 
     Raises:
-        InputError: an answer is missing and nobody can be asked; a model, data, a column or a device that cannot be; a
+        InputError: an answer is missing and there is no terminal; a model, data, a column or a device that cannot be; a
             file that is there already.
     """
     missing = [f"--{n}" for n, v in (("name", name), ("model", model), ("data", data)) if v is None]
     if missing and ask is None:
-        raise InputError(f"finetune init can ask only on a terminal; give {', '.join(missing)}")
+        raise InputError(f"finetune init prompts only on a terminal; pass {', '.join(missing)}")
     if ask is not None:
         model = model or ask("base model (OWNER/NAME on the Hub, a folder, builtin:tiny-mistral)", DEFAULT_MODEL)
         data = data or ask("data (a file or folder of rows, a pattern, OWNER/NAME on the Hub, or pydoc)", "")
@@ -120,12 +120,12 @@ def write_recipe(
 
 
 def target(name: str, out: Path | None, *, force: bool) -> Path:
-    """Return the file to write. Raises InputError for another ending, and for a file that is there without `force`."""
+    """Return the file to write. Raises InputError for another suffix, and for an existing file without `force`."""
     path = _path("out" if out else "name", str(out or _default_path(name)))
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--out {path}: a recipe's file ends in .yaml")
     if path.exists() and not force:
-        raise InputError(f"{path} is there already; --force writes over it, --out names another")
+        raise InputError(f"{path} exists; use --force to overwrite it, or --out for another file")
     return path
 
 
@@ -223,7 +223,7 @@ def recipe_text(
 
 
 def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[list[str], list[str]]:
-    """The lines that depend on the number of rows, train last, and a note on how they were chosen."""
+    """Return the lines that depend on the number of rows, train last, and a note on how they were chosen."""
     keep = [f"filter: {{keep_where: [{', '.join(canonical_json(c) for c in data.keep)}]}}"] if data.keep else []
     found = data.measured
     if found is None:
@@ -244,7 +244,7 @@ def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[l
 
 
 def suggested_name(data: str) -> str:
-    """A recipe name made of the data's: `my rows.jsonl.gz` gives my-rows."""
+    """Derive a recipe name from the data's name: `my rows.jsonl.gz` gives my-rows."""
     stem = FILE.sub("", data.rstrip("/").rpartition("/")[2])
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "mine"
 
@@ -255,7 +255,7 @@ def _default_path(name: str) -> Path:
 
 
 def _text(hardware: str, lines: list[str], path: Path, own: Mapping[str, str]) -> str:
-    """The file: what editors check it by, what it was made for, and each line with what it means."""
+    """Return the file's text: schema line, purpose, and each line with a comment."""
     comments = {**COMMENTS, **own}
     explained = [
         next((f"{line:<{COMMENT_COLUMN}}  # {why}" for start, why in comments.items() if line.startswith(start)), line)
@@ -265,7 +265,7 @@ def _text(hardware: str, lines: list[str], path: Path, own: Mapping[str, str]) -
 
 
 def _schema_line(path: Path) -> list[str]:
-    """Where editors find the schema: relative within one checkout, else as a URI of this machine."""
+    """Return the schema's location for editors: relative within a checkout, else a file URI."""
     schema = resource("schema.json")
     if schema is None:
         return []
@@ -289,7 +289,7 @@ def _path(option: str, text: str) -> Path:
 
 
 def _written_path(file: Path, recipe: Path) -> str:
-    """As a recipe may name it: beside itself, under the working folder, else absolute."""
+    """Return a path as written in a recipe: relative to it or to the working folder, else absolute."""
     for folder in (recipe.absolute().parent, Path().absolute()):
         if file.absolute().is_relative_to(folder) and ".." not in file.absolute().parts:
             return file.absolute().relative_to(folder).as_posix()
@@ -297,7 +297,7 @@ def _written_path(file: Path, recipe: Path) -> str:
 
 
 def _written_model(model: str, recipe: Path) -> str:
-    """A folder so that the recipe's own rules take it for one; any other name as it is."""
+    """Return a folder in a form that recipes recognise as a folder; any other name unchanged."""
     folder = _path("model", model)
     if model.startswith("builtin:") or not (folder.is_dir() or model.startswith((".", "/", "~"))):
         return model
@@ -324,7 +324,7 @@ def _template(recipe: Recipe, name: str) -> tuple[str, str]:
 
 
 def _positions(recipe: Recipe) -> int:
-    """The longest row that a base in a local folder was made for; of any other base we take the usual length."""
+    """Return the maximum positions of a base in a local folder; the default length for any other base."""
     if recipe.model.folder is None:
         return LENGTHS[0]
     found = read_json(recipe.model.folder / "config.json").get("max_position_embeddings")
@@ -332,7 +332,7 @@ def _positions(recipe: Recipe) -> int:
 
 
 def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
-    """Whether training fits the device (yes, where the shapes are not known here), and the sentence about it."""
+    """Return whether training fits the device (true if the shapes are unknown), and a sentence about it."""
     shapes = read_shapes(recipe)
     hub = recipe.model.id
     if shapes is None:
@@ -363,7 +363,7 @@ def _named(device: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    """`text` as YAML that reads back as this text, also between braces."""
+    """Return `text` as a YAML scalar that is also valid between braces."""
     plain = re.fullmatch(r"[A-Za-z_./~][\w./~:-]*", text) and not text.endswith(":")
     if plain and isinstance(yaml.safe_load(text), str) and text.lower() not in ("null", "true", "false", "~"):
         return text

@@ -66,18 +66,21 @@ def plan(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """What a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
+    """Show what a run would do and need: stages, memory, disk, download, steps, time. Builds nothing."""
     from finetune.pipeline import plan as pipeline_plan
     from finetune.pipeline import preflight, run_view, runner
     from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
 
     store = Store(artifacts, scratch)
-    planned = run_view.with_start(load_recipe(recipe, sets or [], artifacts).recipe, store, note)
+    loaded = load_recipe(recipe, sets or [], artifacts)
+    for line in loaded.notes:
+        note(line)
+    planned = run_view.with_start(loaded.recipe, store, note)
     steps = runner.plan(planned, store)
     result = pipeline_plan.predict(planned, steps, device, store.scratch)
-    if line := preflight.more_epochs(planned, steps, store):
-        note(line)
+    if hint := preflight.more_epochs(planned, steps, store):
+        note(hint)
     print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))
 
 
@@ -121,7 +124,7 @@ def show(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """What a run made: statuses, figures, folders."""
+    """Show a run: statuses, metrics, folders."""
     from finetune.cli import show as cli_show
     from finetune.pipeline import run_view
     from finetune.pipeline.store import Store
@@ -153,16 +156,18 @@ def inspect(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Rendered rows as the model sees them, the supervised text coloured."""
+    """Show rendered rows as the model sees them, with the supervised text in colour."""
     from finetune.cli import show as cli_show
     from finetune.pipeline.recipe_names import load_recipe
     from finetune.pipeline.store import Store
 
-    loaded, store = load_recipe(recipe, sets or [], artifacts).recipe, Store(artifacts, scratch)
+    loaded, store = load_recipe(recipe, sets or [], artifacts), Store(artifacts, scratch)
+    for line in loaded.notes:
+        note(line)
     if html is None:
-        cli_show.print_rows(loaded, store, rows or 5)
+        cli_show.print_rows(loaded.recipe, store, rows or 5)
     else:
-        cli_show.write_rows_page(loaded, store, rows or 50, html)
+        cli_show.write_rows_page(loaded.recipe, store, rows or 50, html)
         print_text(html)
 
 
@@ -287,7 +292,7 @@ def chat(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Talk to what was trained: the adapter of a run on its 4-bit base, or a merged model."""
+    """Chat with a trained model: the adapter of a run on its 4-bit base, or a merged model."""
     from finetune.cli import chat as chatting
 
     options = chatting.Options(max_new_tokens, temperature, seed, system, compare, server)
@@ -319,7 +324,7 @@ def generate(
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
-    """Answer every row of a file; goes on after a stop without losing or repeating a row."""
+    """Answer every row of a file; continues after a stop without losing or repeating a row."""
     from finetune.cli import generate as cli_generate
 
     options = cli_generate.Options(max_new_tokens, temperature, top_p, seed, n, system, batch_tokens, server)
@@ -367,15 +372,15 @@ app.command()(serve)
 
 @app.command()
 def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
-    """What this machine has and lacks, and how to fix it."""
+    """Check this machine for missing requirements, and show how to fix them."""
     from finetune.cli.doctor import examine
 
     examine(artifacts, scratch)
 
 
 def main() -> None:
-    """Run the command line; errors are sentences, and the exit status says of which kind."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # of every Python that this one starts: the working folder is data
+    """Run the command line; print errors as sentences, with an exit status for each kind."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # for child processes: the working folder is data, not code
     steady()
     silence_libraries()
     try:

@@ -28,12 +28,12 @@ from finetune.recipe import Lora, Recipe, Runtime, Tracking
 from finetune.recipe.load import parse_recipe
 from finetune.utils.console import Screen
 
-LINKED = (".safetensors", ".gguf")  # as large as the model: linked into --out where the disk allows it
+LINKED = (".safetensors", ".gguf")  # as large as the model: linked into --out if the disk allows it
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for."""
+    """Arguments of the command line."""
 
     adapter: str
     base: str | None = None
@@ -71,11 +71,11 @@ def merge_adapter(asked: Request, artifacts: Path, scratch: Path) -> None:
 
 
 def write_recipe(asked: Request, store: Store, screen: Screen) -> Path:
-    """Write the recipe that does it under scratch/recipes; returns its path."""
+    """Write the recipe of the merge under scratch/recipes; return its path."""
     start, own = _start_of(asked.adapter, store, screen)
     adapter = read_adapter(start.start_folder or Path())
     if not adapter.base and not asked.base:
-        raise InputError(f"{asked.adapter}: its adapter_config.json names no base; give it: --base OWNER/NAME|FOLDER")
+        raise InputError(f"{asked.adapter}: its adapter_config.json names no base; pass --base OWNER/NAME|FOLDER")
     model = _model_of(asked.base or str(adapter.base), None if asked.base else adapter.config.get("revision"), own)
     short = asked.adapter.rstrip("/").rpartition("/")[2].partition("@")[0]
     name = f"merge-{re.sub(r'[^A-Za-z0-9_.-]+', '-', short).strip('-.') or 'adapter'}"[:80]
@@ -121,7 +121,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe | None]:
-    """Where the adapter is (`start_folder` set, downloaded if it must be), and the recipe of the run it is of."""
+    """Return the adapter's location (`start_folder` set, downloaded if necessary), and the recipe of its run."""
     folder = Path(adapter).expanduser()
     if folder.is_dir() or adapter.startswith(("/", ".", "~")):
         read_adapter(folder)
@@ -146,7 +146,7 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
 
 
 def _model_of(base: str, revision: Any, own: Recipe | None) -> Any:  # noqa: ANN401 - YAML
-    """The recipe's model: what --base or the adapter names, with the revision that the adapter pins."""
+    """Return the recipe's model: --base or the adapter's base, with the revision that the adapter pins."""
     if own is not None and own.model.id == base:
         if own.model.folder is not None:
             return str(own.model.folder)
@@ -158,12 +158,12 @@ def _model_of(base: str, revision: Any, own: Recipe | None) -> Any:  # noqa: ANN
     if Path(base).expanduser().is_dir():
         return str(Path(base).expanduser().absolute())
     if base.startswith("/") or base.startswith("."):
-        raise InputError(f"the base {base} is no folder of this machine; give it: --base OWNER/NAME|FOLDER")
+        raise InputError(f"the base {base} is not a folder of this machine; pass --base OWNER/NAME|FOLDER")
     return {"id": base, "revision": revision} if revision and not base.startswith("builtin:") else base
 
 
 def write_out(store: Store, name: str, out: Path, screen: Screen) -> None:
-    """Put the merged model of a run, its GGUF files and its card into the folder `out`."""
+    """Write the merged model of a run, its GGUF files and its card to the folder `out`."""
     value = run_view.read(store, name)
     sources = [Path(value["stages"][s]["path"]) for s in ("merge", "export") if value["stages"][s]["status"] == "done"]
     card = publish_run(
@@ -194,5 +194,5 @@ def _place(source: Path, target: Path) -> None:
 
 
 def formats(value: Sequence[str] | None) -> tuple[str, ...]:
-    """The GGUF kinds of repeated or comma-separated options, each once."""
+    """Return the GGUF kinds of repeated or comma-separated options, each once."""
     return tuple(dict.fromkeys(kind.strip() for text in value or () for kind in text.split(",") if kind.strip()))

@@ -1,4 +1,4 @@
-"""`finetune publish`: push what a finished run made."""
+"""`finetune publish`: push the results of a finished run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def publish_run(
     force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Push what a finished run made; prints where it went, or, dry, the files and the card. Returns the receipt."""
+    """Push the results of a finished run; print the URLs, or in a dry run files and card. Return the receipt."""
     from finetune.publish import publish
     from finetune.publish.card import write_card
     from finetune.publish.contents import stages_read
@@ -60,7 +60,7 @@ def publish_run(
         raise InputError(
             f"{', '.join(unfinished)} of {short} is gone or incomplete: run `finetune run {recipe_name}` first"
         )
-    for name in [] if dry_run else sorted(needed):  # a flipped bit would be pushed, and then found equal to itself
+    for name in [] if dry_run else sorted(needed):  # otherwise a flipped bit would be pushed and compared with itself
         manifest = manifests[name]
         if manifest and (wrong := store.verify(folders[name], manifest)):
             raise FinetuneError(
@@ -97,6 +97,6 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
 
 
 def _recipe(value: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
-    """The recipe as that run read it, with further `--set`."""
+    """Return the recipe as that run read it, with further `--set`."""
     path = value["folder"] / "recipe.yaml"
     return parse_recipe(recipe_text(path.parent), path, [*value["sets"], *sets])

@@ -1,4 +1,4 @@
-"""One command's work around the pipeline: roots, signals, progress, the run's record, the closing table."""
+"""`finetune run`: roots, signals, progress, the run's record, the closing table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_recipe(
     force: bool = False,
     mirror: str | None = None,
 ) -> Run:
-    """Load, check, build what is missing, and say where everything is; returns the run's record.
+    """Load, check, build the missing stages, and print all folders; return the run's record.
 
     Errors pass through with their exit status.
     """
@@ -50,6 +50,8 @@ def run_recipe(
     rank, world = launch.ranks(os.environ)
     loaded = load_recipe(name, sets, artifacts)
     screen = Screen(silent=rank != 0)
+    for line in loaded.notes:
+        screen.say(line)
     store = Store(artifacts, scratch)
     record = _record(loaded, store, write=rank == 0)
     start = time.monotonic()
@@ -63,7 +65,7 @@ def run_recipe(
 
         def before_building(steps: list[runner.Step]) -> None:
             _preflight(loaded.recipe, steps, until, store, ctx, force=force)
-            if rank == 0:  # while the lease lives, `clean` leaves alone what this run has found or made
+            if rank == 0:  # while the lease is held, `clean` keeps the stages of this run
                 record.begin()
                 owned.enter_context(store.lease(record.folder, screen.say, stop.check))
 
@@ -88,23 +90,23 @@ def run_recipe(
 
 
 def _save_record(record: Run, screen: Screen) -> None:
-    """A disk that is full or read-only must neither hide a sentence that matters more nor fail a run that is there."""
+    """Save the record; a full or read-only disk must neither hide an error nor fail a finished run."""
     try:
-        if record.stages and not record.refused:  # the error that ends the run says so already
+        if record.stages and not record.refused:  # the error that ends the run already reports it
             record.save()
     except (OSError, FinetuneError) as error:
         screen.say(f"the run's record was not written: {error}")
 
 
 def _write_report(store: Store, record: Run, screen: Screen) -> None:
-    """The run's page, unless it is there: a run that found everything finished reads nothing again."""
+    """Write the run's report unless it exists: a run that builds nothing reads nothing again."""
     if not (record.folder / "run.json").is_file() or (record.folder / "report.html").exists():
         return
     try:
         from finetune.report.page import write_report
 
         write_report(store, f"{record.recipe}@{record.name}")
-    except Exception as error:  # whatever it is, the run itself is none the worse for it
+    except Exception as error:  # no failure here may affect the run
         screen.say(f"the report could not be written: {error} (`finetune report {record.recipe}` tries again)")
 
 
@@ -120,10 +122,10 @@ def launch_recipe(
     force: bool = False,
     mirror: str | None = None,
 ) -> None:
-    """The same in several processes of this machine: each trains its share of every batch, the first does the rest."""
+    """Run in several processes: each trains its share of every batch, the first runs the other stages."""
     if launch.ranks(os.environ)[1] > 1:
-        raise InputError("--processes starts processes of its own: leave it out under accelerate launch or torchrun")
-    load_recipe(name, sets, artifacts)  # a mistake in it is said once, and here
+        raise InputError("--processes starts its own processes: remove it under accelerate launch or torchrun")
+    load_recipe(name, sets, artifacts)  # its errors are printed once, here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
     arguments += ["--mirror", mirror] if mirror else []
@@ -153,7 +155,7 @@ def _preflight(
 
 
 def _check_on_base(recipe: Recipe, step: runner.Step, until: str | None) -> None:
-    """What the preflight could not know before there was a base, which the stages up to train take hours to find."""
+    """Run checks that need the base, which the preflight lacked and the stages would report only after hours."""
     from finetune.pipeline import preflight
 
     last = STAGE_NAMES.index(until or STAGE_NAMES[-1])
@@ -183,7 +185,7 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
 
 
 def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
-    """Rows that each stage left out, wherever it wrote them down; stages that left none out are not named."""
+    """Return the number of rows dropped by each stage, without stages that dropped none."""
     found = {}
     for step in steps:
         files = step.manifest.files if step.manifest else {}
@@ -194,7 +196,7 @@ def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
 
 
 def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None:
-    """The verdict in five lines, as at the head of the report. What it takes from rows is kept in the run's folder."""
+    """Return the verdict in five lines, as in the report. Results from reading rows are kept in the run's folder."""
     done = {s.stage.name: s for s in steps if s.manifest}
     metrics = {name: s.manifest.metrics for name, s in done.items() if s.manifest}
     judged = verdict_of(metrics, {name: s.folder for name, s in done.items()}, folder / "copies.json")
@@ -222,7 +224,7 @@ def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, s
 
 
 def _rejecting(steps: list[runner.Step]) -> list[str]:
-    """The stages that left rows out, each of which its rejects.parquet names."""
+    """Return the stages that dropped rows, which are listed in their rejects.parquet."""
     files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
     return [name for name, file in files.items() if file and file.rows]
 

@@ -54,7 +54,7 @@ def _described(store: Store, folder: Path) -> dict[str, Any]:
 
 
 def _time(run: str) -> str | None:
-    """The moment in a run's name, 20261130T114606Z-2a8ecdb6, as ISO 8601."""
+    """Return the time in a run's name, 20261130T114606Z-2a8ecdb6, as ISO 8601."""
     import datetime
 
     try:

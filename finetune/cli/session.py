@@ -1,4 +1,4 @@
-"""Shared by the commands that work for long: the context of their stages, and signals."""
+"""Shared by long-running commands: the context of their stages, and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.recipe import Recipe
 from finetune.utils.console import Screen
 from finetune.utils.runtime import describe_environment
 
-LEAVE_SECONDS = 20.0  # after a signal that found nothing to save
+LEAVE_SECONDS = 20.0  # after a signal when nothing has to be saved
 
 
 def make_context(
@@ -45,7 +45,7 @@ def make_context(
 
 @contextmanager
 def signals_handled(screen: Screen, *, launched: bool = False) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM asks the work to save and stop; the same again leaves at once.
+    """On the first SIGINT or SIGTERM save and stop; on a second one exit immediately.
 
     One of several launched processes takes the same again for the first come twice (a cluster signals every process of
     a job, and the launcher hands its own on): to leave at once is the launcher's to say, by SIGKILL.
@@ -74,10 +74,10 @@ def signals_handled(screen: Screen, *, launched: bool = False) -> Iterator[StopF
     leave.daemon = True
     stop.hold = leave.cancel
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; under nohup it is ignored, and stays so
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a lost ssh session; nohup ignores it, which is kept
         numbers.append(signal.SIGHUP)
     # An interruption inside a weak reference's callback or a finaliser is dropped by Python, with a traceback that
-    # tells nobody anything: the next check, or `leave`, ends the work.
+    # needs no notification: the next check, or `leave`, ends the work.
     hook = sys.unraisablehook
 
     def unraisable(dropped: sys.UnraisableHookArgs) -> None:

@@ -1,4 +1,4 @@
-"""`finetune show` and `finetune inspect`: runs and rows for a person, and for programs."""
+"""`finetune show` and `finetune inspect`: runs and rows as text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def print_runs(values: list[dict[str, Any]]) -> None:
-    """A table a run; for two, the fields of their recipes and the figures that differ, side by side."""
+    """Print a table per run; for two runs also the recipe fields and metrics that differ, side by side."""
     for value in values:
         with recorded(value["folder"]):
             rows = [_stage_line(stage, record) for stage, record in value["stages"].items()]
@@ -42,7 +42,7 @@ def _stage_line(stage: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """What was asked for differently, then what came out differently."""
+    """Print the recipe fields that differ, then the metrics that differ."""
     names = [f"{v['recipe']}@{v['run']}" for v in (first, second)]
     try:
         asked = recipe_differences(*(_recipe(v) for v in (first, second)))
@@ -58,18 +58,18 @@ def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def _recipe(value: dict[str, Any]) -> Recipe:
-    """The recipe as that run read it, `--set` included."""
+    """Return the recipe as that run read it, including `--set`."""
     path = value["folder"] / "recipe.yaml"
     return parse_recipe(recipe_text(value["folder"]), path, value["sets"])
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:
-    """Every field that differs, defaults filled in: its name, and both values as YAML writes them ("–": not there)."""
+    """Return every field that differs, defaults included: its name and both values in YAML ("–": absent)."""
     a, b = dict(_fields(first)), dict(_fields(second))
     for here, there in ((a, b), (b, a)):
         for name in [
             n for n, value in here.items() if value == "null" and n not in there
-        ]:  # a section on one side only
+        ]:  # a section in one recipe only
             inside = {n: v for n, v in there.items() if n.startswith((f"{name}.", f"{name}["))}
             there[name] = ", ".join(f"{n.removeprefix(f'{name}.')}: {v}" for n, v in inside.items())
             for n in inside:
@@ -82,7 +82,7 @@ def _fields(value: object, at: str = "") -> Iterator[tuple[str, str]]:
     """The leaves below `value` with their names: train.learning_rate, data[0].path."""
     if isinstance(value, BaseModel):
         for key, field in type(value).model_fields.items():
-            if not field.exclude or field.is_required():  # what else is left out of dumps is made of another field
+            if not field.exclude or field.is_required():  # other fields excluded from dumps are derived
                 yield from _fields(dict(value)[key], f"{at}.{field.alias or key}".lstrip("."))
     elif isinstance(value, Mapping):
         for name, inner in value.items():
@@ -95,7 +95,7 @@ def _fields(value: object, at: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _scalar(value: object) -> str:
-    """A value as a recipe would have it."""
+    """Return a value as written in a recipe."""
     if isinstance(value, float):
         mantissa, _, exponent = f"{value:.6e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
@@ -107,7 +107,7 @@ def _scalar(value: object) -> str:
 
 
 def figure_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Each metric that differs between two runs' stages: its name, both values, and second / first for numbers."""
+    """Return each metric that differs between two runs: its name, both values, and second / first for numbers."""
     rows = []
     for stage in STAGE_NAMES:
         a, b = (dict(_figures(stages[stage]["metrics"], stage)) for stages in (first, second))
@@ -209,7 +209,7 @@ def _inspected_pairs(path: Path, tokenizer: Any, count: int) -> list[InspectedRo
 
 
 def print_rows(recipe: Recipe, store: Store, count: int) -> None:
-    """The first rendered rows in the terminal: special tokens visible, supervised text coloured."""
+    """Print the first rendered rows: special tokens visible, supervised text in colour."""
     from rich.console import Console
     from rich.text import Text
 
@@ -234,7 +234,7 @@ def print_rows(recipe: Recipe, store: Store, count: int) -> None:
 
 
 def write_rows_page(recipe: Recipe, store: Store, count: int, path: Path) -> None:
-    """The same as one self-contained HTML page. Raises InputError where `path` cannot be written."""
+    """Write the same as one self-contained HTML page. Raises InputError if `path` cannot be written."""
     from finetune.report.html import render_page
     from finetune.utils.files import write_bytes
 

@@ -1,4 +1,4 @@
-"""Load what answers (a run's adapter on its base, a merged model, a base) with its template and terminators."""
+"""Load a model for generation (a run's adapter on its base, a merged model, a base) with template and terminators."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from finetune.utils.files import file_digest, read_json
 from finetune.utils.links import require_model
 
 HUB_BASE = r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?"
-ROOM_FOR_CACHE = 0.85  # of the free GPU memory may go to weights; the rest holds keys, values and activations
+ROOM_FOR_CACHE = 0.85  # share of the free GPU memory for weights; the rest is for keys, values and activations
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A loaded model with all that turns a conversation into its prompt and tells where its answer ends."""
+    """A loaded model with the template and terminators for its prompts and answers."""
 
     model: Any  # PreTrainedModel or PeftModel
     tokenizer: Any  # PreTrainedTokenizerBase
@@ -35,12 +35,12 @@ class Voice:
     template: str  # the text of its chat templates
     terminators: tuple[int, ...]
     pad_id: int
-    positions: int | None  # the longest sequence the base was made for, in tokens
-    identity: str = ""  # digest of what answers: the same files give the same
+    positions: int | None  # longest sequence of the base, in tokens
+    identity: str = ""  # digest of the model: equal files give equal digests
 
 
 def model_folder(name: str) -> Path | None:
-    """The model's folder that `name` is, or None for the name of a run. Raises InputError for another folder."""
+    """Return the model folder that `name` is, or None for the name of a run. Raises InputError for another folder."""
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         require_model(path, name)
@@ -56,7 +56,7 @@ def model_folder(name: str) -> Path | None:
 
 @contextmanager
 def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iterator[Voice]:
-    """The adapter of a run on the base it was trained on, quantised as it was then."""
+    """Load the adapter of a run on its base, quantised as in training."""
     from finetune.models import loading
     from finetune.models.device import pick_device, pick_precision
     from finetune.utils import runtime
@@ -79,7 +79,7 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
     screen.say(f"{value['recipe']}@{value['run']}: adapter on {recipe.model.id} ({kind}), {precision}: {why}")
     frozen = loading.load_base(recipe.model, base, ctx, recipe.quantization, precision, device)
     model = loading.attach_adapter(frozen, adapter)
-    described = adapter / "template" / "template.json"  # an adapter that was imported without rows has none
+    described = adapter / "template" / "template.json"  # an adapter imported without rows has none
     facts = read_json(described) if described.is_file() else {}
     with runtime.fitting(base, device):
         stops = facts.get("terminators") or _generation_stops(base)
@@ -89,14 +89,14 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
 
 
 def recipe_of(value: dict[str, Any], name: str) -> Recipe:
-    """The recipe as this run read it; its relative paths are looked for beside the file it came from."""
+    """Return the recipe as this run read it; relative paths are resolved next to the original file."""
     text = recipe_text(value["folder"])
     origin = Path(name) if name.endswith((".yaml", ".yml")) else value["folder"] / "recipe.yaml"
     return parse_recipe(text, origin, value["sets"])
 
 
 def folder_voice(folder: Path, screen: Screen) -> AbstractContextManager[Voice]:
-    """A merged model, in 16 bits on a GPU and in 32 on a CPU."""
+    """Load a merged model, in 16 bits on a GPU and in 32 on a CPU."""
     import torch
 
     from finetune.models import loading
@@ -128,7 +128,7 @@ def folder_voice(folder: Path, screen: Screen) -> AbstractContextManager[Voice]:
 
 @contextmanager
 def base_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iterator[Voice]:
-    """A base as it is published: OWNER/NAME[@REVISION] on the Hub, or a builtin, which is trained here first."""
+    """Load a published base: OWNER/NAME[@REVISION] on the Hub, or a builtin, which is trained first."""
     from finetune.models import loading
     from finetune.pipeline import runner
     from finetune.pipeline.runs import Run
@@ -150,7 +150,7 @@ def base_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Ite
 
 
 def open_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> AbstractContextManager[Voice]:
-    """What `name` stands for, loaded: RECIPE[@RUN], the folder of a model, or a base. Raises InputError."""
+    """Load the model of `name`: RECIPE[@RUN], the folder of a model, or a base. Raises InputError."""
     is_base = name.startswith("builtin:") or re.fullmatch(HUB_BASE, name) is not None
     if is_base and not Path(name).is_dir() and not name.partition("@")[0].endswith((".yaml", ".yml")):
         return base_voice(name, artifacts, scratch, screen)
@@ -234,7 +234,7 @@ def _voice(
 
 
 def prompt_ids(voice: Voice, chat: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
-    """The prompt as training rendered it; a control string that a person types stays text.
+    """Return the prompt as rendered in training; a control string typed by the user stays text.
 
     Raises TemplateRefused (an InputError) if the chat template refuses these messages.
     """

@@ -302,7 +302,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _json_problem(error: json.JSONDecodeError) -> str:
-    """What the parser says, and the text where it says it."""
+    """Return the parser's message and the text at its position."""
     rest = error.doc[error.pos : error.pos + 20]
     # a comma before a closing bracket is what people write most
     comma = error.doc[: error.pos].rstrip()[-1:] == "," and rest[:1] in "}]"

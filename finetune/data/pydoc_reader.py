@@ -110,7 +110,7 @@ def member_entries(module: str, owner: str, cls: type) -> Iterator[Entry]:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """What `__all__` lists; without it, the names that the module itself defines."""
+    """Return the names in `__all__`; without it, the names that the module itself defines."""
     space = vars(module)
     listed = space.get("__all__")
     if listed is not None:

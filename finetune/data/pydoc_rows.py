@@ -51,7 +51,7 @@ class Entry:
 
 
 def fingerprint() -> dict[str, str]:
-    """What decides the rows: the Python whose documentation is read."""
+    """Return the version of the Python whose documentation is read, which determines the rows."""
     return {
         "implementation": sys.implementation.name,
         "version": platform.python_version(),
@@ -81,7 +81,7 @@ def documentation(executable: str = sys.executable) -> Iterator[Entry]:
         last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise FinetuneError(
             f"the process that reads the documentation of {executable} {how_it_ended(child.returncode)}: "
-            f"{last[0] if last else 'it said nothing'}"
+            f"{last[0] if last else 'no output'}"
         )
     for line in child.stdout.splitlines():
         raw = json.loads(line)

@@ -22,7 +22,7 @@ SAMPLE_ROWS = 100  # looked at to decide a format
 
 
 def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str, object]:
-    """What the source's rows depend on beside the recipe: a file's digest, a commit of the Hub, a version of Python.
+    """Return the inputs of a source apart from the recipe: a file's digest, a commit of the Hub, a version of Python.
 
     Raises InputError where the file or the data set does not exist.
     """

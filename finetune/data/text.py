@@ -22,7 +22,8 @@ def normalised(text: str) -> str:
 
 
 def field_text(row: Example, field: str) -> str:
-    """What of a row is compared: all user turns (`instruction`), all assistant turns (`output`) or `both`, in order.
+    """Return the text of a row that is compared: all user turns (`instruction`), all assistant turns (`output`) or
+    `both`, in order.
 
     An assistant's turn is its text and its tool calls. A raw-text row's text is its whole text, whatever the field.
     """

@@ -219,7 +219,7 @@ class _Decompressor(Protocol):
 
 
 def _zstd() -> tuple[Callable[[], _Decompressor], type[Exception]]:
-    """What makes a decompressor of one frame, and what it raises."""
+    """Return the constructor of a decompressor for one frame, and its exception."""
     if sys.version_info >= (3, 14):
         from compression.zstd import ZstdDecompressor, ZstdError
 

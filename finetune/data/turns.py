@@ -201,7 +201,7 @@ def _learn(where: str, rest: dict[str, Any]) -> bool:
 
 
 def _extra(where: str, rest: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """What else a turn carries, in the names that chat templates read."""
+    """Return a turn's other fields, under the names that chat templates read."""
     extra = {k: v for k, v in rest.items() if k not in ("tool_calls", "function_call", *REASONING_KEYS)}
     calls = [rest[key] for key in ("tool_calls", "function_call") if not is_blank(rest.get(key))]
     if calls:

@@ -124,7 +124,7 @@ def listed(names: Iterable[object]) -> str:
 
 
 def kind(value: object) -> str:
-    """What was found, as a person says it."""
+    """Return a readable description of the value found."""
     if value is None or value is ABSENT:
         return "null" if value is None else "no such column in this row"
     if isinstance(value, bool):

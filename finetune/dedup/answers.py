@@ -1,4 +1,4 @@
-"""Refuse to compare answers alone where answers are labels: few texts, each the right answer to many questions."""
+"""Refuse deduplication by answers alone if answers are labels: few texts that answer many questions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from finetune.data.records import Example
 from finetune.data.text import field_text, text_key
 from finetune.errors import GateRefused
 
-FEWEST = 50  # rows with different questions, below which nothing is said
-MOST_LOST = (0.5, 0.75)  # share of the different rows that would be dropped: where most answers repeat, and in any case
+FEWEST = 50  # rows with different questions below which nothing is checked
+MOST_LOST = (0.5, 0.75)  # limits of the share of different rows dropped: if most answers repeat, and always
 
 
 class AnswerCheck:
-    """Counts the different questions of each answer, 16 bytes a row.
+    """Count the different questions of each answer; 16 bytes per row.
 
-    The reference recipe loses 27 % of its rows to near-duplicate answers of all kinds. Of Python's documentation 52 %
-    of the differently asked rows repeat an answer (an inherited method, 357 times), but 70 % of its answers occur once.
-    Labels are answers of which most repeat; dropping the rows that share one loses the task.
+    The reference recipe loses 27 % of its rows to near-duplicate answers of all kinds. In Python's documentation 52 %
+    of the rows with different questions repeat an answer (an inherited method: 357 times), but 70 % of the answers
+    occur once. Most labels repeat; dropping the rows that share one would destroy the task.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class AnswerCheck:
         self._rows: set[bytes] = set()
 
     def add(self, row: Example) -> None:
-        """Take in one row; raw texts and rows without an answer do not count."""
+        """Count one row; raw texts and rows without an answer are ignored."""
         if row.text is None and (answer := text_key(field_text(row, "output"))):
             key = text_key(field_text(row, "instruction")) + answer
             self._answers[answer] += key not in self._rows
             self._rows.add(key)
 
     def require_varied(self) -> None:
-        """Raise GateRefused where answers repeat under different questions."""
+        """Raise GateRefused if answers repeat under different questions."""
         rows, answers = len(self._rows), len(self._answers)
         if rows < FEWEST:
             return
@@ -41,6 +41,6 @@ class AnswerCheck:
             raise GateRefused(
                 f"dedup.field is output, and {rows:,} different rows have {answers:,} different answers: "
                 f"{rows - answers:,} rows would be dropped whose question differs from that of the row they repeat. "
-                "Where answers are labels, compare both: dedup.field=both (the default). To keep one row per answer "
-                "all the same: dedup.max_dropped_fraction=1"
+                "If answers are labels, compare both: dedup.field=both (the default). To keep one row per answer "
+                "nevertheless: dedup.max_dropped_fraction=1"
             )

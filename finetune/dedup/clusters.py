@@ -1,4 +1,4 @@
-"""The vectors that the embed stage left, and rows chosen by them."""
+"""Read the embed stage's vectors and select rows by clusters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 20  # of k-means
-TRAINING_ROWS = 256  # a cluster, at most: k-means learns its centres from a sample of larger data
+TRAINING_ROWS = 256  # most per cluster: k-means learns its centres from a sample of larger data
 
 
 def vectors_of(embedded: Path, ids: Sequence[str]) -> NDArray[np.float32] | None:
-    """The vectors (N, d) of the rows `ids`, which embed lists in its own order; None where nothing was embedded."""
+    """Return the vectors (N, d) of the rows `ids`, in that order; None if nothing was embedded."""
     if not (embedded / "vectors.npy").exists():
         return None
     import pyarrow.parquet as pq
@@ -28,16 +28,16 @@ def vectors_of(embedded: Path, ids: Sequence[str]) -> NDArray[np.float32] | None
 def clustered(
     vectors: NDArray[np.float32], clusters: int, seed: int, check: Callable[[], None] = lambda: None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Each row's cluster, and its squared distance to the cluster's centre: FAISS k-means from a fixed seed.
+    """Return each row's cluster and squared distance to its centre: FAISS k-means from a fixed seed.
 
-    The centres depend on the order of the rows, so give them in one that says nothing. One thread does the sums: with
-    several, the last digits of a centre would depend on their number.
+    The centres depend on the order of the rows, so pass them in an arbitrary fixed order. One thread computes the sums:
+    otherwise the last digits of a centre would depend on the number of threads.
 
     Args:
         vectors: (N, d) float32, N ≥ 1.
-        clusters: how many, at most N.
-        seed: which rows the centres start from.
-        check: called before the work; raises where the run is to stop.
+        clusters: number of clusters, at most N.
+        seed: selects the initial centres.
+        check: called before the work; may raise to stop.
     """
     import faiss
 
@@ -50,7 +50,7 @@ def clustered(
             clusters,
             niter=ROUNDS,
             seed=seed % 2**31,
-            min_points_per_centroid=1,  # which only silences a warning
+            min_points_per_centroid=1,  # only silences a warning
             max_points_per_centroid=TRAINING_ROWS,
         )
         rows = np.ascontiguousarray(vectors, np.float32)
@@ -62,14 +62,14 @@ def clustered(
 
 
 def cluster_count(rows: int, wanted: int) -> int:
-    """How many clusters where the recipe does not say: the root of the rows, no more than the rows that are wanted."""
+    """Return the default number of clusters: the square root of the rows, at most the rows wanted."""
     return max(1, min(wanted, rows, math.isqrt(rows)))
 
 
 def by_turns(cluster: Sequence[int], distance: Sequence[float], names: Sequence[bytes]) -> list[int]:
-    """Row numbers in the order in which the clusters give them, one each a round, its nearest to the centre first.
+    """Return row numbers in round-robin order over the clusters, nearest to the centre first.
 
-    In a round the larger clusters come first. `names` decide ties, and are all different.
+    In a round the larger clusters come first. `names` are unique and break ties.
     """
     members: dict[int, list[int]] = {}
     for i in sorted(range(len(cluster)), key=lambda i: (distance[i], names[i])):

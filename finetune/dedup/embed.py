@@ -1,4 +1,4 @@
-"""One unit vector a text: TF-IDF with latent semantics (`lsa`, no model needed), or a model's (`encoders.py`)."""
+"""One unit vector per text: TF-IDF with latent semantics (`lsa`, no model needed), or a model's (`encoders.py`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 WORD_OR_SIGN = r"\w+|[^\w\s]"  # punctuation counts: `a < b` and `a <= b` are two different answers
 HASHED_FEATURES = 2**20
-SVD_FEATURES = 30_000  # the most frequent ones; the rare ones, which tell two texts apart, are all in the sketch
+SVD_FEATURES = 30_000  # the most frequent ones; the rare ones, which distinguish texts, are all in the sketch
 SVD_DIMENSION = 128
 SKETCH_DIMENSION = 256
 RESIDUAL_WEIGHT = 0.5
-SEED = 0  # of the algorithm, not of the recipe: another seed would only be another approximation of the same cosines
+SEED = 0  # of the algorithm, not of the recipe: another seed gives another approximation of the same cosines
 
 
 def embed(
@@ -32,7 +32,7 @@ def embed(
     folder: Path | None = None,
     made_by: Mapping[str, object] | None = None,
 ) -> NDArray[np.float32]:
-    """Vectors of `texts`: (N, d) float32, every row of length 1, or all zero for a text of whitespace only.
+    """Return vectors of `texts`: (N, d) float32, every row of length 1, or all zero for a text of whitespace only.
 
     Args and Raises as `embed_counted`.
     """
@@ -46,18 +46,18 @@ def embed_counted(
     folder: Path | None = None,
     made_by: Mapping[str, object] | None = None,
 ) -> tuple[NDArray[np.float32], int]:
-    """Vectors of `texts`, as `embed`, and how many texts had to be embedded for them: not copies, nor kept ones.
+    """Return the vectors as `embed` does, and the number of texts embedded: without copies and cached ones.
 
     Args:
-        texts: what to embed; equal texts get equal vectors.
+        texts: texts to embed; equal texts get equal vectors.
         name: `lsa`, `model2vec:` and a static model on the Hub, or a sentence-transformers model on the Hub.
-        ctx: where the Hub cache lies, which device to use, progress and stop flag.
-        folder: the model's folder when it is a local one; `name` then only labels it.
-        made_by: the digests or the revision of the model, under which a sentence-transformers model's vectors are kept
-            for other runs; None keeps none.
+        ctx: Hub cache, device, progress and stop flag.
+        folder: the folder of a local model; `name` then only labels it.
+        made_by: digests or revision of the model, the cache key of a sentence-transformers model's vectors; None
+            disables the cache.
 
     Raises:
-        InputError: the model is neither here nor to be had.
+        InputError: the model is neither local nor downloadable.
     """
     if not texts:
         return np.zeros((0, 1), np.float32), 0
@@ -86,19 +86,19 @@ def _found(
 
 
 def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
-    """TF-IDF of words and word pairs in 384 dimensions: 128 of latent semantics, 256 sketching all that they leave out.
+    """Return TF-IDF of words and word pairs in 384 dimensions: 128 of latent semantics, 256 sketching the residual.
 
     A truncated SVD alone (Deerwester et al. 1990; randomised, Halko et al. 2011) keeps a quarter of the energy, and
-    after scaling to length 1 texts that differ only in the rest come out equal: of its pairs at 0.95 fewer than half
-    are near-duplicates. So the residual x - VVᵀx goes along as a count sketch (Charikar et al. 2002), which keeps inner
-    products in expectation, at half its length: wording has to agree too, but a changed word weighs less than in
-    TF-IDF itself.
+    after scaling to length 1, texts that differ only in the residual become equal: of its pairs at 0.95 fewer than half
+    are near-duplicates. So the residual x - VVᵀx is added as a count sketch (Charikar et al. 2002), which preserves
+    inner products in expectation, at half its length: wording has to agree too, but a changed word has less weight than
+    in TF-IDF itself.
 
     Args:
-        texts: N texts, each with some character that is no whitespace.
+        texts: N texts, each with at least one character that is not whitespace.
 
     Returns:
-        (N, 384) float32, not scaled; fewer dimensions when there are fewer words.
+        (N, 384) float32, not scaled; fewer dimensions if there are fewer words.
     """
     from scipy.sparse import csr_matrix
     from sklearn.utils.extmath import randomized_svd
@@ -116,8 +116,8 @@ def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
     bucket = generator.integers(0, SKETCH_DIMENSION, features)
     sign = generator.choice(np.array([-1, 1], np.float32), features)
     sketch = csr_matrix((sign, (np.arange(features), bucket)), shape=(features, SKETCH_DIMENSION))
-    # The last directions are nearly degenerate: with another number of threads they turn, and entries move by 2e-4. A
-    # product's last bits depend on it too, on some processors (seen on an AMD EPYC).
+    # The last directions are nearly degenerate: with another number of threads they rotate, and entries change by 2e-4.
+    # On some processors (an AMD EPYC) the last bits of a product depend on the number of threads too.
     with threadpool_limits(1):
         _, _, basis = randomized_svd(weights_common, dimension, n_iter=2, random_state=SEED)  # (dimension, common)
         latent = np.asarray(weights_common @ basis.T, np.float32)
@@ -126,10 +126,10 @@ def lsa(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _tf_idf(texts: Sequence[str]) -> csr_matrix:
-    """(N, F) float32, rows of length 1: sublinear term frequency × inverse document frequency of features that occur.
+    """Return (N, F) float32, rows of length 1: sublinear term frequency × inverse document frequency.
 
-    Hashed, because a vocabulary of all word pairs outgrows the texts, and one cut to the frequent ones forgets exactly
-    the words by which two texts differ.
+    Hashed, because a vocabulary of all word pairs is larger than the texts, and one limited to frequent features lacks
+    exactly the words by which two texts differ.
     """
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
@@ -147,6 +147,6 @@ def _tf_idf(texts: Sequence[str]) -> csr_matrix:
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows scaled to length 1; a row of zeros stays one."""
+    """Scale rows to length 1; a row of zeros is unchanged."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Vectors by the digest of their text, kept in scratch: after a change of the filter only new rows are embedded.
+"""Cache of vectors by the digest of their text, in scratch: after a change of the filter only new rows are embedded.
 
-`scratch/embeddings/KEY/*.parquet`, KEY for what made the vectors. A shard is written once under a name of its own and
-put in place by a rename, so processes never write the same file; the same text in two shards has the same meaning.
-Everything here can be made again: a shard that cannot be read is removed, and the oldest go once there is too much.
+`scratch/embeddings/KEY/*.parquet`, with one KEY per model version. A shard is written once under a unique name and
+moved into place by a rename, so processes never write the same file; a text in two shards has the same vector. All of
+it can be recomputed: unreadable shards are removed, and the oldest ones above MAX_BYTES.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ ABANDONED_SECONDS = 86_400
 
 
 class EmbeddingCache:
-    """The vectors that one model made."""
+    """The cached vectors of one model."""
 
     def __init__(self, scratch: Path, made_by: Mapping[str, object], say: Callable[[str], None]) -> None:
-        """The cache of what `made_by` names: whatever changes a vector (the model's digest or revision, the precision).
+        """Open the cache for `made_by`: all that changes a vector (the model's digest or revision, the precision).
 
-        `say` is told of shards that could not be read or written.
+        `say` receives a line for shards that could not be read or written.
         """
         name = hashlib.blake2b(canonical_json(dict(made_by)).encode(), digest_size=DIGEST_BYTES).hexdigest()
         self._root = scratch / "embeddings"
@@ -42,7 +42,7 @@ class EmbeddingCache:
         self._say = say
 
     def find(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Which of `texts` (by place, ascending) have a vector, and those vectors (M, d); each text counts once."""
+        """Return the positions in `texts` (ascending) that have a vector, and those vectors (M, d); each text once."""
         places = {text_digest(text): i for i, text in enumerate(texts)}
         rows: list[int] = []
         found: list[NDArray[np.float32]] = []
@@ -61,7 +61,7 @@ class EmbeddingCache:
         return np.array(rows, np.int64)[order], np.concatenate(found)[order]
 
     def keep(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Add a shard with the vectors (N, d) of `texts`. A disk that will not take it costs only the next run time."""
+        """Add a shard with the vectors (N, d) of `texts`. A failed write only costs the next run time."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -77,7 +77,7 @@ class EmbeddingCache:
             pq.write_table(table, temporary, compression="none", use_dictionary=False, write_page_checksum=True)
             temporary.replace(temporary.with_name(f"{temporary.name[1:]}.parquet"))
         except OSError as error:
-            self._say(f"embeddings cannot be kept for the next run: {error.strerror or error}")
+            self._say(f"embeddings cannot be cached for the next run: {error.strerror or error}")
             with suppress(OSError):
                 temporary.unlink()
             return
@@ -93,21 +93,21 @@ class EmbeddingCache:
             vectors = np.frombuffer(kept.buffers()[1], np.float32, offset=0).reshape(len(table), -1)
             if not np.isfinite(vectors).all():
                 raise ValueError("a vector is not finite")
-            os.utime(shard)  # what is used is not the oldest
+            os.utime(shard)  # marks the shard as recently used
             return table.column("digest").to_pylist(), vectors
         except FileNotFoundError:
-            return None  # another process found it to be the oldest
+            return None  # removed by another process as the oldest
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._say(f"kept embeddings in {shard} cannot be read and are made again: {why}")
+            self._say(f"cached embeddings in {shard} cannot be read and are recomputed: {why}")
             shard.unlink(missing_ok=True)
             return None
 
     def _bound(self) -> None:
-        """Remove the longest unused shards, of any model, while there are too many or too large ones."""
+        """Remove the least recently used shards, of any model, until the cache is within its limits."""
         shards = []
         own = [p for p in self._root.glob("*") if links.way_out(p, self._root) is None]
-        for left in (p for folder in own for p in folder.glob(".*")):  # by a process that was killed while it wrote
+        for left in (p for folder in own for p in folder.glob(".*")):  # left by a process that was killed while writing
             with suppress(OSError):
                 if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
                     left.unlink()
@@ -115,7 +115,7 @@ class EmbeddingCache:
             try:
                 stat = path.stat()
             except OSError:
-                continue  # gone meanwhile
+                continue  # removed meanwhile
             shards.append((stat.st_mtime_ns, stat.st_size, path))
         total, count = sum(size for _, size, _ in shards), len(shards)
         for _, size, path in sorted(shards):
@@ -126,5 +126,5 @@ class EmbeddingCache:
 
 
 def text_digest(text: str) -> bytes:
-    """16 bytes for a text as it is: what looks the same to an exact duplicate may not to a model."""
+    """Return a 16-byte digest of the unnormalised text, because a model may see more than the exact-duplicate key."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

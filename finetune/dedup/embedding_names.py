@@ -1,4 +1,4 @@
-"""What a recipe's `dedup.embedding` names: `lsa`, a model on the Hub or a folder; and what stands for it in a key."""
+"""Resolve `dedup.embedding` (`lsa`, a model on the Hub or a folder) to its part of a stage's key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LSA = "lsa"
 
 
 def model_fingerprint(name: str, folder: Path | None) -> Mapping[str, object]:
-    """The digests of a folder's files, or the commit a Hub name stands for now; LSA is made of the rows alone.
+    """Return the digests of a folder's files, or the current commit of a Hub name; LSA depends on the rows only.
 
     Raises:
         InputError: the folder holds no model, or the Hub knows no such name.
@@ -28,7 +28,7 @@ def model_fingerprint(name: str, folder: Path | None) -> Mapping[str, object]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file but hidden ones, by relative path."""
+    """Return the xxh3-128 of every file except hidden ones, by relative path."""
     from finetune.utils.files import file_digest
     from finetune.utils.links import require_model
 

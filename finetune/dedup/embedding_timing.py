@@ -1,7 +1,7 @@
-"""How long the embed stage would take here with each kind of model: as measured here before, else by a table.
+"""Estimate the duration of the embed stage for each kind of model: from earlier runs here, else from a table.
 
-`scratch/embeddings/rates.json` holds the rows a second that each model last made on this machine. Scratch is local, so
-a folder of artifacts that was brought from another machine does not count.
+`scratch/embeddings/rates.json` holds the last rows per second of each model on this machine. Scratch is local, so
+artifacts copied from another machine do not count.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from finetune.dedup.embedding_names import LSA, STATIC
 
 SENTENCES = "sentence-transformers"
-# Rows a second on 2 cores, answers of 100 tokens or so; a model is taken for one of MiniLM's size (10.6 million
-# parameters in 6 layers) unless its name says more.
+# Rows per second on 2 cores, answers of about 100 tokens; a model is assumed to have MiniLM's size (10.6 million
+# parameters in 6 layers) unless its name contains a size below.
 RATES = {LSA: 2000.0, STATIC: 5000.0, SENTENCES: 60.0}
-LARGER = {"base": 8.0, "large": 28.0}  # how many times those parameters BERT's sizes of that name have
-LEAST_ROWS = 1000  # in fewer, most of the time goes into loading the model
+LARGER = {"base": 8.0, "large": 28.0}  # size of the BERT models of that name relative to MiniLM
+LEAST_ROWS = 1000  # with fewer, loading the model dominates
 
 
 def kind_of(embedding: str) -> str:
-    """`lsa`, `model2vec:` or `sentence-transformers`."""
+    """Return `lsa`, `model2vec:` or `sentence-transformers`."""
     return LSA if embedding == LSA else STATIC if embedding.startswith(STATIC) else SENTENCES
 
 
 def keep_rate(scratch: Path, embedding: str, rows: int, seconds: float) -> None:
-    """Remember what embedding `rows` rows took; a disk that will not take it costs only the next plan its precision."""
+    """Record the time of embedding `rows` rows; a failed write only makes the next plan less precise."""
     from finetune.utils.files import canonical_json, replace_bytes
 
     if rows < LEAST_ROWS or seconds <= 0:
@@ -41,11 +41,11 @@ def keep_rate(scratch: Path, embedding: str, rows: int, seconds: float) -> None:
 
 
 def embedding_time(embedding: str, rows: int, scratch: Path) -> dict[str, Any]:
-    """What to expect of embedding `rows` rows by `embedding`, the name in the embed stage's spec.
+    """Estimate embedding `rows` rows with `embedding`, the name in the embed stage's spec.
 
     Returns:
-        {"rows", "model", "rows_per_second", "seconds", "measured": whether here, "others": the same figures for a
-        model of each other kind, by its name where one was measured, else by the kind's}.
+        {"rows", "model", "rows_per_second", "seconds", "measured": on this machine, "others": the same figures for a
+        model of each other kind, by the name of a measured model, else by the kind's name}.
     """
     known = _known(scratch)
     others = {}
@@ -57,7 +57,7 @@ def embedding_time(embedding: str, rows: int, scratch: Path) -> dict[str, Any]:
 
 
 def describe(expected: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Format the result of `embedding_time` as text."""
     others = "; ".join(f"{_words(name, found)}" for name, found in expected["others"].items())
     return f"{_words(expected['model'], expected)} for {expected['rows']:,} rows; instead: {others}"
 
@@ -83,4 +83,4 @@ def _known(scratch: Path) -> dict[str, float]:
         found = json.loads(_file(scratch).read_bytes())
         return {str(name): float(rate) for name, rate in found.items() if float(rate) > 0}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # nothing measured, or not by us
+        return {}  # no measurement, or a damaged file

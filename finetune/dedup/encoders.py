@@ -1,4 +1,4 @@
-"""Vectors of texts by a model: sentence-transformers (kept for other runs), or a static one of model2vec."""
+"""Embed texts with a model: sentence-transformers (cached for other runs), or a static model2vec model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from finetune.context import Context
     from finetune.dedup.embedding_cache import EmbeddingCache
 
-TEXTS_PER_CALL = 2048  # between two looks at the stop flag
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # a CPU's cache holds no more; a GPU wants many
-KEEP_TEXTS = 4096  # embedded before they are kept: at most this many are lost with a killed process
+TEXTS_PER_CALL = 2048  # between two checks of the stop flag
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # limited by a CPU's cache; a GPU needs many
+KEEP_TEXTS = 4096  # embedded between two writes: at most this many are lost if the process is killed
 
 
 def sentences(
     texts: list[str], name: str, ctx: Context, folder: Path | None, made_by: Mapping[str, object] | None
 ) -> tuple[NDArray[np.float32], int]:
-    """Vectors (N, d) of a sentence-transformers model, in 16 bits on a GPU; `texts` are different and not empty.
+    """Return vectors (N, d) of a sentence-transformers model, in 16 bits on a GPU; `texts` are unique and not empty.
 
-    Those that an earlier run kept under `made_by` are not made again; the number of the others is returned, too.
+    Vectors cached under `made_by` are reused; the number of the others is returned too.
 
     Raises:
-        InputError: the model is neither here nor to be had.
+        InputError: the model is neither local nor downloadable.
     """
     from finetune.dedup.embedding_cache import EmbeddingCache
     from finetune.models.device import pick_device
@@ -64,10 +64,10 @@ def sentences(
 
 
 def static(texts: list[str], name: str, ctx: Context, folder: Path | None) -> NDArray[np.float32]:
-    """Vectors (N, d) of a static model: the mean of its tokens' vectors (model2vec), some hundred times as fast.
+    """Return vectors (N, d) of a static model: the mean of token vectors (model2vec), about a hundred times faster.
 
     Raises:
-        InputError: model2vec is not installed, or the model is neither here nor to be had.
+        InputError: model2vec is not installed, or the model is neither local nor downloadable.
     """
     try:
         from model2vec import StaticModel
@@ -79,7 +79,7 @@ def static(texts: list[str], name: str, ctx: Context, folder: Path | None) -> ND
         raise InputError(f"dedup.embedding: there is no folder {folder}")
     try:
         place = folder or _downloaded(name, ctx)
-        # Whole texts: a mean over the first 512 tokens would call two long answers with one beginning the same.
+        # Whole texts: a mean over the first 512 tokens would be equal for two long answers with the same beginning.
         model = StaticModel.from_pretrained(place, max_length=None, force_download=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -130,10 +130,10 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
 
 
 def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> list[list[int]]:
-    """Places in `texts`, longest first, in batches of at most `budget` tokens, padding included (or of one text).
+    """Return positions in `texts`, longest first, in batches of at most `budget` tokens with padding (or one text).
 
-    Texts of like length waste no padding, memory runs out at once or never, and a run that goes on after a batch makes
-    the very batches the first run would have made.
+    Texts of similar length need little padding, memory runs out in the first batch or never, and a resumed run forms
+    the same batches as the first run.
     """
     lengths = np.fromiter(_token_counts(model, texts), np.int64, len(texts))
     order = np.argsort(-lengths, kind="stable").tolist()
@@ -147,7 +147,7 @@ def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> li
 
 
 def _token_counts(model: SentenceTransformer, texts: Sequence[str]) -> Iterator[int]:
-    """Tokens of each text as the model will see it; characters where its tokenizer is of another kind."""
+    """Yield the tokens of each text as the model truncates it; characters if its tokenizer is of another kind."""
     from transformers import PreTrainedTokenizerBase
 
     tokenizer = model.tokenizer
@@ -166,7 +166,7 @@ def _settled(
     texts: Sequence[str],
     cache: EmbeddingCache | None,
 ) -> NDArray[np.float32]:
-    """`out` with the pending vectors in it, which are kept for other runs, too."""
+    """Return `out` with the pending vectors added, which are also cached for other runs."""
     if not pending:
         return out
     rows = [row for batch, _ in pending for row in batch]

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     import torch
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
-MAX_PAIRS = 8_000_000  # pairs a chunk is meant to hold (12 bytes each inside FAISS)
+MAX_PAIRS = 8_000_000  # target size of a chunk (12 bytes per pair inside FAISS)
 MIN_QUERIES = 128  # below this BLAS loses its speed
-MAX_QUERIES = 4096  # FAISS's own block; with 145 at a time it took ten times the processor time over 55 k rows
+MAX_QUERIES = 4096  # FAISS's block; with 145 at a time it took ten times the CPU time over 55 k rows
 GPU_COLUMNS = 65_536
-GPU_FROM_ROWS = 20_000  # fewer are compared in seconds; starting torch and a GPU takes as long
+GPU_FROM_ROWS = 20_000  # fewer are compared in seconds, which is the time to start torch and a GPU
 
 
 def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchIndex]:
-    """What makes an empty index for vectors of a dimension: on the GPU where there is one and `rows` are many.
+    """Return a function from a dimension to an empty index: on the GPU if there is one and `rows` is large.
 
-    `device` is a context's: `auto`, `cpu` or `cuda`. Raises InputError where it asks for a GPU that is not there.
+    `device` is `auto`, `cpu` or `cuda`. Raises InputError if it is `cuda` and there is no GPU.
     """
     if device == "cpu" or rows < GPU_FROM_ROWS:
         return FlatIndex
@@ -34,33 +34,33 @@ def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchInd
 
 
 class _Queries:
-    """How many queries make a chunk: few at first, more while they find little, fewer where they find much.
+    """Adaptive number of queries per chunk: few at first, more after few hits, fewer after many hits.
 
-    A chunk of 128 that finds all of 60,000 rows is as large as one of 4,096 that finds 2,000 each.
+    A chunk of 128 queries with 60,000 hits each is as large as one of 4,096 with 2,000 each.
     """
 
     def __init__(self) -> None:
         self._size = MIN_QUERIES
 
     def parts(self, count: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of one chunk after another; `found` is to be told of each."""
+        """Yield (start, stop) of one chunk after another; call `report` after each."""
         start = 0
         while start < count:
             stop = min(start + self._size, count)
             yield start, stop
             start = stop
 
-    def found(self, queries: int, pairs: int) -> None:
-        """What the last chunk held."""
+    def report(self, queries: int, pairs: int) -> None:
+        """Set the size of the next chunk from the pairs of the last one."""
         room = MAX_PAIRS * queries // (2 * max(1, pairs))  # the next may be twice as full
         self._size = max(MIN_QUERIES, min(4 * self._size, room, MAX_QUERIES))
 
 
 class FlatIndex:
-    """All pairs above a score, with no limit on neighbours; holds the vectors it was given once.
+    """All pairs above a score, with no limit on neighbours; holds each vector once.
 
-    FAISS's `range_search` compares tiles and never builds the whole score matrix, so a search costs rows × dimension
-    of memory plus the pairs it found. A `Search` of `finetune.dedup.measures`.
+    FAISS's `range_search` compares tiles and never builds the whole score matrix, so a search needs rows × dimension
+    of memory plus the pairs found. A `Search` of `finetune.dedup.measures`.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -89,12 +89,12 @@ class FlatIndex:
             block = np.ascontiguousarray(queries[start:stop], dtype=np.float32)
             limits, scores, found = self._index.range_search(block, score)
             counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
-            self._queries.found(stop - start, len(found))
+            self._queries.report(stop - start, len(found))
             yield _in_order([(np.repeat(np.arange(start, stop), counts), found, scores)])
 
 
 class TorchIndex:
-    """`FlatIndex` on a torch device: the same pairs, but for the last digits of their products."""
+    """`FlatIndex` on a torch device: the same pairs except for the last digits of their products."""
 
     def __init__(self, dimension: int, device: str) -> None:
         """An empty index for vectors of `dimension` numbers."""
@@ -128,13 +128,13 @@ class TorchIndex:
                 for low in range(0, len(part), GPU_COLUMNS):
                     found += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
                 first += len(part)
-            self._queries.found(stop - start, sum(len(i) for i, _, _ in found))
+            self._queries.report(stop - start, sum(len(i) for i, _, _ in found))
             yield _in_order(found)
 
     def _above(self, block: torch.Tensor, part: torch.Tensor, score: float, start: int, first: int) -> list[Pairs]:
         import torch
 
-        # TF32 would be off by 1e-3, more than the band within which scores are looked at again.
+        # TF32 has an error of 1e-3, more than the band within which scores are computed again.
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -159,7 +159,7 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _in_order(found: list[Pairs]) -> Pairs:
-    """The pairs of one chunk as one, sorted by query and then by row."""
+    """Return the pairs of one chunk, sorted by query and then by row."""
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     i, j, scores = (np.concatenate(column) for column in zip(*found, strict=True))

@@ -1,9 +1,9 @@
-"""Rows as sets of word n-grams, and all pairs of them whose Jaccard similarity reaches a threshold, exactly.
+"""Rows as sets of word n-grams; find all pairs whose exact Jaccard similarity reaches a threshold.
 
 Pairs are found by prefix filtering (AllPairs, Bayardo et al. 2007; PPJoin, Xiao et al. 2008). With the n-grams of every
 row in one order, rarest first, two sets x and y of Jaccard similarity t or more share one among the first
-|x| - ⌈t·|x|⌉ + 1 of x and the first |y| - ⌈t·|y|⌉ + 1 of y, for they have at least t·max(|x|, |y|) in common. Every
-candidate is then counted out, so nothing is approximate but one thing: an n-gram is known by 64 bits of a hash.
+|x| - ⌈t·|x|⌉ + 1 of x and the first |y| - ⌈t·|y|⌉ + 1 of y, because they share at least t·max(|x|, |y|). Every
+candidate is then counted, so the result is exact except that n-grams are compared by a 64-bit hash.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from finetune.dedup.measures import Rows, Scores
 
 WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")  # punctuation counts: `a < b` and `a <= b` are two different answers
 CHUNK_WORDS = 1 << 20
-MAX_CANDIDATES = 4_000_000  # looked at together; 16 bytes each
-SLACK = 1e-9  # t·|x| in float64 must not round a set out of its own prefix
+MAX_CANDIDATES = 4_000_000  # per batch; 16 bytes each
+SLACK = 1e-9  # rounding of t·|x| in float64 must not shorten a prefix
 Tokens = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """N sets. N-grams are numbered by frequency, rarest first; those of one set alone are only counted, never stored.
+    """N sets. N-grams are numbered by frequency, rarest first; those of a single set are only counted, not stored.
 
     Attributes:
-        tokens: (M,) the stored n-grams of all sets one after the other, ascending within a set.
-        starts: (N + 1,) where each set's begin in `tokens`.
-        sizes: (N,) how many n-grams each set has, stored or not.
-        kinds: how many different n-grams are stored at all.
+        tokens: (M,) the stored n-grams of all sets, concatenated, ascending within a set.
+        starts: (N + 1,) offset of each set in `tokens`.
+        sizes: (N,) number of n-grams of each set, stored or not.
+        kinds: number of different stored n-grams.
     """
 
     tokens: Tokens
@@ -43,20 +43,21 @@ class Sets:
     kinds: int
 
     def __len__(self) -> int:
-        """How many sets."""
+        """Return the number of sets."""
         return len(self.sizes)
 
     def take(self, rows: Rows) -> Sets:
-        """The sets of `rows`, in that order."""
+        """Return the sets of `rows`, in that order."""
         lengths = self.starts[rows + 1] - self.starts[rows]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         return Sets(self.tokens[ranges(self.starts[rows], lengths)], starts, self.sizes[rows], self.kinds)
 
 
 def word_sets(texts: Iterable[str], ngram: int) -> Sets:
-    """The set of runs of `ngram` words or signs in each text (NFKC, case folded); a shorter text is one run as a whole.
+    """Return the set of n-grams of `ngram` words or signs of each text (NFKC, case folded).
 
-    A text without words is the empty set, which is like no other.
+       A shorter text is one n-gram.
+    A text without words is the empty set, whose similarity with any set is 0.
     """
     codes: dict[str, int] = {}
     hashes: list[NDArray[np.uint64]] = []
@@ -75,7 +76,7 @@ def word_sets(texts: Iterable[str], ngram: int) -> Sets:
 
 
 def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
-    """|x ∩ y| / |x ∪ y| of set i[k] of `left` with set j[k] of `right`, float64, for every k; `i` is ascending."""
+    """Return |x ∩ y| / |x ∪ y| of set i[k] of `left` and set j[k] of `right`, float64; `i` is ascending."""
     common = np.zeros(len(i), np.int64)
     here = np.zeros(max(left.kinds, 1), bool)
     lengths = right.starts[j + 1] - right.starts[j]
@@ -96,7 +97,7 @@ def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
 
 
 class SetSearch:
-    """All added sets whose Jaccard similarity with a query reaches a threshold; sets come bit by bit.
+    """Incremental search for all added sets whose Jaccard similarity with a query reaches a threshold.
 
     Holds every added set once, and a posting (8 bytes) for each n-gram of its prefix.
     """
@@ -118,9 +119,9 @@ class SetSearch:
             self._parts[-2:] = [_joined(self._parts[-2], self._parts[-1])]
 
     def pairs(self, queries: Sets, score: float) -> Iterator[tuple[Rows, Rows, Scores]]:
-        """Every (query i, added set j, Jaccard similarity) of at least `score`, sorted, never dividing a query.
+        """Yield every (query i, added set j, similarity) of at least `score`, sorted; chunks end between queries.
 
-        `score` is the threshold given before or more.
+        `score` must be at least the threshold of the search.
         """
         owner, tokens = self._prefixes(queries)
         spans = [(np.searchsorted(t, tokens), np.searchsorted(t, tokens, "right"), s) for t, s in self._postings]
@@ -150,7 +151,7 @@ class SetSearch:
     def _candidates(
         self, queries: Sets, owner: Rows, spans: list[tuple[Rows, Rows, NDArray[np.int32]]]
     ) -> tuple[Rows, Rows]:
-        """The pairs that share an n-gram of their prefixes and are near enough in size, each once."""
+        """Return the pairs that share an n-gram of their prefixes and have compatible sizes, each once."""
         found = [np.zeros(0, np.int64)]
         for low, high, sets in spans:
             j = sets[ranges(low, high - low)].astype(np.int64)
@@ -165,14 +166,14 @@ class SetSearch:
         return np.concatenate([part.sizes for part in self._parts])
 
     def _prefixes(self, sets: Sets) -> tuple[Rows, Tokens]:
-        """(set, n-gram) of every prefix, but for n-grams of one set alone: they come first and lead nowhere."""
+        """Return (set, n-gram) of every prefix without n-grams of a single set, which match nothing."""
         stored = sets.starts[1:] - sets.starts[:-1]
         prefix = sets.sizes - np.ceil(self._threshold * sets.sizes - SLACK).astype(np.int64) + 1
         lengths = np.clip(prefix - (sets.sizes - stored), 0, stored)
         return np.repeat(np.arange(len(sets)), lengths), sets.tokens[ranges(sets.starts[:-1], lengths)]
 
     def _push(self, tokens: Tokens, sets: NDArray[np.int32]) -> None:
-        """Add postings; lists of like length are merged, so that there are few and each number is moved few times."""
+        """Add postings; lists of similar length are merged, so that there are few and numbers are moved few times."""
         while True:
             order = np.argsort(tokens, kind="stable")
             tokens, sets = tokens[order], sets[order]
@@ -185,7 +186,7 @@ class SetSearch:
 
 @dataclass(frozen=True)
 class Jaccard:
-    """The measure for `near_duplicates.select`: rows are alike from a Jaccard similarity of `threshold` on."""
+    """Measure for `select`: rows are near-duplicates if their Jaccard similarity is at least `threshold`."""
 
     sets: Sets
     threshold: float
@@ -197,11 +198,11 @@ class Jaccard:
         return SetSearch(self.threshold)
 
     def features(self, rows: Rows) -> Sets:
-        """What the search compares."""
+        """Return the sets of `rows`."""
         return self.sets.take(rows)
 
     def settled(self, a: Rows, b: Rows, scores: Scores) -> Scores:
-        """The scores, which need no second look."""
+        """Return the scores unchanged: they are exact."""
         return scores
 
 
@@ -210,7 +211,7 @@ def _code(word: str) -> int:
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the result hangs on every bit of `x`."""
+    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the result depends on every bit of `x`."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -219,7 +220,7 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _add_runs(
     batch: list[list[int]], first: int, ngram: int, hashes: list[NDArray[np.uint64]], owners: list[NDArray[np.int32]]
 ) -> None:
-    """Append each different run of each text of `batch`, the first of which is row `first`."""
+    """Append each different n-gram of each text of `batch`, the first of which is row `first`."""
     lengths = np.array([len(words) for words in batch], np.int64)
     words = np.fromiter((w for row in batch for w in row), np.uint64, int(lengths.sum()))
     ends = np.cumsum(lengths)
@@ -228,7 +229,7 @@ def _add_runs(
     row = np.repeat(np.arange(len(batch)), runs)
     code = np.zeros(len(at), np.uint64)
     for k in range(ngram):
-        inside = at + k < ends[row]  # a text shorter than `ngram` is one run of all its words
+        inside = at + k < ends[row]  # a text shorter than `ngram` is one n-gram of all its words
         code[inside] = _mixed(code[inside] * np.uint64(0x9E3779B97F4A7C15) + words[at[inside] + k])
     order = np.lexsort((code, row))
     code, row = code[order], row[order]
@@ -252,7 +253,7 @@ def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) 
 
 
 def ranges(starts: Rows, lengths: Rows) -> Rows:
-    """starts[0], starts[0] + 1, …, for lengths[0] numbers, then the same from starts[1], and so on."""
+    """Return the concatenated ranges of lengths[k] numbers from starts[k]."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 

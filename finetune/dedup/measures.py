@@ -1,8 +1,8 @@
-"""What it means that two rows are alike: a measure with a threshold, which a search finds pairs for.
+"""Similarity measures with a threshold, and the interface of a search for pairs.
 
-A search over vectors works in float32 and may be off in the last digits by library, threads and tile size, so every
-pair it finds within BAND of a threshold is scored again in float64 and the threshold is applied to that figure, rounded
-to 12 decimals. What is kept does not depend on who searched or in which order sums were taken.
+A search over vectors works in float32, and its last digits depend on library, threads and tile size. So every pair
+within BAND of a threshold is scored again in float64, and the threshold is applied to that score, rounded to 12
+decimals. The rows kept do not depend on the search or on the order of sums.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ RESCORE_ROWS = 4096
 
 
 class Search(Protocol):
-    """An exact search over features (vectors, sets) that are added bit by bit."""
+    """An exact incremental search over features (vectors, sets)."""
 
     def add(self, features: Any) -> None:  # noqa: ANN401 - whatever its measure's features are
         """Append the features of some rows; they get the next numbers, from 0."""
 
     def pairs(self, queries: Any, score: float) -> Iterator[tuple[Rows, Rows, NDArray[Any]]]:  # noqa: ANN401
-        """All (query i, added j, score) above `score`, sorted by i and j, in chunks that never divide a query."""
+        """Yield all (query i, added j, score) above `score`, sorted by i and j, in chunks that end between queries."""
 
 
 NewSearch = Callable[[int], Search]
-"""Makes an empty search for vectors of that dimension."""
+"""Function that creates an empty search for vectors of a dimension."""
 
 
 class Measure(Protocol):
-    """A way in which rows repeat each other."""
+    """A similarity of rows with a threshold."""
 
     @property
     def name(self) -> str:
-        """What pairs found by it say."""
+        """Name of the method in the recorded pairs."""
 
     @property
     def threshold(self) -> float:
-        """The score from which two rows are alike."""
+        """Score from which two rows are near-duplicates."""
 
     @property
     def band(self) -> float:
-        """How far a search's score may be off."""
+        """Largest error of a search's score."""
 
     def search(self) -> Search:
         """An empty search."""
 
     def features(self, rows: Rows) -> Any:  # noqa: ANN401
-        """What the search compares, of those rows."""
+        """Return the features of `rows` for the search."""
 
     def settled(self, a: Rows, b: Rows, scores: NDArray[Any]) -> Scores:
-        """The exact scores of row a[k] with row b[k], given what the search said."""
+        """Return the exact scores of row a[k] with row b[k], given the search's scores."""
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Rows are alike from a cosine of `threshold` on; a row of zeros is like no other.
+    """Rows are near-duplicates if their cosine is at least `threshold`; a row of zeros matches nothing.
 
     Attributes:
         vectors: (N, d) float32, every row of length 1, or all zero.
         threshold: in (0, 1].
-        new_search: makes an empty search.
+        new_search: creates an empty search.
 
     Raises:
         ValueError: rows are neither unit nor zero, or not finite.
@@ -102,16 +102,16 @@ class Cosine:
 
 
 class Best:
-    """For each row of a block, the best-scoring partner seen so far (a row number), by a measure's exact score."""
+    """The best partner seen so far (a row number) of each row of a block, by a measure's exact score."""
 
     def __init__(self, block: Rows, measure: Measure) -> None:
-        """No partner yet for any row of `block` (n,)."""
+        """Start without partners for the rows of `block` (n,)."""
         self._block, self._measure = block, measure
         self.score = np.full(len(block), -np.inf)
         self.row = np.full(len(block), -1, np.int64)
 
     def take(self, i: Rows, partner: Rows, scores: NDArray[Any]) -> None:
-        """Look at a search's `scores` of block places `i` (ascending) with rows `partner`, the preferred one first."""
+        """Update from a search's `scores` of block positions `i` (ascending) with rows `partner`, preferred first."""
         if not len(i):
             return
         # Only partners that could be the best once settled are scored again.
@@ -128,7 +128,7 @@ class Best:
 
 
 def reaches(measure: Measure, a: Rows, b: Rows, scores: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which pairs of rows a[k] and b[k] reach the threshold; those within the band of it are settled."""
+    """Return which pairs of rows a[k] and b[k] reach the threshold; those within its band are scored exactly."""
     reach: NDArray[np.bool_] = scores >= measure.threshold
     close = np.flatnonzero(np.abs(scores - measure.threshold) <= measure.band)
     reach[close] = measure.settled(a[close], b[close], scores[close]) >= measure.threshold
@@ -136,12 +136,12 @@ def reaches(measure: Measure, a: Rows, b: Rows, scores: NDArray[Any]) -> NDArray
 
 
 def cosines(a: Vectors, b: Vectors) -> Scores:
-    """Cosine of row i of `a` (n, d) with row i of `b` (n, d), in float64, rounded to 12 decimals; 0 for a zero row."""
+    """Return cosines of row i of `a` (n, d) and `b` (n, d), float64, rounded to 12 decimals; 0 for a zero row."""
     out = np.zeros(len(a), np.float64)
     for start in range(0, len(a), RESCORE_ROWS):
         x = a[start : start + RESCORE_ROWS].astype(np.float64)
         y = b[start : start + RESCORE_ROWS].astype(np.float64)
-        # One square root of the product: the cosine of a row with itself is then exactly 1.
+        # A single square root of the product makes the cosine of a row with itself exactly 1.
         norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
         dots = np.einsum("ij,ij->i", x, y)
         out[start : start + len(x)] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
@@ -149,7 +149,7 @@ def cosines(a: Vectors, b: Vectors) -> Scores:
 
 
 def nonzero(vectors: Vectors) -> NDArray[np.bool_]:
-    """Which rows are not all zero. Raises ValueError for a row of any other length than 0 or 1."""
+    """Return which rows are not all zero. Raises ValueError for a row whose length is neither 0 nor 1."""
     squares = np.einsum("ij,ij->i", vectors, vectors)
     bad = ~((squares == 0) | (np.abs(squares - 1) <= 2 * NORM_TOLERANCE))  # NaN fails both
     if bad.any():

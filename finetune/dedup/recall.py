@@ -1,7 +1,6 @@
-"""How much of what repeats a kept row was dropped: counted on a sample, against every kept row, without a search.
+"""Measure the recall of deduplication: compare a sample with every kept row by brute force, without a search.
 
-The searches are exact, so the answer is 1; it is counted for large data, where nobody can look, because a claim that is
-not measured is worth little.
+The searches are exact, so recall should be 1; it is measured on large data, which cannot be inspected by eye.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Twins = NDArray[np.bool_]
 
 
 class Repeats(Protocol):
-    """Which of `rows` (n,) are like one of `kept` (m,) that is another row, by comparing each with each."""
+    """Function that returns which of `rows` (n,) match another row of `kept` (m,), by comparing all pairs."""
 
     def __call__(self, rows: Rows, kept: Rows) -> Twins:
         """(n,) bool."""
@@ -37,18 +36,18 @@ def measured_recall(
     sampled: int = SAMPLED,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float | int | None]]:
-    """For each method: of the sampled rows that repeat a kept row by it, the share that was dropped.
+    """Return for each method the share of the sampled rows repeating a kept row that was dropped.
 
     Args:
-        order: the row numbers that were looked at.
-        dropped: those that were dropped, by whatever method.
-        keys: the key of every row number, or None where equal keys did not count.
+        order: the row numbers that were compared.
+        dropped: those that were dropped, by any method.
+        keys: the key of every row number, or None if equal keys were not compared.
         measures: the other methods.
-        sampled: how many rows are compared with all kept ones, evenly spread over the row numbers.
+        sampled: number of rows compared with all kept ones, evenly spread over the row numbers.
         check: called between blocks; may raise to stop.
 
     Returns:
-        Method → {"sampled", "repeats": how many of them repeat a kept row, "recall": None where none does}.
+        Method → {"sampled", "repeats": how many of them repeat a kept row, "recall": None if none does}.
     """
     rows = np.sort(np.asarray(order, np.int64))
     kept = rows[~np.isin(rows, np.fromiter(dropped, np.int64))]
@@ -97,7 +96,7 @@ def _cosine(measure: Cosine, rows: Rows, kept: Rows) -> Twins:
 
 
 def _jaccard(measure: Jaccard, rows: Rows, kept: Rows) -> Twins:
-    """By counting, for each row, the n-grams that every kept row has in common with it: no prefix, no size filter."""
+    """Count the n-grams that each row shares with every kept row, without prefix or size filter."""
     others = measure.sets.take(kept)
     holder = np.repeat(np.arange(len(kept), dtype=np.int32), others.starts[1:] - others.starts[:-1])
     order = np.argsort(others.tokens, kind="stable")

@@ -1,4 +1,4 @@
-"""Exact and near-duplicates: which rows go, why, and which rows must stay together."""
+"""Exact and near-duplicates: rows to drop with their reason, and groups of rows that must stay together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COPY = re.compile(r"~\d+$")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A dropped row, the kept row it repeats (both as row numbers), their score, and by which method."""
+    """A dropped row, the kept row it repeats (both as row numbers), their score and the method."""
 
     dropped: int
     kept: int
@@ -24,17 +24,17 @@ class Pair:
 
 
 def copy_id(row_id: str, number: int) -> str:
-    """The id of the `number`-th copy of a row; the first is the row itself."""
+    """Return the id of the `number`-th copy of a row; the first is the row itself."""
     return row_id if number == 1 else f"{row_id}~{number}"
 
 
 def original_id(row_id: str) -> str:
-    """The id of the row that `row_id` is a copy of, or `row_id`."""
+    """Return the id of the row that `row_id` is a copy of, or `row_id`."""
     return COPY.sub("", row_id)
 
 
 def exact_duplicates(keys: Sequence[Hashable], order: Iterable[int]) -> list[Pair]:
-    """Rows whose key repeats that of a row earlier in `order`; an empty key (`""`, None) repeats nothing."""
+    """Return rows whose key equals that of a row earlier in `order`; an empty key (`""`, None) equals nothing."""
     first: dict[Hashable, int] = {}
     pairs = []
     for row in order:
@@ -51,18 +51,17 @@ def select(
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
 ) -> list[Pair]:
-    """Greedy selection: rows are taken in `order`, one is dropped exactly when a row kept before it is like it.
+    """Select rows greedily in `order`: a row is dropped exactly if it matches a row kept before it.
 
-    Alike are two rows with the same key, or that reach the threshold of one of `measures`. So no two kept rows are
-    alike by any of them, and every dropped row is paired with a kept one: that with the same key ("exact"), else the
-    best-scoring by the first measure that has one, the earlier in `order` on a tie. The result does not depend on
-    `block_rows`.
+    Two rows match if they have the same key or reach the threshold of one of `measures`. So no two kept rows match, and
+    every dropped row is paired with a kept one: the one with the same key ("exact"), else the best-scoring one of the
+    first measure that has one, the earlier in `order` on a tie. The result does not depend on `block_rows`.
 
     Args:
-        order: the row numbers to look at, each once, those to be preferred first; other rows are left out.
-        keys: a key for every row number, or None; an empty key (`""`, None) is like no other.
-        measures: what else makes rows alike.
-        block_rows: rows looked at together. Memory is the features of the kept rows plus a block's pairs.
+        order: the row numbers to compare, each once, preferred rows first; other rows are left out.
+        keys: a key for every row number, or None; an empty key (`""`, None) matches nothing.
+        measures: the similarity measures.
+        block_rows: rows compared together. Memory is the features of the kept rows plus a block's pairs.
         check: called between blocks; may raise to stop.
 
     Returns:
@@ -122,15 +121,15 @@ def groups(
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
 ) -> Rows:
-    """The group of every row: rows are linked by an equal key or by a cosine at or above `threshold`, also in chains.
+    """Return the group of every row: rows are linked by an equal key or a cosine of at least `threshold`, transitively.
 
-    Only a table of N parents is held, never the links, so a chain or a clique of any size costs no more memory.
+    Only a table of N parents is held, never the links, so chains and cliques of any size need no more memory.
 
     Args:
         vectors: (N, d) float32 unit or zero rows, or None to link by keys only.
         keys: lists of N keys each (say, texts); an empty key links nothing.
         threshold: cosine in (0, 1] from which two rows belong together.
-        new_search: makes an empty exact search.
+        new_search: creates an empty exact search.
         block_rows: rows compared together.
         check: called between blocks; may raise to stop.
 
@@ -143,7 +142,7 @@ def groups(
     lists = list(keys)
     sizes = {len(k) for k in lists} | ({len(vectors)} if vectors is not None else set())
     if len(sizes) != 1:
-        raise ValueError(f"vectors and keys must be of one length, not {sorted(sizes)}")
+        raise ValueError(f"vectors and keys must have the same length, found {sorted(sizes)}")
     forest = _Forest(sizes.pop())
     for column in lists:
         twins = exact_duplicates(column, range(len(column)))
@@ -152,7 +151,7 @@ def groups(
         return forest.roots()
     measure = Cosine(vectors, threshold, new_search)
     alive = np.flatnonzero(nonzero(vectors))
-    # Rows with the very same vector are one node: a group of 50,000 copies would else have 1.25 billion links.
+    # Rows with identical vectors are one node: otherwise a group of 50,000 copies would have 1.25 billion links.
     same = exact_duplicates([vectors[r].tobytes() for r in alive], range(len(alive)))
     copies = _numbers(p.dropped for p in same)
     forest.join(alive[copies], alive[_numbers(p.kept for p in same)])
@@ -168,9 +167,9 @@ def groups(
 
 
 def links_between(left: Vectors, right: Vectors, threshold: float, new_search: NewSearch) -> tuple[Rows, Rows, Scores]:
-    """The rows of `left` (N, d) that reach `threshold` with some row of `right` (M, d), that row, and their cosine.
+    """Return the rows of `left` (N, d) that reach `threshold` with a row of `right` (M, d), that row, and their cosine.
 
-    For each such row of `left` the best row of `right` is named, the first on a tie. Zero rows reach nothing.
+    The best row of `right` is returned for each, the first on a tie. Zero rows match nothing.
 
     Raises:
         ValueError: as `near_duplicates`.
@@ -182,10 +181,10 @@ def links_between(left: Vectors, right: Vectors, threshold: float, new_search: N
 
 
 def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measures: Sequence[Measure]) -> list[Pair]:
-    """The `rows` that are like one of `others`, each with the one it repeats, in order; the first measure decides.
+    """Return the `rows` that match one of `others`, each with the row it repeats, in order; the first measure decides.
 
-    Alike is as in `select`: the same key, or the threshold of one of `measures` reached. Every pair counts, whether or
-    not one of `others` is like another of them.
+    Rows match as in `select`: the same key, or the threshold of one of `measures`. Every pair counts, even if `others`
+    match each other.
     """
     found: dict[int, Pair] = {}
     if keys is not None:
@@ -200,7 +199,7 @@ def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measur
 
 
 def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Rows, Scores]:
-    """The `rows` that reach the threshold with some of `others`, the best of these (the first on a tie), the score."""
+    """Return the `rows` that reach the threshold with one of `others`, the best one (the first on a tie), the score."""
     search = measure.search()
     search.add(measure.features(others))
     best = Best(rows, measure)
@@ -211,7 +210,7 @@ def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Ro
 
 
 def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:
-    """Look, for the places `left` of a block, at the places `chosen` before each."""
+    """Update `found` for the positions `left` of a block from the positions `chosen` before each."""
     if not len(chosen) or not len(left):
         return
     inside = measure.search()
@@ -222,7 +221,7 @@ def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left
 
 
 def _twins_by_key(block: Rows, chosen: Rows, keys: Sequence[Hashable], by_key: dict[Hashable, int]) -> dict[int, int]:
-    """Place in the block -> the row with its key that was kept before it; `by_key` takes in the chosen ones."""
+    """Return position in the block → the row with its key kept before it; adds the chosen ones to `by_key`."""
     keeps = set(chosen.tolist())
     twins = {}
     for place, row in enumerate(block.tolist()):
@@ -235,7 +234,7 @@ def _twins_by_key(block: Rows, chosen: Rows, keys: Sequence[Hashable], by_key: d
 
 
 def _named(block: Rows, twins: dict[int, int], measures: Sequence[Measure], best: Sequence[Best]) -> list[Pair]:
-    """The pair of every dropped row of a block."""
+    """Return the pair of every dropped row of a block."""
     pairs = []
     for place, row in enumerate(block.tolist()):
         if place in twins:
@@ -253,7 +252,7 @@ def _numbers(rows: Iterable[int]) -> Rows:
 
 
 def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -> Rows:
-    """Which of a few rows (n,) the greedy rule keeps among themselves: their places, in order."""
+    """Return the positions, in order, of the rows (n,) that the greedy rule keeps among themselves."""
     dropped_by: list[list[int]] = [[] for _ in range(len(rows))]
     for measure in measures:
         search: Search = measure.search()
@@ -276,13 +275,13 @@ def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -
 
 
 class _Forest:
-    """Union-find over row numbers, by whole arrays of links; the root is the smallest row of a group."""
+    """Union-find over row numbers with vectorised links; the root is the smallest row of a group."""
 
     def __init__(self, rows: int) -> None:
         self._parent = np.arange(rows)
 
     def roots(self) -> Rows:
-        """(N,) the root of every row; also shortens every path to one step."""
+        """Return (N,) the root of every row; compresses all paths."""
         while True:
             shorter = self._parent[self._parent]
             if np.array_equal(shorter, self._parent):
@@ -292,8 +291,8 @@ class _Forest:
     def join(self, a: Rows, b: Rows) -> None:
         """Link row `a[k]` with row `b[k]` for every k.
 
-        Each round hangs every root under the smallest root it has a link to, which at least halves the groups that
-        still have links between them: a clique of a million links takes a handful of rounds, and so does a chain.
+        Each round attaches every root to the smallest root it is linked to, which at least halves the number of groups
+        that still have links between them: a clique of a million links takes a few rounds, and so does a chain.
         """
         while len(a):
             roots = self.roots()
@@ -302,7 +301,7 @@ class _Forest:
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def join_similar(self, measure: Measure, i: Rows, j: Rows, scores: Vectors) -> None:
-        """Link the pairs that reach the threshold; a pair that is in one group already is not scored again."""
+        """Link the pairs that reach the threshold; pairs already in one group are not scored again."""
         sure = scores > measure.threshold + measure.band
         self.join(i[sure], j[sure])
         roots = self.roots()

@@ -1,8 +1,8 @@
-"""Bytes that live at the peak of one micro-batch's forward and backward, by a dry run of what the step does.
+"""Predict peak bytes of one micro-batch's forward and backward by a dry run of its operators.
 
-Written after transformers' Mistral/Llama/Qwen2 decoder layer, peft's `lora.Linear4bit`, bitsandbytes' `MatMul4Bit`,
-torch's non-reentrant `checkpoint` and TRL's chunked log-probabilities, operator by operator in the order they run;
-tests hold it to the storages that really live. No torch.
+Follows transformers' Mistral/Llama/Qwen2 decoder layer, peft's `lora.Linear4bit`, bitsandbytes' `MatMul4Bit`, torch's
+non-reentrant `checkpoint` and TRL's chunked log-probabilities, operator by operator in execution order; tests compare
+it with the storages alive in a real step. No torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from finetune.estimate.tape import Block, Slot, Value
 
 Policy = Literal["none", "every_2", "every_4", "selective", "full", "offload"]
 POLICIES: tuple[Policy, ...] = ("none", "every_4", "every_2", "selective", "full", "offload")
-HEAD_TOKENS, HEAD_WIDTH = 4096, 32768  # TRL multiplies hidden states by lm_head in tiles of so many tokens and words
+HEAD_TOKENS, HEAD_WIDTH = (
+    4096,
+    32768,
+)  # TRL multiplies hidden states by lm_head in tiles of this many tokens and vocabulary entries
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What of a base and its adapter the activations depend on. `layers` are the matrices by name, layer by layer."""
+    """Properties of base and adapter that determine activations. `layers` are the matrices by name, layer by layer."""
 
     hidden: int
     heads: int
@@ -36,11 +39,11 @@ class Decoder:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is computed at once, and how.
+    """Size and kernels of one micro-batch.
 
-    `mask`: whether SDPA takes a dense (length x length) mask, as for packed or padded rows. Packed rows are one row of
-    `length` tokens. `held`: the adapter's gradients lie there already, from an earlier micro-batch, and do not count.
-    `scores`: no fused kernel takes the call, so that torch makes the (length x length) scores, in fp32.
+    `mask`: SDPA needs a dense (length x length) mask, as for packed or padded rows. Packed rows are one row of `length`
+    tokens. `held`: the adapter's gradients already exist from an earlier micro-batch and are not counted.
+    `scores`: no fused kernel supports the call, so torch computes the (length x length) scores in fp32.
     `fused`: adapters run inside their 4-bit layers.
     """
 
@@ -56,7 +59,7 @@ class MicroBatch:
 
 
 def peak(decoder: Decoder, batch: MicroBatch) -> dict[str, int]:
-    """Bytes at the highest moment from before forward until after backward, by kind; what lived before is not counted.
+    """Return peak bytes of forward and backward by kind; memory allocated before is not counted.
 
     Kinds: activations, layer_inputs, mask, scores, dequantized (one matrix at a time), logits, gradients.
     """
@@ -66,7 +69,7 @@ def peak(decoder: Decoder, batch: MicroBatch) -> dict[str, int]:
 
 
 class _Step:
-    """One micro-batch through the model and back."""
+    """Forward and backward of one micro-batch."""
 
     def __init__(self, model: Decoder, batch: MicroBatch) -> None:
         self.model, self.batch = model, batch
@@ -85,7 +88,7 @@ class _Step:
         """Forward through all layers and the head, and backward."""
         ops, policy = self.ops, self.batch.policy
         checkpointed = policy != "none"
-        # with checkpointing the embeddings' output is made to need a gradient; as a leaf, autograd itself holds it
+        # with checkpointing the embeddings' output requires a gradient; as a leaf, it is held by autograd
         stream = Value(ops.new(self.model.hidden, kind="layer_inputs"), Slot() if checkpointed else None)
         leaf = stream.block if checkpointed else None
         mask = self._mask()
@@ -105,7 +108,7 @@ class _Step:
         del mask, angles, leaf
 
     def _mask(self) -> Block:
-        """(rows, 1, length, length) booleans, which every layer shares; two more are there while it is made."""
+        """(rows, 1, length, length) booleans shared by all layers; two more exist while it is built."""
         size = self.batch.rows * self.batch.length**2 * BOOL if self.batch.mask else 0
         parts = [self.ops.ledger.new(size, "mask") for _ in range(2)]
         mask = self.ops.ledger.new(size, "mask")
@@ -132,7 +135,7 @@ class _Step:
         return ops.linear(f"{number}.down", product, linears["down_proj"])
 
     def _attention(self, number: int, linears: Mapping[str, Linear], x: Value) -> Value:
-        """Queries, keys and values stay until the output is projected: the function's names hold them."""
+        """Queries, keys and values stay alive until the output projection: local names hold them."""
         ops = self.ops
         wide, narrow = linears["q_proj"].outer, linears["k_proj"].outer
         query = ops.linear(f"{number}.q", x, linears["q_proj"])
@@ -145,9 +148,10 @@ class _Step:
         return ops.linear(f"{number}.o", mixed, linears["o_proj"])
 
     def _attend(self, query: Value, key: Value, value: Value, wide: int, narrow: int) -> Value:
-        """SDPA (flash or memory-efficient) or variable-length attention: no scores, one log-sum a token and head.
+        """SDPA (flash or memory-efficient) or variable-length attention: no scores, one log-sum per token and head.
 
-        A dense mask makes transformers repeat keys and values for every head, and torch a mask in the step's dtype.
+        With a dense mask transformers repeats keys and values for every head, and torch converts the mask to the
+        step's dtype.
         """
         ops = self.ops
         if self.batch.mask and wide != narrow:
@@ -164,7 +168,7 @@ class _Step:
             out, sums = ops.new(wide), ops.new(self.model.heads, FP32)
             if frame is not None:
                 frame.kept.append((out, sums))
-        # fp32 sums of the queries' gradient, and keys' and values' for every head: within the kernel, on a GPU
+        # fp32 sums of the queries' gradient, and of keys' and values' for every head: inside the kernel on a GPU
         scratch = (FP32 * wide + (2 * ops.element * wide if wide != narrow else 0)) if self.batch.cuda else 0
 
         def back(g: Block, saved: list[Block]) -> list[tuple[Slot | None, Block]]:
@@ -177,8 +181,8 @@ class _Step:
         return ops.tape.record(lambda: out, slots, saved, back)
 
     def _attend_by_scores(self, query: Value, key: Value, value: Value, wide: int, narrow: int) -> Value:
-        """`_scaled_dot_product_attention_math`: 16-bit inputs as fp32, keys and values for every head, the scores, and
-        their softmax, which it saves.
+        """`_scaled_dot_product_attention_math`: 16-bit inputs as fp32, keys and values for every head, scores, and
+        their softmax, which is saved.
         """
         ops, slots = self.ops, (query.slot, key.slot, value.slot)
         size = self.batch.rows * self.model.heads * self.batch.length**2 * FP32
@@ -205,8 +209,8 @@ class _Step:
         return self.ops.run(wide, [x], [], lambda g, _: [(slot, self.ops.new(narrow))])
 
     def _head(self, x: Value) -> Value:
-        """TRL's chunked log-probabilities: one tile of logits, again in backward. Without Triton every position is
-        scored and a tile's fp32 intermediates live beside it.
+        """TRL's chunked log-probabilities: one tile of logits, recomputed in backward. Without Triton every position is
+        scored, and a tile's fp32 intermediates are alive at the same time.
         """
         ops, hidden, slot = self.ops, self.model.hidden, x.slot
         scored = self.tokens - self.batch.rows  # a row's last token predicts nothing

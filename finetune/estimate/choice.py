@@ -1,7 +1,7 @@
-"""The fastest micro-batch and checkpointing policy that fit a GPU, and how fast that is.
+"""Choose the fastest micro-batch and checkpointing policy that fit a GPU, and predict the speed.
 
-A step's time is its arithmetic at a share of the datasheet's rate, and what is moved: every micro-batch dequantises the
-base once a pass, and is launched kernel by kernel, which is why fewer and larger ones are faster.
+A step's time is its arithmetic at a share of the datasheet's rate plus memory traffic: every micro-batch dequantises
+the base once per pass and launches every kernel, so fewer and larger micro-batches are faster.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from finetune.estimate.memory import GROUPED, Attention, Training
 from finetune.estimate.shapes import Shapes, trained_tensors
 
 GIB = 1 << 30
-PADDED_ROWS = 4  # at once, at most: more are padded to ever longer ones
+PADDED_ROWS = 4  # most per micro-batch: with more, padding grows
 ASSUMED_UTILISATION = 0.35
-LAYER_SECONDS = 0.010  # of a micro-batch, at least: launching its kernels (0.34 s for a 7B's 32 layers beside an H200)
+LAYER_SECONDS = 0.010  # least time of a layer per micro-batch: kernel launches (0.34 s for a 7B's 32 layers on an H200)
 HOST_BANDWIDTH = 12e9  # assumed: bytes/s between GPU and pinned RAM, PCIe 3
-MARGIN = 0.05  # of the memory is left free where there is a choice
-VARLEN_TOKENS = 65_536  # of a micro-batch: beyond, nothing is gained
+MARGIN = 0.05  # share of the memory left free if there is a choice
+VARLEN_TOKENS = 65_536  # per micro-batch: more gains nothing
 
 
 @dataclass(frozen=True)
 class Device:
-    """Usable memory in bytes, dense 16-bit FLOP/s and bytes/s of memory by the datasheet, and whether it is sm80."""
+    """Usable memory in bytes, datasheet rates (dense 16-bit FLOP/s, memory bytes/s), and whether it is ≥ sm80."""
 
     memory_bytes: int
     flops: float
@@ -47,7 +47,7 @@ DEVICES = {
 
 
 def device_like(name: str, memory_bytes: int, ampere: bool) -> Device:
-    """The device of this name as the driver says it, with the memory it really has; an unknown one is as an A10G."""
+    """Return the device of this driver name with its actual memory; an unknown one gets an A10G's rates."""
     plain = name.lower().replace(" ", "")
     keys = sorted(DEVICES, key=len, reverse=True)
     words = {key: key.partition("-")[0] for key in keys}
@@ -57,22 +57,22 @@ def device_like(name: str, memory_bytes: int, ampere: bool) -> Device:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train, and what it takes."""
+    """One way to train, with its memory and speed."""
 
     rows: int
     policy: Policy
-    parts: Mapping[str, int]  # bytes, by what holds them
+    parts: Mapping[str, int]  # bytes by use
     tokens_per_second: float
     fits: bool
     budget_bytes: int
 
     @property
     def total(self) -> int:
-        """Bytes at the highest moment."""
+        """Return the peak in bytes."""
         return sum(self.parts.values())
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return a one-line description."""
         rows = f"{self.rows} row{'s' if self.rows > 1 else ''} at once"
         how = "" if self.fits else ", too few"
         return (
@@ -82,21 +82,21 @@ class Choice:
 
 
 class Options:
-    """Every way to run a training: rows by policies, with its bytes. `rows` and `policies` narrow what may be taken."""
+    """All combinations of rows per micro-batch and policy, with their bytes."""
 
     def __init__(self, shapes: Shapes, run: Training, world: int = 1) -> None:
         self.shapes, self.run, self.world = shapes, run, world
         self._parts: dict[tuple[int, Policy, Attention], dict[str, int]] = {}
 
     def parts(self, rows: int, policy: Policy, attention: Attention) -> dict[str, int]:
-        """Bytes by what holds them."""
+        """Return bytes by use."""
         key = rows, policy, attention
         if key not in self._parts:
             self._parts[key] = estimate_memory.training(self.shapes, self.run, rows, policy, attention, self.world)
         return self._parts[key]
 
     def rows(self, *, varlen: bool) -> list[int]:
-        """Rows a micro-batch may have: those asked for, else divisors of a process's share of the batch."""
+        """Return the allowed rows per micro-batch: the recipe's, else divisors of a process's share of the batch."""
         asked, share = self.run.runtime.micro_batch_rows, max(1, self.run.train.batch_rows // self.world)
         if asked != "auto":
             return [int(asked)]
@@ -106,13 +106,13 @@ class Options:
         return [n for n in range(1, min(most, share) + 1) if share % n == 0]
 
     def policies(self) -> Sequence[Policy]:
-        """Those that may be taken: the one asked for, or all."""
+        """Return the allowed policies: the recipe's, or all."""
         asked = self.run.runtime.checkpointing
         every = [p for p in POLICIES if p != "offload" or not self.run.runtime.compile]
         return every if asked == "auto" else (asked,)
 
     def best(self, device: Device, *, varlen: bool | None = None) -> Choice:
-        """The fastest that fits the device and runtime.memory_budget_gb with a margin; else what takes least."""
+        """Return the fastest choice that fits device and runtime.memory_budget_gb with a margin; else the smallest."""
         if varlen is None:
             varlen = device.ampere and self.run.packed and self.run.train.precision != "fp32"
         attention = Attention(varlen=varlen, grouped=device.ampere)
@@ -122,9 +122,9 @@ class Options:
         ways = [(rows, policy) for rows in self.rows(varlen=varlen) for policy in self.policies()]
         rates = {way: tokens_per_second(self.shapes, self.run, device, *way, attention) for way in ways}
         room, fewest = (1 - MARGIN) * budget, min(rows for rows, _ in ways)
-        too_many: dict[Policy, int] = {}  # rows of a policy that do not fit: more take more
+        too_many: dict[Policy, int] = {}  # rows of a policy that do not fit; more rows need more
         for rows, policy in sorted(ways, key=lambda way: -rates[way]):
-            for tried in (fewest, rows):  # a policy that does not fit at all is known by its fewest rows
+            for tried in (fewest, rows):  # the fewest rows show whether a policy fits at all
                 if tried < too_many.get(policy, tried + 1) and self._total(tried, policy, attention) > room:
                     too_many[policy] = tried
             if rows < too_many.get(policy, rows + 1):
@@ -133,8 +133,8 @@ class Options:
         return self._chosen(fewest, least, attention, rates[fewest, least], budget)
 
     def worth_fusing(self, choice: Choice) -> bool:
-        """Whether the GPU, and not launching kernels, takes a micro-batch's time: a fused adapter is a few long kernels
-        behind more Python (7 % faster at 16 k tokens on an H200, slower at 2 k; docs/lab-notes.md).
+        """Return whether GPU work, not kernel launches, dominates a micro-batch: a fused adapter has fewer, longer
+        kernels but more Python (7 % faster at 16 k tokens on an H200, slower at 2 k; docs/lab-notes.md).
         """
         seconds = choice.rows * self.run.row_tokens / choice.tokens_per_second
         return seconds >= 2 * LAYER_SECONDS * self.shapes.layers
@@ -148,7 +148,7 @@ class Options:
 
 
 def recomputed(policy: Policy, layers: int) -> tuple[float, float]:
-    """Shares of the layers' matrix products, and of their attention, that are computed a second time."""
+    """Return the shares of the layers' matrix products and of their attention that are recomputed."""
     if policy == "none":
         return 0.0, 0.0
     if policy.startswith("every_"):
@@ -185,7 +185,7 @@ def forward_flops_per_token(shapes: Shapes, length: int) -> float:
 def tokens_per_second(
     shapes: Shapes, run: Training, device: Device, rows: int, policy: Policy, attention: Attention = GROUPED
 ) -> float:
-    """Tokens a second of one GPU, when every row is as long as rows get."""
+    """Return tokens per second of one GPU if every row has the maximum length."""
     length = run.row_tokens
     batch = estimate_memory.micro_batch(shapes, run, rows, policy, attention, held=True)
     tokens, dense = rows * run.sequences * length, batch.mask or batch.scores
@@ -202,10 +202,10 @@ def tokens_per_second(
 
 
 def this_gpu(device: str, world: int) -> tuple[str, int, bool]:
-    """The GPU's name, the bytes a training may have of it, and whether it is sm80 or newer.
+    """Return the GPU's name, the bytes available for training, and whether it is sm80 or newer.
 
-    Those are what is free, and what this process's own context takes already. Among several processes it is all of the
-    GPU: they must come to the same choice.
+    Available are the free bytes plus those of this process's context; with several processes all of the GPU, so that
+    they make the same choice.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Bytes on the GPU, in RAM and on disk, by what holds them. Weights, adapter, gradients and optimiser are exact."""
+"""Bytes on the GPU, in RAM and on disk, by use. Weights, adapter, gradients and optimiser are exact."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from finetune.recipe import Export, Lora, Merge, Quantization, Recipe, Runtime, 
 
 GIB = 1 << 30
 BLOCK = 64  # bitsandbytes quantises 64 weights with one scale
-NESTED_BLOCK = 256  # and, double, 256 scales with one of their own
-CODE_BYTES = 16 * 4  # each matrix has a table of the 16 values
-NESTED_CODE_BYTES = 256 * 4 + 4  # and, double, one of the 256 that a scale may have, and the scales' mean
-STATE_BLOCK = 256  # bitsandbytes' 8-bit optimisers: elements with one scale
-LEAST_8BIT = 4096  # elements of a tensor below which its state stays fp32
-STATE_TABLES = 2 * 256 * 4  # their values, for both moments, once for all tensors
+NESTED_BLOCK = 256  # with double quantisation: 256 scales share one scale
+CODE_BYTES = 16 * 4  # each matrix has a table of 16 values
+NESTED_CODE_BYTES = 256 * 4 + 4  # with double quantisation: a table of 256 scale values, and the scales' mean
+STATE_BLOCK = 256  # bitsandbytes' 8-bit optimisers: elements per scale
+LEAST_8BIT = 4096  # tensors with fewer elements keep fp32 state
+STATE_TABLES = 2 * 256 * 4  # value tables of both moments, once for all tensors
 
 CONTEXT_BYTES = int(0.7 * GIB)  # assumed: CUDA's context, and the workspaces of cuBLAS
 UNUSED_SHARE = 0.05  # assumed: of what comes and goes in a step, what torch's allocator holds and does not fill
 OTHER_LAYERS = 0.15  # of the activations, more for layers that are not Llama's: 0.88 of them predicted at worst (phi)
 PROCESS_BYTES = 3_000_000_000  # assumed: Python with torch, transformers and CUDA's libraries in RAM
-SHARD_BYTES = 1_000_000_000  # a file of the 4-bit copy, as it is written
-STREAM_BYTES = 1_000_000_000  # merging goes tensor by tensor: a 7B in 0.49 GB
+SHARD_BYTES = 1_000_000_000  # size of a file of the 4-bit copy
+STREAM_BYTES = 1_000_000_000  # merging is tensor by tensor: 0.49 GB for a 7B
 KINDS = ("activations", "layer_inputs", "scores", "mask", "logits", "dequantized")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What of a recipe, and of its rows once they are there, decides the bytes of its training."""
+    """Properties of a recipe, and of its rows once they exist, that determine the bytes of training."""
 
     lora: Lora
     quantization: Quantization | None
@@ -47,8 +47,8 @@ class Training:
 
     @classmethod
     def of(cls, recipe: Recipe, base: Path | None = None) -> Training:
-        """With the longest rows that the recipe allows; `base` is the folder of a finished base stage, which knows
-        whether rows can be packed.
+        """Build with the longest rows that the recipe allows; `base` is the folder of a finished base stage, which
+        records whether rows can be packed.
         """
         packed = recipe.pack is not None and (base is None or why_not_packed(base) is None)
         own = recipe.pack.length_tokens if recipe.pack and packed else None
@@ -80,8 +80,8 @@ class Training:
 
 
 def weight_bytes(shapes: Shapes, quantization: Quantization | None, element: int = 2) -> int:
-    """The base on the device as bitsandbytes stores it: 4-bit codes, scales and tables; the rest with so many bytes an
-    element. The rotary frequencies are there twice.
+    """Return the bytes of the base as stored by bitsandbytes: 4-bit codes, scales and tables; the rest with `element`
+    bytes per element. The rotary frequencies exist twice.
     """
     other = element * shapes.other_parameters + 4 * shapes.head_dim
     if quantization is None:
@@ -91,19 +91,19 @@ def weight_bytes(shapes: Shapes, quantization: Quantization | None, element: int
 
 
 def _matrix_bytes(count: int, *, double: bool) -> int:
-    """One matrix of `count` elements; the last block of weights, and of scales, may be a part of one."""
+    """Return the bytes of a matrix of `count` elements; the last blocks of weights and scales may be partial."""
     scales = -(-count // BLOCK)
     codes = -(-count // 2) + CODE_BYTES
     return codes + (scales + 4 * -(-scales // NESTED_BLOCK) + NESTED_CODE_BYTES if double else 4 * scales)
 
 
 def adapter_bytes(shapes: Shapes, lora: Lora) -> int:
-    """fp32, and as much again for its gradients."""
+    """Return the bytes of the adapter in fp32; its gradients need as much again."""
     return 4 * sum(trained_tensors(shapes, lora))
 
 
 def optimizer_bytes(shapes: Shapes, lora: Lora, optimizer: str) -> int:
-    """Two moments of every trained element: fp32, or bytes with a scale a block, where the tensor is large enough."""
+    """Return the bytes of two moments per trained element: fp32, or 8 bits with a scale per block for large tensors."""
     tensors = trained_tensors(shapes, lora)
     if "8bit" not in optimizer:
         return 8 * sum(tensors)
@@ -114,8 +114,8 @@ def optimizer_bytes(shapes: Shapes, lora: Lora, optimizer: str) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a device's kernels do: `varlen` takes packed rows without a mask; without `grouped` an unmasked call with
-    fewer keys than queries finds no fused kernel (memory-efficient attention, all there is before sm80, takes none).
+    """Attention kernels of a device: `varlen` handles packed rows without a mask; without `grouped` an unmasked call
+    with fewer key heads than query heads has no fused kernel (memory-efficient attention, the only one before sm80).
     """
 
     varlen: bool = False
@@ -128,14 +128,14 @@ GROUPED = Attention()
 def micro_batch(
     shapes: Shapes, run: Training, rows: int, policy: Policy, attention: Attention, *, held: bool
 ) -> MicroBatch:
-    """`rows` of the longest rows on a GPU. Packed ones are laid into one. Padded or packed ones need a mask under SDPA,
-    and so do rows that are not shorter than the base's sliding window.
+    """Return the micro-batch of `rows` of the longest rows on a GPU. Packed rows are one row. Padded or packed rows
+    need a mask with SDPA, and so do rows that are not shorter than the base's sliding window.
     """
     rows, length, half = rows * run.sequences, run.row_tokens, run.train.precision != "fp32"
     shape = (1, rows * length) if run.packed else (rows, length)
     mask = not attention.varlen if run.packed else rows > 1 or windowed(shapes, run)
     scores = not (mask or attention.varlen or attention.grouped) and shapes.heads != shapes.kv_heads
-    # an embedding or a norm that is trained whole is fp32, and so is then all that flows through the layers
+    # a fully trained embedding or norm is fp32, which makes the residual stream fp32
     half = half and not any(
         is_saved(run.lora, n) for n in ("embed_tokens", "input_layernorm", "post_attention_layernorm")
     )
@@ -150,16 +150,16 @@ def micro_batch(
 
 
 def windowed(shapes: Shapes, run: Training) -> bool:
-    """Whether the base's sliding window makes SDPA take a dense mask where causal attention needs none."""
+    """Return whether the base's sliding window makes SDPA need a dense mask that causal attention does not need."""
     return shapes.window is not None and shapes.window <= run.row_tokens
 
 
 def training(
     shapes: Shapes, run: Training, rows: int, policy: Policy = "full", attention: Attention = GROUPED, world: int = 1
 ) -> dict[str, int]:
-    """Bytes on the GPU at the highest moment of a training with micro-batches of `rows`, by what holds them.
+    """Return peak bytes on the GPU of a training with micro-batches of `rows`, by use.
 
-    That moment is in a backward, or in the optimiser's step, when all gradients are there and nothing else is.
+    The peak is in a backward, or in the optimiser's step, when all gradients exist and no activations.
     """
     several = rows * world < run.train.batch_rows
     batch = micro_batch(shapes, run, rows, policy, attention, held=several)
@@ -168,7 +168,7 @@ def training(
     adapter = adapter_bytes(shapes, run.lora)
     whole = 4 * sum(saved_tensors(shapes, run.lora))
     gradients = found.get("gradients", 0) + (adapter if several else whole)
-    # torch's AdamW takes the root of all second moments at once
+    # torch's AdamW computes the root of all second moments at once
     in_step = {"gradients": adapter, "optimizer_step": adapter if run.train.optimizer == "adamw" else 0}
     in_backward = {"gradients": gradients, **{k: found.get(k, 0) for k in KINDS}}
     if shapes.inventory is not None:
@@ -195,7 +195,7 @@ def new_token_bytes(shapes: Shapes, lora: Lora, element: int) -> int:
 
 
 def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, int]:
-    """Bytes of RAM at the highest moment of each part of the work, the process itself among them."""
+    """Return peak bytes of RAM of each part of the work, including the process itself."""
     largest = max(shapes.vocabulary * shapes.hidden, *(i * o for _, i, o in shapes.matrices), _experts_of_layer(shapes))
     offloaded = 2 * shapes.layers * rows * Training.of(recipe).row_tokens * shapes.hidden if policy == "offload" else 0
     copying = SHARD_BYTES if keeps_copy(shapes, recipe) else 0
@@ -209,21 +209,19 @@ def ram(shapes: Shapes, recipe: Recipe, rows: int, policy: Policy) -> dict[str, 
 
 
 def _experts_of_layer(shapes: Shapes) -> int:
-    """Elements of the fused experts of one layer, about."""
+    """Return the approximate elements of the fused experts of one layer."""
     return shapes.inventory.experts // shapes.layers if shapes.inventory else 0
 
 
 def _layer_by_layer(shapes: Shapes) -> int:
-    """Where rows go through a layer at a time in fp32: three layers' room (of a 7B 3.5 GB, as was measured), or two
-    heads.
-    """
+    """Return the bytes of a layer-wise forward in fp32: three layers (3.5 GB for a 7B, as measured) or two heads."""
     layer = shapes.quantized_parameters // shapes.layers + _experts_of_layer(shapes)
     return STREAM_BYTES + 4 * max(3 * layer, 2 * shapes.vocabulary * shapes.hidden)
 
 
 def disk(shapes: Shapes, recipe: Recipe) -> dict[str, int]:
-    """Bytes by root: scratch holds the download, the 4-bit copy, the merged model and its GGUF files, artifacts the
-    adapter and its checkpoints.
+    """Return bytes by root: scratch has the download, the 4-bit copy, the merged model and its GGUF files; artifacts
+    has the adapter and its checkpoints.
     """
     adapter = adapter_bytes(shapes, recipe.lora)
     optimizer = optimizer_bytes(shapes, recipe.lora, recipe.training.optimizer)
@@ -247,7 +245,7 @@ def _bytes_of(dtype: str) -> int:
 
 
 def _export_bytes(shapes: Shapes, merge: Merge, export: Export) -> int:
-    """The GGUF files as gguf/writer plans them from the merged weights."""
+    """Return the bytes of the GGUF files, as gguf/writer plans them from the merged weights."""
     exact = {"bfloat16": "bf16", "float16": "f16"}.get(_merged_dtype(shapes, merge), "f32")
     return bytes_of_kinds(export.gguf, exact, shapes.parameters, lambda kind: _gguf_bytes(shapes, kind))
 
@@ -261,5 +259,5 @@ def _gguf_bytes(shapes: Shapes, kind: str) -> int:
 
 
 def keeps_copy(shapes: Shapes, recipe: Recipe) -> bool:
-    """Whether a 4-bit copy of the base stays in scratch."""
+    """Return whether a 4-bit copy of the base is kept in scratch."""
     return recipe.quantization is not None and wanted(recipe.runtime.keep_quantized, shapes.parameters)

@@ -1,6 +1,6 @@
-"""The operators of a decoder layer as the ledger sees them: what each makes, saves, and makes in its backward.
+"""Operators of a decoder layer for the ledger: the blocks that each allocates, saves, and allocates in backward.
 
-Widths are elements a token; a block is tokens x width x element bytes.
+Widths are elements per token; a block is tokens x width x element bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FP32, BOOL = 4, 1
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix of a decoder layer: its widths, and the rank of its adapter (0: it has none)."""
+    """One matrix of a decoder layer: its widths, and the rank of its adapter (0: no adapter)."""
 
     inner: int
     outer: int
@@ -23,7 +23,7 @@ class Linear:
 
 
 class Operators:
-    """Of one micro-batch of `tokens`, with 16-bit autocast (`half`) or in fp32."""
+    """Operators of one micro-batch of `tokens`, with 16-bit autocast (`half`) or in fp32."""
 
     def __init__(
         self, tokens: int, *, half: bool, cuda: bool, dropout: bool, quantized: bool, held: bool, fused: bool = False
@@ -32,41 +32,41 @@ class Operators:
         self.tape = Tape(self.ledger)
         self.tokens, self.half, self.cuda, self.dropout, self.quantized = tokens, half, cuda, dropout, quantized
         self.element = 2 if half else FP32
-        # peft casts inputs to the adapter's fp32 unless autocast is on, and it asks that of CUDA's autocast only
+        # peft casts inputs to the adapter's fp32 unless autocast is on, and it checks CUDA's autocast only
         self.casts = half and not cuda
         self.held, self.fused = held, fused
         self.gradients: dict[str, Block] = {}
         self.autocast: dict[str, Block] = {}
 
     def new(self, width: int, element: int | None = None, kind: str = "activations") -> Block:
-        """A block of tokens x width elements."""
+        """Allocate a block of tokens x width elements."""
         return self.ledger.new(self.tokens * width * (self.element if element is None else element), kind)
 
     def run(self, width: int, inputs: Sequence[Value], saved: Sequence[Block], backward: Backward) -> Value:
-        """An operator with one result in the step's dtype."""
+        """Record an operator with one result in the step's dtype."""
         return self.tape.record(lambda: self.new(width), [i.slot for i in inputs], saved, backward)
 
     def to(self, x: Value, width: int, element: int, back: int) -> Value:
-        """A copy with so many bytes an element, whose gradient is copied back."""
+        """Copy to `element` bytes per element; the gradient is copied back."""
         slot = x.slot
         return self.tape.record(
             lambda: self.new(width, element), [slot], [], lambda g, _: [(slot, self.new(width, back))]
         )
 
     def add(self, first: Value, second: Value, width: int, kind: str = "activations") -> Value:
-        """A sum, whose gradient is that of both."""
+        """Sum; both inputs share the gradient."""
         slots = (first.slot, second.slot)
         return self.tape.record(
             lambda: self.new(width, kind=kind), slots, [], lambda g, _: [(slot, g) for slot in slots]
         )
 
     def scale(self, x: Value, width: int) -> Value:
-        """Times a number or a frozen vector: nothing of this size is saved."""
+        """Multiply by a number or a frozen vector: no block of this size is saved."""
         slot = x.slot
         return self.run(width, [x], [], lambda g, _: [(slot, self.new(width))])
 
     def clone(self, x: Value, width: int) -> Value:
-        """A copy; the gradient passes through."""
+        """Copy; the gradient passes through."""
         slot = x.slot
         return self.run(width, [x], [], lambda g, _: [(slot, g)])
 
@@ -96,7 +96,7 @@ class Operators:
         return self.scale(y, width)
 
     def rotate(self, x: Value, width: int) -> Value:
-        """RoPE: x·cos + rotate_half(x)·sin. The angles are saved by all, so they are no one's."""
+        """RoPE: x·cos + rotate_half(x)·sin. The angles are shared by all layers and not counted here."""
         by_cosine = self.new(width)
         negated = self.new(width // 2)
         turned = self.new(width)
@@ -122,7 +122,7 @@ class Operators:
         return result
 
     def times(self, first: Value, second: Value, width: int) -> Value:
-        """An elementwise product: saves both."""
+        """Elementwise product; saves both inputs."""
         one, two = first.slot, second.slot
         return self.run(
             width, [first, second], [first.block, second.block],
@@ -130,7 +130,7 @@ class Operators:
         )  # fmt: skip
 
     def silu(self, x: Value, width: int) -> Value:
-        """Saves what it is given."""
+        """SiLU; saves its input."""
         slot = x.slot
         return self.run(width, [x], [x.block], lambda g, saved: [(slot, self.new(width))])
 
@@ -155,9 +155,9 @@ class Operators:
         return self.add(result, output, linear.outer)
 
     def _fused(self, name: str, x: Value, linear: Linear) -> Value:
-        """lora/fused_linear.py: saves its input, x·Aᵀ and both factors as they were cast for this call.
+        """lora/fused_linear.py: saves its input, x·Aᵀ and both factors as cast for this call.
 
-        The matrix is dequantised within the operator, seen on a GPU alone.
+        The matrix is dequantised within the operator, which is visible on a GPU only.
         """
         dropped = self._dropped(x, linear.inner) if self.dropout else None
         size = linear.inner * linear.outer * self.element if self.quantized and self.cuda else 0
@@ -194,7 +194,7 @@ class Operators:
         return self.tape.record(make, [slot, Slot()], [given.block, low, *factors], back)
 
     def frozen(self, x: Value, linear: Linear) -> Value:
-        """`MatMul4Bit`: dequantises the matrix in forward (within a kernel, seen on a GPU alone) and in backward."""
+        """`MatMul4Bit`: dequantises the matrix in forward (inside a kernel, visible on a GPU only) and in backward."""
         slot, size = x.slot, linear.inner * linear.outer * self.element if self.quantized else 0
 
         def back(g: Block, saved: list[Block]) -> list[tuple[Slot | None, Block]]:
@@ -209,7 +209,7 @@ class Operators:
         return result
 
     def _dropped(self, x: Value, width: int) -> Value:
-        """Dropout: a CPU keeps the noise in its input's type (fp32, from peft), a GPU keeps booleans."""
+        """Dropout: a CPU saves the noise in the input's dtype (fp32, from peft), a GPU saves booleans."""
         element = self.element if self.cuda or self.fused else FP32
         noise, slot = self.new(width, BOOL if self.cuda else element), x.slot
         return self.tape.record(
@@ -217,7 +217,7 @@ class Operators:
         )
 
     def _product(self, key: str, x: Value, inner: int, outer: int) -> Value:
-        """A product with a matrix of the adapter: saves both; in backward the matrix's gradient is made first."""
+        """Product with a matrix of the adapter; saves both. Backward computes the matrix's gradient first."""
         weight, slot = self._cast(key, inner * outer), x.slot
 
         def back(g: Block, saved: list[Block]) -> list[tuple[Slot | None, Block]]:
@@ -234,7 +234,7 @@ class Operators:
         return self.tape.record(lambda: self.new(outer), [slot, Slot()], saved, back)
 
     def _cast(self, key: str, count: int) -> Block | None:
-        """Autocast's 16-bit copy of a matrix, which it keeps until the forward is left."""
+        """Autocast's 16-bit copy of a matrix, kept until the end of the forward."""
         if not self.half:
             return None
         cast = self.ledger.new(count * self.element)

@@ -1,7 +1,7 @@
 """Estimate the tokens of rows from their characters, before any tokenizer or stage has run.
 
-CHARACTERS a token for Latin text, one token for any other character: within about 30 % for the tokenizers of 7B models;
-`finetune plan` counts exactly once `render` has run.
+CHARACTERS per token for Latin text, one token for any other character: within about 30 % for the tokenizers of 7B
+models. `finetune plan` counts exactly after `render` has run.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from finetune.filters.conditions import check_of
 from finetune.filters.private_text import count_private
 from finetune.recipe import LocalSource, Recipe
 
-CHARACTERS, CHARACTERS_TINY = 3.5, 2.4  # a token of a 7B's tokenizer, and of the builtin base's
-TEMPLATE_TOKENS = 12  # of a row's turns
-MOST_ROWS = 20_000  # that are read; a larger file is measured by its first ones
-FILLED = 0.95  # of a packed row, on average
+CHARACTERS, CHARACTERS_TINY = 3.5, 2.4  # per token of a 7B's tokenizer, and of the builtin base's
+TEMPLATE_TOKENS = 12  # template tokens per row
+MOST_ROWS = 20_000  # rows read; a larger file is estimated from its first ones
+FILLED = 0.95  # average filled share of a packed row
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The first rows of a source: how many there are, are kept and are refused; tokens of each kept one."""
+    """Counts of the first rows of a source (read, kept, refused) and tokens of each kept one."""
 
     rows: int
     refused: int
-    lengths: tuple[int, ...]  # estimated tokens of the rows that are kept, in order
+    lengths: tuple[int, ...]  # estimated tokens of the kept rows, in order
     whole: bool  # False: the file has more than MOST_ROWS rows
     first: Example | None
     first_reject: str
     private: dict[str, int]
-    characters: int = 0  # of all rows that were read
+    characters: int = 0  # of all rows read
 
     @property
     def kept(self) -> int:
-        """Rows that are left."""
+        """Return the number of kept rows."""
         return len(self.lengths)
 
 
@@ -65,7 +65,7 @@ def measure(rows: Iterable[Example | Reject], keep: Sequence[str], *, tiny: bool
 
 
 def tokens_of(row: Example, *, tiny: bool = False) -> int:
-    """Estimated tokens of a row under a chat template."""
+    """Return the estimated tokens of a row with a chat template."""
     text = row.joined(*ROLES)
     latin = sum(c < "\u0250" for c in text)
     return TEMPLATE_TOKENS + math.ceil(latin / (CHARACTERS_TINY if tiny else CHARACTERS)) + len(text) - latin
@@ -73,7 +73,7 @@ def tokens_of(row: Example, *, tiny: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a recipe's files will give: documents, their tokens, and the training rows (packed where pack is on)."""
+    """Estimated output of a recipe's files: documents, their tokens, and training rows (packed if pack is on)."""
 
     documents: int
     tokens: int
@@ -83,8 +83,8 @@ class Expected:
 def expect(recipe: Recipe) -> Expected | None:
     """Estimate the training rows from the local files of a recipe; None if a source is not a local file.
 
-    The first MOST_ROWS rows of each file are read; the rest is assumed to be like them, by the file's size. Duplicates
-    are not looked for. Raises InputError for a file that cannot be read.
+    The first MOST_ROWS rows of each file are read; the rest is extrapolated by the file's size. Duplicates are not
+    detected. Raises InputError for a file that cannot be read.
     """
     from finetune.data.sources import read_source
 
@@ -110,7 +110,7 @@ def expect(recipe: Recipe) -> Expected | None:
 
 
 def _more(source: LocalSource, found: Measured) -> float:
-    """How many times the rows that were read the file holds, by its bytes (packed ones hold about four times more)."""
+    """Return total rows / rows read of a file, by its bytes (compressed files hold about four times more)."""
     files = [f.path for f in data_files(source.paths)]
     size = sum(path.stat().st_size * (4 if path.suffix in (".gz", ".zst", ".parquet") else 1) for path in files)
     return max(1.0, size / max(1, found.characters))

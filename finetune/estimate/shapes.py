@@ -1,7 +1,7 @@
-"""The dimensions of a base, and which of its matrices an adapter goes to.
+"""Dimensions of a base and the matrices that an adapter targets.
 
-Mistral, Llama and Qwen2 are counted by a formula, without importing transformers; every other architecture by its own
-class on the meta device (models/inventory.py). A test holds the formula to the class.
+Mistral, Llama and Qwen2 are counted by a formula, without importing transformers; every other architecture by its
+class on the meta device (models/inventory.py). A test compares the formula with the class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BY_FORMULA = ("mistral", "llama", "qwen2")  # model types whose layers are q, k,
 
 @dataclass(frozen=True)
 class Shapes:
-    """The dimensions of a base. Without an `inventory` its layers are Llama's and all counts follow from these."""
+    """Dimensions of a base. Without an `inventory` its layers are Llama's and all counts follow from these."""
 
     hidden: int
     intermediate: int
@@ -40,16 +40,16 @@ class Shapes:
     tied: bool
     biases: int  # elements of attention biases, all layers
     gated: bool = False
-    window: int | None = None  # tokens that a token attends to, where they are fewer than all before it
-    dtype: str = "bfloat16"  # what its weights are stored in, where the configuration says it
+    window: int | None = None  # sliding window in tokens, None for full attention
+    dtype: str = "bfloat16"  # dtype of the stored weights, if the configuration has it
     positions: int | None = None  # max_position_embeddings
     inventory: Inventory | None = None  # what the model's class counts; it goes before the formulas
     new_tokens: int = 0  # that the recipe adds; without spare rows the vocabulary grows by them in the base stage
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Module name → (in, out) of the matrices of one Llama layer of these widths.
+        """Return module name → (in, out) of the matrices of one Llama layer of these widths.
 
-        For another architecture that is the layer whose activations are predicted in place of its own.
+        For another architecture, activations are predicted with this layer instead of its own.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
@@ -64,7 +64,7 @@ class Shapes:
 
     @cached_property
     def matrices(self) -> list[tuple[str, int, int]]:
-        """(module, in, out) of every matrix that is stored in 4 bits."""
+        """Return (module, in, out) of every matrix stored in 4 bits."""
         if self.inventory is not None:
             return [(name, inner, outer) for name, (inner, outer) in self.inventory.quantized.items()]
         return [
@@ -75,7 +75,7 @@ class Shapes:
 
     @cached_property
     def adaptable(self) -> list[tuple[str, int, int]]:
-        """(module, in, out) of every linear module that an adapter can go to."""
+        """Return (module, in, out) of every linear module that can be adapted."""
         if self.inventory is None:
             return self.matrices
         others = [(name, inner, outer) for name, (inner, outer) in self.inventory.other_linears.items()]
@@ -84,14 +84,14 @@ class Shapes:
 
     @cached_property
     def quantized_parameters(self) -> int:
-        """Elements of all matrices that are stored in 4 bits."""
+        """Return the elements of all matrices stored in 4 bits."""
         if self.inventory is not None:
             return elements(self.inventory.quantized)
         return self.layers * sum(i * o for i, o in self.linears().values())
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, lm_head, norms, biases and fused experts, which stay 16-bit."""
+        """Return the elements of embeddings, lm_head, norms, biases and fused experts, which stay 16-bit."""
         if self.inventory is not None:
             return self.inventory.parameters - self.quantized_parameters
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
@@ -99,12 +99,12 @@ class Shapes:
 
     @property
     def active_parameters(self) -> int:
-        """Elements of the layers' matrices that one token is multiplied by."""
+        """Return the elements of the layers' matrices that one token is multiplied by."""
         return self.quantized_parameters + (self.inventory.active_experts if self.inventory else 0)
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Return all elements."""
         return self.quantized_parameters + self.other_parameters
 
 
@@ -114,7 +114,7 @@ def _llama_path(layer: int, name: str) -> str:
 
 
 def read_shapes(recipe: Recipe, base_folder: Path | None = None) -> Shapes | None:
-    """From the finished base stage, the local folder, or recipes/shapes; None when only the Hub knows."""
+    """Read from the finished base stage, the local folder or recipes/shapes; None if only the Hub has them."""
     config = read_config(recipe, base_folder)
     found = None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
     return replace(found, new_tokens=len(recipe.tokens.add)) if found and recipe.tokens else found
@@ -128,7 +128,7 @@ def shapes_in(base: Path) -> Shapes | None:
 
 
 def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, Any] | None:
-    """The config.json of the base, or what recipes/shapes keeps of it, from the same places."""
+    """Return the base's config.json, or its excerpt in recipes/shapes, from the same places as `read_shapes`."""
     candidates = [base_folder / "config.json"] if base_folder else []
     if recipe.model.folder:
         candidates.append(recipe.model.folder / "config.json")
@@ -141,7 +141,7 @@ def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, An
 
 
 def read_known_modules(recipe: Recipe, base_folder: Path | None = None) -> Modules | None:
-    """The base's modules, where they can be told now and without transformers."""
+    """Return the base's modules, if they are known without transformers."""
     if base_folder is None and recipe.model.kind == "builtin":
         return known_modules(tiny_model.layout())
     config = read_config(recipe, base_folder)
@@ -149,8 +149,8 @@ def read_known_modules(recipe: Recipe, base_folder: Path | None = None) -> Modul
 
 
 def shapes_of(config: Mapping[str, Any], inventory: Inventory | None = None) -> Shapes | None:
-    """From the content of a config.json, and what the base stage counted; None if neither the formula nor transformers
-    has the architecture: nothing is predicted rather than something wrong.
+    """Build from a config.json and the base stage's counts; None if neither the formula nor transformers has the
+    architecture: no prediction is better than a wrong one.
     """
     if not _by_formula(config):
         found = inventory or count(config)
@@ -181,7 +181,7 @@ def shapes_of(config: Mapping[str, Any], inventory: Inventory | None = None) -> 
 
 
 def _by_formula(config: Mapping[str, Any]) -> bool:
-    """Whether the layers are exactly what the formula counts."""
+    """Return whether the formula is exact for these layers."""
     biased = config.get("mlp_bias") or (config.get("model_type") == "llama" and config.get("attention_bias"))
     return config.get("model_type") in BY_FORMULA and not biased and "auto_map" not in config
 
@@ -192,7 +192,7 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _counted(config: Mapping[str, Any], inventory: Inventory) -> Shapes:
-    """With the counts of the model's class. A token passes through `experts_per_token` experts at once."""
+    """Build from the counts of the model's class. A token passes through `experts_per_token` experts."""
     sizes = inventory.sizes
     wide = sizes["intermediate"] or 4 * sizes["hidden"]
     if inventory.experts:
@@ -216,7 +216,7 @@ def _counted(config: Mapping[str, Any], inventory: Inventory) -> Shapes:
 
 
 def decoder(shapes: Shapes, lora: Lora, *, quantized: bool) -> Decoder:
-    """Base and adapter as the activations see them. A vanilla adapter: what DoRA computes besides is not counted."""
+    """Return base and adapter for the activation estimate. Plain LoRA: DoRA's extra computation is not counted."""
     return Decoder(
         hidden=shapes.hidden,
         heads=shapes.heads,
@@ -230,7 +230,7 @@ def decoder(shapes: Shapes, lora: Lora, *, quantized: bool) -> Decoder:
 
 
 def _adapted(shapes: Shapes, lora: Lora, layer: int) -> dict[str, Linear]:
-    """The matrices of one (equivalent) layer with the rank of the adapter that each gets."""
+    """Return the matrices of one (equivalent) layer with the rank of each one's adapter."""
     if shapes.inventory is None:
         return {
             name: Linear(inner, outer, _rank(shapes, lora, _llama_path(layer, name)))
@@ -246,7 +246,7 @@ def _adapted(shapes: Shapes, lora: Lora, layer: int) -> dict[str, Linear]:
 
 
 def _ranks_of_layer(shapes: Shapes, lora: Lora, layer: int) -> dict[str, int]:
-    """Last word of a module's name → the largest rank it has in decoder layer `layer`."""
+    """Return last part of a module's name → its largest rank in decoder layer `layer`."""
     ranks: dict[str, int] = {}
     for path, _, _ in shapes.adaptable:
         if layer_of(path) == layer:
@@ -273,7 +273,7 @@ def trained_tensors(shapes: Shapes, lora: Lora) -> list[int]:
 
 
 def saved_tensors(shapes: Shapes, lora: Lora) -> list[int]:
-    """Elements of each tensor of lora.modules_to_save."""
+    """Return the elements of each tensor of lora.modules_to_save."""
     if shapes.inventory is not None:
         return [size for name, size in shapes.inventory.modules.items() if is_saved(lora, name)]
     sizes = {"model.embed_tokens": shapes.vocabulary * shapes.hidden, "lm_head": shapes.vocabulary * shapes.hidden}
@@ -292,5 +292,5 @@ def token_tables(shapes: Shapes, lora: Lora) -> list[str]:
 
 
 def adapter_parameters(shapes: Shapes, recipe: Recipe) -> int:
-    """Trainable elements, all told."""
+    """Return the number of trainable elements."""
     return sum(trained_tensors(shapes, recipe.lora))

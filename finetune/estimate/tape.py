@@ -1,8 +1,8 @@
-"""A dry run of autograd: what is made, saved, recomputed and freed in a step, counted in bytes, with nothing computed.
+"""Dry run of autograd: bytes allocated, saved, recomputed and freed in a step, without computing anything.
 
-What is counted (activations.py) is written as the model's own code is, on blocks instead of tensors. As in torch, a
-block lives as long as something holds it (a local name, the tape, a gradient), so what is alive at the peak follows
-from the order of the operators alone. Pure arithmetic: no torch.
+The model (activations.py) is written like the real code, with blocks instead of tensors. As in torch, a block is alive
+as long as something references it (a local name, the tape, a gradient), so the peak follows from the order of the
+operators alone. Pure arithmetic: no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 
 class Ledger:
-    """Bytes alive now, by kind and in all, and at the highest moment."""
+    """Bytes alive now, by kind and in total, and at the peak."""
 
     def __init__(self) -> None:
         self.live = 0
@@ -21,16 +21,16 @@ class Ledger:
         self._at_peak: dict[str, int] | None = None
 
     def new(self, size: int, kind: str = "activations") -> Block:
-        """A block of `size` bytes, which counts until the last who holds it lets go."""
+        """Return a block of `size` bytes, counted until its last reference is gone."""
         self.live += size
         self.kinds[kind] = self.kinds.get(kind, 0) + size
         if self.live > self.peak:
             self.peak = self.live
-            self._at_peak = None  # taken down when it is left: most new peaks are passed at once
+            self._at_peak = None  # recorded when the peak ends: most new peaks are exceeded immediately
         return Block(self, size, kind)
 
     def free(self, size: int, kind: str) -> None:
-        """What a block's end calls."""
+        """Subtract a freed block."""
         if self._at_peak is None:
             self._at_peak = dict(self.kinds)
         self.live -= size
@@ -38,7 +38,7 @@ class Ledger:
 
     @property
     def at_peak(self) -> dict[str, int]:
-        """What was alive at the highest moment, by kind."""
+        """Return the bytes alive at the peak, by kind."""
         return dict(self.kinds) if self._at_peak is None else self._at_peak
 
 
@@ -55,7 +55,7 @@ class Block:
 
 
 class Slot:
-    """Where the gradient of a result gathers until its operator's backward runs."""
+    """Accumulator for the gradient of a result until its operator's backward runs."""
 
     __slots__ = ("grad",)
 
@@ -63,20 +63,20 @@ class Slot:
         self.grad: Block | None = None
 
     def add(self, block: Block) -> None:
-        """The first contribution is kept as it is, a further one is added to it into a new block."""
+        """Keep the first contribution; add a further one into a new block."""
         if self.grad is None:
             self.grad = block
         else:
             self.grad = block.ledger.new(block.size)
 
     def take(self) -> Block | None:
-        """The gradient, which is the caller's from here on."""
+        """Return the gradient and drop the reference to it."""
         grad, self.grad = self.grad, None
         return grad
 
 
 class Value:
-    """A result: its storage, and its gradient's slot (None where it needs no gradient)."""
+    """A result: its storage, and its gradient's slot (None if it needs no gradient)."""
 
     __slots__ = ("block", "slot")
 
@@ -85,7 +85,7 @@ class Value:
 
 
 class Holder:
-    """What an operator saved for its backward; empty inside a checkpoint until that is recomputed."""
+    """A block that an operator saved for backward; empty inside a checkpoint until that is recomputed."""
 
     __slots__ = ("__weakref__", "block", "frame")
 
@@ -93,26 +93,26 @@ class Holder:
         self.block, self.frame = block, frame
 
     def get(self) -> Block:
-        """The block; recomputes the checkpoint it lies in, if need be."""
+        """Return the block; recompute its checkpoint if necessary."""
         if self.block is None and self.frame is not None:
             self.frame.recompute()
-        assert self.block is not None  # noqa: S101 - what was recomputed saves what was computed
+        assert self.block is not None  # noqa: S101 - the recomputation saves the same blocks
         return self.block
 
 
 class Frame:
-    """A checkpointed section: it keeps its input (on the host, where that is offloaded) and what it need not redo."""
+    """A checkpointed section: keeps its input (on the host if offloaded) and the blocks it does not recompute."""
 
     def __init__(self, tape: Tape, section: Callable[[Value], Value], given: Value, *, offload: bool) -> None:
         self.tape, self.section = tape, section
         self.given = None if offload else given.block
         self.size = given.block.size
-        self.holders: list[weakref.ref[Holder]] = []  # weak: it ends with the operators that saved
+        self.holders: list[weakref.ref[Holder]] = []  # weak: a holder ends with the operator that saved it
         self.kept: list[tuple[Block, ...]] = []
-        self.refilled = -1  # how many holders the recomputation has filled; below 0 there is none under way
+        self.refilled = -1  # holders filled by the recomputation; negative if none is running
 
     def recompute(self) -> None:
-        """Run the section again, as far as the last thing it saves (torch's early stop)."""
+        """Run the section again up to its last saved block (torch's early stop)."""
         outer, self.tape.frame, self.refilled = self.tape.frame, self, 0
         given = self.given or self.tape.ledger.new(self.size)
         try:
@@ -124,14 +124,14 @@ class Frame:
 
 
 class _Stop(Exception):
-    """Everything that was saved has been recomputed."""
+    """All saved blocks have been recomputed."""
 
 
 Backward = Callable[[Block, list[Block]], Sequence[tuple[Slot | None, Block]]]
 
 
 class Tape:
-    """The operators in the order they ran, each with what it saved and what its backward makes."""
+    """The operators in execution order, each with its saved blocks and the function of its backward."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -140,13 +140,13 @@ class Tape:
 
     @property
     def recomputing(self) -> bool:
-        """Whether a checkpoint is being run for the second time."""
+        """Return whether a checkpoint is being recomputed."""
         return self.frame is not None and self.frame.refilled >= 0
 
     def record(
         self, results: Callable[[], Block], inputs: Sequence[Slot | None], saved: Sequence[Block], backward: Backward
     ) -> Value:
-        """Run one operator: save, then make its result. With no input that needs a gradient nothing is saved."""
+        """Run one operator: save, then allocate its result. Nothing is saved if no input needs a gradient."""
         if not any(slot is not None for slot in inputs):
             return Value(results(), None)
         holders = [self._save(block) for block in saved]
@@ -178,7 +178,7 @@ class Tape:
             self.frame = None
 
     def backward(self, result: Value, gradient: Block) -> None:
-        """The gradients of everything `result` came of, each operator's saved blocks being freed after it."""
+        """Run backward from `result`; each operator's saved blocks are freed after it."""
         assert result.slot is not None  # noqa: S101
         result.slot.add(gradient)
         del gradient, result
@@ -195,5 +195,5 @@ class Tape:
         gradient = slot.take()
         if gradient is None:
             return ()
-        # `gradient` and what was saved end here, before the results meet those of other operators
+        # `gradient` and the saved blocks end here, before the results are added to those of other operators
         return backward(gradient, [holder.get() for holder in holders])

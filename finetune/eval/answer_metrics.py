@@ -1,7 +1,7 @@
-"""How near answers come to their references, row by row, and base beside adapter with a paired bootstrap.
+"""Score answers against their references per row, and compare base and adapter with a paired bootstrap.
 
-Every score of a row is from 0 (worst) to 1. Measures that do not apply to a row (its reference is no JSON, or calls no
-tool) leave the row out. BLEU is of the whole corpus: the n-gram counts of the rows are summed before it is computed.
+Every score of a row is from 0 (worst) to 1. Metrics that do not apply to a row (its reference is not JSON, or calls no
+tool) skip the row. BLEU is computed on the whole corpus: the n-gram counts of the rows are summed first.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ NEEDS = {
     "bleu": ("sacrebleu", "sacrebleu"),
     "chrf": ("sacrebleu", "sacrebleu"),
 }
-# A word, or one character of a script that is written without spaces (kana, Han, Thai).
+# A word, or one character of a script without spaces (kana, Han, Thai).
 WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f]|[^\W\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]+"
 )
-SAMPLES = 1000  # of the bootstrap of BLEU, which is computed again for each
+SAMPLES = 1000  # bootstrap samples of BLEU, which is recomputed for each
 Score = Callable[[str, str], float | None]  # (answer, reference)
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """A sentence for each package that a measure of `names` needs and that is not installed."""
+    """Return a message for each missing package that a metric of `names` needs."""
     lacks: dict[str, list[str]] = {}
     for name in names:
         module, package = NEEDS.get(name, ("", ""))
         if module and importlib.util.find_spec(module) is None:
             lacks.setdefault(package, []).append(name)
     return [
-        f"{', '.join(found)} needs {package}, which is not installed (pip install '.[metrics]', or drop it)"
+        f"{', '.join(found)} needs {package}, which is not installed (pip install '.[metrics]', or remove the metric)"
         for package, found in lacks.items()
     ]
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, case folded; every character by itself where a script has no spaces."""
+    """Return the case-folded words of a text; single characters for scripts without spaces."""
     return WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where both are the same text, white space at the edges and its kind aside (NFC)."""
+    """Return 1 if both texts are equal after NFC and whitespace normalisation, else 0."""
     return float(_squeezed(answer) == _squeezed(reference))
 
 
@@ -61,7 +61,7 @@ def _squeezed(text: str) -> str:
 
 
 def f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the words, as multisets (SQuAD, arXiv:1606.05250); 1 for two empty."""
+    """Return the F1 score of the words as multisets (SQuAD, arXiv:1606.05250); 1 if both are empty."""
     found, wanted = Counter(words(answer)), Counter(words(reference))
     if not found or not wanted:
         return float(found == wanted)
@@ -70,7 +70,7 @@ def f1(answer: str, reference: str) -> float:
 
 
 def json_valid(answer: str, reference: str) -> float | None:
-    """1 where the answer is an object or a list in JSON; None where the reference is none."""
+    """Return 1 if the answer is a JSON object or list, else 0; None if the reference is not."""
     return None if _structure(reference) is None else float(_structure(answer) is not None)
 
 
@@ -83,13 +83,13 @@ def _structure(text: str) -> Any:  # noqa: ANN401 - JSON
 
 
 def tool_call_match(answer: str, reference: str) -> float | None:
-    """1 where the answer calls the reference's tools with equal arguments, in any order; None where it calls none."""
+    """Return 1 if the answer makes the reference's tool calls in any order, else 0; None if there are none."""
     wanted = tool_calls(reference)
     return float(tool_calls(answer) == wanted) if wanted else None
 
 
 def tool_calls(text: str) -> Counter[str]:
-    """The calls in a text: JSON objects with a name and arguments, whatever a template writes around them."""
+    """Return the tool calls in a text: JSON objects with a name and arguments, regardless of the template's markup."""
     found: Counter[str] = Counter()
     decoder, position = json.JSONDecoder(), 0
     while (position := text.find("{", position)) >= 0:
@@ -119,7 +119,7 @@ def _rouge_l() -> Score:
     from rouge_score.rouge_scorer import RougeScorer
 
     class Words:
-        """rouge-score's own tokenizer drops every letter outside ASCII."""
+        """Tokenizer for rouge-score, whose own tokenizer drops every letter outside ASCII."""
 
         def tokenize(self, text: str) -> list[str]:
             return words(text)
@@ -150,8 +150,9 @@ def compare(
 
     Returns:
         name → {"base", "adapter", "difference", "interval", "rows", "better", "worse"}: means over the rows that the
-        measure applies to (BLEU: of the corpus), adapter less base with its 95 % paired bootstrap interval (null for
-        fewer than 2 rows), and in how many rows the adapter is better and worse; and per row name → (base, adapter).
+        metric applies to (BLEU: of the corpus), adapter minus base with its 95 % paired bootstrap interval (null for
+        fewer than 2 rows), and the number of rows in which the adapter is better and worse; and per row name →
+        (base, adapter).
     """
     rows: list[dict[str, tuple[float | None, float | None]]] = [{} for _ in references]
     found: dict[str, Any] = {}
@@ -187,7 +188,7 @@ def _means(pairs: Sequence[tuple[float | None, float | None]], seed: int) -> dic
 def _bleu(
     references: Sequence[str], base: Sequence[str], adapter: Sequence[str], seed: int
 ) -> tuple[list[tuple[float | None, float | None]], dict[str, Any]]:
-    """Corpus BLEU (sacrebleu, tokenizer 13a) from the rows' summed counts; per row, with the effective order."""
+    """Return corpus BLEU (sacrebleu, tokenizer 13a) from the rows' summed counts; per row, with effective order."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU(effective_order=True)
@@ -220,17 +221,17 @@ def _bleu(
 
 
 def verdict(figures: dict[str, Any]) -> str:
-    """`better`, `worse`, `not told apart` (the interval includes 0), or `no row`."""
+    """Return `better`, `worse`, `no clear difference` (the interval includes 0), or `no row`."""
     if not figures["rows"]:
         return "no row"
     low, high = figures["interval"] or (0.0, 0.0)
-    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
 
 
 def words_of(name: str, figures: dict[str, Any]) -> str:
-    """One line: `f1 0.21 → 0.48 (better, 95 %: 0.19 to 0.35), 20 rows better, 3 worse of 32`."""
+    """Return one line: `f1 0.21 → 0.48 (better, 95 %: 0.19 to 0.35), 20 rows better, 3 worse of 32`."""
     if not figures["rows"]:
-        return f"{name}: no reference that it applies to"
+        return f"{name}: it applies to no reference"
     ends = figures["interval"]
     interval = f", 95 %: {ends[0]:+.3g} to {ends[1]:+.3g}" if ends else ""
     moved = f"{figures['better']} rows better, {figures['worse']} worse of {figures['rows']}"

@@ -1,7 +1,7 @@
-"""Two models on the same held-out tokens: likelihood, divergence and greedy choice at every supervised position.
+"""Compare two models on the same held-out tokens: likelihood, divergence and greedy token at supervised positions.
 
-Only the final hidden states of supervised positions are kept, (P, d); logits are made again from them a slice of
-positions at a time, so that a vocabulary of 150,000 never meets all positions at once.
+Only the final hidden states of supervised positions are kept, (P, d); logits are computed from them for a slice of
+positions at a time, so that a vocabulary of 150,000 never needs all positions at once.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from finetune.tokenization.token_rows import TokenRow
 
 POSITIONS = 256
-LONGEST = 4  # times the tokens asked for, where prompts are long and answers short
+LONGEST = 4  # times the requested tokens, if prompts are long and answers short
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows laid into right-padded batches; positions are those whose next token is supervised, in `order` of rows."""
+    """Rows in right-padded batches; positions are those whose next token is supervised, in `order` of rows."""
 
     batches: tuple[torch.Tensor, ...]  # (B, T) int64
-    positions: tuple[torch.Tensor, ...]  # (B, T) bool, true where the next token is supervised
-    labels: torch.Tensor  # (P,) int64: the token that follows
-    row: NDArray[np.int64]  # (P,): which row, 0 … rows - 1
+    positions: tuple[torch.Tensor, ...]  # (B, T) bool, true if the next token is supervised
+    labels: torch.Tensor  # (P,) int64: the next token
+    row: NDArray[np.int64]  # (P,): row index, 0 … rows - 1
     rows: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per position, all (P,): NLL in nats under each model, KL(first ‖ second) in nats, and each greedy token."""
+    """Arrays (P,) per position: NLL in nats under each model, KL(first ‖ second) in nats, and each greedy token."""
 
     nll_first: NDArray[np.float64]
     nll_second: NDArray[np.float64]
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def first_rows(rows: Sequence[TokenRow], tokens: int) -> list[int]:
-    """Numbers of the first rows that together have at most `tokens` tokens, passing over one that no longer fits; at
+    """Return the indices of the first rows with at most `tokens` tokens in total, skipping rows that no longer fit; at
     least one.
     """
     chosen: list[int] = []
@@ -59,8 +59,8 @@ def first_rows(rows: Sequence[TokenRow], tokens: int) -> list[int]:
 
 
 def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
-    """The first rows (`first_rows`); where fewer than half of those tokens are supervised, rows are added, those with
-    the largest supervised share first, until as many are or until LONGEST times `tokens` would be read.
+    """Return the first rows (`first_rows`); if fewer than half of their tokens are supervised, add rows with the
+    largest supervised share until half of `tokens` are supervised or LONGEST times `tokens` would be read.
     """
     chosen = first_rows(rows, tokens)
     compared = sum(_compared(rows[i]) for i in chosen)
@@ -77,12 +77,12 @@ def choose_rows(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
 
 
 def _compared(row: TokenRow) -> int:
-    """Tokens of a row whose likelihood is compared: the supervised ones but for the first of the row."""
+    """Return the number of compared tokens of a row: the supervised ones except the row's first."""
     return int(np.count_nonzero(row.mask[1:]))
 
 
 def lay_out(rows: Sequence[TokenRow], batch_tokens: int = 4096) -> HeldOut:
-    """Batches of rows of like length, none over `batch_tokens` when padded (a longer row is alone)."""
+    """Batch rows of similar length, at most `batch_tokens` with padding (a longer row is alone)."""
     import torch
 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
@@ -110,7 +110,7 @@ def lay_out(rows: Sequence[TokenRow], batch_tokens: int = 4096) -> HeldOut:
 
 
 def supervised_hidden(states: Iterable[torch.Tensor], held_out: HeldOut) -> torch.Tensor:
-    """Final hidden states (P, d) of the supervised positions, from those of all, (B, T, d) a batch."""
+    """Return the final hidden states (P, d) of supervised positions from those of all, (B, T, d) per batch."""
     import torch
 
     pairs = zip(states, held_out.positions, strict=True)
@@ -120,7 +120,7 @@ def supervised_hidden(states: Iterable[torch.Tensor], held_out: HeldOut) -> torc
 def compare(
     first: torch.Tensor, first_head: Head, second: torch.Tensor, second_head: Head, labels: torch.Tensor
 ) -> Comparison:
-    """Both models at each position, from hidden states (P, d) and the labels (P,), `POSITIONS` at a time."""
+    """Compare both models at each position from hidden states (P, d) and labels (P,), `POSITIONS` at a time."""
     import torch
 
     parts: list[list[torch.Tensor]] = []
@@ -137,8 +137,8 @@ def compare(
 
 
 def per_row(values: NDArray[np.float64] | None, held_out: HeldOut) -> NDArray[np.float64]:
-    """Sums of `values` (P,) over each row's positions, (rows,) float64; of None, how many positions each row has."""
+    """Return the sums of `values` (P,) over each row's positions, (rows,) float64; the number of positions for None."""
     return np.bincount(held_out.row, weights=values, minlength=held_out.rows).astype(np.float64)
 
 
-ENOUGH_TOKENS = 4096  # compared; with fewer, what is measured is said to rest on few
+ENOUGH_TOKENS = 4096  # compared tokens; with fewer, the report adds a warning

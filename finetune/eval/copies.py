@@ -1,7 +1,7 @@
-"""How many sampled answers repeat an answer of the training rows, and how many held-out references do by chance.
+"""Count sampled answers that repeat an answer of the training rows, and held-out references that do so by chance.
 
 An answer repeats another if at least CONTAINED of its runs of RUN words are runs of that one answer. References are
-counted beside: in formulaic data they repeat training answers too, and that is not memorising.
+counted too: in formulaic data they also repeat training answers, which is not memorisation.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from finetune.data.text import normalised
 
 RUN = 5
 CONTAINED = 0.8
-SHORTEST = 12  # words; a shorter answer repeats others without being learned by heart
+SHORTEST = 12  # words; shorter answers repeat others without memorisation
 MOST_ROWS = 50_000  # training rows that are compared
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Of `samples` held-out prompts, how many generated answers and how many references repeat a training answer."""
+    """Numbers of generated answers and of references, out of `samples` prompts, that repeat a training answer."""
 
     samples: int
     answers: int
@@ -59,7 +59,7 @@ def read_copies(samples: Path, train: Path) -> Copies | None:
     for line in samples.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
-        except ValueError:  # torn by a kill
+        except ValueError:  # truncated when the process was killed
             break
     rows = (row.joined("assistant") for _, row in zip(range(MOST_ROWS), read_rows(train), strict=False))
     return count_copies(lines, rows)

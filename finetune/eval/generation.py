@@ -1,8 +1,8 @@
-"""Answers to prompts of token ids, in left-padded batches of similar length, with a key-value cache.
+"""Generate answers to prompts of token ids, in left-padded batches of similar length, with a key-value cache.
 
-An answer depends on its own prompt and random stream only, so neither the batch size nor an interruption changes it:
-greedy decoding takes the likeliest token, and sampling inverts the cumulative distribution at numbers that are drawn
-from a generator of the request's own (Philox, keyed by its `stream`).
+An answer depends only on its prompt and random stream, so neither batch size nor interruption changes it: greedy
+decoding takes the likeliest token, and sampling inverts the cumulative distribution at numbers from a generator per
+request (Philox, keyed by its `stream`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, how many tokens its answer may have, and the key of its random stream (< 2^128)."""
+    """A prompt of token ids, its limit of new tokens, and the key of its random stream (< 2^128)."""
 
     prompt: Prompt
     limit: int
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; else the smallest set of tokens with probability `top_p` is sampled from."""
+    """`temperature` 0 is greedy; otherwise sample from the smallest set of tokens with probability `top_p`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -57,9 +57,9 @@ def greedy(
     ctx: Context,
     batch_tokens: int = 16384,
 ) -> list[Answer]:
-    """Greedy answers to prompts of token ids, each of at most its own `limits` new tokens.
+    """Return greedy answers to prompts of token ids, each with at most its entry of `limits` new tokens.
 
-    `batch_tokens` bounds prompts and answers of a batch together, padded: the key-value cache grows with it.
+    `batch_tokens` bounds prompts plus answers of a padded batch: the key-value cache grows with it.
     """
     requests = [Request(p, n) for p, n in zip(prompts, limits, strict=True)]
     answers: dict[int, Answer] = {}
@@ -82,10 +82,10 @@ def answer(
     ctx: Context,
     batch_tokens: int,
 ) -> Iterator[dict[int, Answer]]:
-    """Yield, a batch at a time, the number of each request with its answer; shorter requests come first.
+    """Yield, batch by batch, the index of each request with its answer; shorter requests come first.
 
-    `batch_tokens` bounds prompts and answers of a batch together, padded (a longer request is alone). A batch that does
-    not fit the GPU is halved. Raises Stopped between two tokens once a signal has come.
+    `batch_tokens` bounds prompts plus answers of a padded batch (a longer request is alone). A batch that does not fit
+    the GPU is halved. Raises Stopped between two tokens if a signal was received.
     """
     import torch
 
@@ -126,7 +126,7 @@ def _generate(
     allowed = torch.tensor(limits, device=device)
 
     class OwnLimit(StoppingCriteria):
-        """Each row ends at its own limit; a signal ends all."""
+        """Stopping criterion: each row ends at its own limit; a signal ends all."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
             ctx.stop.check()
@@ -152,7 +152,7 @@ def _generate(
 
 
 def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device: Any) -> LogitsProcessor:  # noqa: ANN401
-    """A processor that leaves each row the one token that its random stream chooses at this step."""
+    """Return a logits processor that keeps only the token chosen by each row's random stream at this step."""
     import torch
     from transformers import LogitsProcessor
 
@@ -161,10 +161,10 @@ def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device
     uniform = torch.from_numpy(drawn).to(device, torch.float32 if str(device).startswith("mps") else torch.float64)
 
     class Chosen(LogitsProcessor):
-        """(B, V) scores → minus infinity but for the token that was drawn."""
+        """(B, V) scores → minus infinity except for the drawn token."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            step = min(input_ids.shape[1] - width, steps - 1)  # a deferred check of the end may ask for one step more
+            step = min(input_ids.shape[1] - width, steps - 1)  # a deferred stopping check may request one more step
             token = draw(scores, uniform[:, step], sampling)
             return torch.full_like(scores, float("-inf")).scatter_(1, token.unsqueeze(1), 0.0)
 
@@ -172,7 +172,7 @@ def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device
 
 
 def draw(scores: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The token of each row at which the cumulative distribution passes its number.
+    """Return the token of each row at which the cumulative distribution exceeds its number.
 
     Args:
         scores: (B, V) logits.
@@ -181,8 +181,8 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
             (arXiv:1904.09751), at least one.
 
     Returns:
-        (B,) int64. The cumulative sum is taken in the order of the ids and in fp64: tokens of equal probability do not
-        change places with the batch.
+        (B,) int64. The cumulative sum is in the order of the ids and in fp64, so that tokens of equal probability do
+        not swap between batches.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Benchmarks of lm-evaluation-harness (the extra `harness`): base and adapter answer the same documents.
+"""Benchmarks of lm-evaluation-harness (the extra `harness`) for base and adapter on the same documents.
 
-One model is held: the base is the same weights with the adapter switched off. Tasks come with the harness or lie in a
-folder of the recipe's own; a task there may name its data relative to that folder.
+One model is in memory: the base is the same weights with the adapter disabled. Tasks come with the harness or from the
+recipe's task folder; a task there may name its data relative to that folder.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "lm_eval"
 INSTALL = "evaluate.tasks: lm-evaluation-harness is not installed (pip install lm-eval, or pip install '.[harness]')"
-ROW_TOKENS = 512  # what a row of a batch is taken to hold: a document's length is not known beforehand
-BOOTSTRAP = 1000  # draws for the standard error of a figure that is no mean
+ROW_TOKENS = 512  # assumed tokens per row of a batch: document lengths are not known beforehand
+BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,31 @@ class Benchmarks:
 
 
 def digests(folder: Path | None) -> dict[str, str]:
-    """The xxh3-128 of every file of a task folder, by its path inside. Raises InputError where there is no folder."""
+    """Return relative path → xxh3-128 of the files of a task folder. Raises InputError if it is not a folder."""
     if folder is None:
         return {}
     if not folder.is_dir():
-        raise InputError(f"evaluate.task_folder: {folder} is no folder")
+        raise InputError(f"evaluate.task_folder: {folder} is not a folder")
     files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     return {p.relative_to(folder).as_posix(): file_digest(p) for p in sorted(files)}
 
 
 def check(names: Sequence[str], folder: Path | None) -> None:
-    """Raise InputError where the harness is not installed or knows no task, group or tag of one of these names."""
+    """Raise InputError if the harness is not installed, or a name is not a task, group or tag."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError(INSTALL)
     _manager(names, folder)
 
 
 def version() -> str:
-    """The harness's version, which tells how its tasks are defined."""
+    """Return the harness's version, on which the definition of its tasks depends."""
     return importlib.metadata.version(PACKAGE)
 
 
 def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
-    """The tasks with their documents, which may be downloaded now.
+    """Load the tasks with their documents, which may be downloaded now.
 
-    Raises InputError for a name that is not known, FinetuneError where a task's definition or data cannot be read.
+    Raises InputError for an unknown name, FinetuneError if a task's definition or data cannot be read.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError(INSTALL)
@@ -78,12 +78,12 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     with _hushed():
         manager = _manager(names, folder)
         try:
-            with contextlib.chdir(folder or "."):  # data_files of a task are beside it
+            with contextlib.chdir(folder or "."):  # data_files of a task are relative to it
                 loaded = manager.load(list(names))
         except (DatasetsError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
             first = str(error).strip().splitlines()
-            said = first[0] if first else type(error).__name__
-            raise FinetuneError(f"evaluate.tasks: {', '.join(names)} cannot be loaded: {said}") from error
+            reason = first[0] if first else type(error).__name__
+            raise FinetuneError(f"evaluate.tasks: {', '.join(names)} cannot be loaded: {reason}") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -91,7 +91,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 - TaskManager, imported late
-    """What knows the tasks; the harness's own 14,000 are looked through only where a name is not in the folder."""
+    """Return a TaskManager; the harness's 14,000 tasks are indexed only if a name is not in the folder."""
     from lm_eval.tasks import TaskManager
 
     include = str(folder.absolute()) if folder else None
@@ -108,14 +108,14 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 
         if name not in known:
             near = difflib.get_close_matches(name, known, 3)
             there = f"; evaluate.task_folder has {', '.join(own[:10]) or 'none that can be read'}" if folder else ""
-            hint = f"; near it: {', '.join(near)}" if near else ""
+            hint = f"; similar: {', '.join(near)}" if near else ""
             raise InputError(f"evaluate.tasks: lm-evaluation-harness {version()} has no task {name!r}{hint}{there}")
     return manager
 
 
 @contextlib.contextmanager
 def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
-    """Errors of the harness pass; its advice does not."""
+    """Let only errors of the harness through."""
     from finetune.utils.quiet import quiet
 
     logger = logging.getLogger(PACKAGE)
@@ -137,18 +137,18 @@ def score(
     seed: int,
     ctx: Context,
 ) -> dict[str, Any]:
-    """For each task or group its version, rows, shots, and each metric with the adapter and without.
+    """Return version, rows, shots and metrics, with and without the adapter, of each task or group.
 
     A metric is {"base", "base_stderr", "adapter", "adapter_stderr", "higher_is_better", "difference_interval"}: the
-    standard errors are the harness's own (null where it has none), the last is the 95 % interval of adapter - base over
-    the same documents (paired bootstrap; null for a group, and for what is no mean over documents). `tokenizer` is
-    changed (it gets a pad token), so it must not be used for anything else. `limit` documents of each task, or all.
+    standard errors are the harness's (null if it has none), the last is the 95 % interval of adapter - base over the
+    same documents (paired bootstrap; null for a group, and for metrics that are not a mean over documents). `tokenizer`
+    is modified (it gets a pad token), so it must not be used elsewhere. `limit` documents of each task, or all.
     """
     rows = max(1, batch_tokens // ROW_TOKENS)
     adapter = _run(model, tokenizer, benchmarks, limit, rows, seed, ctx, "tasks (adapter)")
     with model.disable_adapter():
         base = _run(model, tokenizer, benchmarks, limit, rows, seed, ctx, "tasks (base)")
-    return {name: _compared(name, base, adapter) for name in _shown(adapter)}
+    return {name: _compared(name, base, adapter) for name in _reported_tasks(adapter)}
 
 
 def _run(
@@ -161,7 +161,7 @@ def _run(
     ctx: Context,
     label: str,
 ) -> dict[str, Any]:
-    """What the harness says of the model as it is now."""
+    """Evaluate the model with lm-evaluation-harness."""
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate
@@ -189,11 +189,11 @@ def _run(
 
 
 def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> Any:  # noqa: ANN401 - late imports
-    """The model as the harness takes it, stopping between two batches once a signal has come."""
+    """Wrap the model for the harness; it stops between two batches if a signal was received."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
-        """Shows our bar instead of the harness's own."""
+        """HFLM with our progress bar instead of the harness's."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -217,8 +217,8 @@ def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> A
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 
-def _shown(found: Mapping[str, Any]) -> list[str]:
-    """Tasks and groups that have figures; a task inside a group that sums it up is told by the group."""
+def _reported_tasks(found: Mapping[str, Any]) -> list[str]:
+    """Return tasks and groups that have metrics, without the tasks of a group that aggregates them."""
     inside: set[str] = set()
     todo = list(found.get("groups", {}))
     while todo:
@@ -229,7 +229,7 @@ def _shown(found: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics among a task's values, keyed as the harness does: "acc,none"."""
+    """Return the metrics among a task's values, with the harness's keys: "acc,none"."""
     keys = [k for k in values if "," in k and not k.split(",")[0].endswith("_stderr")]
     return {k: float(values[k]) for k in keys if isinstance(values[k], (int, float))}
 
@@ -260,7 +260,7 @@ def _compared(name: str, base: Mapping[str, Any], adapter: Mapping[str, Any]) ->
 def _difference(
     name: str, metric: str, filtered: str, base: Mapping[str, Any], adapter: Mapping[str, Any]
 ) -> list[float | None] | None:
-    """The ends of the paired interval of adapter - base."""
+    """Return the ends of the paired interval of adapter - base."""
     import numpy as np
 
     from finetune.eval.metrics import paired_interval
@@ -273,13 +273,13 @@ def _difference(
             return None
         pair.append(np.array(values, dtype=np.float64))
         if not np.isclose(pair[-1].mean(), found["results"][name][f"{metric},{filtered}"]):
-            return None  # no mean over documents: a resampled mean would be of something else
+            return None  # the metric is not a mean over documents, so resampling its mean is not valid
     interval = paired_interval(pair[0], pair[1], np.ones(len(pair[0])))
     return [_six(interval.low), _six(interval.high)]
 
 
 def _six(value: object) -> float | None:
-    """Six significant digits, so that the last bits of a sum do not change the file; None for no number."""
+    """Round to six significant digits, so that the last bits of a sum do not change the file; None if not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(f"{value:.6g}")

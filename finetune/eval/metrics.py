@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 
 def agreement(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Share of positions with the same greedy token; both (positions,). Raises ValueError on none or unequal shapes."""
+    """Return the share of equal greedy tokens; both (positions,). Raises ValueError if empty or of unequal shapes."""
     if first.shape != second.shape or not first.size:
         raise ValueError(f"need two equal arrays with positions, found {first.shape} and {second.shape}")
     return float(np.mean(first == second))
 
 
 def kl_divergence(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """KL(first ‖ second) in nats at each position, from logits or log-probabilities.
+    """Return KL(first ‖ second) in nats at each position, from logits or log-probabilities.
 
-    Both (positions, vocabulary); returns (positions,) float64, never below zero but for rounding.
+    Both (positions, vocabulary); returns (positions,) float64, negative only through rounding.
     """
     a, b = _log_softmax(first), _log_softmax(second)
-    with np.errstate(invalid="ignore"):  # -inf - -inf where both give a token no chance
+    with np.errstate(invalid="ignore"):  # -inf - -inf if both probabilities are 0
         terms = np.where(np.isneginf(a), 0.0, np.exp(a) * (a - b))
     return np.asarray(terms.sum(axis=-1), dtype=np.float64)
 
@@ -47,17 +47,17 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the difference it stands for is told from chance."""
+        """Return whether 0 is outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def ratio_interval(
     numerators: Floats, denominators: Floats, seed: int = 0, samples: int = 4000, level: float = 0.95
 ) -> Interval:
-    """Interval of sum(numerators) / sum(denominators) when rows are drawn again with replacement.
+    """Return the bootstrap interval of sum(numerators) / sum(denominators), resampling rows.
 
     Both are (rows,) float64, denominators at least 0 with a positive sum: NLL and supervised tokens of each row give
-    the mean NLL of a token. Percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, chapter 13).
+    the mean NLL per token. Percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, chapter 13).
     Raises ValueError on no rows, unequal shapes, or a sum of denominators that is not positive.
     """
     if numerators.shape != denominators.shape or numerators.ndim != 1 or not len(numerators):
@@ -65,7 +65,7 @@ def ratio_interval(
     if not denominators.sum() > 0 or denominators.min() < 0:
         raise ValueError("the denominators must not be negative and their sum must be positive")
     rows = len(numerators)
-    # How often each row was drawn, (samples, rows): one matrix product instead of a loop over samples.
+    # Draws of each row, (samples, rows): one matrix product instead of a loop over samples.
     counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
     below = counts @ denominators
     drawn = (counts @ numerators)[below > 0] / below[below > 0]
@@ -76,17 +76,17 @@ def ratio_interval(
 def paired_interval(
     first: Floats, second: Floats, denominators: Floats, seed: int = 0, samples: int = 4000, level: float = 0.95
 ) -> Interval:
-    """Interval of (sum(first) - sum(second)) / sum(denominators), each draw taking both figures of a row.
+    """Return the interval of (sum(first) - sum(second)) / sum(denominators), paired over rows.
 
-    All are (rows,) float64. Below zero: `first` is the smaller.
+    All are (rows,) float64. Negative if `first` is smaller.
     """
     return ratio_interval(first - second, denominators, seed, samples, level)
 
 
 def perplexity(nll_sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> float:
-    """exp(sum of NLL / supervised tokens), terminators included: independent of how rows were batched.
+    """Return exp(sum of NLL / supervised tokens), terminators included, independent of batching.
 
-    `nll_sums` (rows,) in nats, `tokens` (rows,) supervised tokens of each row. Raises ValueError when there is none.
+    `nll_sums` (rows,) in nats, `tokens` (rows,) supervised tokens of each row. Raises ValueError if there are none.
     """
     count = float(tokens.sum())
     if not count > 0:
@@ -95,7 +95,7 @@ def perplexity(nll_sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> fl
 
 
 def perplexity_interval(nll_sums: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0) -> Interval:
-    """Perplexity and its 95 % bootstrap interval over rows."""
+    """Return the perplexity and its 95 % bootstrap interval over rows."""
     mean = ratio_interval(nll_sums, tokens, seed)
     return Interval(float(np.exp(mean.value)), float(np.exp(mean.low)), float(np.exp(mean.high)))
 
@@ -103,9 +103,9 @@ def perplexity_interval(nll_sums: NDArray[np.float64], tokens: NDArray[np.float6
 def perplexity_ratio_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0
 ) -> Interval:
-    """Perplexity under `first` / perplexity under `second` and its 95 % bootstrap interval, paired over rows.
+    """Return perplexity under `first` / perplexity under `second` and its 95 % bootstrap interval, paired over rows.
 
-    All are (rows,): two models' summed NLL of the same rows in nats, and the rows' supervised tokens.
+    All are (rows,): summed NLL of the same rows in nats for two models, and supervised tokens.
     """
     apart = paired_interval(first, second, tokens, seed)
     return Interval(float(np.exp(apart.value)), float(np.exp(apart.low)), float(np.exp(apart.high)))
@@ -119,10 +119,10 @@ TRAIN_LONGER = (
 
 
 def never_stops(figures: Mapping[str, Any], to_do: str = TRAIN_LONGER) -> str:
-    """What that means and what to do, where no answer of an evaluation ended by itself; empty elsewhere."""
+    """Return a warning with advice if no answer of an evaluation ended by itself, else an empty string."""
     if figures.get("stop_rate") != 0:
         return ""
     return (
         f"NO ANSWER ENDED BY ITSELF (0 of {figures['generations']}, each with room for twice its reference and 64 "
-        f"tokens more): this model talks on until something cuts it off. {to_do}"
+        f"tokens more): the model does not stop by itself. {to_do}"
     )

@@ -1,4 +1,4 @@
-"""The rows of `finetune generate`: prompts in a text file, or rows in any format that a recipe reads."""
+"""Read the input of `finetune generate`: prompts in a text file, or rows in any format that a recipe reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from finetune.errors import InputError
 from finetune.tokenization.chat import chat_of
 from finetune.utils.files import canonical_json
 
-ASKED = ("instruction", "prompt", "question", "query")  # columns that hold a question where none holds an answer
+ASKED = ("instruction", "prompt", "question", "query")  # columns that hold a question in rows without an answer
 ANSWERS = ("output", "completion", "response", "answer")
 SAMPLE_ROWS = 100
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: `number` is 0-based in the input, `id` is made of it and of the content."""
+    """One prompt: `number` is its 0-based position, `id` combines it with a hash of the content."""
 
     number: int
     messages: list[dict[str, Any]]
@@ -33,18 +33,18 @@ class PromptRow:
 
     @property
     def id(self) -> str:
-        """`NUMBER-HASH`: the row's place and the xxh3-64 of what is asked."""
+        """Return `NUMBER-HASH`: the row's position and the xxh3-64 of its prompt."""
         content = canonical_json({"messages": self.messages, "tools": self.tools})
         return f"{self.number}-{xxhash.xxh3_64_hexdigest(content.encode('utf-8', 'surrogatepass'))}"
 
 
 def read_prompts(path: Path, system: str | None) -> list[PromptRow]:
-    """The prompts of a file, every row of it.
+    """Return the prompts of all rows of a file.
 
-    `.txt` holds a prompt a line, blank lines left out. In every other format a row's last answer is left out: what
-    precedes it is the prompt. `system` goes before the rows that have no system message.
+    `.txt` holds one prompt per line; blank lines are skipped. In every other format the turns before a row's last
+    answer are the prompt. `system` is added to rows without a system message.
 
-    Raises InputError naming file, row and field where a row cannot be read, or asks nothing.
+    Raises InputError with file, row and field if a row cannot be read or has no prompt.
     """
     if path.suffix == ".txt":
         rows = [(n, _user(line)) for n, line in enumerate(_lines(path), start=1) if line.strip()]
@@ -96,13 +96,13 @@ def _rows(path: Path) -> list[PromptRow]:
             raise InputError(f"{path}, row {raw.number}: {error}") from None
         messages = _user(example.text) if example.text is not None else _asked(chat_of(example.messages))
         if not messages:
-            raise InputError(f"{path}, row {raw.number}: it asks nothing: no turn comes before the answer")
+            raise InputError(f"{path}, row {raw.number}: no prompt: the answer is the first turn")
         found.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
     return found
 
 
 def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with an empty answer where it holds a question only, so that a format fits it."""
+    """Return the row, with an empty answer added if it holds only a question, so that a format matches."""
     holds = {name for name, value in row.items() if value is not None}
     if not holds & set(ASKED) or holds & set(ANSWERS):
         return row
@@ -110,7 +110,7 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What comes before the last answer; everything where the last turn is not an answer."""
+    """Return the messages before the last answer; all if the last turn is not an answer."""
     chat = list(messages)
     if chat and chat[-1]["role"] != "assistant":
         return chat
@@ -119,7 +119,7 @@ def _asked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _tools(read: str | None, raw: RawRow, path: Path) -> list[Any] | None:
-    """The row's tools: what its format made of them, else its `tools` column, a list or a JSON string."""
+    """Return the row's tools: those that its format read, else its `tools` column, a list or a JSON string."""
     value: Any = read if read is not None else (raw.row or {}).get("tools")
     if isinstance(value, str) and value.strip():
         try:

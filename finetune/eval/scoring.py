@@ -14,11 +14,11 @@ from finetune.tokenization.token_rows import TokenRow
 if TYPE_CHECKING:
     import torch
 
-POSITIONS = 1024  # that meet the vocabulary at once
+POSITIONS = 1024  # whose logits exist at once
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, none over `batch_tokens` when padded (a longer row is alone)."""
+    """Yield indices in batches of similar length, at most `batch_tokens` with padding (a longer row is alone)."""
     batch: list[int] = []
     for i in np.argsort(np.asarray(lengths), kind="stable"):
         if batch and (len(batch) + 1) * lengths[int(i)] > batch_tokens:  # sorted: the newest is the longest
@@ -36,7 +36,7 @@ def row_nll(
     ctx: Context,
     label: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per row: the summed negative log-likelihood of its supervised tokens (nats), and their number."""
+    """Return per row the summed negative log-likelihood of its supervised tokens (nats), and their number."""
     import torch
 
     nll = np.zeros(len(rows), dtype=np.float64)
@@ -50,7 +50,7 @@ def row_nll(
 
 
 def padded(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows laid side by side, (B, T): token ids and attention mask int64, and which tokens are supervised, bool."""
+    """Return a padded batch (B, T): token ids and attention mask int64, and supervised tokens, bool."""
     import torch
 
     shape = len(rows), max(len(r.ids) for r in rows)
@@ -70,7 +70,7 @@ def _batch_nll(
     attention: torch.Tensor,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """(B,) fp32 sums over the supervised positions of (B, T) rows."""
+    """Return (B,) fp32 sums over the supervised positions of (B, T) rows."""
     import torch
 
     ids, attention, wanted = (t.to(model.device) for t in (ids, attention, wanted))
@@ -86,12 +86,11 @@ def token_nll(
     attention: torch.Tensor,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """(P,) fp32: nats of every token of (B, T) rows that is `wanted`, in their order; a row's first is never scored.
+    """Return (P,) fp32: nats of every `wanted` token of (B, T) rows, in order; a row's first token is never scored.
 
-    Logits are made POSITIONS at a time and only where a token is wanted: those of 8,192 positions of a vocabulary of
-    128,000 would take 4 GB. They are made within the model's own forward, where its head is called, so that weights
-    which FSDP shares out are there; what the forward does to logits afterwards (Gemma's cap, Cohere's scale) is done to
-    each part by the same forward.
+    Logits are computed for POSITIONS wanted tokens at a time: for 8,192 positions and a vocabulary of 128,000 they
+    would take 4 GB. They are computed within the model's forward, at the call of its head, so that weights sharded by
+    FSDP are present; later changes of logits (Gemma's cap, Cohere's scale) are applied to each part by that forward.
     """
     import torch
 
@@ -102,7 +101,7 @@ def token_nll(
     parts: list[torch.Tensor] = []
 
     def score(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hook.remove()  # the forwards below come through the same head
+        hook.remove()  # the forwards below call the same head
         hidden = given[0][:, :-1][keep]  # (P, d)
         for start in range(0, len(targets), POSITIONS):
             part = slice(start, start + POSITIONS)
@@ -116,7 +115,9 @@ def token_nll(
     finally:
         hook.remove()
     if len(targets) and not parts:
-        raise FinetuneError(f"{type(causal).__name__} makes its logits without its head; its rows cannot be scored")
+        raise FinetuneError(
+            f"{type(causal).__name__} computes logits without calling its head; its rows cannot be scored"
+        )
     return torch.cat(parts) if parts else torch.zeros(0, device=ids.device)
 
 

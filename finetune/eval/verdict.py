@@ -16,8 +16,8 @@ from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.eval.copies import Copies, kept_copies
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
-BARELY = 0.97  # ratio of perplexities: a smaller change is surely there and hardly felt
-FEW_ROWS = 30  # held-out rows: fewer cannot tell a change of some per cent
+BARELY = 0.97  # ratio of perplexities: a smaller change is significant but has little effect
+FEW_ROWS = 30  # held-out rows: fewer cannot show a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
 COPIED_NATS = 0.25  # and training loss this much under the held-out one: formulaic rows repeat without being memorised
@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The lines in order, and why the run should not be published ("" where nothing speaks against it)."""
+    """The lines in order, and the reason not to publish the run ("" if there is none)."""
 
     lines: tuple[Line, ...]
     refusal: str
@@ -68,10 +68,10 @@ def verdict(
 
     Args:
         train: metrics of the stage, `steps`, `loss`.
-        evaluate: metrics of the stage; empty where nothing was held out.
+        evaluate: metrics of the stage; empty if nothing was held out.
         certify: metrics of the stage.
         merged: whether there is a merged model.
-        copies: how many sampled answers repeat training answers; None where that was not counted.
+        copies: counts of sampled answers that repeat training answers; None if not counted.
     """
     if not train:
         return None
@@ -91,7 +91,7 @@ def verdict(
 def verdict_of(
     metrics: Mapping[str, Metrics], folders: Mapping[str, Path | None], kept: Path | None = None
 ) -> Verdict | None:
-    """Return the verdict from stage → metrics and stage → folder (None or absent where a stage has none).
+    """Return the verdict from stage → metrics and stage → folder (None or absent if a stage has none).
 
     `kept`: a file for the count of repeated answers, so that a run that builds nothing does not read the rows again.
     """
@@ -150,7 +150,7 @@ def _better(train: Metrics, evaluate: Metrics) -> Line:
 
 
 def memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> bool:
-    """Whether the training loss is far under the held-out one, or less far and sampled answers repeat training ones."""
+    """Return whether training loss is far below held-out loss, or less far but sampled answers repeat training ones."""
     copied = copies is not None and copies.answers - copies.references >= COPIED_MORE * copies.samples > 0
     loss, held = train.get("loss"), evaluate.get("perplexity_adapter")
     if not isinstance(loss, (int, float)) or not isinstance(held, (int, float)) or held <= 1:

@@ -1,4 +1,4 @@
-"""The rules by which a row is left out. Each returns None to keep it, or why not: (reason, detail)."""
+"""Basic filter rules. Each returns None to keep a row, or a Drop with reason and detail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.data.records import Example, Message
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Why a row is left out: a short name to count by, a sentence, and the figure and its limit where there are."""
+    """Reason for dropping a row: a short name to count by, a sentence, and value and limit if there are any."""
 
     reason: str
     detail: str
@@ -24,7 +24,7 @@ Verdict = Drop | None
 
 
 def empty_turn(row: Example) -> Verdict:
-    """A turn without text, or no turn at all. A turn that calls a tool may say nothing, and a tool return nothing."""
+    """Drop a row with a blank turn or without turns. A turn that calls a tool, or a tool's result, may be blank."""
     if row.text is not None:
         return None if row.text.strip() else Drop("empty", "the text is blank")
     if not row.messages:
@@ -36,7 +36,7 @@ def empty_turn(row: Example) -> Verdict:
 
 
 def no_assistant(row: Example) -> Verdict:
-    """A conversation in which there is nothing to learn from."""
+    """Drop a conversation without an assistant turn to train on."""
     if row.text is not None or any(m.role == "assistant" and m.learn for m in row.messages):
         return None
     if any(m.role == "assistant" for m in row.messages):
@@ -45,9 +45,9 @@ def no_assistant(row: Example) -> Verdict:
 
 
 def not_alternating(row: Example) -> Verdict:
-    """A conversation other than: an optional system turn, user and assistant by turns, the assistant last.
+    """Drop a conversation that is not: an optional system turn, user and assistant alternating, the assistant last.
 
-    After an assistant turn there may be tool turns, and then the assistant again.
+    Tool turns may follow an assistant turn, then the assistant again.
     """
     if row.text is not None:
         return None
@@ -66,10 +66,10 @@ def not_alternating(row: Example) -> Verdict:
 
 
 def length_outside(row: Example, role: str, least: int, most: int | None) -> Verdict:
-    """All turns of `role` together have fewer than `least` or more than `most` characters.
+    """Drop a row whose turns of `role` have fewer than `least` or more than `most` characters in total.
 
-    A raw text is all of it learned, so it counts as the assistant's, and never as the user's. The JSON of tool calls
-    counts, too.
+    A raw text is learned as a whole, so it counts as the assistant's, never as the user's. The JSON of tool calls
+    counts too.
     """
     if row.text is not None and role != "assistant":
         return None
@@ -82,7 +82,7 @@ def length_outside(row: Example, role: str, least: int, most: int | None) -> Ver
 
 
 def matching(row: Example, drop: Sequence[re.Pattern[str]], keep: Sequence[re.Pattern[str]]) -> Verdict:
-    """Any turn matches a pattern of `drop`; or there are patterns in `keep` and no turn matches any of them."""
+    """Drop a row if a turn matches a pattern of `drop`, or if `keep` is not empty and no turn matches any of it."""
     texts = list(contents(row))
     for pattern in drop:
         for text in texts:
@@ -94,7 +94,7 @@ def matching(row: Example, drop: Sequence[re.Pattern[str]], keep: Sequence[re.Pa
 
 
 def tokens_outside(tokens: int, least: int | None, most: int | None) -> Verdict:
-    """Fewer or more tokens than allowed."""
+    """Drop a row with fewer or more tokens than allowed."""
     if most is not None and tokens > most:
         return Drop("tokens", f"{tokens} tokens, at most {most}", tokens, most)
     if least is not None and tokens < least:
@@ -107,7 +107,7 @@ def _calls(message: Message) -> bool:
 
 
 def contents(row: Example) -> Iterator[str]:
-    """The text of every turn, or the raw text."""
+    """Yield the text of every turn, or the raw text."""
     if row.text is not None:
         yield row.text
     yield from (m.content for m in row.messages)

@@ -20,10 +20,10 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 def check_of(conditions: Sequence[str]) -> Callable[[Example], Verdict]:
-    """One check of all conditions; a row must meet each. Columns are those that the format did not use as text.
+    """Return one check of all conditions; a row must meet each. Columns are those that the format did not use as text.
 
-    A value and a limit that are both numbers are compared as numbers, also where a CSV holds them as text; otherwise
-    `==` and `!=` compare texts. A row without the column, or with a text where a number is needed, is left out.
+    If value and limit are both numbers (also as text in a CSV), they are compared as numbers; otherwise `==` and `!=`
+    compare texts. A row without the column, or with a text where a number is needed, is dropped.
     """
     parsed = [(text, *parse_condition(text)) for text in conditions]
 

@@ -1,4 +1,4 @@
-"""A filter rule of the user's own: finding the module that a recipe names, and loading it."""
+"""User-defined filter rules: find and load the module that a recipe names."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from finetune.utils.files import hash_file
 
 
 def module_file(rule: Own) -> Path:
-    """The file of the rule's module: beside the recipe, else where Python finds it. Its own code is not run.
+    """Return the file of the rule's module: next to the recipe, else where Python finds it. The module is not run.
 
-    Raises InputError where there is none, or where the file binds no such name at its top level.
+    Raises InputError if there is none, or if the file does not define the name at its top level.
     """
     module, _, function = rule.function.partition(":")
     path = _beside(rule.folder, module) or _installed(module)
     if path is None:
-        beside = f"beside the recipe ({rule.folder}) nor " if rule.folder else ""
-        raise InputError(f"filter rule {rule.function}: there is no module {module}, neither {beside}installed")
+        beside = f"next to the recipe ({rule.folder}) or " if rule.folder else ""
+        raise InputError(f"filter rule {rule.function}: no module {module} {beside}installed")
     try:
         names = set(_bound(ast.parse(path.read_bytes())))
     except (OSError, ValueError, SyntaxError) as error:
@@ -34,38 +34,38 @@ def module_file(rule: Own) -> Path:
     if function not in names and "*" not in names:
         near = difflib.get_close_matches(function, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"filter rule {rule.function}: {path} has no {function} at its top level{hint}")
+        raise InputError(f"filter rule {rule.function}: {path} does not define {function} at its top level{hint}")
     return path
 
 
 def digest(rule: Own) -> str:
-    """The xxh3-128 of the module's file; what that file imports is not seen."""
+    """Return the xxh3-128 of the module's file; modules that it imports are not included."""
     return hash_file(module_file(rule))
 
 
 def load(rule: Own) -> Callable[[Example], object]:
-    """The function itself. Raises InputError where its module cannot be imported or it is no function."""
+    """Import and return the function. Raises InputError if the import fails or it is not a function."""
     module, _, name = rule.function.partition(":")
     path = module_file(rule)
     try:
         with _importable(rule.folder):
             if _beside(rule.folder, module) is None:
                 loaded = importlib.import_module(module)
-            else:  # under a name of its own: another recipe's folder may have a module of the same name
+            else:  # under a unique name: another recipe's folder may have a module of the same name
                 unique = f"_finetune_rule_{digest(rule)}"
                 spec = importlib.util.spec_from_file_location(unique, path)
                 if spec is None or spec.loader is None:
-                    raise ImportError(f"{path} is no Python file")
+                    raise ImportError(f"{path} is not a Python file")
                 loaded = importlib.util.module_from_spec(spec)
-                sys.modules[unique] = loaded  # dataclasses look their module up there
+                sys.modules[unique] = loaded  # dataclasses look up their module there
                 spec.loader.exec_module(loaded)
-    except Exception as error:  # a module runs whatever it likes when it is imported
+    except Exception as error:  # a module may raise anything when it is imported
         raise InputError(
             f"filter rule {rule.function}: {path} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     function = vars(loaded).get(name)
     if not callable(function):
-        raise InputError(f"filter rule {rule.function}: {name} in {path} is no function: found {function!r:.60}")
+        raise InputError(f"filter rule {rule.function}: {name} in {path} must be a function, found {function!r:.60}")
     return function
 
 
@@ -78,14 +78,14 @@ def _beside(folder: Path | None, module: str) -> Path | None:
 
 def _installed(module: str) -> Path | None:
     try:
-        spec = importlib.util.find_spec(module)  # which imports the packages around the module, and not the module
+        spec = importlib.util.find_spec(module)  # imports the packages around the module, but not the module
     except (ImportError, ValueError):
         return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def _bound(tree: ast.Module) -> Iterator[str]:
-    """The names that a module's top level binds, `*` for those of a star import; also inside `if` and `try`."""
+    """Yield the names bound at a module's top level, also inside `if` and `try`; `*` for a star import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
@@ -97,7 +97,7 @@ def _bound(tree: ast.Module) -> Iterator[str]:
 
 @contextmanager
 def _importable(folder: Path | None) -> Iterator[None]:
-    """The recipe's folder comes first on the path, so that the module can import its neighbours."""
+    """Put the recipe's folder first on the path, so that the module can import its neighbours."""
     if folder is None:
         yield
         return

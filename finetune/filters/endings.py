@@ -1,4 +1,4 @@
-"""Answers that are no answers: refusals, assistant boilerplate, and texts that stop before their end."""
+"""Filter rules for refusals, assistant boilerplate and truncated answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune.data.records import Example
 from finetune.filters.basic import Drop
 from finetune.filters.quality import fences
 
-# As of November 2026. Boilerplate counts anywhere in an answer: it tells of what wrote it, not of the question.
+# As of November 2026. Boilerplate counts anywhere in an answer: it shows which model wrote it.
 BOILERPLATE = (
     "as an ai language model",
     "as a large language model",
@@ -30,7 +30,7 @@ BOILERPLATE = (
     "violates my programming",
     "goes against my programming",
 )
-# Refusals count where they open an answer: later on, somebody in a story may say them.
+# Refusals count at the beginning of an answer only: later they may be quoted speech.
 REFUSALS = (
     "i cannot fulfill",
     "i can't fulfill",
@@ -71,13 +71,13 @@ ABOUT_AI = re.compile(
 )
 
 SPECIAL = re.compile(r"(?:<\|[^|<>]{1,40}\|>|</s>|<eos>|\s)+\Z")
-# A sentence ends so: Latin, CJK, Devanagari, Arabic, Ethiopic, Armenian; quotes and brackets may close behind it. Two
-# letters stand before the stop, or "U.S." would end one.
+# End of a sentence: Latin, CJK, Devanagari, Arabic, Ethiopic, Armenian; closing quotes and brackets may follow. Two
+# letters must precede the stop, or "U.S." would end one.
 STOPS = ".!?…。！？｡।॥؟۔։።"
 CLOSING = "\"'”’»›)]}*_`」』】）〉》"
 SENTENCE = re.compile(rf"\w\w[{STOPS}][{re.escape(CLOSING)}]*(?=\s|\Z)|[。！？｡]")
 LIST_ITEM = re.compile(r"\s*(?:[-*+•·–—#>|]|\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]{1,5})[.):\]])\s?|\s*\w[^:\n]{0,40}:\s")
-# What no finished English text ends in.
+# Words that no complete English text ends with.
 OPEN_WORDS = frozenset(
     "a an the and or but because although while if than that which who whose of to from with without into onto upon "
     "between among during for by as at is are was were be been has have had will would can could should may might must "
@@ -88,23 +88,23 @@ CODE = re.compile(
 )
 SIGNATURE = re.compile(r", [^\W\d_a-z]")  # "Yours in hope, Your companion"
 OPEN_MARKS = ",;–—("
-LEAST_WORDS = 6  # of the last line
-LONG_CHARACTERS = 600  # what is cut off is mostly long; a short text may simply have no last full stop
+LEAST_WORDS = 6  # in the last line
+LONG_CHARACTERS = 600  # truncated texts are mostly long; a short one may just lack the last full stop
 
 
 def refusals(row: Example, phrases: Sequence[str]) -> Drop | None:
-    """An assistant turn that refuses, or that speaks of itself as a language model; or that has one of `phrases`.
+    """Drop a row whose assistant turn refuses, calls itself a language model, or has one of `phrases`.
 
-    Where the user or the system turn speaks of an AI first, the answer may too. What stands in double quotes is quoted.
+    If a user or system turn mentions an AI first, the answer may do so too. Text in double quotes is ignored.
     """
     asked = any(ABOUT_AI.search(m.content) for m in row.messages if m.role in ("user", "system"))
     known = (*map(plain, phrases), *(() if asked else BOILERPLATE))
     for number, message in enumerate(row.messages, start=1):
         if message.role != "assistant":
             continue
-        said = plain(message.content)
-        opening = said[:OPENING_CHARACTERS]
-        found = next((p for p in known if (at := said.find(p)) >= 0 and said.count('"', 0, at) % 2 == 0), None)
+        text = plain(message.content)
+        opening = text[:OPENING_CHARACTERS]
+        found = next((p for p in known if (at := text.find(p)) >= 0 and text.count('"', 0, at) % 2 == 0), None)
         found = found or next((p for p in REFUSALS if p in opening), None)
         if found is not None:
             return Drop("refusals", f"turn {number} says {found!r}")
@@ -112,16 +112,16 @@ def refusals(row: Example, phrases: Sequence[str]) -> Drop | None:
 
 
 def plain(text: str) -> str:
-    """Folded, with straight quotes and single spaces, as the phrases are written."""
+    """Return `text` case-folded, with straight quotes and single spaces, like the phrases."""
     return " ".join(text.casefold().translate(STRAIGHT).split())
 
 
 def truncated(row: Example, min_characters: int) -> Drop | None:
-    """The last answer stops inside a block of code, or inside a sentence.
+    """Drop a row whose last answer stops inside a code block or inside a sentence.
 
-    The second is a guess, and made only where the text shows how it ends its sentences: it is at least `min_characters`
-    long, has two sentences that end in a full stop or its like, and its last line is prose (no code, no list item, six
-    words or more). A text of a script without full stops is never judged.
+    The second is a heuristic, applied only if the text is at least `min_characters` long, has two sentences that end in
+    a full stop or equivalent, and its last line is prose (no code, no list item, six words or more). Scripts without
+    full stops are never judged.
     """
     answers = [row.text] if row.text is not None else [m.content for m in row.messages if m.role == "assistant"]
     if not answers:
@@ -136,10 +136,10 @@ def truncated(row: Example, min_characters: int) -> Drop | None:
 
 
 def inside_sentence(text: str) -> bool:
-    """Whether a text (no blanks at its end) that ends its sentences with stops breaks off inside one.
+    """Return whether a text (no trailing blanks) whose sentences end with stops breaks off inside one.
 
-    It does where it ends in a comma or in a word like "the" or "of". A long text also does where other words follow its
-    last stop, if they can be no title, signature, name or tag: three words or more, the last of them in small letters.
+    It does if it ends in a comma or in a word like "the" or "of"; a long text also if other words follow its last stop
+    that cannot be a title, signature, name or tag: three words or more, the last one in lower case.
     """
     if not (text[-1].isalpha() or text[-1] in OPEN_MARKS):
         return False

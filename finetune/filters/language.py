@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid: a naive Bayes model of about 100 languages that lies in its wheel."""
+"""Language detection with py3langid: a naive Bayes model of about 100 languages, included in its wheel."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ PACKAGE = "py3langid"
 
 
 def missing() -> str | None:
-    """What to do where the detector is not installed; None where it is."""
+    """Return an error message if the detector is not installed, else None."""
     if importlib.util.find_spec(PACKAGE) is not None:
         return None
     return f"the rule language needs {PACKAGE}, which is not installed (pip install {PACKAGE})"
 
 
 def detector(languages: Sequence[str]) -> Callable[[str], tuple[str, float]]:
-    """A function from a text to its language (ISO 639-1) and a probability from 0 to 1.
+    """Return a function from a text to its language (ISO 639-1) and a probability from 0 to 1.
 
-    The model looks at byte sequences, needs no network, and gives the same answer on every machine up to the rounding
-    of float32. Raises InputError where it is not installed or does not know one of `languages`.
+    The model reads byte sequences, needs no network, and gives the same answer on every machine up to the rounding of
+    float32. Raises InputError if it is not installed or does not know one of `languages`.
     """
     if why := missing():
         raise InputError(f"filter.rules: {why}")

@@ -1,7 +1,7 @@
-"""Count rows that look as if they hold private text: e-mail addresses, phone numbers, card numbers, keys and tokens.
+"""Count rows with apparent private text: e-mail addresses, phone numbers, card numbers, keys and tokens.
 
-Counts only: what was found is never returned, printed or written. The patterns find what is written in the usual ways;
-a row that they do not count may still be private.
+Counts only: the matches are never returned, printed or written. The patterns cover the usual notations; a row that
+they do not count may still be private.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = ("e-mail addresses", "phone numbers", "card numbers", "keys or passwords
 
 
 def count_private(rows: Iterable[Example]) -> dict[str, int]:
-    """Return for each kind that was found the number of rows that hold it, and under "rows" the rows looked at."""
+    """Return the number of rows for each kind found, and under "rows" the number of rows checked."""
     counts: Counter[str] = Counter()
     for row in rows:
         counts["rows"] += 1
@@ -36,7 +36,7 @@ def count_private(rows: Iterable[Example]) -> dict[str, int]:
 
 
 def kinds_in(text: str) -> list[str]:
-    """The kinds of private text that `text` seems to hold, each once."""
+    """Return the apparent kinds of private text in `text`, each once."""
     found = []
     if "@" in text and EMAIL.search(text):
         found.append(KINDS[0])
@@ -50,7 +50,7 @@ def kinds_in(text: str) -> list[str]:
 
 
 def warning(counts: dict[str, int], before: str) -> str:
-    """Return one line with the counts, or "" where nothing was found; `before` is what comes next: training, a push."""
+    """Return one line with the counts, or "" if there are none; `before` names the next step: training, a push."""
     found = [f"{counts[kind]:,} with {kind}" for kind in KINDS if counts.get(kind)]
     if not found:
         return ""
@@ -62,7 +62,7 @@ def warning(counts: dict[str, int], before: str) -> str:
 
 
 def luhn(digits: str) -> bool:
-    """Whether the check digit is right (ISO/IEC 7812-1, annex B)."""
+    """Return whether the check digit is right (ISO/IEC 7812-1, annex B)."""
     total = 0
     for place, digit in enumerate(reversed(digits)):
         value = int(digit) * (1 + place % 2)

@@ -1,6 +1,6 @@
-"""Rules that measure what a row says. Each returns None to keep it, or a Drop with the figure and the limit.
+"""Filter rules on the content of a row. Each returns None to keep it, or a Drop with value and limit.
 
-They look at the assistant's turns, for those are learned; a raw text is all of it learned and measured as a whole.
+They measure the assistant's turns, because those are trained on; a raw text is measured as a whole.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from finetune.data.text import normalised
 from finetune.filters.basic import Drop
 
 Detect = Callable[[str], tuple[str, float]]
-"""The ISO 639-1 code of a text's language, and how sure that is, from 0 to 1."""
+"""Function from a text to its ISO 639-1 language code and a probability from 0 to 1."""
 
 NGRAMS = (2, 3, 4)
 LINE_LETTERS = 20  # a shorter line ("}", "return False") repeats in good code and good tables
 LINE_END = re.compile(r"\n|(?<=[.!?])\s+|(?<=[。！？])")
 FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^\n]*)$", re.M)
 RULING = re.compile(r"^[ \t]*[-+=|:~_*]{3}[-+=|:~_* \t]*$", re.M)
-# A run of letters and digits; a letter of a script that is written without spaces stands alone.
+# A run of letters and digits; in scripts without spaces each letter is a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-# Both begin where a run begins and have bounded parts, so no text makes them slow.
+# Both are anchored at the start of a run and have bounded parts, so no text makes them slow.
 LINK = re.compile(
     r"(?<![\w.])(?:https?://|ftp://|www\.)[^\s<>\"')\]]+"
     r"|(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}"
@@ -33,7 +33,7 @@ LINK = re.compile(
 
 
 def turns(row: Example, least: int, most: int | None) -> Drop | None:
-    """Fewer or more turns than allowed, a system turn not counted. A raw text has none and is kept."""
+    """Drop a row with fewer or more turns than allowed, a system turn not counted. A raw text is kept."""
     if row.text is not None:
         return None
     found = sum(m.role != "system" for m in row.messages)
@@ -45,11 +45,11 @@ def turns(row: Example, least: int, most: int | None) -> Drop | None:
 
 
 def repetition(row: Example, max_duplicate_lines: float, max_top_ngram: float, min_words: int) -> Drop | None:
-    """The same lines, or the same two to four words, again and again.
+    """Drop a row that repeats the same lines, or the same two to four words.
 
     After two of the MassiveText rules (Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from
-    Training Gopher", table A1). They were made for web pages, and answers are short: here a sentence counts as a line,
-    lines of fewer than twenty letters are left out, and so are texts of fewer than `min_words` words.
+    Training Gopher", table A1). Those are for web pages, and answers are short: here a sentence counts as a line, and
+    lines of fewer than twenty letters and texts of fewer than `min_words` words are ignored.
     """
     text = row.joined("assistant")
     words = WORD.findall(text.casefold())
@@ -66,15 +66,15 @@ def repetition(row: Example, max_duplicate_lines: float, max_top_ngram: float, m
 
 
 def duplicate_lines(text: str) -> float:
-    """Share of the lines and sentences with twenty letters or more that repeat an earlier one."""
+    """Return the share of the lines and sentences with twenty letters or more that repeat an earlier one."""
     lines = [line for raw in LINE_END.split(text) if sum(map(str.isalpha, line := raw.strip())) >= LINE_LETTERS]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
 def top_ngram(words: Sequence[str]) -> tuple[float, tuple[str, ...]]:
-    """The largest share of the words' characters in one n-gram that comes twice or more (n = 2, 3, 4), and which.
+    """Return the largest share of characters in one n-gram that occurs twice or more (n = 2, 3, 4), and the n-gram.
 
-    Occurrences that overlap count once: in "ha ha ha ha" the pair comes twice.
+    Overlapping occurrences count once: "ha ha ha ha" has the pair twice.
     """
     total = sum(map(len, words))
     best: tuple[float, tuple[str, ...]] = 0.0, ()
@@ -86,13 +86,13 @@ def top_ngram(words: Sequence[str]) -> tuple[float, tuple[str, ...]]:
                 counts[ngram] += 1
                 end[ngram] = i + n
         shares = ((count * sum(map(len, g)) / total, g) for g, count in counts.items() if count > 1)
-        best = max(best, max(shares, default=best), key=lambda found: found[0])  # of equals the shortest
+        best = max(best, max(shares, default=best), key=lambda found: found[0])  # the shortest on a tie
     return best
 
 
 def _most_repeated(words: Sequence[str]) -> float:
-    """No n-gram's share is above this: its occurrences do not overlap, so they hold its words at most as often as the
-    text does. It saves counting n-grams in nearly every text.
+    """Return an upper bound of any n-gram's share: occurrences do not overlap, so they contain each word at most as
+    often as the text does. It makes counting n-grams unnecessary for nearly every text.
     """
     counts = Counter(words)
     total = sum(len(word) * count for word, count in counts.items())
@@ -100,10 +100,10 @@ def _most_repeated(words: Sequence[str]) -> float:
 
 
 def symbols(row: Example, max_symbols: float, max_digits: float, min_characters: int) -> Drop | None:
-    """Too large a share of the characters, spaces not counted, are symbols or digits.
+    """Drop a row if too many characters, spaces not counted, are symbols or digits.
 
-    A combining mark belongs to its letter, so scripts that need marks are not taken for symbols. Lines that only rule a
-    table or a heading are left out.
+    A combining mark belongs to its letter, so scripts with marks are not counted as symbols. Ruling lines of tables and
+    headings are ignored.
     """
     text = RULING.sub("", row.joined("assistant"))
     counts = {c: n for c, n in Counter(text).items() if not c.isspace()}
@@ -120,7 +120,7 @@ def symbols(row: Example, max_symbols: float, max_digits: float, min_characters:
 
 
 def links(row: Example, max_share: float) -> Drop | None:
-    """Too large a share of the characters, spaces not counted, belongs to URLs and e-mail addresses."""
+    """Drop a row if too many characters, spaces not counted, belong to URLs and e-mail addresses."""
     text = row.joined("assistant")
     if not any(mark in text for mark in ("@", "://", "www.")):
         return None
@@ -132,7 +132,7 @@ def links(row: Example, max_share: float) -> Drop | None:
 
 
 def echo(row: Example) -> Drop | None:
-    """An answer that is the user's turn before it, but for case, white space and the form of characters."""
+    """Drop a row whose answer equals the user's turn before it except for case, white space and Unicode form."""
     for number, (asked, answer) in enumerate(zip(row.messages, row.messages[1:], strict=False), start=2):
         if (asked.role, answer.role) == ("user", "assistant") and answer.content.strip():
             if normalised(asked.content) == normalised(answer.content):
@@ -143,9 +143,9 @@ def echo(row: Example) -> Drop | None:
 def language(
     row: Example, allowed: Sequence[str], min_confidence: float, min_characters: int, detect: Detect
 ) -> Drop | None:
-    """The prose of the answers is in another language, and the detector is sure enough of it.
+    """Drop a row whose answers are in another language with at least the given probability.
 
-    Fenced code, links and what is no letter are left out first; fewer than `min_characters` letters tell nothing.
+    Fenced code, links and non-letters are removed first; fewer than `min_characters` letters are not judged.
     """
     text = LINK.sub(" ", without_code(row.joined("assistant")))
     if sum(map(str.isalpha, text)) < min_characters:
@@ -159,7 +159,7 @@ def language(
 
 
 def without_code(text: str) -> str:
-    """`text` without fenced code; a fence that is never closed reaches to the end."""
+    """Return `text` without fenced code; an unclosed fence extends to the end."""
     kept, position = [], 0
     for start, end in fences(text):
         kept.append(text[position:start])
@@ -168,10 +168,10 @@ def without_code(text: str) -> str:
 
 
 def fences(text: str) -> Iterable[tuple[int, int | None]]:
-    """Where each fenced block begins and ends (None: it is never closed), as in CommonMark 0.31, section 4.5.
+    """Yield begin and end (None: unclosed) of each fenced block, as in CommonMark 0.31, section 4.5.
 
-    A block is closed by at least as many of the same mark, with nothing behind them. Other than there, a fence may be
-    indented by any number of blanks (models and lists do it), and a line of tildes right below a text underlines a
+    A block is closed by at least as many of the same mark, with nothing after them. Unlike there, a fence may be
+    indented by any number of blanks (in lists, for example), and a line of tildes right below a text underlines a
     heading, as in reStructuredText.
     """
     opened: re.Match[str] | None = None

@@ -1,4 +1,4 @@
-"""From the rules that a recipe names to functions of a row."""
+"""Build row checks from a recipe's filter rules."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from finetune.recipe.filters import (
 
 Check = Callable[[Example], basic.Verdict]
 OwnFunction = Callable[[Example], object]
-MOST_SHOWN = 200  # characters of a reason that a function of the user's own gave
+MOST_SHOWN = 200  # characters of a reason from a user-defined function
 
 
 def check_of(
     rule: Rule, load: Callable[[Own], OwnFunction], detector: Callable[[Sequence[str]], quality.Detect]
 ) -> Check:
-    """The rule as a function of a row.
+    """Return the rule as a function of a row.
 
     Args:
-        rule: the rule with its figures.
-        load: finds the function that a rule of one's own names.
-        detector: makes a language detector; told the languages that have to be known to it.
+        rule: the rule with its limits.
+        load: loads the function of a user-defined rule.
+        detector: builds a language detector; its argument is the languages it must know.
     """
     match rule:
         case Turns():
@@ -62,18 +62,18 @@ def _language(rule: LanguageRule, detect: quality.Detect) -> Check:
 
 
 def own_check(name: str, function: OwnFunction) -> Check:
-    """A function that returns None or a reason, as a rule. InputError, naming the row, where it does neither."""
+    """Wrap a user-defined function as a rule. Raises InputError with the row id unless it returns None or a reason."""
 
     def check(row: Example) -> basic.Verdict:
         try:
             reason = function(row)
-        except Exception as error:  # whatever somebody else's code raises: a person has to mend it there
+        except Exception as error:  # user code may raise anything
             raise InputError(f"filter rule {name}: row {row.id}: it raised {type(error).__name__}: {error}") from error
         if reason is None:
             return None
         if not isinstance(reason, str) or not reason.strip():
             raise InputError(
-                f"filter rule {name}: row {row.id}: found {reason!r:.60}, allowed is None to keep the row or a reason"
+                f"filter rule {name}: row {row.id}: found {reason!r:.60}; allowed: None (keep the row) or a reason"
             )
         text = reason.strip()[:MOST_SHOWN].encode("utf-8", "backslashreplace").decode()
         return Drop(name, text)

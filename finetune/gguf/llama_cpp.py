@@ -72,7 +72,7 @@ def quantize(program: str, source: Path, target: Path, kind: str, ctx: Context) 
         target.unlink(missing_ok=True)
         if from_outside(status):
             raise FinetuneError(f"{PROGRAM} {how_it_ended(status)} while it made {kind}; run again")
-        raise FinetuneError(f"{PROGRAM} failed on {kind} (status {status}): {redact(last)[:300] or 'it said nothing'}")
+        raise FinetuneError(f"{PROGRAM} failed on {kind} (status {status}): {redact(last)[:300] or 'no output'}")
     with target.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -29,7 +29,7 @@ class Pieces:
     system_last: bool = False  # the system message stands in the last user message, not before the first
 
     def text(self, chat: Chat) -> str:
-        """What Ollama will make of `chat` when the last message is a user's."""
+        """Return Ollama's rendering of `chat`, whose last message is a user's."""
         system = next((m["content"] for m in chat if m["role"] == "system"), None)
         given = None if system is None or self.system is None else self.system
         text = self.opening if given is None or self.system_last else given[0] + str(system) + given[1]
@@ -65,8 +65,8 @@ def read_pieces(render: Render) -> Pieces | None:
     except ValueError:
         around = None
     first = Pieces(opening, around, rest.removeprefix(end), prompt, lead, end)
-    said = [{"role": r, "content": f"{r} {n}\nline"} for n in range(3) for r in ("user", "assistant")][:-1]
-    chats: list[Chat] = [said[:1], said] if around is None else [said[:1], said, [system, *said]]
+    turns = [{"role": r, "content": f"{r} {n}\nline"} for n in range(3) for r in ("user", "assistant")][:-1]
+    chats: list[Chat] = [turns[:1], turns] if around is None else [turns[:1], turns, [system, *turns]]
     tried = [first] + ([replace(first, system_last=True)] if around and around[0] == opening else [])
     return next((p for p in tried if all(p.text(chat) == render(chat, True) for chat in chats)), None)
 

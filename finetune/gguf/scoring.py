@@ -25,7 +25,7 @@ WORTH_SAYING_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured on `tokens` supervised tokens of `rows` rows, by the name of the kind, `merged` first.
+    """Scores on `tokens` supervised tokens of `rows` rows, by the name of the kind, `merged` first.
 
     `agreement`: share of positions where the file's likeliest next token is the merged model's; `mean_kl`: nats.
     """

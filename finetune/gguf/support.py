@@ -1,4 +1,4 @@
-"""Which architectures are written as GGUF, how llama.cpp names their tensors, and what it cannot be told. No torch.
+"""Which architectures are written as GGUF, how llama.cpp names their tensors, and unsupported features. No torch.
 
 Names, permutations and offsets are those of llama.cpp's convert_hf_to_gguf.py
 (https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py).

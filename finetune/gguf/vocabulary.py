@@ -44,7 +44,7 @@ NO_SCORE = -1000.0
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What goes under `tokenizer.ggml.*`; the three lists run by token id."""
+    """Values of `tokenizer.ggml.*`; the three lists are in the order of token ids."""
 
     model: str  # "gpt2": byte-level BPE, "llama": SentencePiece's BPE
     pre: str

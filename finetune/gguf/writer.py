@@ -38,7 +38,7 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its weights."""
+    """Metadata of the file."""
 
     config: Mapping[str, Any]  # config.json
     vocabulary: Vocabulary
@@ -111,7 +111,7 @@ def exact_kind_of(planned: Sequence[Planned]) -> str:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a finished file says of itself: `tensors` (name → shape), `template`, `terminators` (token ids)."""
+    """Facts read from a finished file: `tensors` (name → shape), `template`, `terminators` (token ids)."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -220,7 +220,7 @@ def _data(planned: Planned) -> np.ndarray[Any, Any]:
 
 
 def stored_kind(name: str, shape: Sequence[int], kind: str) -> str:
-    """What the tensor `name` of the file is stored as in a file of `kind`."""
+    """Return the storage type of the tensor `name` in a file of `kind`."""
     if len(shape) == 1:
         return "f32"
     if TYPES[kind][1] > 1 and shape[-1] % TYPES[kind][1]:
@@ -235,7 +235,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None:  # noqa: ANN401 - gguf.GGUFWriter
-    """Every key of the metadata, from what lies in the merged folder: no date, no path, no program."""
+    """Return every key of the metadata, from the files of the merged folder: no date, no path, no program."""
     config, arch = header.config, architecture(header.config)
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -261,7 +261,7 @@ def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None: 
 
 
 def _describe_architecture(writer: Any, arch: str, config: Mapping[str, Any], width: int) -> None:  # noqa: ANN401
-    """What llama.cpp asks of some architectures; `width` is that of a head."""
+    """Return metadata that llama.cpp needs for some architectures; `width` is that of a head."""
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     else:
@@ -306,7 +306,7 @@ def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN
 
 
 def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
-    """What llama.cpp divides Llama-3.1's rotary frequencies by, (d/2,) float32; None for other models.
+    """Return llama.cpp's divisors of Llama-3.1's rotary frequencies, (d/2,) float32; None for other models.
 
     The formula is transformers' `_compute_llama3_parameters`, written as a divisor.
     """

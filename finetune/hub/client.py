@@ -27,15 +27,15 @@ RepoType = Literal["model", "dataset"]
 Kind = Literal["adapter", "merged", "gguf", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ASK_SECONDS = 10.0  # huggingface_hub's client waits for ever unless told
-# What a loader would pick up in a repository, by the kind of push it belongs to.
+ASK_SECONDS = 10.0  # huggingface_hub's client has no time limit of its own
+# Files that a loader would read from a repository, by the kind of push they belong to.
 OWN = {
     "adapter": re.compile(r"adapter_model\.(safetensors|bin)"),
     "merged": re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"),
     "gguf": re.compile(r"model-\w+\.gguf"),
     "dataset": re.compile(r"data/(train|eval)\.parquet"),
 }
-OTHER_ROWS = re.compile(r".+\.(parquet|arrow|jsonl|csv)(\.gz|\.zst)?")  # in a data set's repository
+OTHER_ROWS = re.compile(r".+\.(parquet|arrow|jsonl|csv)(\.gz|\.zst)?")  # in a dataset repository
 
 
 def resolve_revision(
@@ -45,16 +45,16 @@ def resolve_revision(
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """The 40-digit commit that `revision` (default: main) of a repository names.
+    """Return the 40-digit commit that `revision` (default: main) of a repository names.
 
-    A commit is returned as it is, without network. Otherwise the Hub is asked and its answer kept in the local cache's
-    refs (`scratch/hub`, or the default cache), which stand in when the Hub cannot be reached or is down.
+    A commit is returned unchanged, without network. Otherwise the Hub's answer is kept in the refs of the local cache
+    (`scratch/hub`, or the default cache), which are used when the Hub cannot be reached.
 
     Raises:
         InputError: the repository or revision does not exist, or this account may not read it.
         FinetuneError: the Hub cannot be reached and the cache does not know the revision.
     """
-    install()  # whatever is fetched of this repository next, by whichever library
+    install()  # also for later downloads of this repository by other libraries
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -81,7 +81,7 @@ def resolve_revision(
     for cache in caches:
         ref = _ref(cache, repo_id, repo_type, named)
         if ref.is_file() and COMMIT.fullmatch(sha := ref.read_text(encoding="ascii", errors="replace").strip()):
-            say(f"{repo_type} {repo_id}: {problem}; going on with revision {named!r} as last seen, {sha[:12]}")
+            say(f"{repo_type} {repo_id}: {problem}; using revision {named!r} as last seen, {sha[:12]}")
             return sha
     raise FinetuneError(
         f"cannot tell which commit revision {named!r} of {repo_type} {repo_id} is: {problem}, and the local cache does "
@@ -90,7 +90,7 @@ def resolve_revision(
 
 
 def check_read(repo_id: str, repo_type: RepoType = "model") -> str | None:
-    """Whether this account may download a repository: None if so, a note if that could not be found out.
+    """Check that this account may download a repository; return a note if that could not be checked, else None.
 
     Raises:
         InputError: it does not exist, is private, or is gated and its terms are not accepted yet.
@@ -120,10 +120,10 @@ def read_adapter_files(
 
 
 def check_write(repo_id: str) -> str | None:
-    """Whether this account may push to a model repository: None if so, a note if that could not be found out.
+    """Check that this account may push to a model repository; return a note if that could not be checked, else None.
 
-    Nothing is created: the token's role and the role in the organisation are read, and where the repository exists the
-    Hub is asked about it.
+    Nothing is created: the token's role and the role in the organisation are read, and the Hub is asked about an
+    existing repository.
 
     Raises:
         InputError: no token, a token for reading only, or no right to write in that namespace.
@@ -140,15 +140,15 @@ def push_folder(
     say: Callable[[str], None] = lambda line: None,
     wait: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Push every file of `folder` to a repository, then compare what the Hub lists with what lies here.
+    """Push every file of `folder` to a repository, then compare the Hub's listing with the local files.
 
-    Rows (`kind` dataset) go to a data set's repository, the rest to a model's. It is created if need be; no commit is
-    made when nothing differs. Weights or rows of an earlier push that this one does not replace are deleted: a loader
-    prefers a stale `model.safetensors` to new shards.
+    Rows (`kind` dataset) go to a dataset repository, the rest to a model repository, which is created if necessary. No
+    commit is made if nothing differs. Weights or rows of an earlier push that this one does not replace are deleted:
+    a loader prefers a stale `model.safetensors` to new shards.
 
     Returns:
         {"repo", "kind", "url", "commit", "new_commit", "private", "removed": [path], "bytes", "files": [{"path",
-        "bytes", "sha256" (or "git_sha1" where the Hub keeps the file in git)}]}.
+        "bytes", "sha256" (or "git_sha1" for a file kept in git)}]}.
 
     Raises:
         InputError: 401, 403, 404; invalid metadata; a public repository instead of a private one; other weights there.
@@ -184,17 +184,17 @@ def push_folder(
 
 
 def repo_type_of(kind: Kind) -> RepoType:
-    """Where a kind of push goes."""
+    """Return the type of repository for a kind of push."""
     return "dataset" if kind == "dataset" else "model"
 
 
 def _ref(cache: Path, repo_id: str, repo_type: RepoType, revision: str) -> Path:
-    """Where huggingface_hub's cache keeps the commit of a revision."""
+    """Return the file in which huggingface_hub's cache keeps the commit of a revision."""
     return cache / "--".join([f"{repo_type}s", *repo_id.split("/")]) / "refs" / revision
 
 
 def _keep_ref(ref: Path, sha: str) -> None:
-    with suppress(OSError):  # a cache that is full or read-only only costs the next run a question
+    with suppress(OSError):  # if the cache cannot be written, the next run asks the Hub again
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(sha, encoding="ascii")
 
@@ -250,7 +250,7 @@ def _require_write(repo_id: str) -> None:
     try:
         _ask(f"/api/models/{repo_id}/auth-check/write")
     except HfHubHTTPError as error:
-        # Not there: the push will create it. Not asked: a mirror may lack this endpoint.
+        # A missing repository is created by the push; a mirror may lack this endpoint.
         if error.response.status_code != 404:
             raise
 
@@ -264,7 +264,7 @@ def _fine_grained_writes(grants: dict[str, Any], namespace: str, repo_id: str) -
 
 
 def tree_of(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> list[RepoFile]:
-    """Every file of a revision, with its size and hash."""
+    """Return every file of a revision, with its size and hash."""
     from huggingface_hub.hf_api import RepoFile
 
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
@@ -277,8 +277,8 @@ def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFi
     foreign = [p for p in paths if not OWN[kind].fullmatch(p) and any(o.fullmatch(p) for o in others)]
     if foreign:
         raise InputError(
-            f"{repo_id} holds {foreign[0]}, which does not belong to the {kind} to be pushed, and a loader would find "
-            "both: name another repository, or delete it there first"
+            f"{repo_id} holds {foreign[0]}, which is not part of the {kind} to be pushed; a loader would read both: "
+            "set publish.repo to another repository, or delete that file there first"
         )
     return [p for p in paths if OWN[kind].fullmatch(p) and not (folder / p).exists()]
 
@@ -294,7 +294,7 @@ def _require_private(wanted: bool, found: bool | None, repo_id: str) -> None:
 def _compared(
     folder: Path, repo_id: str, commit: str, listed: Iterable[RepoFile], removed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Every local file with the hash that the Hub lists for it, after proving that they are equal."""
+    """Return every local file with the hash that the Hub lists for it. Raises FinetuneError if one differs."""
     remote = {f.path: f for f in listed}
     files = []
     wrong = [f"{name} should be gone" for name in removed if name in remote]
@@ -312,14 +312,14 @@ def _compared(
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise FinetuneError(
-            f"what {repo_id} holds at {commit[:12]} is not what was pushed: {'; '.join(wrong[:3])}{more}; push again, "
-            "and do not use that commit"
+            f"{repo_id} at {commit[:12]} differs from the local files: {'; '.join(wrong[:3])}{more}; do not use that "
+            "commit, and push again"
         )
     return files
 
 
 def hub_digest(path: Path, size: int, kind: str) -> str:
-    """The sha256 of a file, or its git blob id: sha1 over `blob SIZE NUL CONTENT` (git-hash-object)."""
+    """Return the sha256 of a file, or its git blob id: sha1 over `blob SIZE NUL CONTENT` (git-hash-object)."""
     digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, retried where that helps and put into one sentence where it does not.
+"""Errors of the Hub's client: retried if that can help, else turned into one sentence.
 
 The input is at fault for 401, 403 and 404 (exit 2), the network or the Hub for the rest (exit 1).
 """
@@ -23,9 +23,9 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def retried(call: Callable[[], T], say: Callable[[str], None], wait: Callable[[float], None]) -> T:
-    """Repeat `call` after a busy Hub or a dropped connection; huggingface_hub itself repeats only some requests.
+    """Retry `call` after a busy Hub or a dropped connection; huggingface_hub itself retries only some requests.
 
-    A commit whose answer was lost is safe to repeat: the files are found there, and nothing is committed again.
+    Repeating a commit whose answer was lost is safe: the files are already there, so nothing is committed again.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
@@ -44,7 +44,7 @@ def retried(call: Callable[[], T], say: Callable[[str], None], wait: Callable[[f
         except httpx2.TransportError:
             reason = "dropped connection"
         except json.JSONDecodeError:
-            reason = "an error page"  # the client reads an answer's JSON before it looks at the status
+            reason = "an error page"  # the client parses the body as JSON before it checks the status
         seconds = min(seconds, LONGEST_WAIT_SECONDS)
         say(f"the Hub answered with {reason}; trying again in {seconds:.0f} s ({attempt} of {ATTEMPTS - 1})")
         wait(seconds)
@@ -54,7 +54,7 @@ def retried(call: Callable[[], T], say: Callable[[str], None], wait: Callable[[f
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Raise what made a transfer fail in place of what the client wraps around an upload's or download's error."""
+    """Raise the cause of a failed transfer in place of the client's wrapper around it."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -68,7 +68,7 @@ def _unwrapped() -> Iterator[None]:
 
 @contextmanager
 def sentences(action: str, repo_id: str, repo_type: str) -> Iterator[None]:
-    """Turn what the client raises into one sentence of the right kind."""
+    """Turn an error of the client into InputError or FinetuneError with one sentence."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -85,7 +85,7 @@ def sentences(action: str, repo_id: str, repo_type: str) -> Iterator[None]:
             f"{what}: no connection to the Hub ({type(error).__name__}); check the network and run this again"
         ) from error
     except HFValidationError as error:
-        raise InputError(f"{what}: not a name the Hub allows: {_first_line(error)}") from error
+        raise InputError(f"{what}: not a valid repository name: {_first_line(error)}") from error
     except json.JSONDecodeError as error:
         raise FinetuneError(f"{what}: the Hub answered with an error page; try again later") from error
     except ValueError as error:
@@ -114,19 +114,19 @@ def _of_status(error: Any, what: str, repo_id: str, repo_type: str) -> FinetuneE
         hint = f"; if it is private, {LOG_IN}" if anonymous else " for the account whose token is set"
         return InputError(f"{what}: there is no such repository{hint} ({status})")
     if status == 403:
-        return InputError(f"{what}: the token has no right to that (403); give it one at {tokens_page()}")
+        return InputError(f"{what}: the token lacks this permission (403); grant it at {tokens_page()}")
     if status == 409:
-        return FinetuneError(f"{what}: somebody else is changing it (409); run this again")
+        return FinetuneError(f"{what}: the repository is being changed by another client (409); run this again")
     if status == 429:
         return FinetuneError(f"{what}: the Hub's rate limit is reached (429); try again in some minutes")
     if status >= 500:
-        return FinetuneError(f"{what}: the Hub is out of order ({status}); try again later")
+        return FinetuneError(f"{what}: server error of the Hub ({status}); try again later")
     kind = InputError if status in (400, 402, 413, 422) else FinetuneError
     return kind(f"{what}: the Hub refused with status {status}: {_first_line(error.server_message or '')}")
 
 
 def tokens_page() -> str:
-    """Where a person edits the rights of a token."""
+    """Return the URL of the page on which the permissions of a token are edited."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/settings/tokens"

@@ -1,8 +1,8 @@
-"""What a Hub, or a mirror of one, may answer: names that stay within a cache, and bodies no longer than announced.
+"""Checks on the answers of a Hub or its mirror: names stay inside the cache, bodies are no longer than announced.
 
-huggingface_hub makes file names of what the server sends (an ETag, a commit, an LFS id) and writes a body until it
-ends. The checks are hooks of the client that it shares between all its calls (`get_session`), so also of its
-`snapshot_download`, of datasets and of transformers.
+huggingface_hub derives file names from values of the server (an ETag, a commit, an LFS id) and writes a body until it
+ends. The checks are hooks on the client that all its calls share (`get_session`), so they also cover
+`snapshot_download`, datasets and transformers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ NAME = re.compile(r'(W/)?"?[A-Za-z0-9_+=-][A-Za-z0-9._+=:-]{0,199}"?')  # of a b
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAMES = {"etag": NAME, "x-linked-etag": NAME, "x-repo-commit": COMMIT}
 IDS, PATHS = ("oid", "sha", "xetHash"), ("path", "rfilename")
-PACKINGS = ("identity", "gzip", "deflate", "")  # which grow a thousandfold at most
-ANSWER_BYTES = 256 << 20  # of an answer that is no file: the listing of a large repository has some MB
+PACKINGS = ("identity", "gzip", "deflate", "")  # they expand a thousandfold at most
+ANSWER_BYTES = 256 << 20  # limit of an answer that is not a file: the listing of a large repository takes some MB
 SLACK_BYTES = 1 << 16
 SLOWEST_BYTES_PER_SECOND, PATIENCE_SECONDS = 1000, 120.0
 MOST_KNOWN = 10_000
 
 _lock = threading.Lock()
-_announced: dict[str, int] = {}  # address without its query → bytes, as a HEAD said
+_announced: dict[str, int] = {}  # address without its query → bytes, from a HEAD request
 
 
 def install() -> None:
-    """Check every answer to huggingface_hub's client in this process from now on; again is fine."""
+    """Check every answer to huggingface_hub's client in this process from now on. Idempotent."""
     from huggingface_hub import get_session
 
     client = get_session()
@@ -45,22 +45,24 @@ def install() -> None:
 
 
 def _ask(request: httpx2.Request) -> None:
-    """Ask for no packing whose growth has no bound (zstd, br), which the client does where it has a package for it."""
+    """Do not accept encodings with unbounded expansion (zstd, br), as the client does if their packages are there."""
     asked = request.headers.get("accept-encoding", "")
     if any(name.strip().partition(";")[0] not in PACKINGS for name in asked.split(",")):
         request.headers["accept-encoding"] = "gzip, deflate"
 
 
 def _check(response: httpx2.Response) -> None:
-    """Refuse names that leave the cache, remember an announced length, bound the body."""
+    """Refuse names that leave the cache, record an announced length, bound the body."""
     import httpx2
 
     request, headers = response.request, response.headers
     where = f"{request.url.host}{request.url.path}"
-    for name, allowed in NAMES.items():  # of files only: an ETag of an API's answer, in base64, names nothing
+    for name, allowed in NAMES.items():  # for files only: an ETag of an API answer, in base64, becomes no file name
         value = headers.get(name) if request.method == "HEAD" or "/resolve/" in request.url.path else None
         if value is not None and not allowed.fullmatch(value):
-            raise FinetuneError(f"{where}: the Hub answered with a {name} that is no name: {shown(value)}")
+            raise FinetuneError(
+                f"{where}: the Hub answered with a {name} that is not a valid file name: {shown(value)}"
+            )
     size: str = headers.get("x-linked-size") or ("" if response.is_redirect else headers.get("content-length")) or ""
     if request.method == "HEAD":
         if size.isdecimal() and response.status_code < 400:
@@ -75,7 +77,7 @@ def _check(response: httpx2.Response) -> None:
         most = int(size) if size.isdecimal() else ANSWER_BYTES
     packed = headers.get("content-encoding") or "identity"
     if packed not in PACKINGS:
-        raise FinetuneError(f"{where}: the Hub answered in {shown(packed)}, which nothing asked for")
+        raise FinetuneError(f"{where}: the Hub answered with the encoding {shown(packed)}, which was not requested")
     if isinstance(response.stream, httpx2.SyncByteStream):
         response.stream = _stream(response.stream, most, where)
     if "/api/" in request.url.path and "json" in headers.get("content-type", "") and request.method == "GET":
@@ -83,11 +85,11 @@ def _check(response: httpx2.Response) -> None:
         try:
             _check_names(response.json(), where)
         except ValueError:
-            return  # the caller reports what is wrong with it
+            return  # the caller reports the error
 
 
 def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON
-    """Refuse a listing whose ids or paths would leave the folder that they become names in."""
+    """Refuse a listing whose ids or paths, used as file names, would leave their folder."""
     if isinstance(value, list):
         for inner in value:
             _check_names(inner, where)
@@ -95,7 +97,7 @@ def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON
         return
     for name, inner in value.items():
         if isinstance(inner, str) and name in IDS and not NAME.fullmatch(inner):
-            raise FinetuneError(f"{where}: the Hub listed a {name} that is no name: {shown(inner)}")
+            raise FinetuneError(f"{where}: the Hub listed a {name} that is not a valid file name: {shown(inner)}")
         if isinstance(inner, str) and name in PATHS and (inner.startswith("/") or ".." in re.split(r"[/\\]", inner)):
             raise FinetuneError(f"{where}: the Hub listed a file outside its repository: {shown(inner)}")
         _check_names(inner, where)
@@ -105,7 +107,7 @@ def _stream(inner: httpx2.SyncByteStream, most: int, where: str) -> httpx2.SyncB
     import httpx2
 
     class Bounded(httpx2.SyncByteStream):
-        """A body that stops: once it is longer than announced, or all but stands still."""
+        """Body that raises FinetuneError if it is longer than announced or almost stalls."""
 
         def __iter__(self) -> Iterator[bytes]:
             taken, begin = 0, time.monotonic()
@@ -140,11 +142,11 @@ def _known(address: str) -> int | None:
 
 
 def _plain(address: str) -> str:
-    """An address without its query, which signs a CDN's address anew each time."""
+    """Return an address without its query, a signature that changes at each request."""
     parts = urlsplit(address)
     return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 def shown(value: str) -> str:
-    """A value of the server's in a message."""
+    """Format a value of the server for a message."""
     return repr(visible(clipped(value, 100)))

@@ -1,6 +1,6 @@
-"""A private data set's repository on the Hub as a folder: list it, fetch files and prove them, commit many at once.
+"""A private dataset repository on the Hub used as a folder: list, fetch with verification, commit many files at once.
 
-It is a data set's because rows and optimizer states are not a model; it must be private because rows are in it.
+Its type is dataset because rows and optimizer states are not a model; it must be private because it holds rows.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Older checkpoints stay in this repository's history and count as storage: delete
 
 @dataclass(frozen=True)
 class Remote:
-    """One file as the Hub lists it: `size` in bytes; `kind` is sha256, or git_sha1 where it is kept in git."""
+    """One file as the Hub lists it: `size` in bytes; `kind` is sha256, or git_sha1 for a file kept in git."""
 
     size: int
     kind: str
     digest: str
 
     def equals(self, content: Path | bytes) -> bool:
-        """Whether a local file, or a text, has these bytes."""
+        """Return whether a local file, or a bytes object, has these bytes."""
         if isinstance(content, Path):
             size = content.stat().st_size
             return size == self.size and hub_digest(content, size, self.kind) == self.digest
@@ -58,7 +58,7 @@ class HubFolder:
         self.repo_id, self._wait, self._commit = repo_id, wait, "main"
 
     def open(self) -> None:
-        """Make the repository if need be. Raises InputError where it is public: rows must not go there."""
+        """Create the repository if it does not exist. Raises InputError if it is public."""
         from huggingface_hub import HfApi, get_token
 
         if get_token() is None:
@@ -69,12 +69,12 @@ class HubFolder:
             info = self._again(lambda: api.repo_info(self.repo_id, repo_type="dataset"))
         if info.private is False:
             raise InputError(
-                f"--mirror: data set {self.repo_id} is public, and training rows would be read by anyone: make it "
-                "private in its settings on the Hub, or name another"
+                f"--mirror: dataset {self.repo_id} is public, so anyone could read the training rows: make it private "
+                "in its settings on the Hub, or name another one"
             )
 
     def listed(self) -> dict[str, Remote]:
-        """Path → file, of the newest commit; `fetch` reads from that one."""
+        """Return path → file of the newest commit, from which `fetch` then reads."""
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -87,7 +87,7 @@ class HubFolder:
         }
 
     def fetch(self, files: Mapping[str, Remote], into: Path) -> None:
-        """Download files to `into`/path. Raises FinetuneError where one is not what the listing says."""
+        """Download files to `into`/path. Raises FinetuneError if one differs from the listing."""
         from huggingface_hub import hf_hub_download
 
         for name, remote in files.items():
@@ -95,19 +95,19 @@ class HubFolder:
             with _quietly(), sentences(f"fetch {name} of", self.repo_id, "dataset"):
                 self._again(partial(get, local_dir=into))
             if not remote.equals(into / name):
-                raise FinetuneError(f"{self.repo_id}: {name} came with other bytes than the Hub lists")
+                raise FinetuneError(f"{self.repo_id}: {name}: the bytes received differ from the Hub's listing")
 
     def send(self, files: Mapping[str, Path | bytes], gone: Sequence[str], message: str) -> None:
-        """Add `files` and delete `gone` in one commit: whoever lists the repository sees all of it or nothing.
+        """Add `files` and delete `gone` in one commit, so that a reader sees all of it or nothing.
 
-        A commit that landed though its answer was lost is sent again; what it deleted the Hub then no longer knows.
+        A commit whose answer was lost is sent again; the Hub then no longer lists the files that it deleted.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         again = False
 
         def commit() -> object:
-            # built anew for each attempt: an addition that was committed cannot be used again
+            # built for each attempt: a committed addition cannot be reused
             nonlocal again
             adds = [CommitOperationAdd(n, f if isinstance(f, bytes) else str(f)) for n, f in files.items()]
             there = self.listed() if again and gone else gone
@@ -124,7 +124,7 @@ class HubFolder:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The client's own bars and warnings would run through the lines of the run, which goes on meanwhile."""
+    """Silence the client's bars and warnings, which would mix with the lines of the run."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()

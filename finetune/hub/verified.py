@@ -1,4 +1,4 @@
-"""Files from the Hub against the hashes that it announces for them; each is read once."""
+"""Verify files from the Hub against the hashes that it announces; each file is read once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.utils.files import canonical_json, read_json, replace_bytes
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-BLOB = {64: "sha256", 40: "git_sha1"}  # digits of a blob's name in the Hub's cache → what it is the hash of
+BLOB = {64: "sha256", 40: "git_sha1"}  # length of a blob's name in the Hub's cache → kind of hash
 
 
 def require_announced(
@@ -26,15 +26,15 @@ def require_announced(
     *,
     weights: bool = True,
 ) -> None:
-    """Compare every file of a snapshot with the hash announced for it.
+    """Compare every file of a snapshot with its announced hash.
 
     Without `weights` no safetensors file is read.
 
-    `snapshot` is `…/models--OWNER--NAME/snapshots/COMMIT`. `listed` is the Hub's listing of that commit, if it was
-    asked: without one the blobs' names count, which are the ETags that came with the files. What was compared is kept
-    beside the snapshots (size and mtime), so a later call reads no file again.
+    `snapshot` is `…/models--OWNER--NAME/snapshots/COMMIT`. `listed` is the Hub's listing of that commit, if known;
+    without it the blobs' names are used, which are the ETags received with the files. Compared files (size and mtime)
+    are recorded next to the snapshots, so a later call reads no file again.
 
-    Raises FinetuneError for a file whose bytes are others; it is removed, so that the next run fetches it.
+    Raises FinetuneError for a file whose bytes differ; it is removed, so that the next run downloads it again.
     """
     record = _record(snapshot)
     kept = _kept(record)
@@ -51,7 +51,7 @@ def require_announced(
         seen[name] = state
         kind, expected = announced.get(name) or _by_blob(path)
         if not expected:
-            say(f"{repo_id}: no hash is known of {name}; it is used as it came")
+            say(f"{repo_id}: no hash of {name} is known; it is used unverified")
             continue
         if (found := hub_digest(path, stat.st_size, kind)) != expected:
             with suppress(OSError):
@@ -60,23 +60,23 @@ def require_announced(
                 if blob.is_relative_to(snapshot.parent.parent.resolve()):
                     blob.unlink(missing_ok=True)
             raise FinetuneError(
-                f"{repo_id}: {name} came with other bytes than the Hub announces: {kind} {found[:16]}…, announced "
-                f"{expected[:16]}…; it was removed: run the same command again, and look at the mirror or proxy "
-                "between if it happens again"
+                f"{repo_id}: {name} differs from the Hub's announcement: {kind} {found[:16]}…, announced "
+                f"{expected[:16]}…; it was removed: run the same command again, and if that fails too, check the "
+                "mirror or proxy in between"
             )
     if {"announced": announced, "seen": seen} != kept:
-        with suppress(OSError):  # it only costs the next run the reading
+        with suppress(OSError):  # the next run then reads the files again
             replace_bytes(record, canonical_json({"announced": announced, "seen": seen}).encode())
 
 
 def announced_weights(snapshot: Path) -> dict[str, str]:
-    """Safetensors file → the sha256 that the Hub listed for it when the snapshot was fetched."""
+    """Return safetensors file → the sha256 that the Hub listed for it when the snapshot was fetched."""
     announced = _kept(_record(snapshot))["announced"]
     return {n: str(d) for n, (kind, d) in sorted(announced.items()) if kind == "sha256" and n.endswith(".safetensors")}
 
 
 def is_recorded(snapshot: Path) -> bool:
-    """Whether the files of a snapshot were compared before, and with what is on record."""
+    """Return whether the files of a snapshot were compared before."""
     return _record(snapshot).is_file()
 
 
@@ -85,7 +85,7 @@ def _record(snapshot: Path) -> Path:
 
 
 def _by_blob(path: Path) -> tuple[str, str]:
-    """What the name of the blob that a snapshot's file links to says of its hash; empty where it is no hash."""
+    """Return (kind, hash) from the name of the blob that a snapshot's file links to; empty if it is not a hash."""
     name = path.resolve().name if path.is_symlink() else ""
     return (BLOB[len(name)], name) if len(name) in BLOB and re.fullmatch("[0-9a-f]+", name) else ("", "")
 

@@ -179,7 +179,7 @@ def _found(file: Path, format_: str, why: str, unused: tuple[str, ...], found: M
 
 
 def _ask_columns(file: Path, columns: list[Column], chosen: Chosen, ask: Ask | None) -> Chosen:
-    """The columns as a person names them; an error that lists them if nobody can be asked."""
+    """The columns as a person names them; an error that lists them if there is no terminal."""
     question, answer = suggest(columns)
     if ask is None:
         hint = f"--question {question or 'NAME'!r} --answer {answer or 'NAME'!r}"

@@ -1,4 +1,4 @@
-"""The recipe's lora section on a given base: which modules it means, in peft's words, and what cannot work."""
+"""Apply the recipe's lora section to a base: the modules meant, peft's configuration, and refusals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROWS = ".token_adapter.trainable_tokens_delta."  # of one whose rows are those o
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that module `name` is in: the first number in it, as peft reads it."""
+    """Return the index of the decoder layer of module `name`: its first number, as in peft."""
     found = re.match(r"(?:.*?\.)?[^.]+\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def is_target(lora: Lora, name: str, layers: int) -> bool:
-    """Whether the linear module `name` of a base with so many decoder layers is adapted (never ask for the head)."""
+    """Return whether the linear module `name` of a base with `layers` decoder layers is adapted; not for the head."""
     if lora.last_layers is not None:
         layer = layer_of(name)
         if layer is None or layer < layers - lora.last_layers:
@@ -41,12 +41,12 @@ def is_target(lora: Lora, name: str, layers: int) -> bool:
 
 
 def is_saved(lora: Lora, name: str) -> bool:
-    """Whether module `name` is trained whole; peft compares the ends of names, so that `norm` is every norm."""
+    """Return whether module `name` is fully trained; peft compares the ends of names, so `norm` means every norm."""
     return any(name.endswith(saved) for saved in lora.modules_to_save)
 
 
 def rank_of(lora: Lora, name: str) -> int:
-    """The rank of module `name`: the first pattern that matches, in the order peft saves them."""
+    """Return the rank of module `name`: that of the first matching pattern, in the order in which peft saves them."""
     ranks = (r for k, r in sorted(lora.rank_pattern.items()) if re.fullmatch(rf"(.*\.)?({k})", name))
     return next(ranks, lora.r)
 
@@ -55,8 +55,8 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None, tokens: NewTok
     """The recipe's adapter in peft's words. `lora.last_layers` is counted on `model`, the base; of its embedding and
     head the rows of the new `tokens` are trained, unless the whole is.
 
-    Of a base with parts that no adapter goes to (a vision tower, fused experts) "all-linear" becomes the names of the
-    modules that remain, because peft would adapt the others too.
+    For a base with parts that are not adapted (a vision tower, fused experts) "all-linear" becomes the names of the
+    remaining modules, because peft would adapt the others too.
     """
     from peft import LoraConfig
 
@@ -66,11 +66,11 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None, tokens: NewTok
         targets = _last_words(linear_names(model))
     if lora.last_layers is not None:
         if model is None:
-            raise InputError("lora.last_layers: the base's layers are counted on its model, and there is none")
+            raise InputError("lora.last_layers: counting the base's layers needs its model, which was not passed")
         names = linear_names(model)
         count = layer_count(names)
         layers = list(range(count - lora.last_layers, count))
-        if targets == "all-linear":  # which peft does not take together with layers
+        if targets == "all-linear":  # peft does not accept it together with layers
             targets = sorted({n.rpartition(".")[2] for n in names if is_target(lora, n, count)})
     return LoraConfig(
         r=lora.r,
@@ -83,7 +83,7 @@ def lora_config(lora: Lora, model: torch.nn.Module | None = None, tokens: NewTok
         trainable_token_indices=_token_rows(lora, model, tokens),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        # peft takes the first pattern that matches and sorts them when it saves: sorted here, training agrees
+        # peft takes the first matching pattern but sorts them when it saves: sort here, so that training agrees
         rank_pattern=dict(sorted(lora.rank_pattern.items())),
         alpha_pattern=dict(sorted(lora.alpha_pattern.items())),
         bias="none",
@@ -119,7 +119,7 @@ def check_tokens(lora: Lora, model: PreTrainedModel) -> None:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """How many decoder layers the modules `names` lie in."""
+    """Return the number of decoder layers that contain the modules `names`."""
     return len({layer for n in names if (layer := layer_of(n)) is not None})
 
 
@@ -131,8 +131,8 @@ def check_targets(lora: Lora, base: Path, trust_remote_code: bool) -> None:
 
 
 def check_modules(lora: Lora, base: Modules) -> None:
-    """Refuse a target, pattern or module that names nothing of the base (peft drops it without a word), or that cannot
-    be trained so.
+    """Refuse a target, pattern or module that matches nothing in the base (peft ignores it silently), or that cannot
+    be trained.
 
     Raises InputError with the nearest name.
     """
@@ -172,14 +172,14 @@ def _check_names(lora: Lora, base: Modules, layers: int) -> None:
 
 
 def _check_expression(lora: Lora, base: Modules) -> None:
-    """An expression that reaches further than linear modules: peft takes it for the whole name of any module."""
+    """Refuse a regular expression that also matches other modules: peft applies it to the full name of any module."""
     if isinstance(lora.targets, str) and lora.targets != "all-linear":
         linear = set(base.linear)
         others = [n for n in base.every if n not in linear and re.fullmatch(lora.targets, n)]
         if others:
             raise InputError(
-                f"lora.targets: the expression {lora.targets!r} also matches {others[0]}, which is no linear "
-                "module; narrow it, as in .*mlp\\.(gate|up|down)_proj"
+                f"lora.targets: the expression {lora.targets!r} also matches {others[0]}, which is not a "
+                "linear module; narrow it, as in .*mlp\\.(gate|up|down)_proj"
             )
 
 
@@ -189,15 +189,15 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 
 def _check_saved(lora: Lora, base: Modules) -> None:
-    """Only what holds parameters of its own and is neither adapted nor quantised can be trained whole."""
+    """Refuse modules_to_save that have no parameters of their own, or are adapted or quantised."""
     linear, own = set(base.linear), set(base.own)
     able = _last_words(own - linear)
     for name in lora.modules_to_save:
         hits = [n for n in base.own if n.endswith(name)]
         if quantized := [n for n in hits if n in linear]:
             raise InputError(
-                f"lora.modules_to_save: {quantized[0]} is a linear module, which is quantised and frozen: adapt it by "
-                f"lora.targets (whole can be trained: {', '.join(able)})"
+                f"lora.modules_to_save: {quantized[0]} is a linear module, which is quantised and frozen: adapt it "
+                f"with lora.targets (allowed here: {', '.join(able)})"
             )
         if not hits or any(n.endswith(name) for n in base.every if n not in own):
             why = f"no module with weights of its own is named {name!r}{_near(name, able)}"

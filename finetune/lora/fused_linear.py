@@ -1,9 +1,9 @@
-"""A 4-bit linear layer and its LoRA adapter as one operator: the adapter's product is added inside the base's.
+"""A 4-bit linear layer and its LoRA adapter as one operator.
 
-peft runs base, copy, A, B, scaling and sum one after the other, each a pass over (tokens x width) in memory. Here B's
-product accumulates into the base's result (`addmm_`), and A's part of the gradient into the input's. The idea is
-Unsloth's (`kernels/fast_lora.py`). The operator is opaque to `torch.compile`, which so cannot decide to keep the
-dequantised matrix from forward to backward.
+peft runs base, copy, A, B, scaling and sum separately, each a pass over (tokens x width) in memory. Here B's product
+accumulates into the base's result (`addmm_`), and A's part of the gradient into the input's. The idea is Unsloth's
+(`kernels/fast_lora.py`). The operator is opaque to `torch.compile`, which therefore cannot keep the dequantised matrix
+from forward to backward.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from finetune.utils.upstream import register_lora_layers
 
 
 def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth: bool) -> bool:
-    """Whether adapters are fused: `asked` is runtime.fused_adapters; auto does in 16 bits, where it is `worth` it.
+    """Return whether adapters are fused: `asked` is runtime.fused_adapters; auto fuses in 16 bits if it is `worth` it.
 
-    Not under FSDP, which shares the matrices out.
+    Never under FSDP, which shards the matrices.
     """
     if asked != "auto":
         return asked == "on"
@@ -33,15 +33,15 @@ def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth:
 
 
 def use(config: LoraConfig) -> None:
-    """Have peft make `FusedLinear4bit` of 4-bit layers, by its interface for layers of one's own."""
+    """Make peft build `FusedLinear4bit` for 4-bit layers, through its interface for custom layers."""
     register_lora_layers(config, {Linear4bit: FusedLinear4bit})
 
 
 class FusedLinear4bit(AdaptedLinear4bit):
-    """peft's adapted 4-bit layer, in one operator where it is one plain LoRA adapter; else as peft runs it."""
+    """peft's adapted 4-bit layer, as one operator if it has a single plain LoRA adapter; else peft's own forward."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - peft's
-        """(…, in_features) → (…, out_features), in the type of `x`."""
+        """(…, in_features) → (…, out_features), in the dtype of `x`."""
         base: Any = self.get_base_layer()
         names = [n for n in self.active_adapters if n in self.lora_A]
         plain = len(names) == 1 and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
@@ -58,7 +58,7 @@ class FusedLinear4bit(AdaptedLinear4bit):
 
 
 def _stored(base: Any) -> tuple[torch.Tensor, list[torch.Tensor], int, int, str]:  # noqa: ANN401 - Linear4bit
-    """What an operator can be given of a matrix: its weights, scales, block sizes and the name of the 4-bit type."""
+    """Return a matrix as arguments of an operator: weights, scales, block sizes and the name of the 4-bit type."""
     if isinstance(base, KeptLinear4bit):
         return base.kept, [], 0, 0, ""
     state = base.weight.quant_state
@@ -78,7 +78,7 @@ def _matrix(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(out_features, in_features) in `dtype`, from what `_stored` gave."""
+    """Dequantise the result of `_stored` to (out_features, in_features) in `dtype`."""
     if not scales:
         return weight
     absmax, code, *second = scales
@@ -104,12 +104,12 @@ def adapted_linear(
     b: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x·Wᵀ + bias + scaling · (x·Aᵀ)·Bᵀ, (…, out); and x·Aᵀ, (T, r), for the backward.
+    """Return x·Wᵀ + bias + scaling · (x·Aᵀ)·Bᵀ, (…, out), and x·Aᵀ, (T, r), for the backward.
 
-    x (…, in), `dropped` the same after dropout (None: there is none), W from `_stored`, A (r, in), B (out, r).
+    x (…, in), `dropped` is x after dropout (None: no dropout), W from `_stored`, A (r, in), B (out, r).
     """
     flat = x.flatten(0, -2)
-    with torch.autocast(x.device.type, enabled=False):  # all is in the type of `x`
+    with torch.autocast(x.device.type, enabled=False):  # everything is in the dtype of `x`
         matrix = _matrix(weight, scales, block, nested, kind, (b.shape[0], a.shape[1]), x.dtype)
         out = torch.nn.functional.linear(flat, matrix, bias)
         del matrix
@@ -137,9 +137,10 @@ def adapted_linear_backward(
     of_input: bool,
     apart: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of `gradient` (…, out): those of x (…, in), of `dropped` (…, in) where it is kept `apart`, of x·Aᵀ (T, r).
+    """Return the gradients of x (…, in), of `dropped` (…, in) if it is kept `apart`, and of x·Aᵀ (T, r).
 
-    What is not asked for is empty. Without dropout A's part of x's gradient is added to the base's.
+    `gradient` is (…, out). Gradients that are not needed are empty. Without dropout A's part of x's gradient is added
+    to the base's.
     """
     flat, shape = gradient.flatten(0, -2), (*gradient.shape[:-1], a.shape[1])
     given, dropped = gradient.new_empty(0), gradient.new_empty(0)
@@ -164,7 +165,7 @@ def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, ap
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
     x, dropped, weight, scales, block, nested, kind, _, a, b, scaling = inputs
-    ctx.set_materialize_grads(False)  # nobody uses x·Aᵀ: no zeros for it
+    ctx.set_materialize_grads(False)  # x·Aᵀ has no gradient: do not allocate zeros
     ctx.save_for_backward(x if dropped is None else dropped, output[1], weight, a, b, *scales)
     ctx.block, ctx.nested, ctx.kind, ctx.scaling = block, nested, kind, scaling
 

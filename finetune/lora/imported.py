@@ -1,4 +1,4 @@
-"""Take over an adapter that any tool has made: prove that it belongs to this base and template, and copy it."""
+"""Import an adapter made by any tool: check that it fits this base and template, and copy it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
 
 
 def copy_adapter(source: Path, base: Path, target: Path) -> dict[str, int]:
-    """Copy weights and configuration; the configuration names the pinned base, as that of a trained adapter does.
+    """Copy weights and configuration; the configuration names the pinned base, like that of a trained adapter.
 
     Args:
         source: folder with adapter_config.json and adapter_model.safetensors.
@@ -38,7 +38,7 @@ def copy_adapter(source: Path, base: Path, target: Path) -> dict[str, int]:
         target: folder to write.
 
     Returns:
-        {"tensors", "trainable_parameters"}: how many, and their elements.
+        {"tensors", "trainable_parameters"}: number of tensors and of their elements.
 
     Raises:
         InputError: a tensor holds NaN or an infinity.
@@ -63,7 +63,7 @@ def copy_adapter(source: Path, base: Path, target: Path) -> dict[str, int]:
 
 
 def copy_tokenizer(source: Path, base: Path, target: Path) -> None:
-    """Copy the adapter's own tokenizer and chat template; those of the base if the adapter has none."""
+    """Copy the adapter's tokenizer and chat template; those of the base if the adapter has none."""
     from finetune.models import loading
 
     own = (source / "tokenizer_config.json").is_file() and any(
@@ -85,9 +85,9 @@ def template_of(folder: Path) -> str | None:
 
 
 def require_same_tokens(source: Path, base: Path, say: Callable[[str], None]) -> None:
-    """Refuse an adapter whose tokenizer gives a token another id than the base's; `say` names tokens it has besides.
+    """Refuse an adapter whose tokenizer gives a token another id than the base's; `say` reports additional tokens.
 
-    Raises InputError. An adapter without a tokenizer is taken to use the base's.
+    Raises InputError. An adapter without a tokenizer is assumed to use the base's.
     """
     from finetune.models.loading import load_tokenizer
 
@@ -96,7 +96,7 @@ def require_same_tokens(source: Path, base: Path, say: Callable[[str], None]) ->
     try:
         theirs = load_tokenizer(source).get_vocab()
     except FinetuneError as error:
-        say(f"train: the tokenizer beside the adapter cannot be read, the base's is used: {error}")
+        say(f"train: the adapter's tokenizer cannot be read, the base's is used: {error}")
         return
     ours = load_tokenizer(base).get_vocab()
     if moved := [token for token, number in theirs.items() if ours.get(token, number) != number]:
@@ -106,11 +106,11 @@ def require_same_tokens(source: Path, base: Path, say: Callable[[str], None]) ->
             f"{ours[token]} ({len(moved)} such tokens); set model to the base that was trained"
         )
     if more := sorted(theirs.keys() - ours.keys()):
-        say(f"train: the adapter's tokenizer has {len(more)} tokens that the base's has not, as {more[0]!r}; unused")
+        say(f"train: the adapter's tokenizer has {len(more)} tokens that the base's lacks, such as {more[0]!r}; unused")
 
 
 def require_same_template(source: Path, base: Path, rendered: Path) -> None:
-    """Refuse an adapter whose own chat template writes other prompts than the one that was rendered.
+    """Refuse an adapter whose chat template writes other prompts than the rendered one.
 
     `rendered` is the template folder of the render stage. Raises GateRefused with the first prompt that differs.
     """
@@ -126,9 +126,9 @@ def require_same_template(source: Path, base: Path, rendered: Path) -> None:
         first, second = (_written(JinjaRenderer(text, special), chat) for text in (theirs, ours))
         if first != second:
             raise GateRefused(
-                f"train: the adapter carries a chat template that writes {name} as {_short(first)}, where "
-                f"render.template writes {_short(second)}; save the adapter's template as a .jinja file beside the "
-                "recipe and name it as render.template"
+                f"train: the adapter's chat template writes {name} as {_short(first)}, but render.template writes "
+                f"{_short(second)}; save the adapter's template as a .jinja file next to the recipe and set "
+                "render.template to it"
             )
 
 

@@ -1,4 +1,4 @@
-"""An earlier adapter that training goes on from: found, compared with the recipe, loaded."""
+"""Continue training from an earlier adapter: find it, compare it with the recipe, load it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,13 @@ COMPARED = (
 
 
 def fingerprint(lora: Lora) -> Mapping[str, object]:
-    """What a stage's key holds of it: the digests of a folder's files, or the commit on the Hub."""
+    """Return the adapter's part of a stage's key: the digests of a folder's files, or the commit on the Hub."""
     if lora.start_from is None:
         return {}
     if lora.start_folder is not None:
         return {"start_from": {name: file_digest(_file(lora.start_folder, name)) for name in (CONFIG, WEIGHTS)}}
     if lora.start_run is not None:
-        raise InputError(
-            f"lora.start_from: {lora.start_from}: its run was not looked for; this is a fault of the program"
-        )
+        raise InputError(f"lora.start_from: {lora.start_from}: its run was not resolved; this is a bug in finetune")
     from finetune.hub.client import resolve_revision
 
     name, _, revision = lora.start_from.partition("@")
@@ -44,7 +42,7 @@ def fingerprint(lora: Lora) -> Mapping[str, object]:
 
 
 def folder_of(lora: Lora, ctx: Context) -> Path | None:
-    """The folder that holds the adapter, downloaded if it must be; None where the recipe names none."""
+    """Return the folder of the adapter, downloaded if necessary; None if the recipe names none."""
     if lora.start_from is None or lora.start_folder is not None:
         return lora.start_folder
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -67,7 +65,9 @@ def folder_of(lora: Lora, ctx: Context) -> Path | None:
 def _file(folder: Path, name: str) -> Path:
     require_model(folder, "lora.start_from")
     if not (folder / name).is_file():
-        raise InputError(f"lora.start_from: {folder} holds no {name}; an adapter is a folder that peft has saved")
+        raise InputError(
+            f"lora.start_from: {folder} holds no {name}; allowed: a folder written by peft's save_pretrained"
+        )
     return folder / name
 
 
@@ -81,9 +81,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool) -> None:
-    """Refuse, before any weight of the base is read, an adapter that is not the recipe's kind on the recipe's base.
+    """Refuse an adapter that differs from the recipe or the base, before any weight of the base is read.
 
-    `base` is a folder with config.json. Raises InputError with everything that differs, a line each.
+    `base` is a folder with config.json. Raises InputError with one line per difference.
     """
     from peft import get_peft_model
 
@@ -106,14 +106,14 @@ def require_same(
 
 
 def load(model: PeftModel, folder: Path) -> None:
-    """Give `model`, dressed as the recipe says, the weights in `folder`, in fp32. Raises InputError as `check` does."""
+    """Load the weights in `folder`, in fp32, into `model`, which has the recipe's adapter. Raises InputError."""
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, {n: t.float() for n, t in _fitting(model, folder).items()})
 
 
 def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, each of which has its place in `model`: nothing is stretched, cut or left out."""
+    """Return the adapter's tensors after checking that names and shapes match those of `model` exactly."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -124,7 +124,7 @@ def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         stored = load_file(str(file))
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if odd := sorted(own.keys() ^ stored.keys()):
-        where = "is not in the adapter" if odd[0] in own else "is in the adapter and has no place"
+        where = "is not in the adapter" if odd[0] in own else "is in the adapter but not in the recipe's"
         raise InputError(
             f"lora.start_from: {odd[0]} {where} ({len(odd)} such tensors): lora.targets must be the adapter's"
         )
@@ -140,7 +140,7 @@ def _fitting(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
                 "float32, float16 and bfloat16"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"lora.start_from: {name} in {folder.name} holds a value that is no number")
+            raise InputError(f"lora.start_from: {name} in {folder.name} holds NaN or an infinity")
     return stored
 
 
@@ -157,7 +157,7 @@ def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
-    """One form for what means the same: nothing set, and lists in any order."""
+    """Return a canonical form: empty values become None, lists are sorted."""
     if not value or value == "none":
         return None
     return sorted(value, key=str) if isinstance(value, list | set | tuple) else value

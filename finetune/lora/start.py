@@ -1,4 +1,4 @@
-"""The adapter that `lora.start_from` names, as its files describe it, and all that differs from the recipe.
+"""The adapter of `lora.start_from`, as its files describe it, and its differences from the recipe.
 
 Imports neither torch nor peft, so that `validate` and `plan` can use it; lora/resume.py loads the weights.
 """
@@ -22,10 +22,10 @@ from finetune.utils.safetensors_io import read_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-NAMED = r"builtin:[\w-]+|\w[\w.-]*/\w[\w.-]*"  # a base's name that means the same on every machine
+NAMED = r"builtin:[\w-]+|\w[\w.-]*/\w[\w.-]*"  # a base's name that is valid on every machine
 MERGE_FIRST = "it cannot be continued here; merge it (`finetune merge`) and train on the merged model"
 Problem = tuple[tuple[str, ...], str]
-"""The recipe's field, and a sentence: what was found, and what to change or why nothing helps."""
+"""The recipe's field and a sentence: the value found, and the fix or why there is none."""
 
 SAME_VALUE: tuple[tuple[str, Any, str], ...] = (  # peft's name and default, the recipe's field
     ("r", 8, "r"),
@@ -38,14 +38,14 @@ SAME_VALUE: tuple[tuple[str, Any, str], ...] = (  # peft's name and default, the
 NOT_TRAINED = (  # peft's name, what it trains
     ("lora_bias", "a bias of B"),
     ("trainable_token_indices", "single tokens' embeddings (trainable tokens)"),
-    ("target_parameters", "parameters that are no modules"),
+    ("target_parameters", "parameters that are not modules"),
     ("layer_replication", "replicated layers"),
 )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`shapes` are those of the stored tensors by name; None if only the configuration could be read."""
+    """An adapter's files. `shapes` are those of the stored tensors by name; None if only the configuration was read."""
 
     where: str
     config: Mapping[str, Any]
@@ -53,7 +53,7 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """The base that the adapter's configuration names."""
+        """Return the base named in the adapter's configuration."""
         named = self.config.get("base_model_name_or_path")
         return named if isinstance(named, str) and named else None
 
@@ -63,7 +63,7 @@ class Adapter:
         return {match[1] for match in keys if match}
 
     def whole(self) -> dict[str, tuple[int, ...]]:
-        """Modules whose weight is stored whole, and its shape; biases are not counted."""
+        """Fully trained modules and the shape of their weight, without biases."""
         found = {}
         for key, shape in (self.shapes or {}).items():
             name = key.removeprefix(PREFIX)
@@ -74,7 +74,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of the recipe's base now: its id, and from its configuration the modules and their sizes."""
+    """Facts about the recipe's base: its id, and from its configuration the modules and their sizes."""
 
     id: str
     modules: Modules | None = None
@@ -84,19 +84,19 @@ class Base:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read the configuration and the header of the weights in a folder that peft has saved.
+    """Read the configuration and the header of the weights in a folder written by peft's save_pretrained.
 
     Raises InputError if one of the two is missing or unreadable; pickled weights are not opened.
     """
     if not (folder / CONFIG).is_file():
-        what = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"{folder} is no folder"
-        raise InputError(f"lora.start_from: {what}; an adapter is a folder that peft has saved")
+        what = f"{folder} holds no {CONFIG}" if folder.is_dir() else f"{folder} is not a folder"
+        raise InputError(f"lora.start_from: {what}; allowed: a folder written by peft's save_pretrained")
     try:
         config = read_json(folder / CONFIG)
     except ValueError as error:
         raise InputError(f"lora.start_from: {folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise InputError(f"lora.start_from: {folder / CONFIG} holds no JSON object; copy the adapter again")
+        raise InputError(f"lora.start_from: {folder / CONFIG} must hold a JSON object; copy the adapter again")
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         found = "only adapter_model.bin, a pickle that can run any code; convert it to safetensors" if pickled else ""
@@ -108,12 +108,12 @@ def read_adapter(folder: Path) -> Adapter:
     whole = config.get("modules_to_save") or []
     odd = [m for m in whole if not isinstance(m, str)] if isinstance(whole, list) else [whole]
     if odd:
-        raise InputError(f"lora.start_from: {folder / CONFIG}: modules_to_save: found {odd[0]!r}, allowed are names")
+        raise InputError(f"lora.start_from: {folder / CONFIG}: modules_to_save: found {odd[0]!r}; allowed: names")
     return Adapter(folder.name, config, shapes)
 
 
 def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = False) -> list[Problem]:
-    """Return everything in which the recipe differs from the adapter that it goes on from, each with its field.
+    """Return every difference between the recipe and the adapter it continues, each with its field.
 
     `importing`: nothing is trained (train: null), so only what concerns the base counts.
     """
@@ -131,7 +131,7 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
 
 
 def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str] | None) -> Iterator[Problem]:
-    """`known`: the modules that may be adapted; those that are merged need not be ones that can be trained here."""
+    """Yield differences of the base. `known`: modules that may be adapted; for a merge they need not be trainable."""
     named = adapter.base
     if (
         named
@@ -146,9 +146,8 @@ def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str]
         )
     if known is not None and (lost := sorted(adapter.adapted() - set(known))):
         there = base.modules is not None and lost[0] in base.modules.every
-        words = (
-            f"adapts {lost[0]}, {'which is no linear module of the base' if there else 'which the base does not have'}"
-        )
+        why = "which is not a linear module of the base" if there else "which the base does not have"
+        words = f"adapts {lost[0]}, {why}"
         yield ("model",), f"the adapter in {adapter.where} {words} ({len(lost)} such); it was trained on {named}"
         return
     for module in sorted(adapter.adapted()):
@@ -166,12 +165,12 @@ def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str]
 def _vocabulary(adapter: Adapter, base: Base) -> Iterator[Problem]:
     size = (base.config or {}).get("vocab_size")
     for module, shape in adapter.whole().items():
-        rows, outside = shape[0], len(shape) == 2 and layer_of(module) is None  # an embedding, or the head
+        rows, outside = shape[0], len(shape) == 2 and layer_of(module) is None  # an embedding or the head
         if outside and isinstance(size, int) and rows != size:
             yield (
                 ("model",),
                 f"the adapter holds {module} with {rows} rows, the vocabulary of {base.id} has {size}: tokens were "
-                "added in training; give as model a folder whose embeddings have that size, with its tokenizer",
+                "added in training; set model to a folder whose embeddings have that size, with its tokenizer",
             )
 
 
@@ -189,13 +188,13 @@ def _settings(lora: Lora, adapter: Adapter) -> Iterator[Problem]:
     if theirs != sorted(lora.modules_to_save):
         yield (
             ("lora", "modules_to_save"),
-            f"the adapter holds {_listed(theirs)} whole and the recipe trains {_listed(sorted(lora.modules_to_save))} "
-            f"whole; set lora.modules_to_save: {_yaml(theirs)}",
+            f"fully trained modules are {_listed(theirs)} in the adapter and {_listed(sorted(lora.modules_to_save))} "
+            f"in the recipe; set lora.modules_to_save: {_yaml(theirs)}",
         )
 
 
 def _covered(adapter: Adapter, whole: set[str]) -> set[str]:
-    """Stored names that a longer or shorter name of modules_to_save means (peft compares the ends of names)."""
+    """Return stored names covered by a longer or shorter name in modules_to_save (peft compares the ends of names)."""
     named = adapter.config.get("modules_to_save") or []
     return {w for w in whole if w not in named and any(n.endswith(w) or w.endswith(n) for n in named)}
 
@@ -203,7 +202,7 @@ def _covered(adapter: Adapter, whole: set[str]) -> set[str]:
 def _not_trained(adapter: Adapter, base: Base) -> Iterator[Problem]:
     bias = adapter.config.get("bias") or "none"
     if bias != "none":
-        yield ("lora", "start_from"), f"bias is {bias!r} in the adapter and biases stay frozen here; {MERGE_FIRST}"
+        yield ("lora", "start_from"), f"bias is {bias!r} in the adapter, but biases stay frozen here; {MERGE_FIRST}"
     for name, what in NOT_TRAINED:
         if adapter.config.get(name) and not (base.tokens and name == "trainable_token_indices"):
             yield ("lora", "start_from"), f"{name} is set in the adapter: it trains {what}; {MERGE_FIRST}"
@@ -254,7 +253,9 @@ def _targets(lora: Lora, adapter: Adapter, base: Base) -> Iterator[Problem]:
             )
         return
     count = layer_count(linear)
-    layers = adapter.config.get("layers_to_transform")  # _layers names that field; here the modules within them count
+    layers = adapter.config.get(
+        "layers_to_transform"
+    )  # `_layers` reports that field; here only modules within those layers count
     if isinstance(layers, list) and layers and max(layers) == count - 1:
         lora = lora.model_copy(update={"last_layers": len(layers)})
     elif not layers:
@@ -279,7 +280,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _yaml(value: object) -> str:
-    """A value as a recipe writes it."""
+    """Return a value as written in a recipe."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):

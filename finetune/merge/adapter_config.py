@@ -1,4 +1,4 @@
-"""What merging needs of a peft adapter_config.json, read without peft: its import takes longer than a small merge."""
+"""Read a peft adapter_config.json for merging, without peft, whose import takes longer than a small merge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """peft's fields that say what an adapter trains, by peft's names and with its defaults (0.21.2)."""
+    """peft's fields that define what an adapter trains, with peft's names and defaults (0.21.2)."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -29,12 +29,12 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> AdapterConfig:
-        """From the content of adapter_config.json: what else it says is refused elsewhere, or changes no merge."""
+        """Build from adapter_config.json; other fields are refused elsewhere or do not affect a merge."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in raw.items() if name in known and value is not None})
 
     def targets(self, module: str) -> bool:
-        """Whether peft gives `module` ("model.layers.0.self_attn.q_proj") low-rank factors."""
+        """Return whether peft gives `module` ("model.layers.0.self_attn.q_proj") low-rank factors."""
         if _named(self.exclude_modules or [], module) or self._saves(module):
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules:
@@ -42,11 +42,11 @@ class AdapterConfig:
         return _named(self.target_modules, module) and self._in_layers(module)
 
     def rank(self, module: str) -> int:
-        """The rank of a module's factors."""
+        """Return the rank of a module's factors."""
         return _first_match(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """What the product of a module's factors is multiplied by: alpha / r, or alpha / √r (arXiv:2312.03732)."""
+        """Return the scale of a module's product BA: alpha / r, or alpha / √r (arXiv:2312.03732)."""
         rank = self.rank(module)
         return float(
             _first_match(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
@@ -56,7 +56,7 @@ class AdapterConfig:
         return any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save or [])
 
     def _in_layers(self, module: str) -> bool:
-        """Whether the module's layer is among `layers_to_transform`; where that is empty, each is."""
+        """Return whether the module's layer is in `layers_to_transform`; always if that is empty."""
         wanted = self.layers_to_transform
         if wanted is None or wanted == []:
             return True
@@ -69,12 +69,12 @@ class AdapterConfig:
 
 
 def _named(names: str | list[str], module: str) -> bool:
-    """Whether an expression matches the whole name, or a list has the name or the end of it."""
+    """Return whether a regular expression matches the full name, or a list contains the name or its end."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:  # noqa: ANN401 - int rank, float alpha
-    """The first pattern that matches, as peft reads them."""
+    """Return the value of the first matching pattern, as peft does, or `default`."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -1,8 +1,8 @@
-"""Make the tensors of a merged model a block of rows at a time: read, change, round, in a few threads.
+"""Compute the tensors of a merged model in blocks of rows: read, change, round, in a few threads.
 
-The delta is computed in fp32, added in fp32 and rounded once. Each thread works on blocks of its own with one thread of
-torch: the operations are short, and threads that share one wait for each other whenever the machine is busy. So the
-bits do not depend on how many there are, either.
+The delta is computed and added in fp32, and the sum is rounded once. Each thread processes its own blocks with one
+torch thread: the operations are short, and threads sharing one operation wait for each other on a busy machine. So the
+bits do not depend on the number of threads either.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MB in fp32
 MOST_THREADS = 9
-AHEAD = 3  # blocks read, made or waiting to be written beyond one a thread
+AHEAD = 3  # blocks read, computed or waiting to be written, in addition to one per thread
 
 
 def merged_pieces(
     plan: MergePlan, names: Iterable[str], device: str = "cpu", *, once: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors of the merged model, each as one or more pieces of whole rows, on the CPU, in output dtype.
+    """Yield the named tensors of the merged model, each as pieces of whole rows, on the CPU, in output dtype.
 
-    A piece's memory is used again once the next piece is asked for. The products are made on `device`; the rest of the
-    bits do not depend on it. `once`: the base is not read again soon, so the page cache need not keep it.
-    Raises FinetuneError when a value is not finite (a broken adapter, or fp16 too narrow for the base).
+    A piece's memory is reused once the next piece is requested. The products are computed on `device`, on which no
+    other bits depend. `once`: the base is not read again soon, so the page cache need not keep it.
+    Raises FinetuneError if a value is not finite (a broken adapter, or fp16 too narrow for the base).
     """
     import torch
 
@@ -44,7 +44,7 @@ def merged_pieces(
     slots = [_Slot() for _ in range(threads + AHEAD)]
 
     def blocks() -> Iterator[_Block]:
-        """Each source's factors are loaded while the blocks of the one before it are made."""
+        """Yield blocks; a source's factors are loaded while the blocks of the previous one are computed."""
         count = 0
         for source, following in _with_next(_Source(plan.targets[name], device, once) for name in names):
             todo = [] if following is None else [None]
@@ -61,8 +61,9 @@ def merged_pieces(
 
 
 def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
-    """One whole tensor of the merged model, by the model's name for it, on the CPU, in its output dtype, in memory of
-    its own. What transformers converts on load is converted.
+    """Return one tensor of the merged model by its name in the model, on the CPU, in its output dtype, as a copy.
+
+    Conversions that transformers does on load are applied.
 
     Raises FinetuneError as `merged_pieces` does.
     """
@@ -72,7 +73,7 @@ def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
 
 
 def _whole(plan: MergePlan, name: str) -> torch.Tensor:
-    """One whole tensor, by its name in the files."""
+    """Return one tensor, by its name in the files."""
     import torch
 
     target = plan.targets[name]
@@ -86,13 +87,13 @@ def _whole(plan: MergePlan, name: str) -> torch.Tensor:
 
 
 def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the merged model under their names in the files, one in memory at a time."""
+    """Yield all tensors of the merged model under their names in the files, one in memory at a time."""
     for name in plan.targets:
         yield name, _whole(plan, name)
 
 
 class _Slot:
-    """Memory for one block, kept between blocks: fresh pages would cost as much as the arithmetic."""
+    """Memory for one block, reused for the next: new pages would cost as much time as the arithmetic."""
 
     def __init__(self) -> None:
         import torch
@@ -101,7 +102,7 @@ class _Slot:
         self._part = torch.empty(0, dtype=torch.float32)
 
     def raw(self, size: int) -> torch.Tensor:
-        """The bytes as they are in the file, later those to be written: (size,) uint8."""
+        """Return the buffer for bytes read, later for bytes to be written: (size,) uint8."""
         import torch
 
         if len(self._raw) < size:
@@ -109,7 +110,7 @@ class _Slot:
         return self._raw[:size]
 
     def part(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """The values being changed, fp32."""
+        """Return the buffer for values being changed, fp32."""
         import torch
 
         if len(self._part) < prod(shape):
@@ -119,7 +120,7 @@ class _Slot:
 
 @dataclass
 class _Source:
-    """A tensor to be made, and what its changes need in memory: loaded once, by whichever thread comes first."""
+    """A tensor to be computed and the data of its changes, loaded once by the first thread that needs it."""
 
     target: Target
     device: str = "cpu"
@@ -130,11 +131,11 @@ class _Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As in the base; a scalar counts as one row."""
+        """The shape in the base; a scalar counts as one row."""
         return self.target.base.shape or (1,)
 
     def blocks(self) -> Iterator[slice]:
-        """Rows that are made together; a tensor without elements is one empty block."""
+        """Yield row ranges computed together; a tensor without elements is one empty block."""
         target, count = self.target, self.shape[0]
         trip = target.round_trip
         by_rows = all(c.by_rows for c in target.changes)
@@ -145,7 +146,7 @@ class _Source:
             yield slice(start, min(start + step, count))
 
     def ready(self) -> list[Edit]:
-        """Load the adapter's tensors, and the scales of a base that goes through 4 bits twice."""
+        """Load the adapter's tensors, and the scales of a base with double quantisation."""
         with self._lock:
             if self._edits is None:
                 trip = self.target.round_trip
@@ -156,7 +157,7 @@ class _Source:
         return self._edits
 
     def read(self, rows: slice, slot: _Slot, *, once: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bytes of these rows in `slot`, and a view of them as what they are."""
+        """Read these rows into `slot`; return the bytes and a view of them in the tensor's dtype."""
         base = self.target.base
         row_bytes = prod(self.shape[1:]) * ITEM_BYTES[base.dtype]
         raw = slot.raw((rows.stop - rows.start) * row_bytes)
@@ -164,7 +165,7 @@ class _Source:
         return raw, raw.view(torch_dtype(base.dtype)).view(rows.stop - rows.start, *self.shape[1:])
 
     def through_4_bits(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
-        """These rows as training saw them."""
+        """Return these rows quantised and dequantised, as in training."""
         trip = self.target.round_trip
         if trip is None:
             return value
@@ -176,14 +177,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of a tensor to be made; without rows, only what its blocks will need."""
+    """Some rows of a tensor to be computed; without rows, a request to load the data of its changes."""
 
     source: _Source
     rows: slice | None
     slot: _Slot
 
     def make(self) -> tuple[str, torch.Tensor] | None:
-        """The tensor's name and the merged rows, in the slot's memory."""
+        """Return the tensor's name and the merged rows, in the slot's memory."""
         import torch
 
         source, target, rows = self.source, self.source.target, self.rows
@@ -200,25 +201,25 @@ class _Block:
                     edit(moved, rows)
             if dtype == torch.float32:
                 value = part if moved is part else part.copy_(moved)
-            else:  # no wider than what was read: fp32 alone is
+            else:  # the output is no wider than the input, unless it is fp32
                 value = raw[: part.numel() * dtype.itemsize].view(dtype).view(part.shape).copy_(moved)
         if value.is_floating_point() and not _finite(value):
             raise FinetuneError(
-                f"{target.name} is not finite in the merged model ({target.dtype}); with merge.dtype float16 take "
-                "bfloat16, otherwise the adapter or the base is broken"
+                f"{target.name} is not finite in the merged model ({target.dtype}); with merge.dtype float16 use "
+                "bfloat16, otherwise the adapter or the base is damaged"
             )
         return target.name, value.view(target.base.shape) if not target.base.shape else value
 
 
 def _finite(value: torch.Tensor) -> bool:
-    """Whether every element is finite: a sum that is finite settles it, several times as fast as looking at each."""
+    """Return whether every element is finite: a finite sum proves it, several times faster than testing each."""
     import torch
 
     return bool(torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all())
 
 
 def _with_next(sources: Iterable[_Source]) -> Iterator[tuple[_Source, _Source | None]]:
-    """Each source with the one that follows it."""
+    """Yield each source with the next one."""
     before: _Source | None = None
     for source in sources:
         if before is not None:

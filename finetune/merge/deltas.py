@@ -30,7 +30,7 @@ SUFFIXES = {
     ".base_layer.bias": "bias",
     ".token_adapter.trainable_tokens_delta": "tokens",
 }
-INITS = (True, False, "gaussian", "eva")  # those that leave the base as it was and B at zero, or at random
+INITS = (True, False, "gaussian", "eva")  # initialisations that do not change the base
 REFUSED_FIELDS = (
     "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
     "kasa_config", "velora_config", "monteclora_config", "megatron_config", "loftq_config", "corda_config",
@@ -41,7 +41,7 @@ Parts = dict[str, dict[str, TensorRef]]
 
 Layout = Literal["linear", "conv1d", "embedding"]
 Edit = Callable[["torch.Tensor", slice], None]
-"""Changes, in place, an fp32 tensor that holds the given rows (a slice with start and stop) of a weight."""
+"""Function that changes in place an fp32 tensor with the given rows (a slice with start and stop) of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class LowRank:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the rows of W are independent: a stored transpose has its norms along the columns."""
+        """Whether the rows of W are independent: norms of a stored transpose are along the columns."""
         return self.layout == "linear" or self.magnitude is None
 
     def loaded(self, device: str) -> Edit:
-        """Both factors in fp32 on `device`, as a function that changes rows of W."""
+        """Load both factors in fp32 on `device`; return a function that changes rows of W."""
         import torch
 
         a, b = (ref.load().to(device, torch.float32) for ref in (self.a, self.b))
@@ -90,7 +90,7 @@ class AddBias:
     by_rows: ClassVar[bool] = True
 
     def loaded(self, device: str) -> Edit:
-        """The bias in fp32 on `device`, as a function that changes elements of b (out,)."""
+        """Load the bias in fp32 on `device`; return a function that changes elements of b (out,)."""
         bias = self.bias.load().to(device).float()
 
         def edit(part: torch.Tensor, rows: slice) -> None:
@@ -101,13 +101,13 @@ class AddBias:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """The trained tensor takes the base's place."""
+    """Replace the base's tensor by the trained one."""
 
     value: TensorRef
     by_rows: ClassVar[bool] = True
 
     def loaded(self, device: str) -> Edit:
-        """The trained tensor on `device`, as a function that puts its rows in place."""
+        """Load the trained tensor on `device`; return a function that writes its rows."""
         value = self.value.load().to(device)
 
         def edit(part: torch.Tensor, rows: slice) -> None:
@@ -118,14 +118,14 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceRows:
-    """The trained rows take the place of the base's."""
+    """Replace some rows of the base's tensor by trained ones."""
 
     value: TensorRef
     rows: tuple[int, ...]
     by_rows: ClassVar[bool] = True
 
     def loaded(self, device: str) -> Edit:
-        """The trained rows on `device`, as a function that puts those in place that a part of W (vocabulary, d) has."""
+        """Load the trained rows on `device`; return a function that writes those within a part of W (vocabulary, d)."""
         import torch
 
         value = self.value.load().to(device).float()
@@ -144,10 +144,10 @@ Change = LowRank | AddBias | Replace | ReplaceRows
 def read_changes(
     tensors: Mapping[str, TensorRef], adapter: Path, skeleton: Skeleton, base: Mapping[str, TensorRef]
 ) -> dict[str, tuple[Change, ...]]:
-    """What the adapter does to each base tensor it touches.
+    """Return base tensor → changes by the adapter.
 
-    `tensors` are those of adapter_model.safetensors, `base` those of the base. Raises InputError naming the field or
-    tensor that cannot be merged exactly, that is missing, or whose shape does not fit.
+    `tensors` are those of adapter_model.safetensors, `base` those of the base. Raises InputError with the field or
+    tensor that cannot be merged exactly, is missing, or has the wrong shape.
     """
     raw = read_json(adapter / "adapter_config.json")
     _refuse_unsupported(raw, adapter)
@@ -178,8 +178,8 @@ def _refuse_unsupported(raw: dict[str, Any], adapter: Path) -> None:
     init = raw.get("init_lora_weights", True)
     if init not in INITS:
         raise InputError(
-            f"{where}: init_lora_weights is {init!r}, which may change the base weights themselves, so the base on the "
-            f"Hub is not the one that was trained; merging knows {', '.join(map(repr, INITS))}"
+            f"{where}: init_lora_weights is {init!r}, which may change the base weights, so the base on the Hub is "
+            f"not the one that was trained; allowed: {', '.join(map(repr, INITS))}"
         )
     for name in REFUSED_FIELDS:
         if raw.get(name):
@@ -189,7 +189,7 @@ def _refuse_unsupported(raw: dict[str, Any], adapter: Path) -> None:
 
 
 def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
-    """Module → part → tensor; every adapter tensor lands in exactly one place."""
+    """Return module → part → tensor; every adapter tensor is used exactly once."""
     parts: Parts = {}
     for key, ref in tensors.items():
         if ref.dtype not in FLOATS:
@@ -202,15 +202,15 @@ def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
         if not suffix and (name in skeleton.parameters or name in skeleton.tied):
             part = name.rpartition(".")[2]
         if not key.startswith(PREFIX) or not part or module not in skeleton.kinds:
-            raise InputError(f"{ref.file}: nothing in the base takes the adapter tensor {key}")
+            raise InputError(f"{ref.file}: the base has no module for the adapter tensor {key}")
         if part in parts.setdefault(module, {}):
-            raise InputError(f"{ref.file}: {key} says for a second time what {module} becomes")
+            raise InputError(f"{ref.file}: {key} defines a part of {module} a second time")
         parts[module][part] = ref
     return parts
 
 
 def _refuse_incomplete(parts: Parts, config: AdapterConfig, skeleton: Skeleton, base: Iterable[str]) -> None:
-    """Every module that the configuration names carries its tensors, and no other module does."""
+    """Raise InputError unless exactly the modules of the configuration have tensors."""
     named = {module for module, kind in skeleton.kinds.items() if kind != "other" and config.targets(module)}
     low_rank = {"a", "b", "b_bias", "magnitude", "embedding_a", "embedding_b"}
     carried = {module for module, found in parts.items() if low_rank & set(found)}
@@ -267,17 +267,17 @@ def _check_shapes(name: str, changes: list[Change], base: Mapping[str, TensorRef
         )
     source = name if name in base else skeleton.tied.get(name, name)
     if source not in base:
-        raise InputError(f"adapter: changes {name}, which the base does not have and a merged model has no place for")
+        raise InputError(f"adapter: changes {name}, which neither the base nor the merged model has")
     shape = base[source].shape
     if sum(not isinstance(c, Replace) for c in changes) > 1:
-        raise InputError(f"adapter: {name} is changed in two ways at once; merging that is not supported")
+        raise InputError(f"adapter: {name} is changed in two ways; merging that is not supported")
     for change in changes:
         if isinstance(change, LowRank):
             made: tuple[int, ...] = (change.b.shape[0], change.a.shape[1])
             made = made if change.layout == "linear" else made[::-1]
             size = change.b.shape[0]
             if change.magnitude and change.magnitude.shape not in ((size,), (1, size), (size, 1)):
-                raise InputError(f"adapter: {name} has a magnitude {list(change.magnitude.shape)}, needed is [{size}]")
+                raise InputError(f"adapter: {name} has a magnitude {list(change.magnitude.shape)}, expected [{size}]")
         elif isinstance(change, ReplaceRows):
             made = (shape[0], *change.value.shape[1:])
             if max(change.rows) >= shape[0]:
@@ -286,6 +286,6 @@ def _check_shapes(name: str, changes: list[Change], base: Mapping[str, TensorRef
             made = change.bias.shape if isinstance(change, AddBias) else change.value.shape
         if made != shape:
             raise InputError(
-                f"adapter: what it makes of {name} is {list(made)}, the base has {list(shape)}; is it the right base, "
+                f"adapter: the change of {name} has shape {list(made)}, the base {list(shape)}; is it the right base, "
                 "and was the vocabulary resized?"
             )

@@ -1,4 +1,4 @@
-"""The weights that 4-bit training saw: quantised and dequantised as bitsandbytes does it."""
+"""Reproduce the weights of 4-bit training: quantise and dequantise as bitsandbytes does."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 SLICE_ELEMENTS = 1 << 18
-BLOCK = 64  # weights that share a scale: what transformers asks of bitsandbytes
+BLOCK = 64  # weights per scale, the value that transformers passes to bitsandbytes
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """How training stored the weights of linear modules: rounded to `dtype`, then to 4 bits in blocks of 64."""
+    """Storage of linear weights in training: rounded to `dtype`, then to 4 bits in blocks of 64."""
 
     type: Literal["nf4", "fp4"]
     double: bool
-    dtype: str  # "bfloat16": what the base was loaded in before it was quantised
+    dtype: str  # dtype in which the base was loaded before quantisation: "bfloat16"
     device: str = "cpu"  # where training quantised it
 
     def by_rows(self, width: int, transposed: bool) -> bool:
-        """Whether rows (out, `width`) can go through a few at a time: each is stored as a row and ends with a block."""
+        """Return whether rows (out, `width`) can be processed in parts: rows are contiguous and end with a block."""
         return width % BLOCK == 0 and not transposed
 
     def scales(self, slices: Iterable[torch.Tensor]) -> torch.Tensor | None:
-        """What `apply` needs to do a weight a few rows at a time: all its scales, where they depend on each other."""
+        """Return all scales of a weight, if they depend on each other, so that `apply` can process it in parts."""
         import torch
 
         if not self.double:
@@ -43,16 +43,16 @@ class RoundTrip:
     def apply(
         self, weight: torch.Tensor, transposed: bool = False, stored_scales: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Quantise and dequantise (out, in), or (in, out) when `transposed`: the values the adapter saw, in `dtype`.
+        """Quantise and dequantise (out, in), or (in, out) if `transposed`: the values in training, in `dtype`.
 
-        `stored_scales` are those of just these rows, from `scales`; without them `weight` is taken for the whole.
+        `stored_scales` are those of these rows, from `scales`; without them `weight` must be the whole weight.
         """
         import torch
 
         value = weight.to(device=self.device, dtype=torch_dtype(self.dtype))
         value = (value.T if transposed else value).clone(memory_format=torch.contiguous_format)
-        # Slices of whole blocks give the same bits as the whole in a fraction of the memory. Where a row does not end
-        # with a block, bitsandbytes' CPU kernel (0.50.2) pairs blocks and scales by the shape: keep the shape then.
+        # Slices of whole blocks give the same bits as the whole in a fraction of the memory. If a row does not end with
+        # a block, bitsandbytes' CPU kernel (0.50.2) assigns scales to blocks by the shape: keep the shape then.
         step = len(value) if value.shape[1] % BLOCK else max(1, SLICE_ELEMENTS // value.shape[1])
         slices = [slice(start, start + step) for start in range(0, len(value), step)]
         packed, scales = zip(*(self._quantize(value[rows]) for rows in slices), strict=True)
@@ -65,7 +65,7 @@ class RoundTrip:
         return (value.T if transposed else value).to("cpu")
 
     def _quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes, and the largest magnitude of each block (fp32)."""
+        """Return packed codes and the largest magnitude of each block (fp32)."""
         from bitsandbytes.functional import quantize_4bit
 
         if self.type == "nf4" and values.device.type == "cpu" and values.shape[-1] % BLOCK == 0:
@@ -74,7 +74,7 @@ class RoundTrip:
         return packed, state.absmax
 
     def _stored_scales(self, scales: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What is left of the scales once double quantisation has rounded them to 8 bits about their mean."""
+        """Return the scales after double quantisation, which rounds them to 8 bits around their mean."""
         import torch
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
@@ -93,9 +93,9 @@ class RoundTrip:
 
 
 def _quantize_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What bitsandbytes' CPU kernel (0.50.2) makes of whole blocks, bit for bit, several times as fast.
+    """Quantise whole blocks bit for bit like bitsandbytes' CPU kernel (0.50.2), several times faster.
 
-    It looks each value up in the 15 midpoints by bisection, which branches; counting the midpoints below does not.
+    The kernel finds each value among the 15 midpoints by bisection, which branches; counting midpoints does not.
     """
     import torch
     from bitsandbytes.functional import get_4bit_type
@@ -104,7 +104,7 @@ def _quantize_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = values.reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).reshape(-1)
-    numbers = scaled.numpy()  # torch's own comparison takes seven times as long
+    numbers = scaled.numpy()  # torch's comparison takes seven times as long
     above, count = np.empty(numbers.shape, bool), np.zeros(numbers.shape, np.uint8)
     for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
         np.add(count, np.greater(numbers, midpoint, out=above).view(np.uint8), out=count)

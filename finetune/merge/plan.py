@@ -1,7 +1,7 @@
-"""Plan from shapes alone what each tensor of the merged model is made of; `merge_blocks` then makes it.
+"""Plan the tensors of the merged model from shapes alone; `merge/blocks.py` computes them.
 
-The rules for each kind of adapter tensor are those of peft's forward, not of its `merge`, which adds the bias of LoRA's
-B unscaled on 4-bit layers (peft 0.21.2).
+Each kind of adapter tensor follows peft's forward, not its `merge`, which adds the bias of LoRA's B unscaled on 4-bit
+layers (peft 0.21.2).
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ PLAN_SECONDS, PLAN_BYTES = 60, 2 << 30  # of matching an adapter's names with a 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One tensor of the merged model: from which base tensor, changed how, written in which dtype."""
+    """One tensor of the merged model: its base tensor, its changes and its output dtype."""
 
-    name: str  # in the files, which is the base's name for it
+    name: str  # in the files; equal to the base's name
     base: TensorRef
     changes: tuple[Change, ...]
     dtype: str  # safetensors code
     round_trip: RoundTrip | None = None
     transposed: bool = False
-    module: str = ""  # of the model, whose weight or bias it is
+    module: str = ""  # the model's module that owns it as weight or bias
 
     @property
     def shape(self) -> TensorShape:
-        """What will be written."""
+        """Name, dtype and shape of the output."""
         return TensorShape(self.name, self.dtype, self.base.shape)
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Every tensor of the merged model, by its name in the files; `untie` when the head no longer is the embedding."""
+    """Every tensor of the merged model by its name in the files; `untie` if head and embedding now differ."""
 
     targets: Mapping[str, Target]
     untie: bool
@@ -62,7 +62,7 @@ class MergePlan:
 
     @property
     def shapes(self) -> list[TensorShape]:
-        """What will be written, in the base's order."""
+        """Return the output tensors, in the base's order."""
         return [t.shape for t in self.targets.values()]
 
 
@@ -74,7 +74,7 @@ def plan_merge(
     trust_remote_code: bool = False,
     tokens: NewTokens | None = None,
 ) -> MergePlan:
-    """Read only headers and configurations, and say what each tensor of the merged model is made of.
+    """Plan the merged model from headers and configurations only.
 
     `base` holds config.json and safetensors, `adapter` what peft's `save_pretrained` wrote; `dtype` is a plain name
     ("bfloat16"). With `round_trip` the weights that bitsandbytes quantises, and no other, come from 4 bits. `tokens`
@@ -139,17 +139,17 @@ def _require_new_rows(name: str, ref: TensorRef, changes: tuple[Change, ...]) ->
 
 
 def output_dtype(setting: str, base: Path) -> str:
-    """The dtype of the merged model, a plain name: what the recipe says, and for "auto" what the base is stored in."""
+    """Return the dtype of the merged model as a plain name: the setting, or the base's stored dtype for "auto"."""
     return str(read_json(base / "base.json")["dtype"]) if setting == "auto" else setting
 
 
 def _resolve_ties(
     refs: Mapping[str, TensorRef], changes: dict[str, tuple[Change, ...]], tied: Mapping[str, str]
 ) -> tuple[dict[str, TensorRef], bool]:
-    """Which base tensor each written tensor comes from, and whether a tied head has to be written for itself.
+    """Return the base tensor of each written tensor, and whether a tied head must be written separately.
 
-    peft trains a copy where it changes one side of a tied pair, so the sides differ afterwards; but trainable tokens
-    on the embedding alone are shared with the head. `changes` gains the head's share of such rows.
+    peft trains a copy if it changes one side of a tied pair, so the sides differ afterwards; but trainable tokens on
+    the embedding alone are shared with the head: they are added to the head's `changes`.
     """
     sources = dict(refs)
     untie = False

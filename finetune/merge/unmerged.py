@@ -1,4 +1,4 @@
-"""The model as it was trained, for a streamed forward: peft's own modules on an empty model, weights by name."""
+"""The unmerged trained model for a streamed forward: peft's modules on an empty model, weights loaded by name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
 
     from finetune.models.layerwise import Weights
 
-INSIDE = (".token_adapter.base_layer", ".base_layer", ".original_module")  # where peft's modules keep the base's own
+INSIDE = (
+    ".token_adapter.base_layer",
+    ".base_layer",
+    ".original_module",
+)  # names under which peft's modules keep the base's module
 
 
 def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weights:
-    """Put the adapter's modules into `model` (from `empty_model`), unmerged; where its weights come from.
+    """Put the adapter's modules, unmerged, into `model` (from `empty_model`); return a function that loads its weights.
 
-    The base's weights are those of `plan` before its changes: through 4 bits where it says so, as training stored them
-    (bitsandbytes multiplies by the weight it dequantises, so a plain layer with those values is the same model). The
-    adapter's tensors are in fp32, as they were trained. Raises InputError where one has no place in the model.
+    The base's weights are those of `plan` before its changes: through 4 bits if planned, as stored in training
+    (bitsandbytes multiplies by the dequantised weight, so a plain layer with those values is the same model). The
+    adapter's tensors are in fp32, as trained. Raises InputError if the model has no module for one of them.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -45,7 +49,7 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
     places |= {n: PREFIX + n for n, _ in model.named_buffers()}
     stored = read_file(adapter / "adapter_model.safetensors")
     if lost := sorted(set(stored) - set(places.values())):
-        raise InputError(f"{adapter}: nothing in the base takes the adapter tensor {lost[0]}")
+        raise InputError(f"{adapter}: the base has no module for the adapter tensor {lost[0]}")
     bare = replace(plan, targets={n: replace(t, changes=()) for n, t in plan.targets.items()})
 
     def weights(name: str) -> torch.Tensor:
@@ -59,7 +63,7 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
 
 
 def _as_in_four_bits(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """A 4-bit layer answers in the type it was asked in (`Linear4bit.forward`), whatever it computes in: where what
-    was trained whole makes the stream fp32, autocast's own answer would be in 16 bits, and so the sum with the adapter.
+    """Cast the output to the input's dtype, as `Linear4bit.forward` does. If fully trained modules make the residual
+    stream fp32, autocast would return 16 bits, and so would the sum with the adapter.
     """
     return output.to(given[0].dtype)

@@ -212,8 +212,8 @@ def known_layout(config: Mapping[str, Any]) -> Layout | None:
     """The layout that a config.json describes; None where transformers has to be asked."""
     kind = config.get("model_type")
     causal = config.get("architectures") == [f"{str(kind).capitalize()}ForCausalLM"]
-    said = isinstance(config.get("num_hidden_layers"), int) and isinstance(config.get("tie_word_embeddings"), bool)
-    if kind not in KNOWN or not causal or not said or "auto_map" in config:
+    complete = isinstance(config.get("num_hidden_layers"), int) and isinstance(config.get("tie_word_embeddings"), bool)
+    if kind not in KNOWN or not causal or not complete or "auto_map" in config:
         return None
     made, layers, tied = KNOWN[kind], range(config["num_hidden_layers"]), config["tie_word_embeddings"]
     inside = [f"{module}.weight" for module in (*ATTENTION, *MLP, *made.norms)]

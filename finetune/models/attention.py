@@ -31,7 +31,7 @@ TRIAL_TOLERANCE = 0.03  # of outputs and gradients, relative: bf16 has 8 bits
 
 
 def is_varlen(name: str) -> bool:
-    """Whether attention `name` is told where the documents of a packed row end, and so takes several rows at once."""
+    """Return whether attention `name` gets the document ends of a packed row, and so supports several rows at once."""
     return name == VARLEN or name.startswith("flash_attention")
 
 
@@ -81,7 +81,7 @@ def _choice(
 
 
 def _model_trial(name: str, base: Path, device: str, precision: str) -> str | None:
-    """What is wrong with attention `name` in a tiny copy of the base on this device; None where nothing is."""
+    """Return the error of attention `name` in a tiny copy of the base on this device, or None."""
     from finetune.models import trial
 
     try:
@@ -102,7 +102,9 @@ def ordinary(base: Path, *, trust_remote_code: bool = False) -> str:
 
 
 def plain(settings: Mapping[str, Any]) -> str:
-    """What every device has: SDPA, or eager where scores are capped (Gemma 2), which SDPA cannot."""
+    """Return the fallback for every device: SDPA, or eager if scores are capped (Gemma 2), which SDPA does not
+    support.
+    """
     return "eager" if settings.get("attn_logit_softcapping") else "sdpa"
 
 
@@ -120,7 +122,7 @@ def settings_of(base: Path, *, trust_remote_code: bool = False) -> dict[str, Any
 
 
 def _missing(device: str, precision: str, settings: Mapping[str, Any]) -> str | None:
-    """What a variable-length kernel would need and is not there; None where nothing is missing."""
+    """Return the missing requirement of a variable-length kernel, or None."""
     if not device.startswith("cuda") or _capability(device) < LEAST_CAPABILITY:
         return "a variable-length kernel needs a GPU of sm80 or newer"
     if precision == "fp32":
@@ -196,7 +198,7 @@ def adapted(varlen_attn: Callable[..., Any], parameters: Collection[str]) -> Ker
 
 
 def _trial(device: str, precision: str, settings: Mapping[str, Any]) -> str | None:
-    """What is wrong with torch's kernel on this GPU, with the base's heads and window; None where nothing is."""
+    """Return the error of torch's kernel on this GPU, with the base's heads and window, or None."""
     import torch
 
     from finetune.models.device import gpu_index

@@ -1,4 +1,4 @@
-"""What bounds a base's config.json and tokenizer.json: they come from somebody else, and are programs of a kind."""
+"""Limits on a base's config.json and tokenizer.json, which are untrusted and can demand much work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a training step faster and leaves its result as it was: compiled layers, weights kept in 16 bits.
+"""Faster training steps with the same result: compiled layers, weights kept in 16 bits.
 
 Both are put on a base that was loaded to be trained and on no other: what is certified and merged never sees them.
 """

@@ -20,7 +20,7 @@ DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "
 
 
 def machine_notes() -> list[str]:
-    """What this program does on machines of Apple and AMD, one sentence each; none elsewhere. Imports no torch."""
+    """Return notes for Apple and AMD machines, one sentence each; none elsewhere. Imports no torch."""
     found = []
     if sys.platform == "darwin" and platform.machine() == "arm64":
         found.append(
@@ -93,7 +93,7 @@ def widen_saved(model: torch.nn.Module) -> None:
 
 
 def autocast(device: str, dtype: torch.dtype | None) -> torch.autocast:
-    """What training computes under: autocast to a dtype of 16 bits; with None, nothing."""
+    """Return training's autocast context for a 16-bit dtype; a null context for None."""
     import torch
 
     kind = torch.device(device).type

@@ -71,7 +71,7 @@ SIZES: Mapping[str, tuple[str, ...]] = {  # size → attributes of transformers'
 
 
 def read_inventory(base: Path) -> Inventory | None:
-    """What the base stage counted; None in a folder of an earlier version."""
+    """Return the base stage's counts; None in a folder of an earlier version."""
     path = base / FILE
     return Inventory.of_json(read_json(path)["inventory"]) if path.is_file() else None
 
@@ -191,7 +191,9 @@ def not_quantized(model: PreTrainedModel) -> list[str]:
 
 
 def _is_quantized(name: str, module: Any, skipped: list[str]) -> bool:  # noqa: ANN401 - nn.Module
-    """What `replace_with_bnb_linear` decides, without importing bitsandbytes: exact linear modules and Conv1D."""
+    """Return the choice of `replace_with_bnb_linear` without importing bitsandbytes: exact linear modules and
+    Conv1D.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -215,18 +217,18 @@ def notes(found: Inventory, config: Mapping[str, Any] | None = None) -> list[str
             "the merge as they are"
         )
     if found.other_parts:
-        said.append(
+        notes.append(
             f"the language model is trained; the other parts ({found.other_parts / 1e6:,.0f} M parameters: a vision "
             "tower, say) are left alone and carried through the merge"
         )
     if found.experts:
-        said.append(
+        notes.append(
             f"its experts hold {found.experts / 1e9:.3g} B of {found.parameters / 1e9:.3g} B parameters in 16 bits: "
             "they are neither quantised nor trained"
         )
     if not found.quantized:
-        said.append("bitsandbytes stores none of its matrices in 4 bits: the whole base stays in 16 bits")
-    return said
+        notes.append("bitsandbytes stores none of its matrices in 4 bits: the whole base stays in 16 bits")
+    return notes
 
 
 def require_inventory(model: PreTrainedModel, where: str) -> Inventory:

@@ -244,7 +244,9 @@ def hidden_states(
 
 
 def final_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """What the head is given, (B, T, d), for right-padded rows (B, T). Without a mask, as no position looks ahead."""
+    """Return the input of the head, (B, T, d), for right-padded rows (B, T). Without a mask, as no position looks
+    ahead.
+    """
     import torch
 
     with torch.no_grad():

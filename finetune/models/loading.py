@@ -148,7 +148,7 @@ def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: b
     from finetune.hub.verified import require_announced
 
     small = [*MODEL_FILES, *TOKENIZER_FILES, MORE_TEMPLATES, *(["*.py"] if model.trust_remote_code else [])]
-    # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor what lies in subfolders.
+    # Not `consolidated*.safetensors`, the same weights once more in Mistral's own layout, nor files in subfolders.
     wanted = [*small, "model*.safetensors", INDEX] if weights else small
     snapshot = partial(
         snapshot_download,
@@ -287,7 +287,7 @@ def _require_all_weights(name: str, model: PreTrainedModel, report: dict[str, An
     if wrong:
         raise FinetuneError(
             f"the weights of {name} are not those its config.json describes ({'; '.join(wrong)}); "
-            "download them again or mend the folder"
+            "download them again or fix the folder"
         )
     if beside and ctx.rank == 0:
         ctx.say(f"base: the model does not use {len(beside)} tensors ({beside[0]}); a merge carries them as they are")

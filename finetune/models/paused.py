@@ -89,7 +89,7 @@ class Passage:
             )
 
     def result(self) -> torch.Tensor:
-        """What the body returned."""
+        """Return value of the body."""
         if self._answer is None:
             raise FinetuneError("the forward has not come to its end")
         return self._answer

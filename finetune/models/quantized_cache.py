@@ -37,13 +37,13 @@ def wanted(choice: str, parameters: int) -> bool:
 
 
 def identity(base: Path) -> dict[str, Any]:
-    """What tells the base pinned in a base stage's folder from any other."""
+    """Return the identity of the base pinned in a base stage's folder."""
     pinned = read_json(base / "base.json")
     return {name: pinned.get(name) for name in ("id", "revision", "weights")}
 
 
 def locate(scratch: Path, base: Path, quantization: recipe.Quantization, dtype: str) -> tuple[Path, dict[str, Any]]:
-    """Where the copy lies or would lie, and what it is a copy of: base, settings, dtype, and the versions it is of."""
+    """Folder of the copy, which may not exist, and its source: base, settings, dtype and library versions."""
     about = {
         "base": identity(base),
         "quantization": quantization.model_dump(mode="json"),
@@ -128,7 +128,7 @@ def exists(scratch: Path, base: Path) -> bool:
 
 
 def _copied(folder: Path) -> object:
-    """What base a folder is a copy of; None for one without a manifest."""
+    """Return the base that a folder is a copy of; None for one without a manifest."""
     try:
         return read_json(folder / MANIFEST)["about"]["base"]
     except (OSError, ValueError, KeyError, TypeError):

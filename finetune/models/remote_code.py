@@ -18,9 +18,9 @@ def copy_code(source: Path, target: Path) -> None:
 
 
 def settle_code(base: Path, out: Path, say: Callable[[str], None], *, trusted: bool) -> None:
-    """What a finished model folder `out` says of such code: with trust it has the code, else it names none.
+    """Set a finished model folder's references to such code: with trust it has the code, else it names none.
 
-    Without trust transformers' own classes were used, and code that is named and missing fails whoever trusts it.
+    Without trust transformers' own classes were used, and code that is named and missing fails for users who trust it.
     """
     named = [name for name in NAMED_IN if (out / name).exists() and "auto_map" in read_json(out / name)]
     if not named:

@@ -1,4 +1,4 @@
-"""What a model is made of, from its config.json alone: no weight is read."""
+"""Modules of a model from its config.json alone; no weights are read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_skeleton(
     """The skeleton of the model in `base`, whose weights hold the tensors `names`.
 
     transformers builds the model and is asked, but for the layouts in `known_layout`: importing it takes seconds.
-    Without `quantized` nobody is asked which modules would be (a second less). Raises InputError when the base is
+    Without `quantized` the quantised modules are not determined (a second less). Raises InputError when the base is
     itself quantised, or when the weights hold what the model should have used.
     """
     config = read_json(base / "config.json")

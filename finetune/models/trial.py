@@ -1,4 +1,4 @@
-"""What an architecture can do, tried on a tiny copy of it: the same configuration with small sizes and random weights.
+"""Test an architecture's features on a tiny copy: the same configuration with small sizes and random weights.
 
 Whether documents can be packed into one row, and which attention computes what the eager one does, are properties of
 the architecture's code, and no list of names keeps up with them.
@@ -32,7 +32,7 @@ VISIBLE = 0.01  # what documents that see each other must change at least, or th
 
 @dataclass(frozen=True)
 class Facts:
-    """What the trial found. `packing` is None if documents can be packed, else why they cannot."""
+    """Results of the trial. `packing` is None if documents can be packed, else why they cannot."""
 
     packing: str | None
     attention: str  # "sdpa", or "eager" where the architecture has no SDPA or computes something else in it

@@ -1,7 +1,7 @@
-"""Several processes of one run on this machine: start them, hand signals on, end with what the first failure said.
+"""Start several processes of one run on this machine, forward signals, and exit with the first failure.
 
-`accelerate launch` starts the same processes, and is what FSDP, ZeRO and several machines need; its own launcher turns
-every exit status into 1 and ends in a traceback. Started from here, a run of N processes ends as a run of one does.
+`accelerate launch` starts the same processes and is required for FSDP, ZeRO and several machines, but turns every exit
+status into 1 and ends in a traceback. With this launcher a run of N processes exits like a run of one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 from finetune.train.oom import SMALLER
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 15.0  # for the others, once one has failed; after a signal they may take as long as a checkpoint needs
-FLOOR_SECONDS = 10.0  # an interpreter with torch in it takes seconds to end on a busy machine
+GRACE_SECONDS = 15.0  # for the others after one has failed; after a signal there is no limit, for the checkpoint
+FLOOR_SECONDS = 10.0  # an interpreter with torch takes seconds to exit on a busy machine
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The rank of this process and their number, as accelerate, torchrun and `launch` hand them down.
+    """Return rank and number of processes from the variables of accelerate, torchrun or `launch`.
 
-    Raises InputError where accelerate was asked for several processes and started one, which it does without a word
-    for `--cpu --num_processes 2` and for `distributed_type: MULTI_CPU`: it then sets an address and no rank.
+    Raises InputError if accelerate was configured for several processes but started one, which happens silently for
+    `--cpu --num_processes 2` and for `distributed_type: MULTI_CPU`: it then sets an address and no rank.
     """
     if "WORLD_SIZE" in environment:
         return int(environment.get("RANK", "0")), int(environment["WORLD_SIZE"])
     if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment:
         raise InputError(
-            "accelerate was asked for several processes and started one: it does so for --cpu and for "
+            "accelerate was configured for several processes but started one, as it does for --cpu and for "
             "distributed_type MULTI_CPU. Use --config_file recipes/accelerate/multi_cpu.yaml, or finetune run "
             "--processes N"
         )
@@ -50,9 +50,9 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int]:
 def launch(arguments: Sequence[str], processes: int) -> None:
     """Run `finetune ARGUMENTS` in `processes` processes and wait for them.
 
-    Where a GPU was full, they are started again with the smaller micro-batch that its process asked for. Exits with the
-    status of the process that failed first, whose own message is on the screen already. Raises FinetuneError where a
-    process was killed, Stopped after a signal that every process was told of.
+    If a GPU ran out of memory, they are restarted with the smaller micro-batch that its process requested. Exits with
+    the status of the process that failed first, which has printed its message. Raises FinetuneError if a process was
+    killed, Stopped after a signal that was forwarded to every process.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "micro_batch_rows"
@@ -64,7 +64,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
 
 def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
-    """The status of the process that failed first; 0 where none did."""
+    """Return the status of the process that failed first; 0 if none failed."""
     port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     started: list[subprocess.Popen[bytes]] = []
@@ -82,7 +82,7 @@ def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
                 SMALLER: str(asked),
                 "PYTHONSAFEPATH": "1",
             }
-            # A session of its own: Ctrl-C in a terminal reaches every process of a group, and then once more from here.
+            # A new session: otherwise Ctrl-C in a terminal would reach each process twice, directly and from here.
             # -P, and the variable for its own children: a json.py in the working folder is data, not a module.
             command = [sys.executable, "-P", "-m", "finetune", *arguments]
             started.append(subprocess.Popen(command, env=environment, start_new_session=True))
@@ -94,17 +94,16 @@ def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}" if received else how_it_ended(status)
         raise FinetuneError(
-            f"process {rank + 1} of {processes} {how}; the same command goes on from the last checkpoint"
+            f"process {rank + 1} of {processes} {how}; run the same command to resume from the last checkpoint"
         )
     return status
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int, int]:
-    """Wait for all; after the first failure the others are told to stop, and killed if they do not. After a signal they
-    may take as long as they need: rank 0 may be sending what the others have helped to save.
+    """Wait for all; after the first failure stop the others, and kill them if they do not exit. After a signal there is
+    no time limit: rank 0 may be uploading a checkpoint.
 
-    Returns the rank and status of the first failure. Of several seen at once, a killed process is the cause and an
-    error of another its effect.
+    Returns rank and status of the first failure; of several at once a killed process, since it causes errors in others.
     """
     failed = (0, 0)
     deadline = 0.0
@@ -131,7 +130,7 @@ def _send(started: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 @contextmanager
 def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to every process; the same again ends them at once. Yields the signals received."""
+    """Forward SIGINT and SIGTERM to every process; a repeated signal kills them. Yields the signals received."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -147,8 +146,8 @@ def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int
 
 
 def free_port() -> int:
-    """A port nobody listens on, below those that Linux gives to outgoing connections (from 32768 on): torch takes it
-    only seconds later, and by then one of those may have come to lie on it.
+    """Return a free port below the range of outgoing connections on Linux (from 32768): torch binds it only seconds
+    later, when an outgoing connection could already use it.
     """
     while True:
         port = random.randrange(20000, 30000)  # noqa: S311 - two launches at once must not try the same ones in turn
@@ -158,16 +157,16 @@ def free_port() -> int:
 
 
 def stop_with_launcher() -> None:
-    """Have Linux send this process SIGTERM when its launcher dies: a killed launcher leaves no orphan on a GPU."""
+    """Make Linux send this process SIGTERM when its launcher dies, so that no orphan keeps a GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def message(error: FinetuneError, environment: Mapping[str, str]) -> str:
-    """What this process has to say of its failure; empty where it is not its place.
+    """Return the message of this process for its failure; empty if another process prints it.
 
-    What is wrong with a recipe is wrong in every process: rank 0 says it, the launch ends, and the others are stopped
-    before they repeat it. What only a higher rank knows is said after a moment, with its number.
+    An error in a recipe occurs in every process: rank 0 prints it, and the others are stopped before they repeat it. An
+    error of a higher rank only is printed after a delay, with its number.
     """
     rank = int(environment.get("RANK", "0"))
     if rank == 0:

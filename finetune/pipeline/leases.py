@@ -1,7 +1,7 @@
-"""Who builds a folder: a numbered lease file that its owner keeps touching, in the folder itself.
+"""Lease on a stage folder: a numbered file in the folder with owner, heartbeat and expiry.
 
-Another run waits for a live lease, saying for whom and how far that has come, and takes over a dead one by creating the
-next number exclusively. Nothing else is needed of the file system: no lock, link or rename.
+Another run waits for a live lease, printing owner and progress, and takes over a dead one by creating the next number
+exclusively. The file system needs no locks, links or renames.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from finetune.errors import FinetuneError
 from finetune.utils.links import names_in, read_regular
 
-LEASE_SECONDS = 60.0  # a lease of another machine that has not moved for so long is dead
+LEASE_SECONDS = 60.0  # a lease of another machine without a heartbeat for this long is dead
 BEAT_SECONDS = 5.0
 LEASE_BYTES = 2048
-SOMEBODY = "another run"  # whose lease cannot be read
-WAIT_SECONDS = 15.0  # how often a run that waits says how far the other one has come
+SOMEBODY = "another run"  # owner of an unreadable lease
+WAIT_SECONDS = 15.0  # interval at which a waiting run prints the owner's progress
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Lease:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Keep the lease moving, so that another machine sees that this one lives."""
+        """Start the heartbeat, by which other machines see that this process is alive."""
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._thread.start()
 
     def say(self, line: str) -> None:
-        """Have whoever waits read this from the next beat on; costs nothing."""
+        """Set the note that waiting runs read from the next heartbeat on; no I/O."""
         self.note = line
 
     def _beat(self) -> None:
@@ -60,24 +60,24 @@ class Lease:
             except OSError:
                 continue  # a file server that does not answer now
             with contextlib.suppress(OSError):  # a full disk must not kill the build
-                # In place and of one length: no room is needed, and what is there is never cut off.
+                # In place and of constant length: needs no disk space and never truncates the file.
                 with self.path.open("r+b") as file:
                     file.write(_lease_bytes(self.token, beat, self.note))
                     file.flush()
                     os.fsync(file.fileno())
 
     def require(self) -> None:
-        """Raise FinetuneError where another run took the folder over, because this process stood still for too long."""
+        """Raise FinetuneError if another run took the folder over because this process was suspended for too long."""
         others = [p for p in _leases(self.path.parent) if p.name > self.path.name]
         if others or not self.path.exists():
             owner = _owner(_read(max(others))) if others else "another run"
             raise FinetuneError(
-                f"{self.path.parent}: {owner} took this folder over while this process stood still; run again: what it "
-                "finishes is used"
+                f"{self.path.parent}: {owner} took this folder over while this process was suspended; run "
+                "again to use its result"
             )
 
     def release(self) -> None:
-        """Give the folder back; older, dead leases go first, and a later one is not ours."""
+        """Release the folder: remove older, dead leases, then this one; later ones belong to others."""
         self._stop.set()
         if self._thread:
             self._thread.join()
@@ -87,8 +87,8 @@ class Lease:
 
 
 def acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Lease:
-    """The lease of a folder that is there. `on_wait` gets a line for whom it waits, and one every so often how far that
-    has come; `check` may raise. Raises FinetuneError where the folder cannot be written.
+    """Acquire the lease of an existing folder. `on_wait` receives a line with the owner, then its progress at
+    intervals; `check` may raise. Raises FinetuneError if the folder cannot be written.
     """
     token = uuid.uuid4().hex
     watch: dict[Path, tuple[bytes, float]] = {}
@@ -102,22 +102,22 @@ def acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], No
             number = int(current.name.split(".")[1]) + 1 if current else 1
             mine = folder / f"lease.{number:06d}.json"
             if _create(mine, token):
-                # Whoever took a judgement on an older state gives way: the lease judged dead must still be there,
-                # unchanged, and no other may have appeared beside it.
+                # The judgement may be on an outdated state: the lease judged dead must still exist,
+                # unchanged, and there must be no other lease.
                 others = [p for p in _leases(folder) if p != mine and p not in held]
                 if not others and (current is None or _read(current) == before):
                     if current is not None:
                         on_wait(f"{folder.name}: took over from {_owner(before)}, which is gone")
                     return Lease(mine, token)
                 mine.unlink(missing_ok=True)
-            time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - jitter, so that two that gave way do not meet again
+            time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - jitter, so that two runs do not collide again
             continue
         waiting.look(before)
         time.sleep(0.25)
 
 
 class _Waiting:
-    """Says for whom a run waits: at once when that is another process, and now and then how far it has come."""
+    """Prints the owner that a run waits for: immediately if it is another process, then its progress at intervals."""
 
     def __init__(self, on_wait: Callable[[str], None]) -> None:
         self._on_wait = on_wait
@@ -125,10 +125,10 @@ class _Waiting:
         self._last = 0.0
 
     def look(self, content: bytes) -> None:
-        """Take in the lease as it is now."""
-        who, note = _told(content)
+        """Report the current lease."""
+        who, note = _owner_and_note(content)
         if who == SOMEBODY and (self._who or not content):
-            return  # read while it was written, or after it had gone: the next look tells
+            return  # read while it was being written or removed: try again later
         if who == self._who and (note == self._note or time.monotonic() - self._last < WAIT_SECONDS):
             return
         self._who, self._note, self._last = who, note, time.monotonic()
@@ -136,7 +136,7 @@ class _Waiting:
 
 
 def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]]) -> bool:
-    now = time.monotonic()  # never the wall clock: it may jump, and two machines never agree on it
+    now = time.monotonic()  # not the wall clock: it may jump, and differs between machines
     if path not in watch or watch[path][0] != content:
         watch[path] = (content, now)
     try:
@@ -145,7 +145,7 @@ def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]])
         if all(owner[k] == me[k] for k in ("host", "boot", "namespace")):
             return bool(_process_start(int(owner["pid"])) != owner["start"])
     except (ValueError, KeyError, TypeError):
-        pass  # torn or half-written: judged by whether it still changes
+        pass  # incomplete: judged by whether it still changes
     return now - watch[path][1] > LEASE_SECONDS
 
 
@@ -160,13 +160,13 @@ def _create(path: Path, token: str) -> bool:
         with os.fdopen(handle, "wb") as file:
             file.write(_lease_bytes(token, 0, ""))
     except OSError as error:
-        path.unlink(missing_ok=True)  # cut off, it would be taken for a lease of another machine
+        path.unlink(missing_ok=True)  # a truncated lease would look like one of another machine
         raise FinetuneError(f"{path.parent}: cannot be written: {error.strerror}") from None
     return True
 
 
 def _lease_bytes(token: str, beat: int, note: str) -> bytes:
-    # A character takes 6 bytes at most: escaped to ASCII, 200 of them would not always fit into the length.
+    # A character takes up to 6 bytes in escaped ASCII, so 200 of them would not always fit into the length.
     text = json.dumps({**_identity(), "token": token, "beat": beat, "note": note[:200]}, ensure_ascii=False)
     return text.encode("utf-8", "replace").ljust(LEASE_BYTES)
 
@@ -186,11 +186,11 @@ def _read(path: Path) -> bytes:
 
 
 def _owner(content: bytes) -> str:
-    return ": ".join(part for part in _told(content) if part)
+    return ": ".join(part for part in _owner_and_note(content) if part)
 
 
-def _told(content: bytes) -> tuple[str, str]:
-    """Who holds a lease, and what that process said of itself last."""
+def _owner_and_note(content: bytes) -> tuple[str, str]:
+    """Return owner and last note of a lease."""
     try:
         lease = json.loads(content)
         return f"process {lease['pid']} on {lease['host']}", str(lease.get("note") or "")
@@ -199,12 +199,12 @@ def _told(content: bytes) -> tuple[str, str]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Return whether this machine has a process with this id."""
     return _process_start(pid) != ""
 
 
 def _identity() -> dict[str, object]:
-    """Who this process is: enough to tell a live one from a later one that was given the same number."""
+    """Return the identity of this process, which differs from that of a later process with the same id."""
 
     def first_line(path: str) -> str:
         try:
@@ -227,11 +227,11 @@ def _identity() -> dict[str, object]:
 
 
 def _process_start(pid: int) -> str:
-    """Something that differs between two processes of one number; "" if there is no such process."""
+    """Return a start time that distinguishes processes with the same id; "" if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         after_name = stat.rpartition(")")[2].split()
-        return "" if after_name[0] in "ZX" else after_name[19]  # a zombie builds nothing; field 22 is starttime
+        return "" if after_name[0] in "ZX" else after_name[19]  # a zombie counts as dead; field 22 is starttime
     except (OSError, IndexError):
         pass
     if Path("/proc/self").exists():
@@ -246,6 +246,6 @@ def _process_start(pid: int) -> str:
 
 
 def is_being_built(folder: Path) -> bool:
-    """Whether a lease in the folder may belong to a living process; one of another machine counts as living."""
+    """Return whether a lease in the folder may belong to a live process; one of another machine counts as live."""
     held = sorted(_leases(folder))
     return bool(held) and not _is_dead(held[-1], _read(held[-1]), {})

@@ -1,8 +1,8 @@
-"""`run --mirror OWNER/NAME`: what a run finishes lies in a private Hub repository, too; a bare machine goes on from it.
+"""`run --mirror OWNER/NAME`: copy results to a private Hub repository, from which a new machine can continue.
 
 Fetched before the run: the stages of the recipe's newest run there, and an unfinished training's newest checkpoint.
-Sent while it goes on, by a thread: every finished stage and the newest COMPLETE checkpoint, each commit whole. What
-lies in scratch never goes there. A network that fails costs one line, and is tried again.
+Sent during the run by a thread: every finished stage and the newest COMPLETE checkpoint, in atomic commits. Files in
+scratch are never sent. A network failure prints one line and is retried.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from finetune.utils import links
 from finetune.utils.files import read_json, replace_bytes, write_json
 
 POLL_SECONDS, AFTER_FAILURE_SECONDS = 1.0, 60.0
-STAGE_SECONDS = 10.0  # small stages that end within it go together
+STAGE_SECONDS = 10.0  # stages that finish within this time are sent together
 CHECKPOINT_SECONDS = 600.0  # between two checkpoints sent: gigabytes that the repository's history keeps
-FINISH_SECONDS = 900.0  # for what is left when the run ends
-TOLD_BYTES = 50_000_000  # what takes a while is said before it is fetched
+FINISH_SECONDS = 900.0  # for the rest at the end of the run
+ANNOUNCED_BYTES = 50_000_000  # larger downloads are announced
 SMALL = tuple(stage.name for stage in STAGES if not stage.large)
 CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)/(.+)")
 LOG = "metrics.jsonl"
 Content = Path | bytes
-FAULTS = (FinetuneError, OSError, ValueError, TypeError)  # of a repository that holds something else, or a full disk
+FAULTS = (FinetuneError, OSError, ValueError, TypeError)  # from an unexpected repository or a full disk
 
 
 @contextmanager
 def mirrored(repo_id: str, store: Store, run: Run, ctx: Context, *, fresh: bool) -> Iterator[None]:
-    """Fetch what `repo_id` keeps for this recipe; while the block runs, and once more at its end, send what is new.
+    """Fetch the recipe's files from `repo_id`; send new files during the block and at its end.
 
     Raises InputError for a repository that is public, or that this account may not write to.
     """
@@ -58,7 +58,7 @@ def mirrored(repo_id: str, store: Store, run: Run, ctx: Context, *, fresh: bool)
 
 @dataclass
 class Mirror:
-    """One run's side of the repository."""
+    """Synchronisation of one run with the repository."""
 
     repo_id: str
     store: Store
@@ -66,9 +66,9 @@ class Mirror:
     ctx: Context
     _end: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
-    _there: dict[str, Remote] | None = None  # what the repository holds, once it has been read
-    _sent: set[str] = field(default_factory=set)  # stage folders that are there whole
-    _in_step: bool = False  # what was there is here: a checkpoint with a lower number may replace one with a higher
+    _there: dict[str, Remote] | None = None  # files of the repository, once listed
+    _sent: set[str] = field(default_factory=set)  # stage folders that are complete there
+    _in_step: bool = False  # all fetched: a checkpoint with a lower number may replace a higher one
     _failing: bool = False
     _checkpoint_at: float | None = None
     _pushed_at: float | None = None
@@ -79,17 +79,19 @@ class Mirror:
         self._hub = HubFolder(self.repo_id, self._wait)
 
     def _wait(self, seconds: float) -> None:
-        """Between two attempts; cut short when the run ends, but not in its last push, unless all failed before it."""
+        """Wait between attempts; the wait ends with the run, except in the last push, unless all earlier ones
+        failed.
+        """
         if self._end.is_set():
             time.sleep(0.0 if self._failing else seconds)
         else:
             self._end.wait(seconds)
 
     def pull(self, *, fresh: bool = False) -> None:
-        """Fetch the stages of the recipe's newest run there, less those that are here; `fresh` leaves checkpoints out.
+        """Fetch the missing stages of the recipe's newest run there; `fresh` skips checkpoints.
 
-        Every file is compared with the Hub's listing, and a stage's with its manifest. A folder that does not come
-        whole is left out. Raises InputError as `mirrored` does.
+        Every file is compared with the Hub's listing, and a stage's files with its manifest. Incomplete folders are
+        skipped. Raises InputError as `mirrored` does.
         """
         try:
             self._hub.open()
@@ -97,7 +99,7 @@ class Mirror:
         except InputError:
             raise
         except FinetuneError as error:
-            self._fail(f"{error}; going on without what it holds")
+            self._fail(f"{error}; continuing without its files")
             return
         try:
             self.store.artifacts.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ class Mirror:
             self.ctx.say(f"{problem}; it is left out")
 
     def _pull_run(self, there: Mapping[str, Remote], incoming: Path) -> dict[str, str]:
-        """The newest run's folder, unless it is here. Returns stage → key of what it names."""
+        """Fetch the newest run's folder, unless it exists. Return stage → key from its record."""
         parent = f"runs/{self.run.recipe}"
         if f"{parent}/latest" not in there:
             return {}
@@ -166,12 +168,12 @@ class Mirror:
         else:
             return
         what = name if manifest else f"{name} checkpoint-{newest}"
-        if (size := sum(there[f"{prefix}/{n}"].size for n in wanted)) > TOLD_BYTES:
+        if (size := sum(there[f"{prefix}/{n}"].size for n in wanted)) > ANNOUNCED_BYTES:
             self.ctx.say(f"{self.repo_id}: fetching {what}, {size / 1e6:,.0f} MB")
         self._fetch([f"{prefix}/{n}" for n in [*wanted, last]], there, incoming)
         if manifest and (wrong := self.store.verify(incoming / prefix, manifest)):
             raise FinetuneError(f"{self.repo_id}: {prefix} is not what was committed: {'; '.join(wrong[:3])}")
-        if last == BUILDING:  # whose launch this was must not look like this one's
+        if last == BUILDING:  # it must not look like a build of this launch
             write_json(incoming / prefix / BUILDING, read_json(incoming / prefix / BUILDING) | {"launch": ""})
         self._place(incoming / prefix, folder, [*wanted, last])
         self._pulled.append(what)
@@ -187,22 +189,22 @@ class Mirror:
         self._hub.fetch({n: there[n] for n in names if not (incoming / n).exists()}, incoming)
 
     def _place(self, source: Path, folder: Path, names: Sequence[str]) -> None:
-        """Move files into a stage's folder, the last name last: without it, the folder is one that died."""
+        """Move files into a stage's folder, the last name last: without that file the folder is an aborted build."""
         with self.store.lease(folder, self.ctx.say, self.ctx.stop.check):
             self.store.clear(folder)
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with (source / name).open("rb") as file:  # a manifest must not name bytes that a power cut lost
+                with (source / name).open("rb") as file:  # a manifest must not list bytes lost in a power cut
                     os.fsync(file.fileno())
                 (source / name).replace(folder / name)
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start sending."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
         self._thread.start()
 
     def finish(self) -> None:
-        """Send what is left, and say so where that fails. A second signal ends the waiting."""
+        """Send the rest and report a failure. A second signal ends the wait."""
         self._end.set()
         self.ctx.stop.hold()
         if self._thread is None:
@@ -223,35 +225,35 @@ class Mirror:
             pause = AFTER_FAILURE_SECONDS if self._failing else POLL_SECONDS
 
     def push(self, *, last: bool = False) -> bool:
-        """Send what is new in one commit. Returns whether there was anything; never raises."""
+        """Send new files in one commit. Return whether there were any; never raises."""
         try:
             if self._there is None:
                 self._hub.open()
                 self._there = self._hub.listed()
-            files, gone, said = self._changes(self._there, last=last)
+            files, gone, described = self._changes(self._there, last=last)
             if files or gone:
-                self._send(files, gone, said)
+                self._send(files, gone, described)
             self._failing = False
             return bool(files or gone)
         except FileNotFoundError:
-            return False  # a checkpoint that the training has just removed: a newer one, or the adapter, is next
-        except Exception as error:  # whatever it is, the run itself is none the worse for it
-            self._there = None  # a commit whose answer was lost may have landed: look before the next
-            self._fail(f"{error}; the run goes on, and this is tried again")
+            return False  # training has just removed a checkpoint: a newer one or the adapter follows
+        except Exception as error:  # no failure here may affect the run
+            self._there = None  # a commit whose answer was lost may exist: list again before the next
+            self._fail(f"{error}; the run continues, and this is retried")
             return False
 
-    def _send(self, files: Mapping[str, Content], gone: Sequence[str], said: Sequence[str]) -> None:
+    def _send(self, files: Mapping[str, Content], gone: Sequence[str], described: Sequence[str]) -> None:
         try:
-            self._hub.send(files, gone, f"{self.run.recipe}: {', '.join(said)}")
+            self._hub.send(files, gone, f"{self.run.recipe}: {', '.join(described)}")
         except FinetuneError:
             for file in files.values():
                 if isinstance(file, Path):
                     file.stat()
             raise
         self._pushed_at = time.monotonic()
-        if any("checkpoint" in word for word in said):
+        if any("checkpoint" in word for word in described):
             self._checkpoint_at = self._pushed_at
-        self.ctx.say(f"{self.repo_id} has {', '.join(said)}")
+        self.ctx.say(f"{self.repo_id} has {', '.join(described)}")
         self._there = self._hub.listed()
 
     def _fail(self, line: str) -> None:
@@ -260,10 +262,10 @@ class Mirror:
         self._failing = True
 
     def _changes(self, there: dict[str, Remote], *, last: bool) -> tuple[dict[str, Content], list[str], list[str]]:
-        """What to add, what to delete, and in what words."""
+        """Return files to add, files to delete, and a description of both."""
         files: dict[str, Content] = {}
         gone: list[str] = []
-        said: list[str] = []
+        described: list[str] = []
         for record in list(self.run.stages.values()):
             if record.name not in SMALL or record.folder is None or not record.key or record.status == "off":
                 continue
@@ -275,19 +277,19 @@ class Mirror:
                 files |= {f"{prefix}/{n}": c for n, c in found.items()}
                 gone += [n for n in there if n.startswith(f"{prefix}/") and n.removeprefix(f"{prefix}/") not in found]
                 newest = 0 if MANIFEST in found else _newest(set(found))
-                said.append(f"{record.name} checkpoint-{newest}" if newest else record.name)
-        if not last and not any("checkpoint" in s for s in said) and _lately(self._pushed_at, STAGE_SECONDS):
+                described.append(f"{record.name} checkpoint-{newest}" if newest else record.name)
+        if not last and not any("checkpoint" in s for s in described) and _lately(self._pushed_at, STAGE_SECONDS):
             return {}, [], []
         if files or last:
             record_files = {n: c for n, c in self._record().items() if n not in there or not there[n].equals(c)}
-            said += [] if said or not record_files else ["the record"]
+            described += [] if described or not record_files else ["the record"]
             files |= record_files
         if files and ABOUT not in there:
             files[ABOUT] = README
-        return files, gone, said
+        return files, gone, described
 
     def _finished(self, prefix: str, folder: Path, there: Mapping[str, Remote]) -> dict[str, Content] | None:
-        """A finished stage's files, none where they are there already; None for an unfinished one."""
+        """Return a finished stage's files, none if they are already there; None for an unfinished stage."""
         if prefix in self._sent:
             return {}
         manifest = self.store.find(folder)
@@ -302,7 +304,9 @@ class Mirror:
     def _unfinished(
         self, prefix: str, folder: Path, there: Mapping[str, Remote], *, last: bool
     ) -> dict[str, Content] | None:
-        """What a training needs to go on from its newest complete checkpoint; None if one was sent, or lately."""
+        """Return the files to resume a training from its newest complete checkpoint; None if it was sent, or one
+        recently.
+        """
         names = _names(folder)
         newest = _newest(names)
         inside = {n.removeprefix(f"{prefix}/") for n in there if n.startswith(f"{prefix}/")}
@@ -313,12 +317,12 @@ class Mirror:
             return None
         wanted = [n for n in names if (m := CHECKPOINT.match(n)) and int(m[1]) == newest]
         small = {n: (folder / n).read_bytes() for n in (BUILDING, LOG, "checkpoints/tracking.json") if n in names}
-        if LOG in small:  # it grows: as far as its lines are whole
+        if LOG in small:  # it grows: send complete lines only
             small[LOG] = small[LOG][: small[LOG].rfind(b"\n") + 1]
         return {n: folder / n for n in wanted} | small
 
     def _record(self) -> dict[str, Content]:
-        """The run's own folder, as it is now."""
+        """Return the current files of the run's folder."""
         folder = self.run.folder
         if not (folder / "run.json").is_file():
             return {}
@@ -329,7 +333,7 @@ class Mirror:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a path in the repository may become a file here: it stays under its folder, and is no lease."""
+    """Return whether a path of the repository is safe to fetch: inside its folder and not a lease."""
     parts = name.split("/")
     plain = all(re.fullmatch(r"[\w+=@,-][\w+=@,. -]*", part) for part in parts)
     return plain and not parts[-1].startswith("lease.")
@@ -347,6 +351,6 @@ def _names(folder: Path) -> set[str]:
 
 
 def _newest(names: set[str]) -> int:
-    """The number of the newest checkpoint with a marker, or 0."""
+    """Return the number of the newest checkpoint with a marker, or 0."""
     found = [CHECKPOINT.fullmatch(n) for n in names]
     return max((int(m[1]) for m in found if m and m[2] == "COMPLETE"), default=0)

@@ -1,6 +1,6 @@
-"""Bytes, tokens, steps and seconds a recipe will need, from shapes alone: no weights, no network, no torch.
+"""Predict bytes, tokens, steps and seconds of a recipe from shapes alone: no weights, no network, no torch.
 
-Rates are the datasheets' dense 16-bit figures; what is assumed of them is said beside each prediction.
+Rates are the datasheets' dense 16-bit figures; assumptions are stated next to each prediction.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from finetune.train.batch import sizing_advice, total_steps
 if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
 
-DEFAULT_DEVICE = "t4"  # whose bytes are broken down where none is named
+DEFAULT_DEVICE = "t4"  # the device used if none is given
 
 
 def predict(
     recipe: Recipe, steps: Sequence[Step], device: str | None = None, scratch: Path = Path("scratch")
 ) -> dict[str, Any]:
-    """The plan as JSON: stages, access, memory, disk, tokens, steps, time. None stands for what only the data can tell.
+    """Return the plan as JSON: stages, access, memory, disk, tokens, steps, time. None if it depends on unread data.
 
-    Raises InputError for an unknown device name, and for an adapter that the base, as far as it is known, cannot have.
+    Raises InputError for an unknown device name, and for an adapter that does not fit the known base.
     """
     if device is not None and device.lower() not in DEVICES:
         raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}")
@@ -171,11 +171,11 @@ def _access(recipe: Recipe, shapes: Shapes | None) -> str:
         return "no download of a base"
     if shapes and shapes.gated:
         return f"gated: accept the terms at https://huggingface.co/{recipe.model.id} and log in (`hf auth login`)"
-    return "open, as far as is known offline"
+    return "open (not checked online)"
 
 
 def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None:
-    """What embedding will take, once filter has counted the rows; None where nothing is left to embed."""
+    """Return the predicted embedding time, once filter has counted the rows; None if nothing has to be embedded."""
     filtered, step = by_name["filter"].manifest, by_name["embed"]
     if filtered is None or step.spec is None or step.manifest is not None:
         return None
@@ -204,7 +204,7 @@ def _pairs_in_words(found: dict[str, Any]) -> str:
 
 
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
-    """Rows, tokens and optimiser steps: counted by render and pack, before that estimated from local files."""
+    """Return rows, tokens and optimiser steps: counted by render and pack, or estimated from local files."""
     pack, render = by_name["pack"], by_name["render"]
     last = pack.manifest or (render.manifest if pack.status == "off" else None)
     if last is None:
@@ -222,19 +222,19 @@ def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
 
 
 def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
-    """Of all steps; the rows' own count is of one epoch."""
+    """Return the tokens of all steps; the rows' count is for one epoch."""
     if not figures["rows"]:
         return None
     return float(figures["steps"] * recipe.training.batch_rows * figures["tokens"] / figures["rows"])
 
 
 def _warns(shapes: Shapes, run: Training, choice: Choice) -> bool:
-    """Whether a dense mask comes of the window alone: packed rows, and several padded ones, have one in any case."""
+    """Return whether only the window causes a dense mask: packed rows and several padded rows always have one."""
     return windowed(shapes, run) and not run.packed and choice.rows == 1
 
 
 def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str, Any]:
-    """How a device would train: the fastest way that fits it, or the smallest, where `fits` is false."""
+    """Return the training settings on a device: the fastest that fits, or the smallest if `fits` is false."""
     return {
         "fits": choice.fits,
         "memory_bytes": choice.budget_bytes,
@@ -248,7 +248,7 @@ def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The plan for a person."""
+    """Return the plan as text."""
     lines = [f"{result['recipe']}  {result['model']}", ""]
     width = max(len(n) for n in result["stages"])
     for name, status in result["stages"].items():
@@ -325,7 +325,7 @@ def _device(result: dict[str, Any]) -> str:
 
 
 def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) -> list[str]:
-    """`first` and the parts of more than 50 MB, the largest first, in lines of at most `width` columns."""
+    """Format `first` and parts above 50 MB, largest first, in lines of at most `width` columns."""
     found = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
     lines: list[str] = []
     line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
@@ -338,7 +338,7 @@ def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) ->
 
 
 def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
-    """A line a device: whether it fits, its memory, the peak, and how it would be trained there."""
+    """Return one line per device: whether it fits, its memory, the peak, and the training settings."""
     lines = ["  GPU         fits    usable      peak  rows x steps  checkpointing  tokens/s   training"]
     for name, on in devices.items():
         shape = f"{on['micro_batch_rows']} x {on['accumulation']}"
@@ -347,8 +347,8 @@ def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
             f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {_gb(on['memory_bytes']):>9} {_gb(on['peak_bytes']):>9}"
             f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
         )
-    said = "the fastest way that fits, by an estimate for full rows at"
-    return [*lines, f"  {said} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
+    note = "the fastest way that fits, estimated for full rows at"
+    return [*lines, f"  {note} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
 
 
 def _status(status: str) -> str:

@@ -1,4 +1,4 @@
-"""Whatever can be known before the first stage is built: access, write permission, disk, a GPU for a 7B."""
+"""Checks before the first stage is built: access, write permission, disk space, GPU memory."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 def check(
     recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False, scratch: Path | None = None
 ) -> list[str]:
-    """Refuse what cannot end well; returns notes on what could not be checked, or was overruled by `force`.
+    """Refuse a run that cannot succeed; return notes on skipped checks and those overruled by `force`.
 
-    `steps` is the plan up to the stage asked for; `scratch` is where the Hub's files are kept (None: not asked).
+    `steps` is the plan up to the requested stage; `scratch` holds the Hub's files (None: no network access).
     Raises InputError (no access, no tracker), GateRefused (no GPU for this size, or one that is too small).
     """
     to_build = {s.stage.name for s in steps if s.status not in ("off", "done")}
@@ -70,10 +70,10 @@ def check(
 
 
 def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
-    """Refuse a base that the recipe cannot use, or a lora section that it, or lora.start_from's adapter, cannot take.
+    """Refuse a base that the recipe cannot use, or a lora section that does not fit the base or lora.start_from.
 
-    `base` is the finished stage's folder; without one the check is made where the modules are known all the same, and
-    otherwise as soon as there is one. `scratch`: where what is read from the Hub is kept; None asks no network.
+    `base` is the finished stage's folder; without one the check is made if the modules are known, otherwise after the
+    base stage. `scratch`: folder for files of the Hub; None for no network access.
     """
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
@@ -98,7 +98,7 @@ def refuse_start(recipe: Recipe, base: Path | None, scratch: Path | None = None)
 
 
 def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> list[lora_start.Problem]:
-    """All in which the adapter of lora.start_from differs from the recipe and its base, as far as both are known now.
+    """Return the differences of lora.start_from's adapter from the recipe and its base, as far as both are known.
 
     Raises InputError if the adapter itself cannot be read.
     """
@@ -113,7 +113,7 @@ def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = Non
 
 
 def start_mismatches(loaded: LoadedRecipe, store: Store) -> list[str]:
-    """A sentence, with file and line, for each way in which lora.start_from does not fit; the network is not asked."""
+    """Return a message with file and line for each mismatch of lora.start_from; no network access."""
     if loaded.recipe.lora.start_from is None:
         return []
     try:
@@ -137,12 +137,12 @@ def _start(recipe: Recipe, scratch: Path | None) -> lora_start.Adapter | None:
     except InputError:
         raise
     except FinetuneError:
-        return None  # offline: the train stage compares what it has downloaded
+        return None  # offline: the train stage compares after its download
     return lora_start.Adapter(name, *files)
 
 
 def more_epochs(recipe: Recipe, steps: Sequence[Step], store: Store) -> str | None:
-    """A line if training begins from the base although a finished run of this recipe trained on fewer steps."""
+    """Return a hint if training starts from the base although a finished run of this recipe had fewer steps."""
     train = next(s for s in steps if s.stage.name == "train")
     if train.status in ("off", "done") or recipe.train is None or recipe.lora.start_from is not None:
         return None
@@ -161,7 +161,7 @@ def more_epochs(recipe: Recipe, steps: Sequence[Step], store: Store) -> str | No
         return None
     changed = ", ".join(f"train.{n} was {before.get(n)}, is {after.get(n)}" for n in fields)
     return (
-        f"train: starts from the base again ({changed}); to go on from the finished adapter instead set "
+        f"train: starts from the base again ({changed}); to continue the finished adapter instead, set "
         f"lora.start_from: {recipe.name}@{earlier['run']}"
     )
 
@@ -184,11 +184,11 @@ def _check_training(
         raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world, base)):
         if not force:
-            raise GateRefused(f"{small}. --force goes on all the same")
-        notes.append(f"{small}; going on, as --force asks")
+            raise GateRefused(f"{small}. --force continues nevertheless")
+        notes.append(f"{small}; continuing because of --force")
     if recipe.tracking.wandb:
         mode, why = tracking.wandb_mode(os.environ, tracking.has_wandb_key())
-        notes += [f"tracking: W&B is recorded {mode}: {why}"] if mode != "online" else []
+        notes += [f"tracking: W&B is {mode}: {why}"] if mode != "online" else []
     if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
     return notes
@@ -209,7 +209,7 @@ def _check_alignment(recipe: Recipe, world: int) -> None:
 
 
 def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
-    """Both roots can be written and have room for what is still to be made; on one disk, for both together."""
+    """Check that both roots are writable and have space for the remaining output; on one disk, for both together."""
     base = next(s for s in steps if s.stage.name == "base")
     pinned = base.folder if base.manifest else None
     shapes = read_shapes(recipe, pinned)
@@ -239,8 +239,8 @@ def check_folders(recipe: Recipe, steps: Sequence[Step], store: Store) -> None:
 
 
 def is_downloaded(recipe: Recipe, pinned: Path | None, scratch: Path) -> bool:
-    """Whether the weights of a Hub base lie whole in the cache, at the commit pinned in the base stage's folder or
-    named by the recipe.
+    """Return whether the cache has all weights of a Hub base, at the commit pinned by the base stage or named in the
+    recipe.
     """
     if recipe.model.kind != "hub":
         return True
@@ -313,11 +313,11 @@ def memory_problem(
     ampere: bool = True,
     base: Path | None = None,
 ) -> str | None:
-    """Whether even the way to train that takes least is predicted more bytes than a GPU with `total` has, of which
-    `free` are not in use.
+    """Return a message if even the smallest training settings need more bytes than a GPU with `total` bytes has, of
+    which `free` are unused.
     """
     held = total - free
-    # Whoever asks already holds the context that the prediction counts as the device's own.
+    # This process already holds the context that the prediction counts as the device's own.
     room = min(total, free + estimate_memory.CONTEXT_BYTES)
     device = device_like(name, room, ampere)
     trainings = [("training", "row", "render", estimate_memory.Training.of(recipe, base))] if recipe.train else []

@@ -1,6 +1,6 @@
-"""What a valid recipe names on this machine and is not there: data files, a base's folder, a template.
+"""Find missing files of a valid recipe: data files, a base's folder, a template.
 
-Kept out of the models, which look at nothing but the recipe, and out of reading, which `show` does years later.
+Separate from the models, which read only the recipe, and from loading, which `show` does long after a run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_ROWS = 1 << 19  # of an embedding: more than any base has
 
 
 def absent(loaded: LoadedRecipe) -> list[str]:
-    """A sentence, with file and line, for each thing that is named and is not there."""
+    """Return a message with file and line for each missing file."""
     found = _absent(loaded)
     return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
 
@@ -57,7 +57,10 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield from ((("evaluate", "metrics"), why) for why in missing(recipe.evaluate.metrics))
     start = recipe.lora.start_folder
     if start is not None and not (start / "adapter_config.json").is_file():
-        yield ("lora", "start_from"), f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is no folder'}"
+        yield (
+            ("lora", "start_from"),
+            f"{start} {'holds no adapter_config.json' if start.is_dir() else 'is not a folder'}",
+        )
     if recipe.render.template_file is not None:
         if not recipe.render.template_file.is_file():
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
@@ -91,7 +94,7 @@ def _not_its_own(folder: Path) -> Iterator[str]:
 
 
 def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
-    """Why the base with this config.json cannot be taken to the end of the recipe, as far as its configuration says."""
+    """Return why the base with this config.json cannot be used in this recipe, or None."""
     from finetune.gguf import support
     from finetune.models import quantized_base
 
@@ -162,7 +165,7 @@ def _as_loaded(path: Path) -> Any:  # noqa: ANN401 - JSON
 
 
 def rule_problem(rule: Rule) -> str | None:
-    """What a filter rule needs that is not here: a package, a module of the user's own; None where it has all."""
+    """Return a message on a filter rule's missing package or module; None if there is none."""
     from finetune.filters import custom, language
 
     if isinstance(rule, LanguageRule):
@@ -190,7 +193,7 @@ def _no_file(source: Source, recipe: Path) -> Iterator[str]:
                 yield str(error)
             continue
         tried = [path]
-        if path.is_relative_to(Path.cwd()):  # what is not beside the recipe is looked for under the working folder
+        if path.is_relative_to(Path.cwd()):  # paths that are not next to the recipe are searched in the working folder
             tried.append(recipe.absolute().parent / path.relative_to(Path.cwd()))
         names = [p.name for at in tried if at.parent.is_dir() for p in at.parent.iterdir()]
         near = difflib.get_close_matches(path.name, names, n=1)

@@ -33,7 +33,7 @@ def load_recipe(name: str, sets: Sequence[str], artifacts: Path) -> LoadedRecipe
     except InputError:
         if at:
             raise
-        return load_file(name, sets)  # whose error names the recipes that there are
+        return load_file(name, sets)  # its error lists the known recipes
     return load_file(str(folder / "recipe.yaml"), [*read_record(folder).get("sets", []), *sets])
 
 
@@ -54,6 +54,7 @@ def check(names: Sequence[str], edits: Sequence[str], artifacts: Path, scratch: 
             if missing:
                 raise InputError("\n".join(missing))
             yield f"{loaded.path}: fine ({loaded.recipe.name})"
+            yield from loaded.notes
         except InputError as error:
             problems.append(str(error))
     if problems:

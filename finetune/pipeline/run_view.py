@@ -1,4 +1,4 @@
-"""A recorded run as commands and pages read it: stages, their folders now, problems."""
+"""Read a recorded run: stages, their current folders, problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.recipe.load import load_recipe
 
 
 def read(store: Store, name: str) -> dict[str, Any]:
-    """run.json of `RECIPE[@RUN]`, the newest by default, every stage's status as it is on disk now."""
+    """Return run.json of `RECIPE[@RUN]`, the newest by default, with every stage's current status on disk."""
     recipe, run = split_name(name)
     return _as_now(store, read_run(store.artifacts, recipe, run))
 
@@ -178,12 +178,12 @@ def _as_now(store: Store, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def public(value: dict[str, Any]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return the value that `--json` prints."""
     return {"recipe": value["recipe"], "run": value["run"], "stages": value["stages"]}
 
 
 def verify(store: Store, value: dict[str, Any]) -> list[str]:
-    """A sentence for every file of the run that is not what was committed."""
+    """Return a message for every file of the run that differs from its manifest."""
     problems = []
     for stage, record in value["stages"].items():
         if record["status"] == "off" or not record["path"]:

@@ -1,4 +1,4 @@
-"""The stages in reading order; what a recipe still has to build; and building it."""
+"""Plan and build the stages of a recipe in order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter faile
 
 @dataclass(frozen=True)
 class Output:
-    """A finished stage's folder and the digest that the keys after it are made of."""
+    """A finished stage's folder and its digest, which enters the keys of later stages."""
 
     folder: Path
     digest: str
@@ -59,11 +59,11 @@ class Step:
     manifest: Manifest | None = None
     inputs: Mapping[str, Output] = dataclasses.field(default_factory=dict)
     fingerprint: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    older_version: int | None = None  # the newest earlier version of the stage whose output is in the store
+    older_version: int | None = None  # newest earlier version of the stage with output in the store
 
 
 def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Output]) -> Step:
-    """Where one stage stands, given the outputs of the stages before it."""
+    """Return the status of one stage, given the outputs of the stages before it."""
     spec = spec_of(stage, recipe)
     if spec is None:
         return Step(stage, "off")
@@ -84,8 +84,8 @@ def locate(stage: Stage, recipe: Recipe, store: Store, outputs: Mapping[str, Out
 
 
 def plan(recipe: Recipe, store: Store) -> list[Step]:
-    """Every stage with its status. Builds nothing; a stage after an unbuilt one is unknown, as is one whose Hub
-    revision cannot be asked for now. Raises InputError for a file that is not there.
+    """Return every stage with its status, without building. A stage after an unbuilt one is unknown, as is one whose
+    Hub revision cannot be resolved now. Raises InputError for a missing file.
     """
     recipe = with_start(recipe, store)
     outputs: dict[str, Output] = {}
@@ -125,11 +125,11 @@ def run(
     before_building: Callable[[list[Step]], None] = lambda steps: None,
     after_building: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
-    """Build what is missing, up to `until`; every stage that is there already is only looked at.
+    """Build the missing stages up to `until`.
 
-    `before_building` is called once, with the plan, before the first stage that must be built, and `after_building`
-    with every stage that was built: either may refuse.
-    Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then says which stage, and why.
+    `before_building` is called once, with the plan, before the first stage is built, and `after_building` with every
+    stage that was built: either may refuse.
+    Raises GateRefused, InputError, FinetuneError or Stopped; the run's record then has the stage and the reason.
     """
     recipe = with_start(recipe, store, ctx.say)
     outputs: dict[str, Output] = {}
@@ -149,42 +149,42 @@ def run(
         _add_output(outputs, step)
         steps.append(step)
         if stage.name == until or (ctx.rank and not any(s.collective for s in STAGES[len(steps) :])):
-            break  # ranks above 0 have nothing left to do once no stage is left that all of them run
+            break  # ranks above 0 are done after the last collective stage
     return steps
 
 
 def _build_recorded(step: Step, recipe: Recipe, store: Store, ctx: Context, record: Run, fresh: bool) -> Step:
     name = step.stage.name
     record.note(StageRecord(name, "partial", step.folder, step.key))
-    record.save()  # a killed process must leave word of where it was
+    record.save()  # if the process is killed, the record shows its stage
     try:
         done = build(step, recipe, store, ctx, fresh=fresh)
     except (Stopped, KeyboardInterrupt):
         record.note(StageRecord(name, "partial", step.folder, step.key))
         raise
     except Exception as error:
-        status, told = _told(error, step, ctx)
-        words = str(told) if isinstance(told, FinetuneError) else f"{type(told).__name__}: {told}"
+        status, reported = _failure(error, step, ctx)
+        words = str(reported) if isinstance(reported, FinetuneError) else f"{type(reported).__name__}: {reported}"
         record.note(StageRecord(name, status, step.folder, step.key, message=words if status != "partial" else ""))
-        if told is error:
+        if reported is error:
             raise
-        raise told from error
+        raise reported from error
     record.note(StageRecord.of(name, "done", done.folder, done.manifest))
     return done
 
 
-def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
-    """What the record calls a failure, and what a person is told; a defect of ours or a library's is shown whole."""
+def _failure(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
+    """Return the recorded status of a failure and the error to raise; a bug is raised unchanged, with its traceback."""
     if isinstance(error, GateRefused):
         return "refused", error
-    if ctx.stop.signal_number:  # a library made an error of its own of the interruption
+    if ctx.stop.signal_number:  # a library turned the interruption into its own error
         return "partial", Stopped(ctx.stop.signal_number)
     if isinstance(error, FinetuneError):
         return "failed", error
     name = step.stage.name
     if _has_no_space(error) or (
         step.folder and is_full(step.folder)
-    ):  # torch and safetensors have words of their own for it
+    ):  # torch and safetensors have their own messages for it
         return "failed", disk_full(f"{name}: {step.folder}")
     if has_no_memory(error) or memory_is_short():
         return "failed", memory_full(name)
@@ -195,7 +195,7 @@ def _told(error: Exception, step: Step, ctx: Context) -> tuple[str, Exception]:
 
 
 def _has_no_space(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is at the bottom of an error; C++ and Rust libraries have only words for it."""
+    """Return whether an error is caused by a full disk or quota; C++ and Rust libraries report it only as text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -206,7 +206,7 @@ def _has_no_space(error: BaseException | None) -> bool:
 
 
 def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool = False) -> Step:
-    """Build one stage, or wait for another process that is building it; returns the finished step."""
+    """Build one stage, or wait for another process that is building it; return the finished step."""
     assert step.folder is not None and step.spec is not None  # noqa: S101 - locate() gave both, or nothing is built
     stage, folder = step.stage, step.folder
     if stage.collective:
@@ -216,7 +216,7 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
             stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
         return _finished(step, _wait_for(folder, store, ctx))
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
-        manifest = store.find(folder)  # whoever was waited for may have finished it
+        manifest = store.find(folder)  # the previous owner may have finished it
         if manifest is None:
             lease.on_lost, ctx.stop.require_own = ctx.stop.lose, lease.require
             try:
@@ -259,7 +259,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     hashed = Hashed()
     ctx = dataclasses.replace(ctx, hashed=hashed.note)
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
-    ctx.stop.check()  # a library may have taken the interruption for an error of its own and gone on
+    ctx.stop.check()  # a library may have swallowed the interruption
     seconds = time.monotonic() - start
     if stage.fingerprint(step.spec) != step.fingerprint:
         raise FinetuneError(
@@ -289,14 +289,14 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
 
 
 def _verify_inputs(step: Step, store: Store) -> None:
-    """Nothing is built on bytes that changed after they were committed (a flipped bit, an edited file)."""
+    """Refuse to build on files that changed after they were committed (a flipped bit, an edited file)."""
     for name, output in step.inputs.items():
         manifest = store.find(output.folder)
         problems = store.verify(output.folder, manifest) if manifest else [f"{output.folder}: no longer complete"]
         if problems:
             raise FinetuneError(
-                f"{step.stage.name}: refuses to build on {name}, whose files are not what was committed: "
-                f"{'; '.join(problems[:3])}. Remove {output.folder} and run again: it will be made anew"
+                f"{step.stage.name}: refuses to build on {name}, whose files differ from its manifest: "
+                f"{'; '.join(problems[:3])}. Remove {output.folder} and run again: it is then rebuilt"
             )
 
 
@@ -308,7 +308,7 @@ def _row_counts(folder: Path) -> dict[str, int]:
 
 def _begins(folder: Path, store: Store, ctx: Context) -> bool:
     """Wait until rank 0 of this launch has begun the stage (True), or another run has finished it (False): a rank that
-    begins alone would wait for the others until torch gives up.
+    begins alone would wait for the others until torch's timeout.
     """
     while store.find(folder) is None:
         ctx.stop.check()
@@ -322,7 +322,7 @@ def _begins(folder: Path, store: Store, ctx: Context) -> bool:
 
 
 def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:
-    """Ranks above 0 wait for what rank 0 builds; a failing rank 0 ends the launch, and them with it."""
+    """Wait on ranks above 0 for rank 0's build; if rank 0 fails, the launcher ends all ranks."""
     while (manifest := store.find(folder)) is None:
         ctx.stop.check()
         time.sleep(0.25)
@@ -330,7 +330,7 @@ def _wait_for(folder: Path, store: Store, ctx: Context) -> Manifest:
 
 
 def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool) -> None:
-    """A half-finished training of this recipe under another key is worth hours: say what differs, and stop."""
+    """Stop if there is an unfinished training of this recipe under another key, and report what differs."""
     assert step.folder is not None and step.spec is not None  # noqa: S101
     now = key_form(step.spec)
     for building in sorted((store.artifacts / step.stage.name).glob(f"*/{BUILDING}")):
@@ -356,12 +356,12 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         ]
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
-            if ctx.rank == 0:  # said once; the marker stays, so that undoing the change goes on with it
+            if ctx.rank == 0:  # printed once; the marker stays, so that undoing the change resumes it
                 building.write_text(json.dumps(was | {"recipe": ""}), encoding="utf-8")
             continue
         raise GateRefused(
-            f"an unfinished training of {recipe.name} lies in {folder}, made with another recipe: "
-            f"{'; '.join(changes) or 'other code'}. Undo the change to go on with it, or add --fresh to begin anew"
+            f"an unfinished training of {recipe.name} is in {folder}, from another recipe: "
+            f"{'; '.join(changes) or 'other code'}. Undo the change to resume it, or add --fresh to start again"
         )
 
 

@@ -1,4 +1,4 @@
-"""artifacts/runs/RECIPE/UTC-hash8/: the folder a person looks into. The results lie in the store."""
+"""Run records in artifacts/runs/RECIPE/UTC-hash8/. The results are in the store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.utils import links
 from finetune.utils.files import replace_bytes
 from finetune.utils.limits import reading
 
-PLAIN = re.compile(r"\w[\w.+-]*")  # a recipe's or a run's folder: below artifacts/runs, and no other place
+PLAIN = re.compile(r"\w[\w.+-]*")  # name of a recipe's or a run's folder, below artifacts/runs
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class StageRecord:
 
     @classmethod
     def of(cls, name: str, status: str, folder: Path | None, manifest: Manifest | None) -> Self:
-        """The record of a stage that is finished or off."""
+        """Return the record of a stage that is finished or off."""
         if manifest is None:
             return cls(name, status, folder)
         return cls(name, status, folder, manifest.key, manifest.seconds, manifest.metrics)
 
     def as_json(self) -> dict[str, Any]:
-        """The form that `show --json` prints."""
+        """Return the record as printed by `show --json`."""
         value: dict[str, Any] = {
             "status": self.status,
             "path": str(self.folder) if self.folder and self.status != "off" else None,
@@ -53,7 +53,7 @@ class StageRecord:
 
 
 class Run:
-    """One run being written. Its folder appears with the first stage that is not only looked up."""
+    """Record of the current run. Its folder is created with the first stage that is built."""
 
     def __init__(
         self, artifacts: Path, recipe: str, text: str, sets: tuple[str, ...], digest: str, *, write: bool
@@ -63,42 +63,42 @@ class Run:
         self.parent = artifacts / "runs" / recipe
         self.name = f"{now}-{digest[:8]}"
         self.folder = self.parent / self.name
-        self.begun = False  # whether the folder is there
-        self.refused = False  # whether the disk did not take the record
+        self.begun = False  # whether the folder exists
+        self.refused = False  # whether writing the record failed
         self.stages: dict[str, StageRecord] = {}
 
     def note(self, record: StageRecord) -> None:
-        """Remember a stage; `save` writes it down."""
+        """Add a stage; `save` writes it."""
         self.stages[record.name] = record
 
     def save(self) -> Path:
-        """Write run.json, or, where the newest run holds exactly the same, leave that one as it is.
+        """Write run.json, unless the newest run has an equal record.
 
-        Raises FinetuneError where the disk does not take it; the record before it is whole then.
+        Raises FinetuneError if writing fails; the previous record is then unchanged.
         """
         stages = {name: record.as_json() for name, record in self.stages.items()}
         value = {"recipe": self.recipe, "run": self.name, "sets": list(self.sets), "stages": stages}
         newest = latest_run(self.parent)
-        if not self.begun and newest is not None and self._is_told_by(newest, stages):
+        if not self.begun and newest is not None and self._equals_record(newest, stages):
             self.name, self.folder = newest.name, newest
             return newest
         if self.write:
             self.begin()
             value["run"] = self.name
             text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-            with self._disk_faults_told():
+            with self._reporting_disk_errors():
                 replace_bytes(self.folder / "recipe.yaml", self.text.encode())
                 replace_bytes(self.folder / "run.json", text.encode())
                 replace_bytes(self.parent / "latest", f"{self.name}\n".encode())
         return self.folder
 
     def begin(self) -> None:
-        """Make the run's folder: one of its own, also where another run of this recipe began in the same second."""
+        """Create the run's folder; it is unique even if another run of this recipe began in the same second."""
         if self.begun or not self.write:
             return
         name, count = self.name, 1
         links.require_inside(self.parent, self.parent.parent.parent)
-        with self._disk_faults_told():
+        with self._reporting_disk_errors():
             while True:
                 try:
                     (self.parent / name).mkdir(parents=True)
@@ -109,15 +109,15 @@ class Run:
         self.name, self.folder, self.begun = name, self.parent / name, True
 
     @contextmanager
-    def _disk_faults_told(self) -> Iterator[None]:
+    def _reporting_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.refused = True
             raise not_written(self.parent, error) from None
 
-    def _is_told_by(self, folder: Path, stages: dict[str, Any]) -> bool:
-        """Whether that run's record says exactly what this one's would."""
+    def _equals_record(self, folder: Path, stages: dict[str, Any]) -> bool:
+        """Return whether the record in `folder` equals this run's."""
         try:
             before = read_record(folder)
             text = (folder / "recipe.yaml").read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def remove_run(folder: Path) -> None:
                 replace_bytes(parent / "latest", f"{left[0].name}\n".encode())
             else:
                 (parent / "latest").unlink()
-        (folder / "run.json").unlink()  # first: a folder half removed by a kill is no run
+        (folder / "run.json").unlink()  # first: a partly removed folder must not look like a run
         shutil.rmtree(folder)
         if not left and not any(parent.iterdir()):
             parent.rmdir()
@@ -214,18 +214,18 @@ def remove_run(folder: Path) -> None:
 
 
 def _is_plain(recipe: str) -> bool:
-    """Whether `recipe` names one folder below runs/ and does not lead elsewhere."""
+    """Return whether `recipe` is the name of a folder directly below runs/."""
     return recipe not in ("", ".", "..") and Path(recipe).name == recipe
 
 
 def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
-    """run.json of a run (the newest by default); InputError names what there is."""
+    """Return run.json of a run (the newest by default). Raises InputError with the names of existing runs."""
     folder = named_run(artifacts, recipe, run)
     return read_record(folder) | {"folder": folder}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a run's folder. Raises InputError where it is torn, edited or of another form."""
+    """Return run.json of a run's folder. Raises InputError if it is truncated, edited or of another form."""
     path = folder / "run.json"
     try:
         value = json.loads(links.read_regular(path))
@@ -237,13 +237,13 @@ def read_record(folder: Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run again") from None
         raise InputError(
-            f"{path}: not the record of a run (torn or edited); remove {folder} and run the recipe again: it builds "
-            "nothing that is there already"
+            f"{path}: not the record of a run (truncated or edited); remove {folder} and run the recipe again: "
+            "finished stages are not rebuilt"
         ) from None
 
 
 def _is_stage(value: dict[str, Any]) -> bool:
-    """Whether a stage of run.json has the fields of a record, each of its kind."""
+    """Return whether a stage of run.json has all fields of a record with the right types."""
     seconds, key = value.get("seconds"), value.get("key")
     number = seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool))
     texts = all(isinstance(value.get(name, ""), str) for name in ("status", "message"))
@@ -253,7 +253,7 @@ def _is_stage(value: dict[str, Any]) -> bool:
 
 
 def recipe_text(folder: Path) -> str:
-    """recipe.yaml of a run's folder. Raises InputError where it is gone or is no text."""
+    """Return recipe.yaml of a run's folder. Raises InputError if it is missing or not text."""
     path = folder / "recipe.yaml"
     with reading(f"{path}: not the recipe of a run; run the recipe again"):
         return links.read_regular(path).decode()
@@ -261,6 +261,6 @@ def recipe_text(folder: Path) -> str:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Show what run.json in `folder` holds: a figure that is not of the kind a run writes ends in InputError."""
-    with reading(f"{folder / 'run.json'}: a figure in it, or in a file that it names, is not what a run writes"):
+    """Turn errors from unexpected values in run.json of `folder` into InputError."""
+    with reading(f"{folder / 'run.json'}: a value in it, or in a file that it names, has an unexpected type"):
         yield

@@ -1,4 +1,4 @@
-"""The stages in reading order, with what each needs and when its output changed its meaning."""
+"""The stages in order, with their inputs and versions."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from finetune.stages import (
     train,
 )
 
-Spec = Any  # each stage's own model; the pipeline only hands it through
+Spec = Any  # each stage's own model; the pipeline only passes it on
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step. `spec` returns None if the recipe turns the stage off; what needs it then reads its first need."""
+    """One stage. If `spec` returns None, the stage is off, and stages that need it read its first need instead."""
 
     name: str
     version: int  # raised when the meaning of its output changes
@@ -98,7 +98,7 @@ def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
 
 
 def needs_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    """The stages whose outputs this one is given: its needs, less those that are off with nothing to pass on."""
+    """Return the stages whose outputs this one reads: its needs, without those that are off and pass nothing on."""
     return tuple(need for need in stage.needs if _gives(stage_named(need), recipe))
 
 
@@ -109,18 +109,18 @@ def _gives(stage: Stage, recipe: Recipe) -> bool:
 
 
 def stage_folder(store: Store, name: str, record: Mapping[str, Any]) -> Path | None:
-    """Where a recorded stage lies under these roots, wherever they lay when it was recorded (a Drive mounted again)."""
+    """Return the folder of a recorded stage under the current roots, which may have moved (a remounted Drive)."""
     stage = next((s for s in STAGES if s.name == name), None)
     if stage is None or not record.get("key") or record.get("status") == "off":
         return None
     key = record["key"]
-    if not isinstance(key, str) or not key.isalnum():  # of an edited record: `../..` is no stage
+    if not isinstance(key, str) or not key.isalnum():  # in an edited record: `../..` is not a stage
         return None
     return store.folder(name, key, large=stage.large)
 
 
 def stage_named(name: str) -> Stage:
-    """The stage of that name; InputError lists them."""
+    """Return the stage of that name. Raises InputError with the list of stages."""
     for stage in STAGES:
         if stage.name == name:
             return stage

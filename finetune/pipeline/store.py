@@ -1,8 +1,8 @@
-"""Where stages leave what they made: keys, manifests, leases and atomic commit. Knows nothing of training.
+"""Store of stage outputs: keys, manifests, leases and atomic commit. Independent of training.
 
 A stage's folder is `ROOT/STAGE/KEY`. Files are written there and synced, and `manifest.json` is written last: a folder
-with a readable manifest is complete, any other is a build in progress or one that died. No rename, link or lock is
-needed, so a mounted Drive or NFS folder will do. A builder owns its folder by a lease (pipeline/leases.py).
+with a readable manifest is complete, any other is a build in progress or an aborted one. No rename, link or lock is
+needed, so a mounted Drive or NFS folder works. A builder owns its folder by a lease (pipeline/leases.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a finished stage folder holds, and what it was made from."""
+    """Content and inputs of a finished stage folder."""
 
     stage: str
     version: int
@@ -46,7 +46,7 @@ class Manifest(BaseModel):
     fingerprint: dict[str, Any]
     inputs: dict[str, str]  # stage → digest of its output
     files: dict[str, FileEntry]
-    digest: str  # of the files, less the stage's logs
+    digest: str  # of the files, without the stage's logs
     metrics: dict[str, Any]
     seconds: float
     peak_memory_bytes: int
@@ -54,17 +54,17 @@ class Manifest(BaseModel):
 
 
 class Hashed:
-    """Digests that a stage took while it wrote: a merged 7B need not be read a second time for its manifest."""
+    """Digests computed while writing, so that a merged 7B is not read again for its manifest."""
 
     def __init__(self) -> None:
         self._noted: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
     def note(self, path: Path, digest: str) -> None:
-        """Remember the xxh3-128 of a file that is closed and synced."""
+        """Record the xxh3-128 of a file that is closed and synced."""
         self._noted[path] = (self._state(path), digest)
 
     def digest(self, path: Path) -> str | None:
-        """What was noted of a file, if it is still that one."""
+        """Return the recorded digest of a file, if the file is unchanged."""
         state, digest = self._noted.get(path, (None, ""))
         return digest if state is not None and state == self._state(path) else None
 
@@ -75,22 +75,22 @@ class Hashed:
 
 
 class Store:
-    """Two roots: `artifacts` (durable, small) and `scratch` (local, large, can be made again)."""
+    """Two roots: `artifacts` (durable, small) and `scratch` (local, large, can be rebuilt)."""
 
     def __init__(self, artifacts: Path, scratch: Path) -> None:
         self.artifacts, self.scratch = artifacts.absolute(), scratch.absolute()
 
     def folder(self, stage: str, key: str, *, large: bool = False) -> Path:
-        """Where the stage of this key lies, whether or not it exists."""
+        """Return the folder of the stage with this key, which may not exist."""
         return (self.scratch if large else self.artifacts) / stage / key[:16]
 
     def root(self, folder: Path) -> Path:
-        """The root, artifacts or scratch, that `folder` is in; one may lie in the other."""
+        """Return the root, artifacts or scratch, that `folder` is in; one may be inside the other."""
         roots = [root for root in (self.artifacts, self.scratch) if folder.is_relative_to(root)]
         return max(roots, key=lambda root: len(root.parts), default=self.artifacts)
 
     def find(self, folder: Path) -> Manifest | None:
-        """The manifest of a complete folder whose files are all there at their size, else None.
+        """Return the manifest of a complete folder whose files all exist with their size, else None.
 
         What is reached only through a link out of the store is not there. Raises FinetuneError where the disk does not
         let it be looked at: a folder that is complete would be built again, and cleared first.
@@ -118,7 +118,7 @@ class Store:
         return manifest
 
     def older_version(self, parent: Path, version: int, spec: object, inputs: Mapping[str, str]) -> int | None:
-        """The newest version before `version` of which the stage's folder holds an output of this spec and inputs."""
+        """Return the newest version before `version` with an output for this spec and inputs, or None."""
         found = []
         for path in parent.glob(f"*/{MANIFEST}"):
             made = self.find(path.parent)
@@ -127,7 +127,7 @@ class Store:
         return max(found, default=None)
 
     def verify(self, folder: Path, manifest: Manifest) -> list[str]:
-        """Rehash every file; returns a sentence for each that differs from the manifest."""
+        """Rehash every file; return a message for each that differs from the manifest."""
         problems = []
         for name, entry in manifest.files.items():
             path = folder / name
@@ -139,7 +139,7 @@ class Store:
 
     @contextlib.contextmanager
     def lease(self, folder: Path, on_wait: Callable[[str], None], check: Callable[[], None]) -> Iterator[Lease]:
-        """Own `folder` for a build; waits for a live owner (`on_wait` gets one line), takes over from a dead one."""
+        """Hold the lease of `folder`; wait for a live owner (reported to `on_wait`), take over from a dead one."""
         links.require_inside(folder, self.root(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -154,16 +154,16 @@ class Store:
             lease.release()
 
     def clear(self, folder: Path) -> None:
-        """Remove what a build that died left behind, but not the lease."""
+        """Remove the files of an aborted build, but not the lease."""
         for path in folder.iterdir():
             if not path.name.startswith("lease."):
                 links.remove(path, folder)
 
     def remove(self, folder: Path) -> None:
-        """Delete a stage's or a run's folder, or the link that stands in its place. Two may do so at once.
+        """Delete a stage's or a run's folder, or the link in its place. Concurrent calls are safe.
 
-        The manifest goes first: a folder half deleted by a kill must not look complete. Raises InputError where a
-        folder above it is a link out of the store.
+        The manifest is removed first: a partly deleted folder must not look complete. Raises InputError if a folder
+        above it is a link out of the store.
         """
         links.require_inside(folder.parent, self.root(folder))
         if not folder.is_symlink():
@@ -171,7 +171,7 @@ class Store:
         links.remove(folder, self.root(folder))
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
-        """Declare the folder complete. The manifest is written last; a torn write of it is not valid JSON."""
+        """Mark the folder complete. The manifest is written last; a truncated one is not valid JSON."""
         _write_synced(folder / MANIFEST, manifest.model_dump_json(indent=1))
         _sync_folder(folder)
         (folder / BUILDING).unlink(
@@ -181,9 +181,9 @@ class Store:
     def read_files(
         self, folder: Path, rows: Mapping[str, int], skip: str = "", hashed: Hashed | None = None
     ) -> dict[str, FileEntry]:
-        """Hash and sync every file of a folder that is about to be committed, less those under the folder `skip`.
+        """Hash and sync every file of a folder before its commit, except those under the folder `skip`.
 
-        A file that was hashed while it was written, and has not been touched since, is not read again.
+        A file that was hashed while it was written, and is unchanged since, is not read again.
         """
         entries = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -198,7 +198,7 @@ class Store:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the disk under `folder` has next to nothing left: less than one large write would need."""
+    """Return whether the disk of `folder` is almost full: less space than one large write needs."""
     try:
         return shutil.disk_usage(folder).free < FULL_BYTES
     except OSError:
@@ -206,7 +206,7 @@ def is_full(folder: Path) -> bool:
 
 
 def make_key(stage: str, version: int, spec: object, fingerprint: object, inputs: Mapping[str, str]) -> str:
-    """The content key of a stage: 32 hex digits over everything that may change its output, and nothing else."""
+    """Return the content key of a stage: 32 hex digits over exactly the values that may change its output."""
     parts = {"stage": stage, "version": version, "spec": spec, "fingerprint": fingerprint, "inputs": dict(inputs)}
     return xxhash.xxh3_128_hexdigest(
         json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -214,7 +214,7 @@ def make_key(stage: str, version: int, spec: object, fingerprint: object, inputs
 
 
 def output_digest(files: Mapping[str, FileEntry], logs: Iterable[str] = ()) -> str:
-    """The digest of an output: xxh3-128 over its sorted (path, digest) pairs; logs tell of one run and do not count."""
+    """Return the digest of an output: xxh3-128 over its sorted (path, digest) pairs, without logs."""
     skip = set(logs)
     text = "".join(f"{name}\0{files[name].digest}\n" for name in sorted(files) if name not in skip)
     return xxhash.xxh3_128_hexdigest(text.encode())
@@ -243,7 +243,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be opened or synced
+    with contextlib.suppress(OSError):  # not every file system allows opening or syncing a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,1 +1,1 @@
-"""What a push holds: licenses, model card, verification on the Hub."""
+"""Publishing: contents of a push, licences, model card, verification on the Hub."""

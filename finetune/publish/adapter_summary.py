@@ -1,4 +1,4 @@
-"""What a recipe trains, in a few lines for a reader: the adapter, what is trained whole, what stays frozen."""
+"""Summarise what a recipe trains: the adapter, fully trained modules, frozen weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from finetune.recipe import Recipe
 
 
 def trained(recipe: Recipe) -> list[str]:
-    """A line for each choice that decides which weights move, and how; what is left at its default is not named."""
+    """Return a line for each setting that decides which weights are trained and how; defaults are left out."""
     lora, train = recipe.lora, recipe.training
     if recipe.train is None and lora.start_from is not None:
         name = str(lora.start_from).rpartition("/")[2].removeprefix("folder:")

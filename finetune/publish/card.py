@@ -1,4 +1,4 @@
-"""The README.md of a push, made of what was measured and nothing else.
+"""Build the README.md of a push from measurements only.
 
 Everything that comes from a recipe, a file or a measurement is escaped for Markdown; the recipe and the answers are
 quoted in code blocks whose fences no content can close. Metadata: https://huggingface.co/docs/hub/model-cards.
@@ -23,7 +23,7 @@ from finetune.utils.secrets import find_secrets
 if TYPE_CHECKING:
     import jinja2
 
-# A model merged into one base is a finetune of it; the Hub's "merge" means several models made into one.
+# A model merged into one base is a finetune of it; the Hub's "merge" means a merge of several models.
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 CURVE = "assets/training.svg"
@@ -203,7 +203,7 @@ COLUMNS = {
 
 
 def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
-    """The README.md of one push, and the files it shows.
+    """Return the README.md of one push, and the files it shows.
 
     Args:
         kind: what is pushed.
@@ -214,11 +214,11 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
         InputError: something in the recipe, the answers or the figures looks like a credential.
     """
     if found := find_secrets(facts.recipe_text):
-        raise InputError(f"the recipe would be published with {found[0]}: take it out (a token belongs in HF_TOKEN)")
+        raise InputError(f"the recipe would be published with {found[0]}: remove it (a token belongs in HF_TOKEN)")
     curve, words = (b"", "") if kind == "dataset" else training_curve(facts.steps)
     text = _dataset_card(repo, facts) if kind == "dataset" else _model_card(kind, repo, facts, words)
     if found := find_secrets(text):
-        raise InputError(f"the model card would be published with {found[0]}: look for it in what the run measured")
+        raise InputError(f"the model card would be published with {found[0]}: remove it from the run's files")
     return Card(text, {CURVE: curve} if curve else {})
 
 
@@ -317,7 +317,7 @@ def _dataset_metadata(facts: Facts) -> str:
 
 
 def _size(rows: int) -> str:
-    """The Hub's name for so many rows."""
+    """Return the Hub's size category for a number of rows."""
     ends = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6))
     return next((name for name, end in ends if rows < end), "1M<n<10M")
 

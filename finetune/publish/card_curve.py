@@ -1,7 +1,7 @@
-"""The training curve as a picture that stands alone: an SVG file.
+"""The training curve as a standalone SVG file.
 
-SVG, because it needs no drawing library, is a few kilobytes of text, and is shown by the Hub (whose own badges are SVG
-files of a repository). It carries its style and a white ground, for a README is shown on dark pages too.
+SVG needs no drawing library, is a few kilobytes of text, and is displayed by the Hub (whose badges are SVG files of a
+repository). The file includes its style and a white background, because a README is also shown on dark pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELD_OUT = ("held_out_loss", "eval_loss")
 
 
 def training_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[bytes, str]:
-    """(an SVG file, its words) of the loss against the optimiser's steps; (b"", "") without two steps."""
+    """Return (SVG file, caption) of the loss over optimiser steps; (b"", "") with fewer than two steps."""
     loss, held = _points(steps, "loss"), _points(steps, *HELD_OUT)
     if len(loss) < 2:
         return b"", ""

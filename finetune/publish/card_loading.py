@@ -1,4 +1,4 @@
-"""How to load what was pushed, as code that runs: each kind in the ways it can be used."""
+"""Code that loads a pushed model: each kind in the ways it can be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Block = tuple[str, str, str]  # a note, the language, the lines
 
 
 def loading(kind: Kind, repo: str, facts: Facts) -> list[Block]:
-    """The blocks of "How to load it"."""
+    """Return the blocks of "How to load it"."""
     if kind == "gguf":
         return _gguf(repo, facts)
     if kind == "adapter":
@@ -50,13 +50,13 @@ def _adapter(repo: str, facts: Facts) -> Block:
     if tokens and tokens["rows"] > tokens["stored"]:
         lines.append(f"model.resize_token_embeddings({tokens['rows']}, mean_resizing=False)  # for the new tokens")
     lines.append(f"model = PeftModel.from_pretrained(model, {repo!r})")
-    note = f"The base {base['id']} is not on the Hub: put the folder it lies in here in place of its name."
+    note = f"The base {base['id']} is not on the Hub: write its local folder here in place of its name."
     extra = ["peft", *(["four"] if quantization else [])]
     return "" if on_hub else note, "python", _python(repo, facts, extra, lines)
 
 
 def _python(repo: str, facts: Facts, extra: list[str], model: list[str]) -> str:
-    """Python that loads the model and answers one question."""
+    """Return Python code that loads the model and answers one question."""
     lines = [*_imports(extra), *model, f"tokenizer = AutoTokenizer.from_pretrained({repo!r})"]
     ends = ""
     if facts.template:
@@ -78,6 +78,6 @@ def _gguf(repo: str, facts: Facts) -> list[Block]:
     name = facts.recipe.name
     ollama = f"hf download {repo} {first} Modelfile --local-dir .\nollama create {name} -f Modelfile\nollama run {name}"
     return [
-        ("llama.cpp, with the chat template that lies in the file:", "sh", llama),
-        ("Ollama, with the Modelfile beside it:", "sh", ollama),
+        ("llama.cpp, with the chat template in the file:", "sh", llama),
+        ("Ollama, with the Modelfile next to it:", "sh", ollama),
     ]

@@ -1,4 +1,4 @@
-"""The parts of a card that are made of figures: data, funnel, training, evaluation, certificate, samples, limits."""
+"""Card sections built from metrics: data, funnel, training, evaluation, certificate, samples, limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.utils.format import task_figures
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
 EVALUATION = ("perplexity_base", "perplexity_adapter", "perplexity_merged", "stop_rate")
-TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # said of the machine
+TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # reported in the machine section
 LONGEST_LIST, LONGEST_SAMPLE = 12, 600
 
 
@@ -92,12 +92,12 @@ def machine(facts: Facts) -> list[str]:
 
 
 def training(metrics: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """Every figure of the training that `machine` does not say."""
+    """Return the training metrics that `machine` does not report."""
     return figures({k: v for k, v in (metrics.get("train") or {}).items() if k not in TRAINED_ELSEWHERE})
 
 
 def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]:
-    """(names and values, what they were measured on): base, adapter, merged and each GGUF, then the rest."""
+    """Return names and values (base, adapter, merged, each GGUF, then the rest), and what they were measured on."""
     certify, evaluate, export = (metrics.get(stage) or {} for stage in ("certify", "evaluate", "export"))
     both = {**certify, **evaluate}
     first = {k: both[k] for k in EVALUATION if k in both}
@@ -127,7 +127,7 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
 
 
 def figures(values: Json) -> list[tuple[str, str]]:
-    """Names and formatted values of what was measured: counts are joined into a line, an interval is a range."""
+    """Return names and formatted values of metrics: counts are joined into a line, an interval is a range."""
     lines = []
     for name, value in values.items():
         if isinstance(value, int) and name.endswith("_bytes") and value >= 10**8:
@@ -138,7 +138,7 @@ def figures(values: Json) -> list[tuple[str, str]]:
 
 
 def _shown(value: object) -> str:
-    """A scalar, a pair of numbers or a mapping of those; "" for what has no short form."""
+    """Format a scalar, a pair of numbers or a mapping of those; "" if there is no short form."""
     if isinstance(value, Mapping):
         parts = [f"{key} {text}" for key, inner in value.items() if (text := _shown(inner))]
         return ", ".join(parts[:LONGEST_LIST])
@@ -155,9 +155,9 @@ def _duration(seconds: float) -> str:
 
 
 def certificate_words(certificate: Json | None) -> str:
-    """What the certificate says, in a sentence or two."""
+    """Return the certificate in one or two sentences."""
     if certificate is None:
-        return "There is none: how far a merged model is from what was trained was not measured."
+        return "There is none: the difference between a merged and the trained model was not measured."
     if certificate.get("words"):
         return f"The adapter, {certificate['words']}."
     into = {
@@ -176,7 +176,7 @@ def certificate_words(certificate: Json | None) -> str:
 
 
 def samples(facts: Facts) -> list[dict[str, str]]:
-    """Prompt, and the answers of base and adapter, each of at most LONGEST_SAMPLE characters."""
+    """Return prompt and answers of base and adapter, each with at most LONGEST_SAMPLE characters."""
     found = []
     for line in facts.samples:
         answers = {who: f"{_clipped(line[who]['text'])}" for who in ("base", "adapter")}
@@ -186,12 +186,12 @@ def samples(facts: Facts) -> list[dict[str, str]]:
 
 
 def verdict_lines(facts: Facts) -> tuple[Line, ...]:
-    """The verdict, but for its last line: that is advice for the publisher."""
+    """Return the verdict without its last line, which is advice for the publisher."""
     return facts.verdict.lines[:-1] if facts.verdict else ()
 
 
 def warnings(facts: Facts) -> list[str]:
-    """What a reader of the card must know first: no difference from the base, few steps, memorised rows."""
+    """Return warnings for the reader: no difference from the base, few steps, memorised rows."""
     found = []
     train, evaluate = (facts.metrics.get(stage) or {} for stage in ("train", "evaluate"))
     if facts.verdict and facts.verdict.refusal:
@@ -214,7 +214,7 @@ def _clipped(text: str) -> str:
 
 
 def limits(kind: Kind, facts: Facts) -> list[str]:
-    """What was not tried, not measured and not said."""
+    """Return limits: what was not tried, measured or stated."""
     recipe = facts.recipe
     scored = (facts.metrics.get("evaluate") or {}).get("tasks")
     found = [
@@ -240,8 +240,8 @@ def limits(kind: Kind, facts: Facts) -> list[str]:
 
 
 def without_folders(text: str, recipe: Recipe) -> str:
-    """The recipe's text with the local folders it names shortened: where files lie is nobody else's business."""
-    text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's, with a path of this machine
+    """Return the recipe's text with local folders shortened, because paths of this machine are private."""
+    text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's line, with a path of this machine
     compared = recipe.decontaminate.against if recipe.decontaminate else []
     pairs = [*recipe.preference.data, *(recipe.preference.eval_data or [])] if recipe.preference else []
     every = [*recipe.data, *(recipe.eval_data or []), *compared, *pairs]
@@ -259,15 +259,15 @@ def without_folders(text: str, recipe: Recipe) -> str:
 
 
 def results(kind: Kind, facts: Facts) -> list[Any]:
-    """The measured figures as huggingface_hub's EvalResults, with the data they were measured on.
+    """Return metrics as huggingface_hub's EvalResults, with the data they were measured on.
 
-    Only what was measured of the very thing that is pushed: the stop rate is the adapter's.
+    Only metrics of the pushed model itself: the stop rate is the adapter's.
     """
     from huggingface_hub import EvalResult
 
     measured_on = facts.recipe.eval_data or facts.recipe.data
     names = list(dict.fromkeys(s.label for s in measured_on))
-    if not names:  # an adapter that was merged without rows to measure on
+    if not names:  # an adapter merged without rows for measuring
         return []
     on_hub = [s for s in measured_on if isinstance(s, HubSource)]
     where: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What each kind of push consists of and must not hold: files of one run, looked at before anything is sent."""
+"""Files of each kind of push, checked for forbidden content before anything is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "adapter": ("base", "train"),
     "merged": ("base", "merge"),
     "gguf": ("base", "merge", "export"),
-    "dataset": ("base", "render"),  # rendered: so the last of the stages below is finished
+    "dataset": ("base", "render"),  # render is finished, so the last of the stages below is too
 }
 ROW_STAGES = ("split", "sample", "decontaminate", "dedup", "filter", "ingest")  # the last that ran has the rows
 SCANNED = (".json", ".jinja", ".txt", ".md", ".jsonl")
@@ -33,10 +33,10 @@ def stages_read(kinds: list[Kind], folders: Mapping[str, Path]) -> set[str]:
 
 
 def collect(kind: Kind, folders: Mapping[str, Path], made: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
-    """Path in the repository → file, without the card; and for rows split → {"rows", "columns"}.
+    """Return path in the repository → file, without the card; and for rows split → {"rows", "columns"}.
 
-    `made` is a folder for what is written for the push alone. Raises InputError where a stage is not finished, or a
-    local path, a credential, a link or another model than the trained one is among the files.
+    `made` is a folder for files written only for the push. Raises InputError if a stage is not finished, or if the
+    files contain a local path, a credential, a link or another model than the trained one.
     """
     if missing := [stage for stage in NEEDED[kind] if stage not in folders]:
         raise InputError(f"cannot publish the {kind}: stage {missing[0]} is not finished; run the recipe first")
@@ -55,7 +55,7 @@ def collect(kind: Kind, folders: Mapping[str, Path], made: Path) -> tuple[dict[s
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a stage's folder, without the store's own and without a card."""
+    """Return the files of a stage's folder, without the store's files and without a card."""
     skipped = {CARD, "manifest.json", "building.json"}
     found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: path for name, path in found.items() if name not in skipped and not name.startswith("lease.")}
@@ -78,7 +78,7 @@ def _rows(folders: Mapping[str, Path], made: Path) -> tuple[dict[str, Path], dic
 
 
 def _check_gguf(contents: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
-    """Every file answers with the template and ends at the tokens that were trained: read from its own header."""
+    """Check in each file's header that template and terminators are the trained ones."""
     from finetune.gguf.writer import read_facts
 
     place = folders.get("render", Path()) / "template"
@@ -92,7 +92,7 @@ def _check_gguf(contents: Mapping[str, Path], folders: Mapping[str, Path]) -> No
         missing = set(ends["terminators"][:3]) - set(facts["terminators"])  # the format has keys for three
         if facts["template"] != trained or missing:
             what = "its chat template is" if facts["template"] != trained else "its terminators are"
-            raise InputError(f"cannot publish {path}: {what} not what was trained; run the recipe again")
+            raise InputError(f"cannot publish {path}: {what} not the trained ones; run the recipe again")
 
 
 def _refuse_leaks(kind: Kind, contents: Mapping[str, Path], folders: Mapping[str, Path]) -> None:
@@ -106,7 +106,7 @@ def _refuse_leaks(kind: Kind, contents: Mapping[str, Path], folders: Mapping[str
         if name in ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"):
             for field, value in _local_paths(read_json(path), everywhere=name != "tokenizer_config.json"):
                 raise InputError(
-                    f"cannot publish {path}: {field} is {value!r}, a path of this machine; make the stage again so "
+                    f"cannot publish {path}: {field} is {value!r}, a path of this machine; rebuild the stage so "
                     "that it names the Hub id"
                 )
     if kind == "adapter":
@@ -114,7 +114,7 @@ def _refuse_leaks(kind: Kind, contents: Mapping[str, Path], folders: Mapping[str
 
 
 def _local_paths(value: object, everywhere: bool, field: str = "") -> Iterator[tuple[str, str]]:
-    """(field, value) of every string that is a local path; a tokenizer's other strings are tokens."""
+    """Yield (field, value) of every string that is a local path; a tokenizer's other strings are tokens."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _local_paths(inner, everywhere or "path" in key, f"{field}.{key}" if field else key)
@@ -126,18 +126,18 @@ def _local_paths(value: object, everywhere: bool, field: str = "") -> Iterator[t
 
 
 def _check_base(config: Path | None, base: Mapping[str, Any]) -> None:
-    """An adapter is worth nothing without the very base it was trained over."""
+    """Check that the adapter names a public base, the one it was trained on."""
     if config is None:
         raise InputError("cannot publish the adapter: adapter_config.json is missing; run the recipe again")
     if base["kind"] == "folder":
         raise InputError(
-            f"cannot publish the adapter: its base {base['id']} is a folder of this machine, which nobody else has; "
+            f"cannot publish the adapter: its base {base['id']} is a local folder, which others do not have; "
             "publish the merged model instead (`what: [merged]`)"
         )
     written = read_json(config)
     for field, key in (("base_model_name_or_path", "id"), ("revision", "revision")):
         if written.get(field) != base[key]:
             raise InputError(
-                f"cannot publish {config}: {field} is {written.get(field)!r}, but the adapter was trained over "
+                f"cannot publish {config}: {field} is {written.get(field)!r}, but the adapter was trained on "
                 f"{base[key]!r}; train again"
             )

@@ -1,4 +1,4 @@
-"""The curated rows as a data set's repository holds them: plain chat messages in Parquet, ids and sources kept."""
+"""Write the curated rows for a dataset repository: plain chat messages in Parquet, with ids and sources."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ CHUNK = 10_000
 def write_curated(source: Path, target: Path) -> dict[str, Any]:
     """Write the rows of `source` (records.rows_schema) as `id`, `source`, `messages` (role, content).
 
-    A message has `extra` too where one of the rows has it (tool calls, as JSON) and `learn` where a turn carries no
-    label; a row has `text` where a row is raw text and `tools` (JSON) where a row offers tools. What a source had in
-    other columns is left out. The same rows are the same bytes.
+    Messages also have `extra` (tool calls, as JSON) and `learn` (false for a turn without labels) if any row has them;
+    rows have `text` (raw text) and `tools` (JSON) if any row has them. Other columns of a source are left out. Equal
+    rows give equal bytes.
 
     Returns:
         {"rows", "columns": [name]}.
 
     Raises:
-        InputError: a row holds what looks like a credential.
+        InputError: a row holds an apparent credential.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with_extra, with_text, with_tools, with_learn = False, False, False, False
     for row in read_rows(source):
-        said = [
+        scanned = [
             row.joined("system", "user", "assistant", "tool"),
             *(m.extra or "" for m in row.messages),
             row.tools or "",
         ]
-        if found := find_secrets("\n".join(said)):
+        if found := find_secrets("\n".join(scanned)):
             raise InputError(
-                f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; take it out and run again"
+                f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; remove it and run again"
             )
         with_extra = with_extra or any(m.extra is not None for m in row.messages)
         with_text = with_text or row.text is not None

@@ -1,4 +1,4 @@
-"""What the cards of a push are written from: the recipe, and what its run measured and left behind."""
+"""Input of the cards of a push: the recipe, and the metrics and files of its run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """One run, as a card tells of it. What was not measured or is not known is absent."""
+    """Facts about a run that the model card needs. Unknown values are absent."""
 
     recipe: Recipe
     recipe_text: str  # as it was written
-    metrics: Mapping[str, Json]  # stage → what it measured
+    metrics: Mapping[str, Json]  # stage → its metrics
     base: Json  # base.json: id, kind, revision, parameters
     certificate: Json | None = None
     template: Json | None = None  # template.json: name, sha256, terminators (token ids), pad_token
@@ -31,21 +31,21 @@ class Facts:
     licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → what the Hub says
     steps: Sequence[Json] = ()  # the lines of metrics.jsonl
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown
-    rows: Mapping[str, Json] = field(default_factory=dict)  # split → {"rows", "columns"} of the data set's repository
-    siblings: Mapping[Kind, str] = field(default_factory=dict)  # kind → repository of the same act
+    rows: Mapping[str, Json] = field(default_factory=dict)  # split → {"rows", "columns"} of the dataset repository
+    siblings: Mapping[Kind, str] = field(default_factory=dict)  # kind → repository of the same publish command
     verdict: Verdict | None = None  # on the run as a whole
 
 
 @dataclass(frozen=True)
 class Card:
-    """README.md, and the files that it shows."""
+    """README.md and the files that it shows."""
 
     text: str
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class CardWriter(Protocol):
-    """What writes a card: report.model_card.write_card, handed in because a stage does not import the report."""
+    """Type of `publish.card.write_card`, which is passed as an argument."""
 
     def __call__(self, kind: Kind, repo: str, facts: Facts) -> Card:
-        """The card of one push."""
+        """Return the card of one push."""

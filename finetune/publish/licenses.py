@@ -1,6 +1,6 @@
-"""What the Hub says of the licences of the base and of the data, and what that means for a push.
+"""Licences of base and data on the Hub, and their consequences for a push.
 
-Nobody's legal advice: a licence's name is compared with what names of its kind usually forbid, so that a person looks.
+This is not legal advice: a licence's name is compared with known restrictive names, so that the user checks the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune.hub.errors import sentences
 
 NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 NO_COMMERCE = re.compile(r"(^|-)nc(-|$)|non-?commercial|research-only")
-COMMUNITY = {  # the beginning of a name → what its text asks for
+COMMUNITY = {  # prefix of a name → requirement of its text
     "llama2": "a community licence: its text and notice go along, and its acceptable-use policy binds",
     "llama3": "a community licence: a model made of it is to carry Llama in front of its name, with its notice",
     "llama4": "a community licence: a model made of it is to carry Llama in front of its name, with its notice",
@@ -24,7 +24,7 @@ COMMUNITY = {  # the beginning of a name → what its text asks for
 
 
 def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Callable[[str], None]) -> dict[str, str]:
-    """Label → licence as the Hub's metadata names it, for each (type, id, revision); what cannot be read is absent."""
+    """Return label → licence from the Hub's metadata for each (type, id, revision); unreadable ones are absent."""
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
@@ -44,7 +44,7 @@ def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Ca
 
 
 def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
-    """The licence in a repository's metadata, "other (NAME)" where it has one of its own; "" where there is none."""
+    """Return the licence in a repository's metadata, "other (NAME)" for a custom one, "" for none."""
     data = info.card_data.to_dict() if info.card_data else {}
     stated = data.get("license") or [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
     name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
@@ -55,7 +55,7 @@ def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
 def judge(
     labels: Iterable[str], found: Mapping[str, str], own: str | None, kinds: Iterable[Kind]
 ) -> tuple[list[str], str]:
-    """A sentence for each thing a person should know before pushing, and why the push is refused ("" if it is not).
+    """Return notes for the user before a push, and the reason for refusing it ("" if it is allowed).
 
     Args:
         labels: "model ID" or "dataset ID" of everything the push derives from.
@@ -63,7 +63,8 @@ def judge(
         own: the recipe's publish.license.
         kinds: what is pushed; rows alone do not derive from the base.
     """
-    notes = [] if own else ["licence: publish.license is not set, and without one nobody may use what is published"]
+    unset = "licence: publish.license is not set; without a licence others may not use the published model"
+    notes = [] if own else [unset]
     refusal = ""
     rows_only = set(kinds) == {"dataset"}
     for label in labels:
@@ -72,17 +73,17 @@ def judge(
         name = found.get(label, "")
         lower = name.lower()
         if NO_DERIVATIVES.search(lower):
-            words = f"{label} is under {name}, which forbids to publish what derives from it"
+            words = f"{label} is under {name}, which forbids publishing derived works"
             if not own:
                 refusal = refusal or (
                     f"licence: {words}; ask its owner, and set publish.license to the licence you may give"
                 )
-            notes.append(f"licence: {words}; publish.license says {own}" if own else f"licence: {words}")
+            notes.append(f"licence: {words}; publish.license is {own}" if own else f"licence: {words}")
         if NO_COMMERCE.search(lower):
-            notes.append(f"licence: {label} is under {name}, which forbids commercial use, of what derives from it too")
+            notes.append(f"licence: {label} is under {name}, which forbids commercial use, also of derived works")
         community = next((words for begin, words in COMMUNITY.items() if lower.startswith(begin)), "")
         if community:
             notes.append(f"licence: {label} is under {name}, {community}")
         if not name or lower.split(" ")[0] in ("other", "unknown"):
-            notes.append(f"licence: that of {label} is {name or 'unknown'}; read it before you publish")
+            notes.append(f"licence: the licence of {label} is {name or 'unknown'}; read it before you publish")
     return notes, refusal

@@ -1,4 +1,4 @@
-"""Text for Markdown in which nothing that was measured or written by others can break out of its place."""
+"""Escape untrusted text for Markdown."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from finetune.utils.format import visible
 
 
 class Markdown(str):
-    """Text that is Markdown already and must not be escaped again."""
+    """Text that is already Markdown and must not be escaped again."""
 
     __slots__ = ()
 
 
 def escaped(value: object) -> str:
-    """`value` as plain text in Markdown: no emphasis, link, HTML, table border or line break can come from it."""
+    """Return `value` as plain text in Markdown, without emphasis, links, HTML, table borders or line breaks."""
     if isinstance(value, Markdown):
         return value
     text = re.sub(r"\s+", " ", visible(str(value)))
@@ -23,21 +23,21 @@ def escaped(value: object) -> str:
 
 
 def code(value: object) -> Markdown:
-    """`value` as a code span, fit for a table cell."""
+    """Return `value` as a code span that is valid in a table cell."""
     text = re.sub(r"\s+", " ", visible(str(value))).replace("|", "\\|")
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markdown(f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`")
 
 
 def fence(value: object, language: str = "") -> Markdown:
-    """`value` as a code block that nothing inside it can close."""
+    """Return `value` as a code block that its content cannot close."""
     text = visible(str(value)).strip("\n")
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
 
 
 def number(value: object) -> str:
-    """A figure for people: thousands parted, four digits of a fraction."""
+    """Format a number: thousands separators, four significant digits of a float."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""What of a user's own rows may be shown, and a warning if they seem to hold private text."""
+"""Limits on showing a user's local rows, and a warning about apparent private text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from finetune.filters.private_text import count_private, warning
 from finetune.publish.contents import ROW_STAGES
 from finetune.recipe import LocalSource, Recipe
 
-SHOWN = 3  # held-out prompts on a card where no source is local
-MOST_ROWS = 200_000  # that are scanned
+SHOWN = 3  # held-out prompts on a card if no source is local
+MOST_ROWS = 200_000  # rows scanned
 
 
 def samples_shown(recipe: Recipe) -> int:

@@ -1,8 +1,7 @@
-"""Push the adapter, the merged model, its GGUF files or the curated rows to the Hub, and prove what was pushed.
+"""Push the adapter, the merged model, its GGUF files or the curated rows to the Hub, and verify the push.
 
-An outward act, not a stage of the store: nothing is cached, and the receipt lies in the run's folder. One repository
-holds one kind: the first of `publish.what` goes to the repository that was named, each other to the same name with its
-kind behind it.
+Not a stage of the store: nothing is cached, and the receipt is in the run's folder. One repository holds one kind: the
+first of `publish.what` goes to the named repository, each other one to the same name with its kind appended.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ RECEIPT = "publish.json"
 
 @dataclass(frozen=True)
 class Run:
-    """What `run.json` and the manifests say of the run that is published."""
+    """Facts about the published run from `run.json` and the manifests."""
 
-    folder: Path  # where the receipt goes
-    recipe_text: str  # as it was written
-    metrics: Mapping[str, Metrics]  # stage → what it measured
+    folder: Path  # the run's folder, for the receipt
+    recipe_text: str  # text of the user's file
+    metrics: Mapping[str, Metrics]  # stage → its metrics
     sets: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -46,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One push, looked at and ready: path in the repository → local file, and the text of the card."""
+    """One checked push: path in the repository → local file, and the text of the card."""
 
     kind: Kind
     repo: str
@@ -55,14 +54,14 @@ class Prepared:
 
 
 def repositories(recipe: Recipe, repo: str | None) -> dict[Kind, str]:
-    """Kind → repository, in the order of `publish.what`; `repo` takes the place of `publish.repo`.
+    """Return kind → repository, in the order of `publish.what`; `repo` overrides `publish.repo`.
 
     Raises:
         InputError: no repository is named, or the name is not one.
     """
     first = repo or recipe.publish.repo
     if first is None:
-        raise InputError(f"recipe {recipe.name}: publish.repo is not set; write it, or give --repo OWNER/NAME")
+        raise InputError(f"recipe {recipe.name}: publish.repo is not set; set it, or pass --repo OWNER/NAME")
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", first):
         raise InputError(f"publish.repo: found {first!r}; allowed is OWNER/NAME")
     kinds = list(dict.fromkeys(recipe.publish.what))
@@ -80,15 +79,15 @@ def publish(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Stage each kind in a folder of its own under `ctx.scratch`, push it, compare, load it, and write the receipt.
+    """Stage each kind in a separate folder under `ctx.scratch`, push it, compare, load it, and write the receipt.
 
     Args:
-        recipe: what was run; its `publish` section says what, where and how private.
-        run: what is known of the run.
-        folders: stage → finished folder; pushed.NEEDED says which a kind needs.
+        recipe: the recipe of the run with its `publish` section.
+        run: facts about the run.
+        folders: stage → finished folder; contents.NEEDED lists those that a kind needs.
         repo: instead of `publish.repo`.
         dry_run: only list what would be pushed, with the cards; no network, no receipt.
-        ctx: where to stage, and whom to tell.
+        ctx: scratch folder and progress output.
         card: writes README.md.
         force: push although the adapter does not differ from its base, or is worse.
 
@@ -98,9 +97,9 @@ def publish(
 
     Raises:
         InputError: nothing finished to push; a local path or a credential in it; the Hub's 401, 403 and 404.
-        GateRefused: a licence forbids it; the adapter is no better than its base; the Hub serves something else than
-            was trained.
-        FinetuneError: the Hub's other answers; the disk is too small for a copy.
+        GateRefused: a licence forbids it; the adapter is no better than its base; the pushed model differs from the
+            trained one.
+        FinetuneError: other errors of the Hub; the disk is too small for a copy.
     """
     targets = repositories(recipe, repo)
     ctx.scratch.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,7 @@ def publish(
         _check_worth(facts, list(targets), ctx, force=force, dry_run=dry_run)
         if line := private_rows.private_text(recipe, folders, "this push"):
             ctx.say(line)
-        collected = {kind: collect(kind, folders, made) for kind in targets}  # looked at before anything is asked
+        collected = {kind: collect(kind, folders, made) for kind in targets}  # checked before any network access
         facts = replace(facts, licences=_licences(facts, list(targets), ctx, ask=not dry_run))
         prepared = []
         for kind, (contents, rows) in collected.items():
@@ -136,15 +135,15 @@ def _push(
         private, message = recipe.publish.private, f"{recipe.name}: {push.kind}"
         done = push_folder(folder, push.repo, push.kind, private, message, ctx.say)
         receipt["pushes"].append(done)
-        write_json(path, receipt)  # after each push: a failure of the second leaves the first on record
+        write_json(path, receipt)  # after each push, so that the first is recorded if the second fails
         done["loaded"] = check_loaded(push.repo, done["commit"], push.kind, folder, template, ctx.say)
         write_json(path, receipt)
-    also = f"; loaded from there and as trained: {', '.join(done['loaded'])}" if done["loaded"] else ""
+    also = f"; loaded from there and equal to the trained: {', '.join(done['loaded'])}" if done["loaded"] else ""
     ctx.say(f"{'pushed' if done['new_commit'] else 'already there'}, every hash equal: {done['url']}{also}")
 
 
 def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
-    """What the cards are written from; the recipe with the `--set` that changed it, or they would show another run."""
+    """Return the input of the cards; the recipe's text includes the `--set` options of the run."""
     text = "\n".join([run.recipe_text.rstrip("\n"), *(f"# --set {s}" for s in run.sets)]) + "\n"
     template = _optional_json(folders.get("render"), "template/template.json")
     if "base" not in folders:
@@ -173,7 +172,7 @@ def _check_worth(facts: Facts, kinds: list[Kind], ctx: Context, *, force: bool, 
     if not refusal or kinds == ["dataset"]:
         return
     if force or dry_run:
-        ctx.say(f"publish: {refusal}{'; pushed all the same, as --force asks' if force and not dry_run else ''}")
+        ctx.say(f"publish: {refusal}{'; pushed nevertheless because of --force' if force and not dry_run else ''}")
         return
     repeats = refusal.startswith(REPEATS)
     advice = "take fewer train.epochs or more rows" if repeats else "train longer or on more rows"
@@ -181,7 +180,7 @@ def _check_worth(facts: Facts, kinds: list[Kind], ctx: Context, *, force: bool, 
 
 
 def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> dict[str, str]:
-    """Label → licence, said where a person should know of it. Raises GateRefused where one forbids the push."""
+    """Return label → licence and print notes. Raises GateRefused if a licence forbids the push."""
     from finetune.publish.licenses import judge, read_licences
 
     asked: dict[str, tuple[Any, str, str | None]] = {}
@@ -206,7 +205,7 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
 
 
 def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
-    """The files that a card shows, written for the push alone."""
+    """Write the files that a card shows; used only in the push."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -224,7 +223,7 @@ def _folder(ctx: Context, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def _staged(push: Prepared, ctx: Context) -> Iterator[Path]:
-    """A folder under scratch that holds what is pushed: hard links, or copies where there are no links."""
+    """Yield a folder under scratch with the files to push: hard links, or copies if links are not supported."""
     with _folder(ctx, "publish-") as folder:
         for name, source in push.contents.items():
             place = folder / name
@@ -237,12 +236,12 @@ def _staged(push: Prepared, ctx: Context) -> Iterator[Path]:
 def _link_or_copy(source: Path, place: Path) -> None:
     try:
         os.link(source, place)
-    except OSError:  # another file system, or one without links such as a mounted Drive
+    except OSError:  # another file system, or one without links, such as a mounted Drive
         free, size = shutil.disk_usage(place.parent).free, source.stat().st_size
         if free < size:
             raise FinetuneError(
                 f"{place.parent} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed to copy {source.name}; "
-                "give --scratch a larger disk"
+                "set --scratch to a larger disk"
             ) from None
         shutil.copyfile(source, place)
 
@@ -264,7 +263,7 @@ def _optional_json(folder: Path | None, name: str) -> Any:  # noqa: ANN401 - JSO
 
 
 def _lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
-    """The JSON objects of a finished stage's file, a line each."""
+    """Return the JSON objects of a finished stage's file, one per line."""
     if folder is None or not (folder / name).exists():
         return []
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]

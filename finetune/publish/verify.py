@@ -1,4 +1,4 @@
-"""Load what was pushed as anybody will: from the Hub, at its commit. Only the small files are downloaded."""
+"""Load a pushed model from the Hub at its commit, as a user would. Only small files are downloaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_loaded(
     say: Callable[[str], None] = lambda line: None,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[str]:
-    """Load tokenizer, configuration and generation settings from the pushed commit and compare with what was trained.
+    """Load tokenizer, configuration and generation settings from the pushed commit and compare with the trained model.
 
     Args:
         repo_id: the repository.
@@ -36,14 +36,14 @@ def check_loaded(
         kind: what was pushed; rows have nothing to load here.
         staged: the folder that was pushed.
         template: the render stage's `template` folder: inference.jinja and template.json.
-        say: whom to tell of a retry.
-        wait: how to wait for one.
+        say: receives a line for each retry.
+        wait: sleeps between retries.
 
     Returns:
-        What was loaded and found equal.
+        Names of the parts that were loaded and are equal.
 
     Raises:
-        GateRefused: what the Hub serves is something else.
+        GateRefused: the Hub's files differ from the trained model.
         InputError, FinetuneError: the Hub's refusals, as for a push.
     """
     if kind == "dataset":
@@ -60,13 +60,13 @@ def check_loaded(
             )
         try:
             differences = list(_differences(kind, pulled, staged, template))
-        except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers raises for files it cannot read
+        except (OSError, ValueError, KeyError, TypeError) as error:  # raised by transformers for unreadable files
             words = str(error).strip().splitlines() or [type(error).__name__]
             differences = [f"it does not load ({words[0][:200]})"]
     if differences:
         raise GateRefused(
-            f"what {repo_id} serves at {commit[:12]} is not what was trained: {'; '.join(differences)}; do not use "
-            "that commit, look at the repository, and push again"
+            f"{repo_id} at {commit[:12]} differs from the trained model: {'; '.join(differences)}; do not use that "
+            "commit, check the repository, and push again"
         )
     if kind == "gguf":
         return ["Modelfile"]
@@ -103,7 +103,7 @@ def _tokenizer(pulled: Path, staged: Path, facts: Mapping[str, Any], trained: st
 
 
 def _probe(tokenizer: Any) -> list[int]:  # noqa: ANN401 - PreTrainedTokenizerBase
-    """A question's tokens under the template, or without it where it takes no lone question."""
+    """Return a question's tokens with the template, or without it if the template refuses a single question."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is not None:
@@ -118,7 +118,7 @@ def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[st
     from transformers import GenerationConfig
 
     there, here = (_settings(p) for p in (pulled, staged))
-    if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # the folder each was read from
+    if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # differs by the folder read
         yield "config.json is another"
     every = [GenerationConfig.from_pretrained(p, local_files_only=True).eos_token_id for p in (pulled, staged)]
     found, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
@@ -127,7 +127,7 @@ def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[st
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """config.json as transformers reads it; as it is written, where a class of the repository's own would read it."""
+    """Return config.json as loaded by transformers; as plain JSON if it needs a custom class of the repository."""
     from transformers import AutoConfig
 
     written: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""What a recipe says of its rows: where they come from, which are used, which are held out. Also the common types.
+"""Recipe sections about rows: sources, deduplication, decontamination, sampling, held-out split. Also common types.
 
-The sentence below a field is its documentation: `recipe/reference.py` makes recipes/schema.json and
-docs/recipe-reference.md of it (they read this file: pydantic's own way to it costs every start of the program 30 ms).
+The string below a field is its documentation: `recipe/reference.py` builds recipes/schema.json and
+docs/recipe-reference.md from it by parsing this file (pydantic's `use_attribute_docstrings` costs 30 ms at each start).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ REVISION = r"^[\w][\w./-]*$"
 RECIPE_NAME = r"^[\w][\w.-]*$"
 KEEP = r"^(longest|first|column:.+)$"
 BY = r"^(tokens|column:.+)$"
-STATIC = "model2vec:"  # before the name of a static embedding model
+STATIC = "model2vec:"  # prefix of a static embedding model's name
 OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 LANGUAGE = r"^[a-z]{2,3}$"
-PATTERN_WORDS = {  # what an error says in place of the expression
+PATTERN_WORDS = {  # wording of an error in place of the pattern
     HUB_NAME: "a name as on the Hub: OWNER/NAME",
     REPOSITORY: "OWNER/NAME",
     REVISION: "a branch, a tag or a commit",
@@ -58,13 +58,13 @@ PAIR_FORMATS = ("preference", "kto")
 
 
 class Section(BaseModel):
-    """Common to every part of a recipe."""
+    """Base class of all recipe sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
 
 
 def refuse(found: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
-    """From inside a validator: an error for each (field's path, sentence), all at once; nothing where there is none."""
+    """Raise one validation error for each (field's path, sentence); call it inside a validator. No effect if empty."""
     if found:
         details: list[InitErrorDetails] = [
             {"type": PydanticCustomError("contradiction", "{why}", {"why": why}), "loc": at, "input": None}
@@ -74,26 +74,26 @@ def refuse(found: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
 
 
 def local_path(text: str) -> Path:
-    """`text` as a path, `~` being a home folder; ValueError where nothing on this machine can be called so."""
+    """Return `text` as a path with `~` expanded. Raises ValueError if it is not a valid path on this machine."""
     try:
         path = Path(text).expanduser()
-        path.exists()  # which raises where a name is too long
+        path.exists()  # raises OSError if a name is too long
     except RuntimeError:
-        raise ValueError(f"there is no home folder {text.partition('/')[0]}") from None
+        raise ValueError(f"no home folder {text.partition('/')[0]}") from None
     except OSError as error:
-        raise ValueError(f"it cannot be looked at: {error.strerror}") from None
+        raise ValueError(f"the path cannot be read: {error.strerror}") from None
     return path
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a model's name means a folder here, since the Hub has no such names."""
+    """Return whether a model's name is a local folder: it has a form that Hub names cannot have."""
     return name.startswith(("/", "./", "../", "~")) or not re.fullmatch(HUB_NAME, name)
 
 
 def resolve_path(value: str, info: ValidationInfo) -> Path:
-    """A path of the recipe as an absolute one: beside the recipe first, else under the working directory.
+    """Return a path of the recipe as an absolute one: next to the recipe, else under the working directory.
 
-    A relative path may not climb out with `..`: a recipe somebody sends you must not read your other folders.
+    A relative path must not leave the folder with `..`: a recipe from a third party must not read other folders.
     """
     path = local_path(value)
     if path.is_absolute():
@@ -105,7 +105,7 @@ def resolve_path(value: str, info: ValidationInfo) -> Path:
 
 
 def glob_parts(path: Path) -> tuple[Path, str] | None:
-    """The folder and the pattern of a path with *, ? or [ ], or None for any other path, and for a file called so."""
+    """Return folder and pattern of a path with *, ? or [ ]; None for any other path, or if a file has that name."""
     first = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), None)
     if first is None or path.exists():
         return None
@@ -113,7 +113,7 @@ def glob_parts(path: Path) -> tuple[Path, str] | None:
 
 
 def resolve_paths(value: object, info: ValidationInfo) -> object:
-    """A path, or a list of paths, resolved; a pattern is looked for beside the recipe if a file there matches it."""
+    """Resolve a path or a list of paths; a pattern is resolved next to the recipe if a file there matches it."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, (str, Path)) for part in value):
         return tuple(resolve_paths(part, info) for part in value)
     if isinstance(value, Path):
@@ -129,7 +129,7 @@ def resolve_paths(value: object, info: ValidationInfo) -> object:
 
 
 def path_of(field: str, value: str, info: ValidationInfo, written: str | None = None) -> Path:
-    """`resolve_path`, with a refusal that names the field; `written` is what the file has where that is more."""
+    """`resolve_path` whose error names the field; `written` is the value in the file if it has a prefix."""
     try:
         return resolve_path(value, info)
     except ValueError as error:
@@ -138,11 +138,9 @@ def path_of(field: str, value: str, info: ValidationInfo, written: str | None = 
 
 
 def stays_inside(path: Path, written: str) -> None:
-    """Refuse a relative path that climbs out."""
+    """Raise ValueError for a relative path that leaves the recipe's folder."""
     if not path.is_absolute() and ".." in path.parts:
-        raise ValueError(
-            f"{written!r} climbs out: a relative path stays inside the recipe's folder; else write it whole, /…"
-        )
+        raise ValueError(f"{written!r} leaves the recipe's folder; use a path inside it or an absolute path, /…")
 
 
 def _compiles(pattern: str) -> str:
@@ -157,7 +155,9 @@ def _is_encoding(name: str) -> str:
     try:
         "".encode(name)
     except (LookupError, ValueError):
-        raise ValueError("no encoding of that name; as in utf-16, cp1252, latin-1, gb18030, shift_jis") from None
+        raise ValueError(
+            "unknown encoding; allowed: a Python codec such as utf-16, cp1252, latin-1, gb18030, shift_jis"
+        ) from None
     return name
 
 
@@ -166,26 +166,26 @@ Pattern = Annotated[str, BeforeValidator(lambda v: _compiles(v) if isinstance(v,
 
 class _SourceFields(Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often the rows are used, applied after duplicates are gone: 2 takes each twice, 0.5 half of them."""
+    """How often the rows are used, applied after deduplication: 2 uses each twice, 0.5 half of them."""
     rows: Count | None = None
-    """Use this many of the rows, chosen by the seed after duplicates are gone; all where there are fewer."""
+    """Use this many of the rows, chosen by the seed after deduplication; all if there are fewer."""
     columns: dict[str, str] = {}
-    """Names the format gives to columns → names they have here, as in {instruction: question, output: answer}."""
+    """Column names of the format → column names in the file, as in {instruction: question, output: answer}."""
     take: Count | None = None
     """Read this many rows at most; null reads all."""
     skip: Annotated[int, Field(ge=0)] = 0
-    """Leave out this many rows at the start."""
+    """Skip this many rows at the start."""
     raw: bool = False
-    """With `format: text`: learn whole texts, also a user's words and a chat template's control tokens in them."""
+    """With `format: text`: learn the whole text, including user turns and control tokens of a chat template in it."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
         if self.rows is not None and self.weight != 1:
-            refuse([(("rows",), "rows and weight both say how many rows are used: keep one")])
+            refuse([(("rows",), "rows and weight both set how many rows are used; keep one")])
         if self.rows is not None and self.take is not None and self.rows > self.take:
             refuse([(("rows",), f"{self.rows} rows are to be used and only take {self.take} are read")])
         if self.raw and getattr(self, "format", "auto") != "text":
-            refuse([(("raw",), "only texts can be learned whole; set format: text, or leave raw out")])
+            refuse([(("raw",), "raw needs format: text; set that, or remove raw")])
         return self
 
 
@@ -197,13 +197,13 @@ class HubSource(_SourceFields):
     id: HubId
     """OWNER/NAME of the dataset."""
     config: str | None = None
-    """The dataset's configuration (subset), where it has several."""
+    """The dataset's configuration (subset), if it has several."""
     split: str = "train"
     """The dataset's split."""
     revision: Revision | None = None
-    """A branch, tag or commit; null takes the newest commit and pins it."""
+    """A branch, tag or commit; null pins the newest commit."""
     streaming: bool = False
-    """Read rows as they come, so that `take` does not download the whole dataset."""
+    """Stream the rows, so that `take` does not download the whole dataset."""
     format: Format = "auto"
     """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
 
@@ -221,7 +221,7 @@ class LocalSource(_SourceFields):
     path: Annotated[Path | Annotated[tuple[Path, ...], Field(min_length=1)], BeforeValidator(resolve_paths)] = Field(
         exclude=True
     )
-    """A file, a folder, a pattern as in part-*.jsonl, or a list: beside the recipe, else under the working folder."""
+    """A file, a folder, a pattern (part-*.jsonl) or a list: next to the recipe, else under the working folder."""
     format: Format = "auto"
     """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
     encoding: Annotated[str, AfterValidator(_is_encoding)] | None = None
@@ -229,7 +229,7 @@ class LocalSource(_SourceFields):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What the recipe names, as a list."""
+        """The recipe's paths as a tuple."""
         return self.path if isinstance(self.path, tuple) else (self.path,)
 
     @property
@@ -240,7 +240,7 @@ class LocalSource(_SourceFields):
 
 
 class PydocSource(_SourceFields):
-    """Instruction rows made from the documentation of the Python that runs this."""
+    """Instruction rows built from the docstrings of Python's standard library."""
 
     source: Literal["pydoc"]
     """Rows made here, from docstrings of the standard library."""
@@ -257,40 +257,40 @@ Source = Annotated[HubSource | LocalSource | PydocSource, Discriminator("source"
 
 
 class Ingest(Section):
-    """How strict reading is."""
+    """Limits on rows that cannot be read."""
 
     max_refused_fraction: Fraction = 0.01
-    """Stop (exit 2) where a larger share of all rows cannot be read as their format."""
+    """Stop (exit 2) if a larger share of all rows cannot be read in their format."""
     ignore: list[str] = []
-    """Columns that are not read, although their names mean something in a known format."""
+    """Columns to ignore although a known format uses their names."""
 
 
-class MinHash(Section):
-    """Near-duplicates by wording: the share of their runs of words that two rows have in common (Jaccard)."""
+class Jaccard(Section):
+    """Near-duplicates by wording: exact Jaccard similarity of the word n-grams of two rows."""
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Share of all the runs of two rows, from which they are near-duplicates; no two kept rows reach it."""
+    """Similarity from which two rows are near-duplicates; no two kept rows reach it."""
     ngram: Annotated[int, Field(ge=1, le=50)] = 5
-    """Words or signs in a run."""
+    """Words per n-gram (characters for scripts without spaces)."""
 
 
 class Dedup(Section):
-    """Exact duplicates, near-duplicates by wording, near-duplicates by cosine."""
+    """Exact duplicates, near-duplicates by wording (Jaccard), near-duplicates by meaning (cosine)."""
 
     exact: bool = True
-    """Drop rows whose text is the same but for case and white space."""
-    minhash: MinHash | None = None
-    """Drop rows that share most runs of words with a kept one; {} takes the defaults, null: not by wording."""
+    """Drop rows whose text is equal to a kept one except for case and white space."""
+    jaccard: Jaccard | None = None
+    """Drop rows that share most word n-grams with a kept one; {} takes the defaults, null turns it off."""
     embedding: Annotated[str, Field(min_length=1)] | None = "lsa"
-    """What makes the vectors: lsa, a Hub model or a folder (static ones after `model2vec:`); null: no cosine."""
+    """Embedding model: lsa, a Hub model or a folder (prefix `model2vec:` for a static one); null: no cosine."""
     field: Literal["instruction", "output", "both"] = "both"
-    """Which text is compared: the user's, the assistant's, or all."""
+    """The text compared: of the user, of the assistant, or both."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Cosine from which two rows are near-duplicates; no two kept rows reach it."""
     keep: Annotated[str, Field(pattern=KEEP)] = "longest"
-    """Which row of several stays: longest, first, or column:NAME for the largest figure in a column."""
+    """The row kept of several: longest, first, or column:NAME for the largest number in a column."""
     max_dropped_fraction: Fraction = 0.9
-    """Stop (exit 3) where a larger share of the rows would be dropped."""
+    """Stop (exit 3) if a larger share of the rows would be dropped."""
     embedding_folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -303,7 +303,7 @@ class Dedup(Section):
         kind = STATIC if value["embedding"].startswith(STATIC) else ""
         name = value["embedding"].removeprefix(kind)
         if kind and not name:
-            refuse([(("embedding",), f"found {kind!r}; it needs a model on the Hub or a folder behind it")])
+            refuse([(("embedding",), f"found {kind!r}; write a Hub model or a folder after it")])
         if not name or not is_folder_name(name):
             return value
         path = path_of("embedding", name, info, value["embedding"])
@@ -316,24 +316,24 @@ class Decontaminate(Section):
     against: Annotated[list[Source], Field(min_length=1)]
     """The evaluation data: sources as under `data`."""
     ngram: Annotated[int, Field(ge=5, le=50)] = 13
-    """Words in a row that must be shared for a training row to be dropped."""
+    """Consecutive words that a training row must share to be dropped."""
     embedding_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Drop rows whose question reaches this cosine with one there, by dedup.embedding or lsa; null: by words only."""
+    """Drop rows whose question reaches this cosine (dedup.embedding or lsa) with one there; null: by words only."""
 
 
 class Sample(Section):
-    """Which of the curated rows are used: all of them, or by one rule the k best, n at random, or n unlike ones."""
+    """Selection of curated rows: all, or one of the k best, n at random, n diverse."""
 
     top_k: Count | None = None
-    """Use this many rows, those that are first by `by`."""
+    """Use this many rows, those with the largest `by`."""
     by: Annotated[str, Field(pattern=BY)] = "tokens"
-    """What top_k takes the most of: tokens, or column:NAME for the figure in a column of the source."""
+    """The value that top_k ranks by: tokens, or column:NAME for a number in a column of the source."""
     random: Count | None = None
     """Use this many rows, chosen by a hash of seed and row id."""
     diverse: Count | None = None
-    """Use this many rows, taken by turns from clusters of the dedup stage's vectors, nearest the centre first."""
+    """Use this many rows, taken in turn from clusters of the dedup stage's vectors, nearest to the centre first."""
     clusters: Annotated[int, Field(ge=2)] | None = None
-    """Clusters for diverse; null makes as many as the root of the number of rows, at most `diverse`."""
+    """Clusters for diverse; null takes the square root of the number of rows, at most `diverse`."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -342,20 +342,27 @@ class Sample(Section):
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} are {('two', 'three')[len(asked) - 2]} different rules: keep one")
         if self.by != "tokens" and not self.top_k:
-            refuse([(("by",), "only top_k ranks rows; add top_k, or leave by out")])
+            refuse([(("by",), "only top_k ranks rows; add top_k, or remove by")])
         if self.clusters is not None and not self.diverse:
-            refuse([(("clusters",), "only diverse makes clusters; add diverse, or leave clusters out")])
+            refuse([(("clusters",), "only diverse makes clusters; add diverse, or remove clusters")])
         if self.clusters and self.diverse and self.clusters > self.diverse:
-            refuse([(("clusters",), f"{self.clusters} clusters cannot all be seen by diverse {self.diverse} rows")])
+            refuse(
+                [
+                    (
+                        ("clusters",),
+                        f"{self.clusters} clusters are more than diverse {self.diverse} rows; allowed: at most diverse",
+                    )
+                ]
+            )
         return self
 
 
 class Split(Section):
-    """The held-out share, taken by whole near-duplicate groups."""
+    """The held-out rows; near-duplicates stay on the same side."""
 
     eval_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    """Share of the rows that is held out, at most."""
+    """Largest share of the rows that is held out."""
     max_eval_rows: Count = 1000
-    """Rows that are held out, at most."""
+    """Largest number of rows held out."""
     group_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Cosine from which two rows stay on the same side."""

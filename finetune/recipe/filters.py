@@ -1,6 +1,6 @@
-"""What a recipe says of the rows it keeps: the filter section and its rules by name.
+"""The recipe's filter section and its rules by name.
 
-The sentence below a field is its documentation, as in `recipe/data.py`.
+The string below a field is its documentation, as in `recipe/data.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONDITION = re.compile(r"\s*([^<>=!\s].*?)\s*(>=|<=|==|!=|>|<|=)\s*(.*?)\s*")
 
 
 def parse_condition(text: str) -> tuple[str, str, str]:
-    """Return (column, operator, value) of `rating >= 4`; one = means ==. Raises ValueError for another form."""
+    """Return (column, operator, value) of `rating >= 4`; a single = means ==. Raises ValueError for another form."""
     found = CONDITION.fullmatch(text)
     if found is None:
         raise ValueError("a condition is COLUMN OPERATOR VALUE, as in rating >= 4; operators: >= <= > < == !=")
@@ -29,7 +29,7 @@ def parse_condition(text: str) -> tuple[str, str, str]:
         try:
             float(value)
         except ValueError:
-            raise ValueError(f"{sign} compares numbers, and {value!r} is no number; == and != compare texts") from None
+            raise ValueError(f"{sign} compares numbers, found {value!r}; == and != compare texts") from None
     return column, sign, value.strip("'\"") if sign in ("==", "!=") else value
 
 
@@ -42,14 +42,14 @@ Condition = Annotated[str, AfterValidator(_is_condition)]
 
 
 class Turns(Section):
-    """How many turns a conversation has; a system turn is not counted."""
+    """Number of turns of a conversation; a system turn is not counted."""
 
     rule: Literal["turns"]
     """Drop conversations that are too short or too long."""
     min_turns: Count = 1
-    """Turns at least."""
+    """Fewest turns."""
     max_turns: Count | None = 40
-    """Turns at most; null sets no limit."""
+    """Most turns; null sets no limit."""
 
     @model_validator(mode="after")
     def _some_row_can_pass(self) -> Self:
@@ -59,20 +59,20 @@ class Turns(Section):
 
 
 class Repetition(Section):
-    """The same lines or words again and again in an answer; after Rae et al. 2021 (Gopher), table A1."""
+    """Repeated lines or words in an answer; after Rae et al. 2021 (Gopher), table A1."""
 
     rule: Literal["repetition"]
-    """Drop answers that go round in circles."""
+    """Drop repetitive answers."""
     max_duplicate_lines: Fraction = 0.3
-    """Largest share of lines and sentences (of 20 letters or more) that repeat an earlier one."""
+    """Largest share of lines and sentences (20 letters or more) that repeat an earlier one."""
     max_top_ngram: Fraction = 0.5
-    """Largest share of the characters in one repeated run of two to four words."""
+    """Largest share of the characters in one repeated n-gram of two to four words."""
     min_words: Count = 50
     """Answers with fewer words are kept."""
 
 
 class Symbols(Section):
-    """What is neither letter nor digit, or is all digits."""
+    """Share of symbols and digits in an answer."""
 
     rule: Literal["symbols"]
     """Drop answers that are mostly symbols or digits."""
@@ -90,23 +90,23 @@ class Refusals(Section):
     rule: Literal["refusals"]
     """Drop refusals and boilerplate of other assistants."""
     phrases: list[Annotated[str, Field(min_length=3)]] = []
-    """More phrases to drop an answer for, wherever it has them, in small or capital letters."""
+    """More phrases for which an answer is dropped, anywhere in it, in any case."""
 
 
 class Truncated(Section):
-    """An answer that stops in a code block or in mid-sentence."""
+    """An answer that ends in a code block or in mid-sentence."""
 
     rule: Literal["truncated"]
     """Drop answers that are cut off."""
     min_characters: Count = 200
-    """Shorter answers are only looked at for an open code block."""
+    """Shorter answers are only checked for an open code block."""
 
 
 class Echo(Section):
     """An answer that repeats the user's turn."""
 
     rule: Literal["echo"]
-    """Drop answers equal to the turn before them, but for case and white space."""
+    """Drop answers equal to the turn before them except for case and white space."""
 
 
 class Links(Section):
@@ -126,18 +126,18 @@ class LanguageRule(Section):
     languages: Annotated[list[Language], Field(min_length=1)]
     """The languages to keep, as ISO 639-1 codes: [en, de]."""
     min_confidence: Fraction = 0.8
-    """Drop only where the detector is as sure as this of another language."""
+    """Drop only if the detector's probability of another language is at least this."""
     min_characters: Count = 60
     """Answers with fewer letters are kept."""
 
 
 class Own(Section):
-    """A function of yours, written {rule: "module:function"}: it takes the row (finetune.data.records.Example)."""
+    """A user-defined rule, {rule: "module:function"}; the function takes the row (finetune.data.records.Example)."""
 
     rule: Literal["own"]
-    """Drop the rows for which the function returns a reason (a text) and not None."""
+    """Drop rows for which the function returns a reason (a text) instead of None."""
     function: Annotated[str, Field(pattern=OWN)]
-    """MODULE:FUNCTION, the module a file in the recipe's folder or an installed one."""
+    """MODULE:FUNCTION; the module is a file in the recipe's folder or installed."""
     folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -146,12 +146,14 @@ class Own(Section):
         if not isinstance(value, dict) or not info.context:
             return value
         if "folder" in value:
-            refuse([(("folder",), "unknown field; a module is looked for beside the recipe, then where pip installs")])
+            refuse(
+                [(("folder",), "unknown field; a module is searched next to the recipe, then among installed packages")]
+            )
         return {**value, "folder": Path(info.context.get("folder", ".")).absolute()}
 
 
 def _in_full(value: object) -> object:
-    """A bare name stands for a rule with its defaults, and MODULE:FUNCTION for a rule of one's own."""
+    """Expand a bare name to a rule with its defaults, and MODULE:FUNCTION to a user-defined rule."""
     rule = value if isinstance(value, str) else value.get("rule") if isinstance(value, dict) else None
     if not isinstance(rule, str):
         return value
@@ -168,32 +170,32 @@ RULES = ("turns", "repetition", "symbols", "refusals", "truncated", "echo", "lin
 
 
 class Filter(Section):
-    """Which rows are kept; every other row goes to rejects.parquet with its reason."""
+    """Rules for keeping rows; every other row goes to rejects.parquet with its reason."""
 
     max_length_tokens: Count | None = None
-    """Leave out rows with more tokens of the base's tokenizer; null keeps any length."""
+    """Drop rows with more tokens of the base's tokenizer; null sets no limit."""
     min_length_tokens: Count | None = None
-    """Leave out rows with fewer tokens of the base's tokenizer; null keeps any length."""
+    """Drop rows with fewer tokens of the base's tokenizer; null sets no limit."""
     count: Literal["raw", "rendered"] = "raw"
-    """Count the bare text of the turns, or the row as the chat template writes it."""
+    """Count tokens of the bare text of the turns, or of the row as the chat template renders it."""
     min_user_characters: Annotated[int, Field(ge=0)] = 1
-    """Leave out rows whose user turns have fewer characters together."""
+    """Drop rows whose user turns have fewer characters in total."""
     max_user_characters: Count | None = None
-    """Leave out rows whose user turns have more characters together; null sets no limit."""
+    """Drop rows whose user turns have more characters in total; null sets no limit."""
     min_assistant_characters: Annotated[int, Field(ge=0)] = 1
-    """Leave out rows whose assistant turns have fewer characters together."""
+    """Drop rows whose assistant turns have fewer characters in total."""
     max_assistant_characters: Count | None = None
-    """Leave out rows whose assistant turns have more characters together; null sets no limit."""
+    """Drop rows whose assistant turns have more characters in total; null sets no limit."""
     alternate: bool = True
-    """Leave out conversations in which user and assistant do not take turns, or the assistant is not last."""
+    """Drop conversations in which user and assistant do not alternate, or the assistant is not last."""
     drop_matching: list[Pattern] = []
-    """Leave out rows in which one of these regular expressions is found in any turn."""
+    """Drop rows in which one of these regular expressions matches in any turn."""
     keep_matching: list[Pattern] = []
-    """Keep only rows in which one of these regular expressions is found; an empty list keeps all."""
+    """Keep only rows in which one of these regular expressions matches; an empty list keeps all."""
     keep_where: list[Condition] = []
     """Keep only rows whose other columns meet every condition, as in ["rating >= 4", "channel == mail"]."""
     rules: list[Rule] = []
-    """Rules by name, in order: a bare name has its defaults, as in [refusals, {rule: links, max_share: 0.3}]."""
+    """Rules by name, in order; a bare name takes the defaults, as in [refusals, {rule: links, max_share: 0.3}]."""
 
     @model_validator(mode="after")
     def _some_row_can_pass(self) -> Self:
@@ -214,5 +216,5 @@ class Filter(Section):
     @model_validator(mode="after")
     def _each_rule_once(self) -> Self:
         names = [rule.function if isinstance(rule, Own) else rule.rule for rule in self.rules]
-        refuse([(("rules", i), f"{n} is there twice: keep one") for i, n in enumerate(names) if n in names[:i]])
+        refuse([(("rules", i), f"{n} is listed twice; keep one") for i, n in enumerate(names) if n in names[:i]])
         return self

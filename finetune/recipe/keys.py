@@ -67,7 +67,8 @@ SCHEMA_1: Mapping[str, str] = {  # class (for a stage's spec: STAGE.Spec) -> its
     "split.Spec": "seed split",
     "train.Spec": "seed model lora quantization train",
 }
-RENAMED: Mapping[tuple[str, str], str] = {}  # (class, field) -> the field's name in schema 1
+RENAMED: Mapping[tuple[str, str], str] = {("Dedup", "jaccard"): "minhash"}  # (class, field) -> name in schema 1
+RENAMED_CLASSES: Mapping[str, str] = {"Jaccard": "MinHash"}  # class -> its name in schema 1
 
 
 def key_form(value: object) -> Any:  # noqa: ANN401 - JSON
@@ -97,7 +98,7 @@ def key_form(value: object) -> Any:  # noqa: ANN401 - JSON
 
 
 def _key_name(section: type) -> str:
-    name = section.__name__
+    name = RENAMED_CLASSES.get(section.__name__, section.__name__)
     return f"{section.__module__.rpartition('.')[2]}.Spec" if name == "Spec" else name
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file to a Recipe: every error at once, with file, line, field, found and allowed."""
+"""Load a Recipe from a YAML file; all errors are reported together, with file, line, field, found and allowed."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A validated recipe, beside the text it was read from."""
+    """A validated recipe and the text it was read from."""
 
     recipe: Recipe
     path: Path
     text: str
     sets: tuple[str, ...] = ()
     where: Mapping[Location, str] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()  # one line for each field under an old name
 
     def line_of(self, *at: str | int) -> str:
-        """`file:line` (or the --set option) that wrote this field, or the section it is in."""
+        """Return `file:line` (or the --set option) of this field, else of the section it is in."""
         return line_of(at, self.where, str(self.path))
 
 
@@ -71,7 +72,7 @@ for _tag, _pattern, _first in (
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `name` (a path, or the name of a file in recipes/) means; InputError with the nearest name."""
+    """Return the file of `name`, a path or the name of a file in recipes/. Raises InputError with the nearest name."""
     try:
         path = local_path(name)
     except ValueError as error:
@@ -85,23 +86,23 @@ def find_recipe(name: str) -> Path:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"no recipe named {name!r}{hint} (there is {', '.join(sorted(known))}; or give a path to a .yaml)")
+    raise InputError(f"no recipe named {name!r}{hint} (known: {', '.join(sorted(known))}; or a path to a .yaml file)")
 
 
 def load_recipe(name: str, sets: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, edit (`--set a.b=value`) and validate a recipe; InputError carries every error of the file."""
+    """Read, edit (`--set a.b=value`) and validate a recipe; InputError holds every error of the file."""
     path = find_recipe(name)
     text = _read_text(path)
-    recipe, where = _validated(text, path, sets)
-    return LoadedRecipe(recipe, path, text, tuple(sets), where)
+    recipe, where, notes = _validated(text, path, sets)
+    return LoadedRecipe(recipe, path, text, tuple(sets), where, notes)
 
 
 def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
-    """Validate the recipe in `text`; `path` is named in errors, and its folder is where local files are looked for."""
+    """Validate the recipe in `text`; `path` is named in errors, and local files are searched in its folder."""
     return _validated(text, path, sets)[0]
 
 
-def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where]:
+def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where, tuple[str, ...]]:
     problems: list[str] = []
     where: Where = {}
     raw = _parse_yaml(text, str(path), where, problems)
@@ -112,13 +113,14 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
     for option in sets:
         problem = _apply_set(raw, option, where)
         problems += [problem] if problem else []
+    notes = _use_new_names(raw, where, problems)
     context = {"folder": str(path.parent), "working_folder": "."}
     try:
-        # strict: "16", 16.0 and `yes` are no numbers and no truths here, nor in the schema that editors use
+        # strict: "16" and 16.0 are not integers and `yes` is not a boolean, as in the schema that editors use
         recipe = Recipe.model_validate(raw, context=context, strict=True)
     except ValidationError as error:
-        said = tuple(": ".join(p.split(": ")[:2]) + ": " for p in problems)  # a field is complained of once
-        problems += [line for line in explain(error.errors(), where, str(path)) if not line.startswith(said)]
+        reported = tuple(": ".join(p.split(": ")[:2]) + ": " for p in problems)  # one error per field
+        problems += [line for line in explain(error.errors(), where, str(path)) if not line.startswith(reported)]
     except RecursionError:
         problems.append(f"{path}: nested too deeply to be a recipe")
     if problems:
@@ -163,18 +165,18 @@ def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:
 
 
 def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
-    """PyYAML's own words, and what they mostly mean."""
+    """Return PyYAML's message with a hint at the usual cause."""
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
     problem = str(error.problem or error.context).replace("but got '<stream end>'", "but the file ends")
     if "another document" in problem:
-        return f"{name}:{line}: a second document begins here (---); a recipe is one"
+        return f"{name}:{line}: a second document begins here (---); a recipe is one document"
     if "'\\t'" in problem:
         problem += " (YAML is indented with spaces, never tabs)"
     elif "mapping values are not allowed" in problem:
-        problem += " (is a text with a colon to be quoted, or a line indented otherwise than the one above?)"
+        problem += " (quote a text that contains a colon, or check the indentation)"
     elif problem.endswith("but got ':'"):
-        problem += " (is a bracket not closed, or a text with a colon to be quoted?)"
+        problem += " (close the bracket, or quote a text that contains a colon)"
     elif "cannot start any token" in problem or "alphabetic or numeric" in problem:
         problem += " (put the text in quotes)"
     if error.context and error.context_mark and error.context_mark.line + 1 != line:
@@ -200,7 +202,7 @@ def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: lis
                 or key_node.value in ("", "<<")
                 or not _is_text(key_node.value)
             ):
-                problems.append(f"{key_line}: a field's name is a plain word; write NAME: VALUE")
+                problems.append(f"{key_line}: a field's name must be a plain word; write NAME: VALUE")
                 continue
             key = str(key_node.value)
             if key in result:
@@ -213,7 +215,7 @@ def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: lis
         return [_value(item, (*at, i), name, where, problems) for i, item in enumerate(node.value)]
     text = str(node.value)
     if not _is_text(text):
-        problems.append(f"{here}: half a character (\\uD800 to \\uDFFF stand for none)")
+        problems.append(f"{here}: a lone surrogate (U+D800–U+DFFF) is not a character; remove it")
         return None
     if kind == "int" and len(text) > 300:
         problems.append(f"{here}: a number of {len(text)} digits")
@@ -234,7 +236,7 @@ def _is_text(value: str) -> bool:
 
 
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
-    """Write `a.b.0=value` into the raw recipe; returns a sentence if it cannot be."""
+    """Write `a.b.0=value` into the raw recipe; return an error message, or None."""
     path, equals, text = option.partition("=")
     shown = option if option.isprintable() else shortened(option)
     steps = path.strip().split(".")
@@ -254,7 +256,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
         if isinstance(at, list):
             if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
                 here = ".".join(map(str, trail))
-                return f"--set {shown}: {here} has {len(at)} items; {step!r} is none of 0…{len(at) - 1}"
+                return f"--set {shown}: {here} has {len(at)} items; found index {step!r}, allowed: 0…{len(at) - 1}"
             key: str | int = int(step)
         elif isinstance(at, dict):
             key = step

@@ -1,6 +1,6 @@
-"""What a recipe says of the adapter.
+"""The recipe's lora section.
 
-The sentence below a field is its documentation, as in recipe/data.py.
+The string below a field is its documentation, as in recipe/data.py.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ class Lora(Section):
     """The adapter (arXiv:2106.09685)."""
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank: the adapter's size and what it can hold."""
+    """Rank of the adapter's matrices."""
     alpha: Positive = 32
-    """The change is scaled by alpha / r (by alpha / √r with rslora)."""
+    """The update is scaled by alpha / r (by alpha / √r with rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training."""
+    """Dropout on the adapter's inputs during training."""
     targets: Literal["all-linear"] | list[str] | Pattern = "all-linear"
-    """Which linear modules: all-linear, a list of names, or one expression for the whole module name. Not lm_head."""
+    """Adapted linear modules: all-linear, a list of names, or a regular expression for the full name. Not lm_head."""
     rslora: bool = False
-    """Scale by alpha / √r, so that large ranks learn too (arXiv:2312.03732)."""
+    """Scale by alpha / √r, for large ranks (rsLoRA, arXiv:2312.03732)."""
     dora: bool = False
-    """Learn magnitudes beside directions (arXiv:2402.09353); slower, and never fused. Goes with every other field."""
+    """Train magnitudes and directions (DoRA, arXiv:2402.09353); slower, never fused. Works with all other fields."""
     rank_pattern: dict[str, Count] = {}
     """Another rank for modules whose name matches, as in {down_proj: 32}."""
     alpha_pattern: dict[str, Positive] = {}
     """Another alpha for modules whose name matches."""
     last_layers: Count | None = None
-    """Adapt only the last so many decoder layers; null adapts all. Not with an expression as targets."""
+    """Adapt only the last N decoder layers; null adapts all. Not with a regular expression as targets."""
     modules_to_save: list[Annotated[str, Field(pattern=r"^\w[\w.]*$", max_length=200)]] = []
-    """Embeddings (embed_tokens), lm_head or norms to train whole, in 32 bits; what is not named stays frozen."""
+    """Modules trained fully in fp32: embed_tokens, lm_head or norms; all others stay frozen."""
     start_from: Annotated[str, Field(min_length=1, max_length=400)] | None = None
-    """An adapter to go on from: RECIPE (its newest run), RECIPE@RUN, a folder (/… or ./…) or OWNER/NAME@REVISION."""
+    """Adapter to continue: RECIPE (its newest run), RECIPE@RUN, a folder (/… or ./…) or OWNER/NAME@REVISION."""
     start_base: Annotated[str, Field(min_length=1, max_length=400)] | None = None
-    """The base's name in that adapter's own configuration, if it is another name of this recipe's model."""
+    """The base's name in that adapter's configuration, if it differs from this recipe's model.id."""
     start_folder: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -58,14 +58,14 @@ class Lora(Section):
             path = path_of("start_from", name, info)
             return {**value, "start_from": f"folder:{path.name}", "start_folder": path}
         if re.fullmatch(RUN_OF_RECIPE, name):
-            return value  # found among the recorded runs by pipeline/run_view.py, which sets start_folder
+            return value  # pipeline/run_view.py resolves it among the recorded runs and sets start_folder
         repository, _, revision = name.partition("@")
         if not re.fullmatch(REPOSITORY, repository) or not re.fullmatch(REVISION, revision or "main"):
             refuse(
                 [
                     (
                         ("start_from",),
-                        f"{name[:60]!r} is no recipe, RECIPE@RUN, folder (/… or ./…) or OWNER/NAME@REVISION",
+                        f"found {name[:60]!r}; allowed: RECIPE, RECIPE@RUN, folder (/… or ./…) or OWNER/NAME@REVISION",
                     )
                 ]
             )
@@ -73,7 +73,7 @@ class Lora(Section):
 
     @property
     def start_run(self) -> tuple[str, str | None] | None:
-        """The recipe and the run (null: the newest finished one) that start_from names; None if it names no run."""
+        """Return recipe and run (None: the newest finished one) of start_from; None if it does not name a run."""
         if self.start_from is None or not re.fullmatch(RUN_OF_RECIPE, self.start_from):
             return None
         recipe, _, run = self.start_from.partition("@")
@@ -82,21 +82,21 @@ class Lora(Section):
     @model_validator(mode="after")
     def _layers_of_names(self) -> Self:
         if self.last_layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
-            why = "it goes with all-linear or a list of names; an expression can say itself which layers it means"
+            why = "allowed only with all-linear or a list of names; put the layers into the regular expression"
             refuse([(("last_layers",), why)])
         return self
 
     @model_validator(mode="after")
     def _base_of_a_start(self) -> Self:
         if self.start_base is not None and self.start_from is None:
-            refuse([(("start_base",), "it describes the adapter of lora.start_from, and that is null; drop it")])
+            refuse([(("start_base",), "it describes the adapter of lora.start_from, which is null; remove it")])
         return self
 
     @field_validator("modules_to_save")
     @classmethod
     def _each_once(cls, names: list[str]) -> list[str]:
         if twice := [n for i, n in enumerate(names) if n in names[:i]]:
-            raise ValueError(f"{twice[0]} is there twice")
+            raise ValueError(f"{twice[0]} is listed twice; keep one")
         return names
 
     @field_validator("targets")
@@ -107,7 +107,7 @@ class Lora(Section):
             raise ValueError("an empty list trains nothing")
         expression = targets if isinstance(targets, str) and targets != "all-linear" else None
         if expression and re.fullmatch(r"\w+", expression):
-            raise ValueError(f"one name is written as a list: [{expression}]")
+            raise ValueError(f"a single name must be a list: [{expression}]")
         for whole, short, why in (
             (
                 "lm_head",

@@ -1,4 +1,4 @@
-"""What pydantic found wrong in a recipe, as sentences for a person: where, what was found, what is allowed."""
+"""Turn pydantic's errors into messages: place, value found, values allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.recipe.filters import RULES
 
 Location = tuple[str | int, ...]
 Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
-WORDS = {  # error type → what is allowed, in place of pydantic's words
+WORDS = {  # error type → what is allowed, replacing pydantic's message
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -28,13 +28,13 @@ WORDS = {  # error type → what is allowed, in place of pydantic's words
     "dict_type": "names and values, as in {a: b}",
     "finite_number": "a finite number",
 }
-OFF = ("none", "off", "false")  # what people write for null
+OFF = ("none", "off", "false")  # often written instead of null
 QUOTES = "; put it in quotes, as"
-TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # those of YAML 1.1
+TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # YAML 1.1 booleans
 
 
 def explain(errors: Iterable[ErrorDetails], where: Mapping[Location, str], path: str) -> list[str]:
-    """One line a field, in the order of the file. A union reports one error per member; those are joined."""
+    """Return one line per field, in the order of the file. The errors of a union's members are joined."""
     merged: dict[tuple[Location, str], list[str]] = {}
     for error in errors:
         at, model = _real_location(error["loc"], where)
@@ -42,7 +42,7 @@ def explain(errors: Iterable[ErrorDetails], where: Mapping[Location, str], path:
         merged.setdefault((at, f"{line_of(at, where, path)}: {name}"), []).append(_sentence(error, at, model))
     lines = []
     for (_, start), sentences in merged.items():
-        if len(set(sentences)) > 1:  # a union says "found X; allowed: A", "found X; allowed: B": say X once
+        if len(set(sentences)) > 1:  # a union gives "found X; allowed: A", "found X; allowed: B": print X once
             sentences = [s.partition(QUOTES)[0] for s in sentences]
         first, *others = dict.fromkeys(sentences)
         lines.append(f"{start}: {' or '.join([first, *(o.partition('allowed: ')[2] or o for o in others)])}")
@@ -50,17 +50,17 @@ def explain(errors: Iterable[ErrorDetails], where: Mapping[Location, str], path:
 
 
 def in_file_order(lines: Iterable[str]) -> list[str]:
-    """Sentences that begin with `file:line: `, by line."""
+    """Sort messages that begin with `file:line: ` by line."""
     return sorted(lines, key=_line_number)
 
 
 def line_of(at: Location, where: Mapping[Location, str], path: str) -> str:
-    """`file:line` of a field, or of the nearest thing around it that is written."""
+    """Return `file:line` of a field, or of the nearest enclosing section in the file."""
     return next((where[at[:n]] for n in range(len(at), -1, -1) if at[:n] in where), path)
 
 
 def written_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields a person may write, by the name they have in the file."""
+    """Return the fields allowed in a file, by their names in the file."""
     fields = model.model_fields.items()
     return {f.alias or n: f for n, f in fields if not f.exclude or f.is_required()}
 
@@ -84,8 +84,8 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
         return error["msg"]
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
-        said = isinstance(value, dict) or str(value)[:20] in message
-        return message if said else f"found {found}; {message}"
+        is_quoted = isinstance(value, dict) or str(value)[:20] in message
+        return message if is_quoted else f"found {found}; {message}"
     if kind in ("model_type", "model_attributes_type"):
         fields = list(written_fields(held)) if (held := _model_at(at)) else []
         if "source" in fields:
@@ -99,7 +99,7 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
 
 
 def _null_turns_off(at: Location) -> str:
-    """For who writes `pack: none` or `dedup: false`: how that is said."""
+    """Return a hint for `pack: none` or `dedup: false`: null turns the section off."""
     if not at:
         return ""
     holder = _model_at(at[:-1]) if at[1:] else Recipe
@@ -108,7 +108,7 @@ def _null_turns_off(at: Location) -> str:
 
 
 def _allowed(error: ErrorDetails) -> str:
-    """The range in plain words, and what the person may have meant."""
+    """Return the allowed values in words, with a suggestion."""
     kind, value = error["type"], error["input"]
     message = re.sub(r"^(Input|String|List|Dictionary) should (be|have) ", "", error["msg"])
     if kind == "literal_error":
@@ -130,7 +130,7 @@ def _allowed(error: ErrorDetails) -> str:
 
 
 def _as_number(value: object) -> float | None:
-    """`1_000`, `"16"` and `1e3`, which are text or a fraction here, as the number that is meant."""
+    """Return the number meant by `1_000`, `"16"` or `1e3`, which are read as text or float."""
     try:
         return float(value) if isinstance(value, (str, float)) else None
     except ValueError:
@@ -150,7 +150,7 @@ def _no_source(value: object) -> str:
         return f"found {shortened(value)}; allowed: a source, as in {{source: local, path: rows.jsonl}}"
     found = value.get("source")
     if found is None:
-        return "it does not say which kind of source it is; write source: hub, local or pydoc"
+        return "the field `source` is missing; allowed: source: hub, local or pydoc"
     near = _near(str(found), ["hub", "local", "pydoc"], "; did you mean {}?")
     return f"found source {found!r}; allowed: source: hub, local or pydoc{near}"
 
@@ -158,7 +158,7 @@ def _no_source(value: object) -> str:
 def _no_rule(value: object) -> str:
     found = value.get("rule") if isinstance(value, dict) else value
     if isinstance(value, dict) and found is None:
-        return "it does not say which rule it is; write it as in {rule: repetition}"
+        return "the field `rule` is missing; write it as in {rule: repetition}"
     near = _near(str(found), list(RULES), "; did you mean {}?")
     return f"found {shortened(found)}; allowed: {', '.join(RULES)}, or module:function{near}"
 
@@ -169,7 +169,7 @@ def _near(name: str, known: list[str], sentence: str) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as it is written in YAML, at most 60 characters of it."""
+    """Return a value as written in YAML, at most 60 characters of it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -177,7 +177,7 @@ def shortened(value: object) -> str:
 
 
 def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Location, type[BaseModel] | None]:
-    """Drop the union tags that pydantic puts into a location; also the model that holds its last field."""
+    """Return a location without pydantic's union tags, and the model that holds its last field."""
     annotation: Any = Recipe
     at: Location = ()
     holder: type[BaseModel] | None = None
@@ -188,7 +188,7 @@ def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Locati
             at = (*at, step)
             continue
         tagged = [m for m in members if len(members) > 1 and step in _tags(m)]
-        if tagged:  # the tag of a discriminated union is no field of the file
+        if tagged:  # the tag of a discriminated union is not a field of the file
             annotation = tagged[0]
             continue
         named = [m for m in members if step in written_fields(m)]
@@ -201,12 +201,12 @@ def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Locati
         dicts = [m for m in _members(annotation) if get_origin(m) is dict]
         if dicts and step != "[key]" and (*at, step) in where:
             annotation, at = get_args(dicts[0])[1], (*at, step)
-        # anything else is the name of a union member ("list[str]", "function-before[…]"): not in the file
+        # the rest are names of union members ("list[str]", "function-before[…]"), not in the file
     return at, holder
 
 
 def _model_at(at: Location) -> type[BaseModel] | None:
-    """The section that is expected at a place of the file."""
+    """Return the section expected at a location of the file."""
     annotation: Any = Recipe
     for step in at:
         if isinstance(step, int):
@@ -223,7 +223,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type 
 
 
 def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
-    """The members of a (possibly annotated) union."""
+    """Return the members of a (possibly annotated) union."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,9 +1,9 @@
-"""The recipe: every field a person may write, its range and its default.
+"""The recipe: all fields, their ranges and defaults.
 
-All models are frozen and refuse unknown fields. Validation touches no GPU, network or environment, and nothing is
-written back afterwards: what can be derived is a property. Local paths are kept out of dumps (`exclude=True`), because
-a stage's key is made of what a file holds, never of where it lies. Reading YAML is `recipe/load.py`; the sections are
-in `recipe/data.py`, `recipe/filters.py`, `recipe/lora.py` and `recipe/training.py`, and are imported from here.
+All models are frozen and refuse unknown fields. Validation uses no GPU, network or environment, and nothing is written
+back afterwards: derived values are properties. Local paths are excluded from dumps (`exclude=True`), because a stage's
+key depends on a file's content, never on its path. `recipe/load.py` reads YAML; the sections are in `recipe/data.py`,
+`recipe/filters.py`, `recipe/lora.py` and `recipe/training.py`, and are imported from here.
 """
 
 from __future__ import annotations
@@ -59,66 +59,66 @@ class Recipe(Section):
     tokens: Tokens | None = None
     """Tokens to add to the base's vocabulary; null adds none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides every random choice."""
+    """Seed of every random choice."""
     data: Annotated[list[Source], Field(min_length=1)] = Field(default=[])
     """Where the rows come from, one source after the other; only train: null does without (eval_data certifies)."""
     eval_data: Annotated[list[Source], Field(min_length=1)] | None = None
     """Your own held-out rows: never trained on, and no training row repeats one; `split` is then null by default."""
     ingest: Ingest = Ingest()
-    """How strict reading is."""
+    """Limits on rows that cannot be read."""
     filter: Filter | None = Filter()
-    """Which rows are kept; null keeps all."""
+    """Rules for keeping rows; null keeps all."""
     dedup: Dedup | None = Dedup()
-    """Which repeated rows are dropped; null drops none."""
+    """Dropping of duplicate rows; null drops none."""
     decontaminate: Decontaminate | None = None
     """Evaluation data that no training row may share text with; null compares with none."""
     sample: Sample | None = None
-    """How many of the curated rows are used; null uses all."""
+    """Selection of curated rows; null uses all."""
     split: Split | None = Split()
-    """What is held out; null holds nothing out, so nothing is evaluated or certified."""
+    """The held-out rows; null holds out nothing, so nothing is evaluated or certified."""
     render: Render = Render()
     """From messages to token ids and labels."""
     pack: Pack | None = Pack()
-    """Several rows laid into one, none seeing another; null trains on them one by one."""
+    """Packing of several documents into one row, without attention between them; null trains on unpacked rows."""
     lora: Lora = Lora()
     """The adapter."""
     quantization: Quantization | None = Quantization()
-    """How the frozen base is stored while training; null keeps it in 16 or 32 bits."""
+    """4-bit storage of the frozen base during training; null keeps it in 16 or 32 bits."""
     train: Train | None = Train()
     """The optimisation; null imports the adapter of lora.start_from, or (with preference) begins with a new one."""
     preference: Preference | None = None
     """Preference tuning (DPO or KTO) of the trained adapter; null does none."""
     evaluate: Evaluate | None = Evaluate()
-    """What is measured after training; null measures nothing."""
+    """Evaluation after training; null skips it."""
     certify: Certify | None = Certify()
-    """How near the merged model must come to what was trained; null merges unproved."""
+    """Required agreement of the merged with the trained model; null merges without certification."""
     merge: Merge | None = Merge()
-    """How the merged model is written; null leaves the adapter alone."""
+    """Settings of the merged model; null keeps only the adapter."""
     export: Export | None = None
     """Other formats of the merged model; null writes none."""
     publish: Publish = Publish()
-    """Where `finetune publish` pushes, and what."""
+    """Target and contents of `finetune publish`."""
     runtime: Runtime = Runtime()
-    """How the work is done on this machine; changes no result."""
+    """Settings for this machine; they change no result."""
     tracking: Tracking = Tracking()
-    """Where the curves go."""
+    """Experiment tracking."""
 
     @property
     def training(self) -> Train:
-        """The train section; its defaults if train is null."""
+        """Return the train section, or its defaults if train is null."""
         return self.train or Train()
 
     @model_validator(mode="before")
     @classmethod
     def _split_default(cls, value: object) -> object:
-        """With held-out rows of the user's own nothing else is held out, unless the recipe asks for it."""
+        """Set split to null if the recipe has eval_data and no split."""
         if isinstance(value, dict) and value.get("eval_data") and "split" not in value:
             return {**value, "split": None}
         return value
 
     @property
     def holds_out(self) -> bool:
-        """Whether there are held-out rows to evaluate on."""
+        """Return whether there are held-out rows to evaluate on."""
         return self.split is not None or self.eval_data is not None
 
     @model_validator(mode="after")
@@ -138,7 +138,7 @@ class Recipe(Section):
         if self.pack and self.pack.length_tokens and self.pack.length_tokens < longest:
             yield (
                 ("pack", "length_tokens"),
-                f"{self.pack.length_tokens} is under render.max_length_tokens {longest}: "
+                f"{self.pack.length_tokens} is less than render.max_length_tokens {longest}: "
                 "a whole document would not fit a row",
             )
 
@@ -150,7 +150,7 @@ class Recipe(Section):
         if self.train is None and self.lora.start_from is None and self.preference is None:
             yield (
                 ("train",),
-                "null imports the adapter that lora.start_from names, and that is null; set it, or train: {}",
+                "null imports the adapter of lora.start_from, which is null; set it, or train: {}",
             )
         if self.train is None and self.lora.start_from is None and self.preference is not None:
             for name in ("dora", "modules_to_save"):
@@ -160,32 +160,32 @@ class Recipe(Section):
         if self.lora.start_run == (self.name, None):
             yield (
                 ("lora", "start_from"),
-                f"the newest run of {self.name} itself changes with every run; name one, as {self.name}@RUN "
+                f"found {self.name}, this recipe itself, whose newest run changes; name one run, {self.name}@RUN "
                 "(`finetune runs` lists them)",
             )
 
     def _asked_and_not_made(self) -> Iterator[Contradiction]:
         if self.merge is None and self.export is not None:
-            yield ("export",), "GGUF is made of the merged model, and merge is null; set export: null, or merge: {}"
+            yield ("export",), "GGUF needs the merged model, but merge is null; set export: null, or merge: {}"
         if self.merge is None and "merged" in self.publish.what:
-            yield ("publish", "what"), "it names merged, and merge is null; publish the adapter, or set merge: {}"
+            yield ("publish", "what"), "found merged, but merge is null; publish the adapter, or set merge: {}"
         if self.export is None and "gguf" in self.publish.what:
             yield (
                 ("publish", "what"),
-                "it names gguf, and export is null; set export: {gguf: [q8_0]}, or leave gguf out",
+                "found gguf, but export is null; set export: {gguf: [q8_0]}, or remove gguf",
             )
         if self.quantization is None and self.certify and self.certify.base == "dequantized":
-            yield ("certify", "base"), "nothing is dequantized where quantization is null; set it to original"
+            yield ("certify", "base"), "quantization is null, so nothing is dequantized; set it to original"
         if self.quantization is None and self.runtime.keep_quantized == "always":
-            yield ("runtime", "keep_quantized"), "there is no 4-bit copy where quantization is null; take auto"
+            yield ("runtime", "keep_quantized"), "quantization is null, so there is no 4-bit copy; set it to auto"
         if self.quantization is None and self.runtime.cache_dequantized:
-            yield ("runtime", "cache_dequantized"), "there are no 4-bit weights where quantization is null; drop it"
+            yield ("runtime", "cache_dequantized"), "quantization is null, so there are no 4-bit weights; remove it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
-            yield ("sample", "diverse"), "it needs the vectors that dedup.embedding makes, and that is off"
+            yield ("sample", "diverse"), "it needs the vectors of dedup.embedding, which is off"
         if not self.holds_out and self.training.eval_steps is not None:
-            yield ("train", "eval_steps"), "it measures on held-out rows, and split is null; set split: {}"
+            yield ("train", "eval_steps"), "it needs held-out rows, but split is null; set split: {}"
         if self.runtime.device == "cpu" and self.training.precision == "fp16":
-            yield ("train", "precision"), "fp16 needs a GPU, and runtime.device is cpu; take auto, fp32 or bf16"
+            yield ("train", "precision"), "fp16 needs a GPU, but runtime.device is cpu; allowed: auto, fp32, bf16"
 
     def _held_out_whole(self) -> Iterator[Contradiction]:
         for number, source in enumerate(self.eval_data or []):

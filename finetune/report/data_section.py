@@ -1,4 +1,4 @@
-"""The report's second section: what became of the rows, from the sources to the packed batches."""
+"""The report's data section: rows from the sources to the packed batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LEAKED = {
 
 
 def data_section(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
-    """Everything the template shows of the data; what is not there is None or empty."""
+    """Return all data facts for the template; missing ones are None or empty."""
     return {
         "funnel": funnel(stages),
         "lengths": lengths(stages, recipe),
@@ -53,7 +53,7 @@ def data_section(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
 
 
 def funnel(stages: Stages) -> list[dict[str, Any]]:
-    """A line for each stage that has figures: rows kept, rows left out and why, and the bar."""
+    """Return a line for each stage with metrics: rows kept, rows dropped with reasons, and the bar."""
     counts = {}
     for name in FUNNEL:
         if metrics := stages[name].metrics:
@@ -74,7 +74,7 @@ def funnel(stages: Stages) -> list[dict[str, Any]]:
 
 
 def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, str]:
-    """Rows after the stage, rows it left out, and a phrase."""
+    """Return rows after the stage, rows dropped, and a phrase."""
     match name:
         case "ingest":
             lost = sum(m.get("refused", {}).values())
@@ -105,7 +105,7 @@ def _kept_and_lost(name: str, m: Mapping[str, Any]) -> tuple[int | None, int, st
 
 
 def _rule(kept_by: Mapping[str, Any]) -> str:
-    """By what the rows that stay were chosen."""
+    """Return the rule by which rows were selected."""
     fewest, lowest = kept_by.get("fewest_tokens"), kept_by.get("lowest")
     least = (
         f", of {fewest:,g} tokens and more" if fewest else f", of {lowest:,g} and more" if lowest is not None else ""
@@ -127,7 +127,7 @@ def _reasons(counts: Mapping[str, int], words: Mapping[str, str] = WORDS) -> str
 
 
 def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
-    """The two histograms over the same axis, each with a caption; None where its rows are not there."""
+    """Return two histograms over the same axis with captions; None if the rows are missing."""
     before, step = _raw(stages)
     files = [f for f in (stages["render"].file("train.parquet"), stages["render"].file("eval.parquet")) if f]
     after = rendered_lengths(files) if files and stages["render"].manifest is not None else []
@@ -166,7 +166,7 @@ def _at(values: Sequence[int], share: float) -> int:
 
 
 def sources(stages: Stages) -> dict[str, Any] | None:
-    """Source, format, rows read, rows refused, and the rows of it that are left after the last stage that ran."""
+    """Return per source: name, format, rows read, rows refused, and rows left after the last stage."""
     read = stages["ingest"].metrics.get("sources")
     if not read:
         return None
@@ -187,7 +187,7 @@ def sources(stages: Stages) -> dict[str, Any] | None:
 
 
 def groups(stages: Stages) -> list[dict[str, Any]]:
-    """The largest duplicate groups, with the kept row's text and those of its farthest dropped ones."""
+    """Return the largest duplicate groups, with the texts of the kept row and of its farthest dropped rows."""
     pairs = stages["dedup"].file("pairs.parquet")
     if pairs is None or stages["dedup"].manifest is None:
         return []
@@ -216,7 +216,7 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
 
 
 def template(stages: Stages) -> list[tuple[str, str]]:
-    """Name, hash and terminators of the template that was trained."""
+    """Return name, hash and terminators of the trained template."""
     path = stages["render"].file("template/template.json")
     if path is None:
         return []
@@ -233,7 +233,7 @@ def template(stages: Stages) -> list[tuple[str, str]]:
 
 
 def rendered(stages: Stages) -> list[tuple[str, str]]:
-    """Supervised share, cut and dropped rows, packing."""
+    """Return the supervised share, truncated and dropped rows, and packing."""
     render, pack = stages["render"].metrics, stages["pack"].metrics
     lines = []
     if render:

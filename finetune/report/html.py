@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: jinja2 with autoescape, our own style sheet inside, and a policy that forbids scripts.
+"""Self-contained HTML pages: jinja2 with autoescape, an inline style sheet, and a policy that forbids scripts.
 
 Whatever comes from rows, recipes and measurements is text: it is never a template, and never markup. Should a mistake
 of ours let markup through all the same, the page's Content-Security-Policy still runs no script and loads nothing:
@@ -23,7 +23,7 @@ PAGES = Path(__file__).parent / "pages"
 
 
 def render_page(name: str, facts: Mapping[str, Any]) -> bytes:
-    """The page `pages/NAME` with `facts`, as UTF-8; the same facts give the same bytes."""
+    """Render the page `pages/NAME` with `facts` as UTF-8; equal facts give equal bytes."""
     style = (PAGES / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -31,7 +31,7 @@ def render_page(name: str, facts: Mapping[str, Any]) -> bytes:
         loader=FileSystemLoader(PAGES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=_visible_text,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -39,6 +39,6 @@ def render_page(name: str, facts: Mapping[str, Any]) -> bytes:
     return environment.get_template(name).render(**facts, **own).encode()
 
 
-def _shown(value: object) -> object:
-    """Every string that a template writes, before it is escaped; drawings are markup already."""
+def _visible_text(value: object) -> object:
+    """Make control characters of a string visible before it is escaped; charts are already markup."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -23,7 +23,7 @@ HIDDEN_TRAIN_FIGURES = ("loss", "first_loss", "tokens_per_second", "peak_memory_
 
 
 def training_section(train: StageView, predicted: Mapping[str, int] | None) -> dict[str, Any]:
-    """Curves, figures, and the plan's memory beside what was measured."""
+    """Return curves, metrics, and the planned next to the measured memory."""
     steps = read_lines(train.file("metrics.jsonl"))
     return {
         "absent": "" if steps or train.metrics else train.absence,
@@ -35,7 +35,7 @@ def training_section(train: StageView, predicted: Mapping[str, int] | None) -> d
 
 
 def read_lines(path: Path | None) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each; a line torn by a kill ends it."""
+    """Return the JSON objects of a file, one per line, up to an incomplete line."""
     found: list[dict[str, Any]] = []
     if path is None:
         return found
@@ -50,7 +50,7 @@ def read_lines(path: Path | None) -> list[dict[str, Any]]:
 
 
 def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | None) -> list[tuple[Any, str]]:
-    """(drawing, caption) of what metrics.jsonl holds, against the optimiser's steps."""
+    """Return (chart, caption) of metrics.jsonl over optimiser steps."""
 
     def points(*names: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(float(s["step"]), float(s[n]) * scale) for s in steps if "step" in s for n in names if n in s]
@@ -103,7 +103,7 @@ def _train_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> dict[str, Any] | None:
-    """The plan's parts as bars, and the measured peak beside their sum."""
+    """Return the plan's parts as bars, and the measured peak next to their sum."""
     if not predicted:
         return None
     peak, total = metrics.get("peak_memory_bytes"), predicted["total"]
@@ -127,7 +127,7 @@ def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> d
 
 
 def evaluation_section(stages: Stages) -> dict[str, Any]:
-    """Perplexities, use of the prompt, stop rate, and the samples side by side."""
+    """Return perplexities, use of the prompt, stop rate, and the samples side by side."""
     view = stages["evaluate"]
     m = view.metrics
     samples = read_lines(view.file("samples.jsonl"))
@@ -177,7 +177,7 @@ def metric_rows(m: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def moved(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The samples whose answers moved most, by the mean of adapter less base over the measures: better, then worse."""
+    """Return the samples with the largest mean difference adapter - base over the metrics: better, then worse."""
     changes = []
     for sample in samples:
         pairs = [p for p in (sample.get("scores") or {}).values() if None not in p]
@@ -195,7 +195,7 @@ def _with_interval(m: Mapping[str, Any], name: str) -> str:
 
 
 def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Dots with 95 % whiskers: evaluate's on its rows, the certificate's on its own."""
+    """Return a chart with 95 % whiskers: evaluate's perplexities on its rows, the certificate's on its rows."""
     rows: list[tuple[str, float, float | None, float | None]] = []
     for label, name in (("base", "perplexity_base"), ("with the adapter", "perplexity_adapter")):
         if isinstance(m.get(name), (int, float)):
@@ -220,7 +220,7 @@ def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[
 
 
 def prompt_use(m: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How much likelier answers are under their own prompt than under another row's."""
+    """Return how much likelier answers are with their prompt than with another row's prompt."""
     own, other = m.get("nll_true"), m.get("nll_shuffled")
     if own is None or other is None:
         return None
@@ -251,7 +251,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def certificate(view: StageView) -> dict[str, Any] | None:
-    """certificate.json; it is there when the gate refused, too."""
+    """Return certificate.json, which also exists if the gate refused."""
     path = view.file("certificate.json")
     if path is None:
         return None
@@ -263,7 +263,7 @@ def certificate(view: StageView) -> dict[str, Any] | None:
 
 
 def certificate_section(stages: Stages) -> dict[str, Any]:
-    """The words, and a line for each base that was tried."""
+    """Return the text, and a line for each base that was tried."""
     view = stages["certify"]
     found = certificate(view)
     if found is None:
@@ -291,7 +291,7 @@ def certificate_section(stages: Stages) -> dict[str, Any]:
 
 
 def _difference(apart: Mapping[str, Any] | None) -> str:
-    """What the choice between the two bases rests on."""
+    """Return the reason for the choice between the two bases."""
     if not apart:
         return ""
     value, ends = apart["nll_per_token"], sorted(abs(v) for v in apart["interval"])
@@ -304,7 +304,7 @@ def _difference(apart: Mapping[str, Any] | None) -> str:
 
 
 def merge_section(view: StageView) -> dict[str, Any]:
-    """What was written, and how much memory that took."""
+    """Return the files written and the memory used."""
     m = view.metrics
     lines = [
         ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
@@ -318,7 +318,7 @@ def merge_section(view: StageView) -> dict[str, Any]:
 
 
 def export_section(view: StageView) -> dict[str, Any]:
-    """The GGUF files: how far each is from the merged weights when read again, and its perplexity beside theirs."""
+    """Return for each GGUF file the error against the merged weights, and its perplexity next to theirs."""
     m = view.metrics
     apart, scores, same = (m.get(key, {}) for key in ("reload_difference", "perplexity", "agreement"))
     rows = []

@@ -1,4 +1,4 @@
-"""`finetune report`: everything that is on record of a run, as one HTML page in the run's folder."""
+"""`finetune report`: one HTML page about a run, in the run's folder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _views(store: Store, value: Mapping[str, Any]) -> dict[str, StageView]:
 
 
 def _recipe(text: str, value: Mapping[str, Any]) -> Recipe | None:
-    """The run's recipe; None where an older version wrote one that is no longer read."""
+    """Return the run's recipe; None if this version cannot read it."""
     try:
         return parse_recipe(text, value["folder"] / "recipe.yaml", value["sets"])
     except InputError:
@@ -99,7 +99,7 @@ def _recipe(text: str, value: Mapping[str, Any]) -> Recipe | None:
 
 
 def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
-    """The plan's bytes while training, by part and in all, for the micro-batch that was used."""
+    """Return the plan's bytes in training, by part and in total, for the micro-batch that was used."""
     from finetune.estimate.memory import Attention, Training, training
     from finetune.estimate.shapes import read_shapes
     from finetune.models.attention import is_varlen
@@ -127,7 +127,7 @@ def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
 
 
 def _date(run: str) -> str:
-    """A run's name begins with its moment, UTC."""
+    """Return the UTC time at the beginning of a run's name."""
     try:
         moment = datetime.datetime.strptime(run.split("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
     except ValueError:
@@ -136,7 +136,7 @@ def _date(run: str) -> str:
 
 
 def result(stages: Stages) -> dict[str, str]:
-    """How the run ended, in a sentence; `kind` is done, stopped, refused or failed."""
+    """Return a sentence on how the run ended; `kind` is done, stopped, refused or failed."""
     for view in stages.values():
         if view.status in ("refused", "failed"):
             words = "A gate refused" if view.status == "refused" else "Failed in"
@@ -155,7 +155,7 @@ def result(stages: Stages) -> dict[str, str]:
 
 
 def _shaded(found: dict[str, str], judged: Verdict | None) -> dict[str, str]:
-    """A finished run with a bad line in its verdict is not shown as a success."""
+    """Do not show a finished run with a bad line in its verdict as a success."""
     bad = judged is not None and judged.level == BAD
     return {**found, "kind": "stopped"} if bad and found["kind"] == "done" else found
 
@@ -176,7 +176,7 @@ def _outcome(stages: Stages) -> str:
 
 
 def tiles(stages: Stages) -> list[tuple[str, str, str]]:
-    """(label, value, small print) of the key figures that there are."""
+    """Return (label, value, small print) of the available key metrics."""
     train, evaluated, certified = (stages[n].metrics for n in ("train", "evaluate", "certify"))
     found = []
     if evaluated:
@@ -201,7 +201,7 @@ def tiles(stages: Stages) -> list[tuple[str, str, str]]:
 
 
 def environment(stages: Stages) -> list[tuple[str, str]]:
-    """Code, machine and library versions of the last stage that is there."""
+    """Return code, machine and library versions of the last complete stage."""
     manifests = [v.manifest for v in stages.values() if v.manifest is not None]
     if not manifests:
         return []

@@ -1,4 +1,4 @@
-"""Rows by their ids, what was dropped for them, and how long rows are; no tokenizer beyond `tokenizers`, no torch."""
+"""Look up rows by id, their dropped duplicates and token lengths; needs `tokenizers`, but no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Dropped:
 
 
 def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
-    """The rows of those ids, read a batch at a time; an id that is not there is left out."""
+    """Return the rows with those ids, read in batches; missing ids are left out."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -41,7 +41,7 @@ def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
 
 
 def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
-    """For each of the kept ids the rows dropped for it, the nearest first; ids of copies (`~2`) stand for their row."""
+    """Return per kept id the rows dropped as its duplicates, nearest first; an id of a copy (`~2`) means its row."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -62,7 +62,7 @@ def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
 
 
 def largest_groups(pairs: Path, count: int) -> list[list[Dropped]]:
-    """The `count` kept rows with most dropped ones, each group with its farthest row first."""
+    """Return the `count` kept rows with most dropped duplicates, each group with its farthest row first."""
     import pyarrow.parquet as pq
 
     names = pq.read_table(pairs, columns=["kept_id"])["kept_id"].to_pylist()
@@ -72,7 +72,7 @@ def largest_groups(pairs: Path, count: int) -> list[list[Dropped]]:
 
 
 def sources_of(paths: Sequence[Path]) -> list[Counter[str]]:
-    """For each rows file, how many rows of each source it holds."""
+    """Return for each rows file the number of rows per source."""
     import pyarrow.parquet as pq
 
     found = []
@@ -86,7 +86,7 @@ def sources_of(paths: Sequence[Path]) -> list[Counter[str]]:
 
 
 def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
-    """The source of each of those rows."""
+    """Return the source of each of those rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -101,7 +101,7 @@ def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
 
 
 def rendered_lengths(paths: Sequence[Path]) -> list[int]:
-    """Tokens of every rendered row."""
+    """Return the tokens of every rendered row."""
     import pyarrow.parquet as pq
 
     return [length for path in paths for length in pq.read_table(path, columns=["length"])["length"].to_pylist()]
@@ -146,7 +146,7 @@ def _contents(row: Mapping[str, object]) -> list[str]:
 
 
 def question_and_answer(row: Example) -> tuple[str, str]:
-    """What a row asks and what it answers; a raw text is all question."""
+    """Return a row's prompt and answer; a raw text is all prompt."""
     if row.text is not None:
         return row.text, ""
     asked = "\n".join(m.content for m in row.messages if m.role != "assistant")

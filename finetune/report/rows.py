@@ -1,4 +1,4 @@
-"""Rendered rows with what is known of each: its text in segments, its source, the duplicates dropped for it."""
+"""Rendered rows with their text in segments, source and dropped duplicates."""
 
 from __future__ import annotations
 

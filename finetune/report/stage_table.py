@@ -1,4 +1,4 @@
-"""What a terminal shows: bars on stderr while work goes on, tables on stdout when it is done."""
+"""Tables of stages for the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOLDING_OUT = ("split", "render", "pairs")
 
 
 def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
-    """`in → out` for the table."""
+    """Return `in → out` for the table."""
     before, after = ROWS.get(name, (None, None))
     if after is None or after not in metrics:
         return ""
@@ -34,7 +34,7 @@ def stage_rows(name: str, metrics: Mapping[str, Any]) -> str:
 
 
 def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one line a stage, read as a table
-    """The one figure of a stage that matters."""
+    """Return the most important metric of a stage."""
 
     def number(key: str, form: str = ".3g") -> str:
         value = m.get(key)

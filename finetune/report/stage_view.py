@@ -1,4 +1,4 @@
-"""A stage of a run as the report's sections see it."""
+"""Access to a stage of a run for the report's sections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.pipeline.store import Manifest
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: `manifest` is None where its folder is not complete, or was cleaned away."""
+    """One stage: `manifest` is None if its folder is incomplete or was removed."""
 
     name: str
     status: str
@@ -23,13 +23,13 @@ class StageView:
     manifest: Manifest | None = None
 
     def file(self, name: str) -> Path | None:
-        """A file of the stage, where it is there."""
+        """Return a file of the stage, if it exists."""
         path = self.folder / name if self.folder else None
         return path if path is not None and path.is_file() else None
 
     @property
     def absence(self) -> str:
-        """One sentence on why there is nothing to show."""
+        """Return one sentence on why there is nothing to show."""
         match self.status:
             case "off":
                 return f"The recipe turns {self.name} off."
@@ -50,7 +50,7 @@ Stages = Mapping[str, StageView]
 
 
 def rows_before(stages: Stages, name: str) -> Path | None:
-    """The newest rows file of the stages before `name`, which is what that stage read."""
+    """Return the newest rows file of the stages before `name`, which that stage read."""
     order = ("ingest", "filter", "dedup", "decontaminate", "sample")
     before = order[: order.index(name)] if name in order else order
     for stage in reversed(before):

@@ -82,7 +82,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     if model.rope_scaling and (out / "config.json").exists():
         write_json(out / "config.json", scaled(read_json(out / "config.json"), model.rope_scaling))
     if model.trust_remote_code and source != out:
-        remote_code.copy_code(source, out)  # whoever reads this config.json needs the classes it names
+        remote_code.copy_code(source, out)  # loading this config.json needs the classes it names
     if not (out / "config.json").exists():
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
     check_config(out / "config.json")

@@ -74,8 +74,8 @@ def _repeats(dedup: Dedup | None) -> Repeats:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """What the evaluation data hold (a file's digest, a Hub data set's commit, the Python that is documented), and the
-    model whose vectors are compared.
+    """Return the identity of the evaluation data (a file's digest, a Hub data set's commit, the Python that is
+    documented), and the model whose vectors are compared.
     """
     from finetune.data.sources import source_fingerprint
 
@@ -230,15 +230,15 @@ def _alike(
 
 
 def _why_all(some: Match, rows: int, section: Decontaminate) -> str:
-    how, mend = f"shares {section.ngram} words", "decontaminate.ngram"
+    how, setting = f"shares {section.ngram} words", "decontaminate.ngram"
     what = repr(some.words)
     if some.score is not None:
-        how, mend = f"shares {section.ngram} words or its meaning", "decontaminate.embedding_threshold"
+        how, setting = f"shares {section.ngram} words or its meaning", "decontaminate.embedding_threshold"
         what = f"at cosine {some.score:.3f}"
     return (
         f"decontaminate: every one of {rows} rows {how} with the evaluation data, the first one {what} with "
         f"{some.evaluation_id}; is decontaminate.against the training data itself, or does every row begin with the "
-        f"same instruction? Name other data or raise {mend}"
+        f"same instruction? Name other data or raise {setting}"
     )
 
 
@@ -324,6 +324,6 @@ def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Examp
         if isinstance(row, Reject):
             raise InputError(
                 f"decontaminate.against: row {row.id} cannot be read, so nothing could be compared with it: "
-                f"{row.detail}; mend the row, or leave it out with skip and take"
+                f"{row.detail}; fix the row, or leave it out with skip and take"
             )
         yield row

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from finetune.context import Context, Metrics
 from finetune.data.records import Example, read_rows, write_rows, write_table
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Dedup, MinHash, Recipe, Section
+from finetune.recipe import Dedup, Recipe, Section
+from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     from finetune.dedup.jaccard import Jaccard
@@ -23,7 +24,7 @@ class Spec(Section):
     """The dedup section without the embedding, whose vectors are an input."""
 
     exact: bool
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     field: str
     threshold: float
     keep: str
@@ -35,7 +36,7 @@ def spec(recipe: Recipe) -> Spec | None:
     dedup: Dedup | None = recipe.dedup
     if dedup is None:
         return None
-    return Spec(**dedup.model_dump(exclude={"embedding"}))
+    return Spec(**dedup.model_dump(exclude={"embedding", "jaccard"}), minhash=dedup.jaccard)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -49,7 +50,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     All methods look at the chosen `field` only: the exact one compares its normalised text (NFKC, case folded,
     whitespace collapsed), and an empty text repeats nothing; the others reach their thresholds. Rows are taken the
     preferred first, and one is dropped exactly when a kept row repeats it by any method: no two rows that stay repeat
-    each other, and `kept_id` always names a row that stays and reaches the method's threshold with the score told. Of
+    each other, and `kept_id` always names a row that stays and reaches the method's threshold with that score. Of
     more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics tell the recall.
     """
     import pyarrow as pa
@@ -104,7 +105,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 
 def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) -> list[Cosine | Jaccard]:
-    """What else than the same text makes rows alike, in the order in which a dropped row's method is named."""
+    """Return the similarity measures in the order in which a dropped row's method is named."""
     measures: list[Cosine | Jaccard] = []
     if spec.minhash is not None:
         from finetune.data.text import field_text

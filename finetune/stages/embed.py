@@ -19,7 +19,7 @@ from finetune.utils.files import write_json
 
 
 class Spec(Section):
-    """What is embedded, and by what; no threshold."""
+    """Text and model of the embedding; no threshold."""
 
     embedding: str
     field: Literal["instruction", "output", "both"]

@@ -1,4 +1,4 @@
-"""What the training changed, on rows it never saw: perplexity, use of the prompt, whether answers end, benchmarks."""
+"""Evaluate base and adapter on held-out rows: perplexity, use of the prompt, stop rate, benchmarks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _gates(recipe: Recipe) -> Gates | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The files of the recipe's own tasks. The harness's tasks are told apart by the versions in the result."""
+    """The files of the recipe's own tasks. The harness's tasks are identified by the versions in the result."""
     from finetune.eval.lm_eval import digests
 
     return {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}

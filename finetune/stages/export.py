@@ -57,7 +57,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
     each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
     reads small models too, and must find the same weights; `not_loaded` says why it did not. Raises InputError where
-    the gguf package or llama-quantize is missing, or where the architecture or the tokenizer cannot be told to
+    the gguf package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
     llama.cpp; FinetuneError where the weights in a file are others.
     """
     from finetune.gguf import llama_cpp

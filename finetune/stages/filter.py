@@ -28,7 +28,7 @@ Count = Callable[[Sequence[Example]], list[int | basic.Verdict]]
 
 
 class Rendering(Section):
-    """What of the render section decides a rendered row's length."""
+    """The fields of the render section that determine a rendered row's length."""
 
     template: str
     merge_system: bool

@@ -129,7 +129,7 @@ def _rules(spec: Render, tokenizer: PreTrainedTokenizerBase, template: Template)
 
 
 def _notes(tallies: Mapping[str, Tally]) -> Iterator[str]:
-    """What a person should know of the rows that were written: turns without labels, typed special tokens."""
+    """Return warnings on the written rows: turns without labels, typed special tokens."""
     answers = sum(t.answers for t in tallies.values())
     for reason in sorted({r for t in tallies.values() for r in t.masked}):
         count = sum(t.masked.get(reason, 0) for t in tallies.values())
@@ -216,7 +216,7 @@ def _write(
                 for row in batch:
                     if row.id in tally.left_out:
                         reject(_reject(row, *tally.left_out.pop(row.id), worker.rules))
-    written = pq.read_table(target, columns=["length", "supervised"])  # what lies on disk is what was counted
+    written = pq.read_table(target, columns=["length", "supervised"])  # count the rows on disk
     found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
     if found != [tally.rows, tally.tokens, tally.supervised]:
         raise FinetuneError(

@@ -25,7 +25,7 @@ class Ranking:
     """The pool by the recipe's rule, best first; what the metrics say of it; each row's figure where one decides."""
 
     order: Sequence[Pick]
-    said: Mapping[str, object]
+    limits: Mapping[str, object]
     figures: Sequence[float] = ()
 
 
@@ -90,7 +90,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         if spec.limit < len(pool):
             ranking = _ranked(pool, names, spec, inputs, ctx)
             chosen = sorted(ranking.order[: spec.limit])
-            kept_by |= ranking.said
+            kept_by |= ranking.limits
         elif spec.limit > len(pool):
             ctx.say(f"sample: {spec.limit} rows were asked for, there are {len(pool)}; all are used")
         kept_by["top_k" if spec.top_k else "random" if spec.random else "diverse"] = len(chosen)
@@ -181,8 +181,8 @@ def _ranked(
     figures = _token_counts(source, inputs["base"], ctx) if by_tokens else _column(source, spec.by, ctx)
     ranked = sorted(pool, key=lambda p: (-figures[p[0]], p))
     last = figures[ranked[(spec.top_k or 1) - 1][0]]
-    said = {"fewest_tokens" if by_tokens else "lowest": last if math.isfinite(last) else None}
-    return Ranking(ranked, said, figures)
+    limits = {"fewest_tokens" if by_tokens else "lowest": last if math.isfinite(last) else None}
+    return Ranking(ranked, limits, figures)
 
 
 def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path, ctx: Context) -> Ranking:

@@ -22,7 +22,7 @@ CHECKPOINT_FROM_PARAMETERS = 500_000_000
 
 
 class Spec(Section):
-    """What decides the adapter, beside the rows and the base."""
+    """Settings that determine the adapter, apart from rows and base."""
 
     seed: int
     model: Model

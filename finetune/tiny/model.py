@@ -1,7 +1,7 @@
-"""`builtin:tiny-mistral`: a small real Mistral, pre-trained here in under a minute, so that all can be tried offline.
+"""`builtin:tiny-mistral`: a small Mistral, pre-trained locally in under a minute, for trials without network.
 
 It has what a 7B Mistral has (grouped-query attention, RoPE, SwiGLU, untied embeddings, a BPE tokenizer, a chat
-template) and knows nothing of chats: it has read reference entries only (`tiny_text.py`), so something is left to tune.
+template) and has seen no chats: it is trained on reference entries only (`tiny/text.py`), so fine-tuning has an effect.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
-BOS_ID, EOS_ID, PAD_ID = 1, 2, 3  # the first three ids are Mistral's; the pad token is one that no text contains
-WORKERS = 2  # fixed, like all that decides the order of sums: one seed gives the same bits on 1 core and on 64
-# How sharply the wired heads attend and how loudly they write; measured, and changed by training anyway.
+BOS_ID, EOS_ID, PAD_ID = 1, 2, 3  # the first three ids are Mistral's; no text contains the pad token
+WORKERS = 2  # fixed, because it decides the order of sums: one seed gives the same bits on 1 core and on 64
+# Attention scale and output scale of the wired heads; measured, and changed by training.
 POSITION, CONTENT, WRITING = 6.5, 1.7, 0.3
-HELD_OUT = 40  # every 40th entry is kept out of training, to measure the loss on
+HELD_OUT = 40  # every 40th entry is held out for measuring the loss
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
     {%- elif message['role'] == 'assistant' -%}
         {{- ' ' + message['content'] + eos_token -}}
     {%- else -%}
-        {{- raise_exception('this template has no place for the role ' + message['role']) -}}
+        {{- raise_exception('this template does not support the role ' + message['role']) -}}
     {%- endif -%}
 {%- endfor -%}
 """
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained and for how long.
+    """Size of the model and of its pre-training.
 
     `hidden` and `intermediate` are multiples of 64, the block of NF4; `wire_lookup` needs four heads and two layers.
     """
@@ -70,7 +70,7 @@ class Size:
     learning_rate: float = 12e-3
     embedding_rate: float = 3.0  # times learning_rate
     warmup: float = 0.05  # share of the steps
-    text: float = 0.8  # share of the text that is read
+    text: float = 0.8  # share of the text that is used
 
 
 TINY = Size()
@@ -78,7 +78,7 @@ TINY = Size()
 
 @dataclass(frozen=True)
 class Tokens:
-    """The text as token ids, (rows, sequence) int64 each, and how many tokens a byte of held-out text takes."""
+    """The text as token ids, (rows, sequence) int64 each, and tokens per byte of the held-out text."""
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -86,18 +86,18 @@ class Tokens:
 
 
 def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size = TINY) -> Metrics:
-    """Train tokenizer and model, and leave a complete bf16 model folder in `out`.
+    """Train tokenizer and model, and write a complete bf16 model folder to `out`.
 
-    `known` are texts that must not be learnt: no run of eight words of theirs is in the training text. It always runs
-    on the CPU and sums in a fixed order, so that one kind of machine gives the same bytes for the same seed.
-    Raises FinetuneError where training diverges.
+    `known` are texts that must not be learnt: no run of eight of their words is in the training text. Always runs on
+    the CPU and sums in a fixed order, so that one kind of machine gives the same bytes for the same seed.
+    Raises FinetuneError if training diverges.
     """
     started = time.monotonic()
     ctx.say("base: reading documentation to pre-train on")
     documents = corpus(Shingles(known), size.text)
     tokenizer = train_tokenizer([d for i, d in enumerate(documents) if i % HELD_OUT], size.vocabulary)
     tokens = encode(tokenizer, documents, size.sequence, seed)
-    # Its operations are so small that torch's threads mostly wait for each other: they gain nothing over WORKERS.
+    # The operations are so small that torch's threads mostly wait for each other: more than WORKERS gain nothing.
     with single_thread():
         model = new_model(size, seed)
         loss = pretrain(model, tokens.train, size, seed, ctx)
@@ -117,7 +117,7 @@ def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size =
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that splits words from punctuation, so that a name is the same tokens wherever it stands."""
+    """Train a byte-level BPE that splits words from punctuation, so that a name has the same tokens everywhere."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -149,13 +149,13 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedToke
 
 
 def layout(size: Size = TINY) -> dict[str, object]:
-    """What its config.json will say of its modules, before there is one."""
-    said = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
-    return {**said, "num_hidden_layers": size.layers}
+    """Return the part of the future config.json that describes the modules."""
+    fixed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
+    return {**fixed, "num_hidden_layers": size.layers}
 
 
 def new_model(size: Size, seed: int) -> MistralForCausalLM:
-    """An untrained fp32 model, wired for lookup; the global random state is left as it was."""
+    """Return an untrained fp32 model, wired for lookup; the global random state is unchanged."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -182,22 +182,22 @@ def new_model(size: Size, seed: int) -> MistralForCausalLM:
 
 
 def wire_lookup(model: MistralForCausalLM, theta: float) -> None:
-    """Begin with one induction head (arXiv:2209.11895) in place, to be trained on like every other weight.
+    """Initialise one induction head (arXiv:2209.11895), which is then trained like every other weight.
 
-    A model learns by itself to go on after `A B ... A` with `B`, but from far more tokens than the half million here.
+    A model learns to continue `A B ... A` with `B` by itself, but from far more tokens than the half million here.
     The residual stream begins as [code of the token | of the token before | of the token to write | 1]. A head of
-    layer 0 attends to the position before and copies its code; a head of layer 1 attends to where the code of the token
-    before is the code of the token here, and writes the token found there in the form that `lm_head` reads.
+    layer 0 attends to the previous position and copies its code; a head of layer 1 attends to positions whose previous
+    token is the current token, and writes the token there in the form that `lm_head` reads.
     """
     import torch
 
     hidden, width = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
     codes, one, half = hidden // 2, hidden - 1, width // 2
     here, before, written = slice(0, codes), slice(codes, codes + width), slice(codes + width, codes + 2 * width - 1)
-    # RoPE turns dimension i together with i + half, by this many radians a token
+    # RoPE rotates dimension i together with i + half, by this many radians per token
     turns = theta ** (-torch.arange(0, width, 2) / width)
-    fast = (turns > 0.01).nonzero().flatten()  # tells a position from the next
-    slow = (turns <= 0.01).nonzero().flatten()  # hardly turns within a text: can compare content
+    fast = (turns > 0.01).nonzero().flatten()  # distinguishes a position from the next
+    slow = (turns <= 0.01).nonzero().flatten()  # hardly rotates within a text: can compare content
     content = torch.cat([slow, slow + half])
     chosen = torch.zeros(width, width).index_put_((content, content), torch.tensor(CONTENT))
     previous, lookup = (layer.self_attn for layer in model.model.layers[:2])
@@ -207,8 +207,8 @@ def wire_lookup(model: MistralForCausalLM, theta: float) -> None:
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight.mul_(0.1)
         embedding[:, here] = code
-        embedding[:, one] = codes**0.5  # so RMSNorm leaves elements of a code at about 1
-        previous.q_proj.weight[fast, one] = sharp * torch.cos(turns[fast])  # a query turned back by one position
+        embedding[:, one] = codes**0.5  # so that RMSNorm keeps elements of a code near 1
+        previous.q_proj.weight[fast, one] = sharp * torch.cos(turns[fast])  # a query rotated back by one position
         previous.q_proj.weight[fast + half, one] = -sharp * torch.sin(turns[fast])
         previous.k_proj.weight[fast, one] = sharp
         previous.v_proj.weight[:width, here] = to_before
@@ -221,14 +221,14 @@ def wire_lookup(model: MistralForCausalLM, theta: float) -> None:
 
 
 def _projection(rows: int, columns: int) -> torch.Tensor:
-    """Random orthogonal rows, (rows, columns), that keep a code's elements at about 1."""
+    """Return random orthogonal rows, (rows, columns), that keep a code's elements near 1."""
     import torch
 
     return torch.linalg.qr(torch.randn(columns, rows))[0].T * (columns / rows) ** 0.5
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], sequence: int, seed: int) -> Tokens:
-    """Documents as `<s> text </s>`, shuffled, one after the other, cut every `sequence` tokens; the rest is dropped."""
+    """Concatenate shuffled documents as `<s> text </s>` and cut every `sequence` tokens; the remainder is dropped."""
     import torch
 
     encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=True)]
@@ -243,7 +243,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], sequenc
 
 
 def pretrain(model: MistralForCausalLM, rows: torch.Tensor, size: Size, seed: int, ctx: Context) -> float:
-    """Train `model` in place on `rows` (N, sequence) for `size.steps` steps; the mean loss of the last tenth of them.
+    """Train `model` in place on `rows` (N, sequence) for `size.steps` steps; return the mean loss of the last tenth.
 
     The learning rate rises over `size.warmup` of the steps and falls linearly to zero.
     """
@@ -287,7 +287,7 @@ def pretrain(model: MistralForCausalLM, rows: torch.Tensor, size: Size, seed: in
 
 
 def _replica(model: MistralForCausalLM) -> MistralForCausalLM:
-    """The same weights with gradients of their own."""
+    """Return a model that shares the weights but has separate gradients."""
     twin = copy.deepcopy(model)
     for own, shared in zip(twin.parameters(), model.parameters(), strict=True):
         own.data = shared.data
@@ -295,11 +295,11 @@ def _replica(model: MistralForCausalLM) -> MistralForCausalLM:
 
 
 def _backward(model: MistralForCausalLM, ids: torch.Tensor, share: float, bf16: bool) -> float:
-    """Leave the gradients of `share` times the mean loss on `ids` (B, T) in `model`; the mean loss."""
+    """Compute gradients of `share` times the mean loss on `ids` (B, T) in `model`; return the mean loss."""
     import torch
 
     model.zero_grad()
-    # weights in fp32; products in bf16 where the CPU has instructions for it (1.5 times faster, elsewhere far slower)
+    # weights in fp32; products in bf16 if the CPU has instructions for it (1.5 times faster, otherwise far slower)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(input_ids=ids, use_cache=False).logits  # (B, T, vocabulary)
     loss = _cross_entropy(logits, ids)
@@ -326,14 +326,14 @@ def _epochs(rows: int, size: Size) -> int:
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each token after the first; (B, T, V) and (B, T)."""
+    """Return the mean negative log-likelihood of the tokens after the first; (B, T, V) and (B, T)."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
-    """Mean loss per token on `rows` (N, sequence), in fp32; NaN without rows."""
+    """Return the mean loss per token on `rows` (N, sequence), in fp32; NaN without rows."""
     import torch
 
     model.eval()
@@ -345,7 +345,7 @@ def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
 
 
 def _native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself. Where it does not, torch falls back to code slower than fp32."""
+    """Return whether the CPU has bf16 instructions. Without them torch uses code slower than fp32."""
     import torch
 
     abilities = torch.cpu.get_capabilities()

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class Muon:
     """Momentum orthogonalised by Newton-Schulz steps (https://kellerjordan.github.io/posts/muon/), for weight matrices.
 
-    `torch.optim.Muon` always computes in bf16, one matrix at a time; here matrices of one shape go together, in a dtype
-    the CPU is quick in. Measured against AdamW: docs/lab-notes.md.
+    `torch.optim.Muon` always computes in bf16, one matrix at a time; here matrices of one shape are batched, in a dtype
+    that is fast on the CPU. Measured against AdamW: docs/lab-notes.md.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, momentum: float = 0.95) -> None:
@@ -27,7 +27,7 @@ class Muon:
         self._momentum = momentum
 
     def step(self, learning_rate: float) -> None:
-        """One update from the gradients; scaled as AdamW's would be (arXiv:2502.16982, 0.2 * sqrt(max(m, n)))."""
+        """Update from the gradients, scaled like AdamW's update (arXiv:2502.16982, 0.2 * sqrt(max(m, n)))."""
         import torch
 
         with torch.no_grad():
@@ -41,14 +41,14 @@ class Muon:
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The gradient. Raises ValueError where there is none."""
+    """Return the gradient. Raises ValueError if there is none."""
     if parameter.grad is None:
         raise ValueError("a parameter has no gradient: backward has to reach all of them")
     return parameter.grad
 
 
 def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices (N, m, n) with all singular values pulled near 1 (0.5 to 1.5 is what the coefficients aim at)."""
+    """Return the matrices (N, m, n) with all singular values near 1 (the coefficients target 0.5 to 1.5)."""
     import torch
 
     tall = matrices.shape[1] > matrices.shape[2]

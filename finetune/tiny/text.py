@@ -1,4 +1,4 @@
-"""What `builtin:tiny-mistral` is pre-trained on: reference entries of the third-party packages this program needs.
+"""Pre-training text of `builtin:tiny-mistral`: reference entries of the third-party packages this program needs.
 
 The fine-tuning rows of the `pydoc` source come from the standard library. Every paragraph that shares a run of words
 with its documentation is left out here, so that no held-out answer was ever seen in pre-training.
@@ -22,7 +22,7 @@ from finetune.errors import FinetuneError
 if TYPE_CHECKING:
     import numpy as np
 
-# Package → characters of text to take. This program depends on all of them, so they are always there.
+# Package → characters of text to take. All are dependencies of this program, so they are always installed.
 PACKAGES = {
     "numpy": 350_000,
     "scipy": 350_000,
@@ -34,18 +34,18 @@ PACKAGES = {
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 PAGE_ENTRIES = 3
-ENTRY_CHARACTERS = 250  # what comes later in an entry is mostly parameter tables and printed arrays
+ENTRY_CHARACTERS = 250  # the rest of an entry is mostly parameter tables and printed arrays
 SHINGLE_WORDS = 8
 
 
 def sources() -> dict[str, str]:
-    """What the text depends on beside the code here: versions of Python and of the packages read."""
+    """Return the versions of Python and of the packages read, on which the text depends."""
     versions = {name: importlib.metadata.version(DISTRIBUTIONS.get(name, name)) for name in PACKAGES}
     return {"python": platform.python_version(), **versions}
 
 
 def words(text: str) -> list[str]:
-    """The lower-case words of `text`, without punctuation, so that re-wrapped or re-quoted text compares equal."""
+    """Return the lower-case words of `text` without punctuation: re-wrapped or re-quoted text compares equal."""
     return re.findall(r"[a-z0-9_]+", text.lower())
 
 
@@ -57,12 +57,12 @@ class Shingles:
 
         self.length = length
         self._ids: dict[str, int] = {}
-        unique = dict.fromkeys(texts)  # documentation is inherited a great deal
+        unique = dict.fromkeys(texts)  # inherited documentation repeats often
         parts = [self._hashes([self._ids.setdefault(w, len(self._ids) + 1) for w in words(t)]) for t in unique]
         self._sorted = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
 
     def _hashes(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """Polynomial hashes, (max(0, words − length + 1),) uint64, of every run of `length` ids."""
+        """Return polynomial hashes, (max(0, words − length + 1),) uint64, of every run of `length` ids."""
         import numpy as np
 
         values = np.asarray(ids, np.uint64)
@@ -73,7 +73,7 @@ class Shingles:
         return total
 
     def meets(self, text: str) -> bool:
-        """Whether any run of `length` words of `text` is known (a hash collision says so too, which does no harm)."""
+        """Return whether any run of `length` words of `text` is known (hash collisions also give True; harmless)."""
         import numpy as np
 
         hashes = self._hashes([self._ids.get(w, 0) for w in words(text)])
@@ -83,7 +83,7 @@ class Shingles:
 
 
 def package_files(package: str) -> list[tuple[str, Path]]:
-    """(path inside site-packages, file) of a package's modules, tests left out, in a shuffled but fixed order."""
+    """Return (path inside site-packages, file) of a package's modules without tests, in a shuffled but fixed order."""
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or spec.origin is None:
         raise FinetuneError(f"package {package!r} is not installed; install this program's dependencies again")
@@ -95,7 +95,7 @@ def package_files(package: str) -> list[tuple[str, Path]]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented thing; `body` holds the paragraphs of its docstring that are kept."""
+    """One documented object; `body` holds the paragraphs kept of its docstring."""
 
     name: str
     kind: str
@@ -104,18 +104,18 @@ class Entry:
     body: str
 
     def summary(self) -> str:
-        """The first sentence of the body, on one line, at most 120 characters."""
+        """Return the first sentence of the body, on one line, at most 120 characters."""
         flat = " ".join(self.body.split("\n\n")[0].split())
         end = flat.find(". ")
         return (flat[: end + 1] if end > 0 else flat)[:120]
 
     def text(self) -> str:
-        """The entry as a reference has it."""
+        """Return the entry formatted as in a reference."""
         return f"{self.name} -- {self.kind} of {self.owner}\n\n{self.call}\n\n{self.body}"
 
 
 def documented(source: str, module: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """(name, kind, owner, call, docstring) of every documented function, class and method in `source`."""
+    """Yield (name, kind, owner, call, docstring) of every documented function, class and method in `source`."""
 
     def visit(body: Sequence[ast.stmt], owner: str, kind: str) -> Iterator[tuple[str, str, str, str, str]]:
         for node in body:
@@ -134,12 +134,12 @@ def documented(source: str, module: str) -> Iterator[tuple[str, str, str, str, s
 
 
 def module_name(path: str) -> str:
-    """The public dotted name for `path`: numpy/linalg/_linalg.py → numpy.linalg."""
+    """Return the public dotted name for `path`: numpy/linalg/_linalg.py → numpy.linalg."""
     return ".".join(part for part in path.removesuffix(".py").split("/") if not part.startswith("_"))
 
 
 def corpus(known: Shingles, share: float = 1.0) -> list[str]:
-    """Reference pages in a fixed order; no paragraph in them shares `known.length` words with `known`."""
+    """Return reference pages in a fixed order; no paragraph shares `known.length` consecutive words with `known`."""
     pages: list[str] = []
     seen: set[str] = set()
     for package, budget in PACKAGES.items():
@@ -160,17 +160,17 @@ def corpus(known: Shingles, share: float = 1.0) -> list[str]:
 
 
 def page(module: str, entries: Sequence[Entry]) -> str:
-    """A table of contents, then the entries.
+    """Return a table of contents, followed by the entries.
 
-    Names and first sentences stand there twice, some dozens of tokens apart: from this a model learns to look up in its
-    context what it is about to write, within the few hundred steps it gets here.
+    Names and first sentences appear twice, some dozens of tokens apart: from this a model learns within a few hundred
+    steps to copy from its context.
     """
     contents = "\n".join(f"{e.name}: {e.summary()}" for e in entries)
     return "\n\n".join([f"In {module}:\n{contents}", *(e.text() for e in entries)])
 
 
 def _paragraphs(text: str, known: Shingles, seen: set[str]) -> Iterator[str]:
-    """The paragraphs worth learning: new, mostly letters, and not of the standard library."""
+    """Yield the paragraphs to train on: new, mostly letters, and not from the standard library."""
     size = 0
     for paragraph in re.split(r"\n\s*\n", text):
         letters = sum(c.isalpha() or c.isspace() for c in paragraph)

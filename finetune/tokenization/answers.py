@@ -93,12 +93,12 @@ class _Asked:
 
     @property
     def leads(self) -> tuple[str, ...]:
-        """What may stand before the core: templates keep or trim the content's own white space."""
+        """Return the variants before the core: templates keep or trim the content's white space."""
         return (self.lead + self.padding[0], self.lead) if self.padding[0] else (self.lead,)
 
     @property
     def trails(self) -> tuple[str, ...]:
-        """What may stand after the core."""
+        """Return the variants after the core."""
         return (self.padding[1] + self.trail, self.trail) if self.padding[1] else (self.trail,)
 
     @property
@@ -264,7 +264,7 @@ class Finder:
         return raw, len(raw)
 
     def _closed(self, opened: str, lead: str, turn: dict[str, object]) -> str:
-        """What the model writes before its answer once the prompt has opened a block."""
+        """Return the text that the model writes before its answer after the prompt has opened a block."""
         bare = opened.rstrip()
         if tag := OPENING.search(opened):
             return f"{reasoning_of(turn)}\n</{tag[1]}>\n\n{lead.lstrip()}"

@@ -1,4 +1,4 @@
-"""What must hold of rendered rows before hours of training are spent on them."""
+"""Checks on rendered rows before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = 20  # row ids kept for each reason
 
 @dataclass
 class Tally:
-    """What became of the rows of one split."""
+    """Counts of the rows of one split."""
 
     rows_in: int = 0
     rows: int = 0
@@ -90,7 +90,7 @@ class Tally:
 
 
 def lost_text(text: str, answers: Sequence[Answer], chat: Chat) -> str | None:
-    """What a person wrote that is not in the rendered text where it belongs, or None.
+    """Return content of a message that is missing at its place in the rendered text, or None.
 
     Many templates pass over a role or a tool call that they do not know without a word. The words of each answer must
     stand in its range, with its reasoning (unless the range is masked) and with each call, by name and arguments. Each
@@ -253,7 +253,7 @@ def check_prompt(row_id: str, prompt: Sequence[int], full: Sequence[int], templa
     shared = shared_length(prompt, full)
     if shared < len(prompt):
         raise GateRefused(
-            f"row {row_id}: the prompt that inference uses parts from the trained text at token {shared} of "
+            f"row {row_id}: the prompt that inference uses differs from the trained text at token {shared} of "
             f"{len(prompt)}; "
             f"the generation prompt of template {template} does not fit how it writes an assistant turn"
         )

@@ -77,7 +77,7 @@ class Encoder:
         return -1 if found is None else int(found)
 
     def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
-        """The copy, proved to agree with the tokenizer on `texts`, in which nobody typed a control string."""
+        """Return the copy after checking that it agrees with the tokenizer on `texts`, which hold no control string."""
         from tokenizers import Tokenizer
 
         copy: Tokenizer = Tokenizer.from_str(_renamed(_bare(self._description), self.controls))

@@ -13,7 +13,7 @@ from finetune.utils.format import visible
 
 
 class Decoder(Protocol):
-    """What of a tokenizer is needed to show tokens."""
+    """The part of a tokenizer needed to show tokens."""
 
     all_special_ids: list[int]
 

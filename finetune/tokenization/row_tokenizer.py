@@ -60,7 +60,7 @@ MOST_ENDLESS = 3  # rows on which a template may take too long (10 s each)
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the recipe and the base decide about rendering."""
+    """Rendering settings from the recipe and the base."""
 
     supervise: Supervise
     max_length: int  # tokens

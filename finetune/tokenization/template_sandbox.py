@@ -1,4 +1,4 @@
-"""What bounds a chat template: it comes with a recipe or a base, and it is a program."""
+"""Limits on a chat template, which is an untrusted program from a recipe or a base."""
 
 from __future__ import annotations
 

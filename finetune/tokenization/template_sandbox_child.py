@@ -1,4 +1,4 @@
-"""Render a few made-up conversations by a template that nobody has read, in a process that may fail.
+"""Render a few made-up conversations by an untrusted template, in a process that may fail.
 
 Run as a script, by `template_limits.check_template`: it reads {"template", "special", "cpu_seconds", "memory_bytes"}
 from its standard input and writes {"problem"}, a sentence or null. A loop without end, or a text that outgrows the

@@ -1,7 +1,7 @@
-"""Which activations a training keeps, in transformers' and torch's words.
+"""Activation checkpointing policies as settings of transformers and torch.
 
-`selective` is built here: TRL's own `{"selective": True}` wraps a method of the PEFT model that transformers 5 does not
-call, so with an adapter it is dropped without a word and every layer is recomputed whole. A test tells when that ends.
+`selective` is built here: TRL's `{"selective": True}` wraps a method of the PEFT model that transformers 5 does not
+call, so with an adapter it is ignored silently and every layer is recomputed. A test fails when that changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTENTION = ("_scaled_dot_product_", "varlen_attn", "flash_attn", "flash_attenti
 
 
 def settings(policy: str, device: str) -> tuple[bool, dict[str, Any] | None]:
-    """Trainer's `activation_checkpointing` and its kwargs for a value of runtime.checkpointing that is not `auto`.
+    """Return Trainer's `activation_checkpointing` and its kwargs for a value of runtime.checkpointing except `auto`.
 
     Raises InputError for `offload` without a GPU.
     """
@@ -37,7 +37,9 @@ def settings(policy: str, device: str) -> tuple[bool, dict[str, Any] | None]:
 
 
 def keep_attention() -> Any:  # noqa: ANN401 - the two contexts that torch's checkpoint asks for
-    """Keep what attention makes, recompute all else: its forward costs most at long lengths, its output least."""
+    """Keep attention's outputs, recompute the rest: attention is the most expensive at long lengths, its output
+    small.
+    """
     return create_selective_checkpoint_contexts(_keeps)
 
 
@@ -47,7 +49,7 @@ def _keeps(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def enable(model: torch.nn.Module, chosen: dict[str, Any] | None) -> None:
-    """Begin to recompute, as `Trainer` does when it trains: two of the settings are transformers', the rest torch's."""
+    """Enable checkpointing as `Trainer` does: two of the settings are for transformers, the rest for torch."""
     own = dict(chosen or {})
     every, offload = own.pop("every_n_layers", 1), own.pop("offload", False)
     whole: Any = model

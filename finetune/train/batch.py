@@ -1,4 +1,4 @@
-"""How many rows are computed at once, what that depends on, and how many optimiser steps there are."""
+"""Micro-batch size, gradient accumulation and number of optimiser steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OFFLOAD_ON_CPU = (
-    "runtime.checkpointing: offload moves a GPU's activations to RAM, and this training is on a CPU, whose activations "
-    "are there already; use full"
+    "runtime.checkpointing: offload moves a GPU's activations to RAM, but this training is on a CPU; use full"
 )
 
 
@@ -25,7 +24,7 @@ def batch_shape(
 ) -> tuple[int, int]:
     """Micro-batch rows and accumulation steps, so that every optimiser step sees `batch_rows` rows on any machine.
 
-    Raises InputError naming the process counts that would divide the batch.
+    Raises InputError with the process counts that divide the batch.
     """
     if batch_rows % world:
         fits = [n for n in range(1, batch_rows + 1) if batch_rows % n == 0]
@@ -45,7 +44,7 @@ def batch_shape(
 
 
 def total_steps(rows: int, train: Train) -> int:
-    """Optimiser steps: the last, smaller batch of an epoch counts."""
+    """Return the optimiser steps, including the last, smaller batch of an epoch."""
     if train.max_steps is not None:
         return train.max_steps
     return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_rows)))
@@ -53,7 +52,7 @@ def total_steps(rows: int, train: Train) -> int:
 
 @dataclass(frozen=True)
 class Sizing:
-    """A batch that suits a number of rows: `packed` False means that pack is better off."""
+    """A batch size for a number of rows; `packed` False: turn pack off."""
 
     batch_rows: int
     epochs: int
@@ -61,7 +60,7 @@ class Sizing:
     steps: int
 
 
-WANTED_STEPS = 60  # optimiser steps from which a schedule with a warm-up has room
+WANTED_STEPS = 60  # fewest optimiser steps for a schedule with a warm-up
 MOST_EPOCHS = 3  # more passes over the same rows mostly memorise them
 
 
@@ -80,14 +79,14 @@ def size_to_rows(rows: int, bins: int) -> Sizing:
 
 
 def sizing_advice(rows: int, bins: int) -> str:
-    """What to set so that a training on these rows is long enough, as recipe fields."""
+    """Return recipe fields that make a training on these rows long enough."""
     found = size_to_rows(rows, bins)
     pack = "" if found.packed else "pack: null, "
     return f"set {pack}train.batch_rows: {found.batch_rows} and train.epochs: {found.epochs} ({found.steps} steps)"
 
 
 def longest_row(rows: Path | pa.Table) -> int:
-    """Tokens of the longest row of a packed file, or of a table with input_ids."""
+    """Return the tokens of the longest row of a packed file, or of a table with input_ids."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

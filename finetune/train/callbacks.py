@@ -1,4 +1,4 @@
-"""What watches a training: progress, metrics.jsonl, the watchdog, the COMPLETE marker and the stop signal."""
+"""Trainer callback: progress, metrics.jsonl, the watchdog, the COMPLETE marker and the stop signal."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ KEPT |= {  # TRL's names in preference training -> ours
 
 
 class Follower(TrainerCallback):
-    """One callback on every rank; only rank 0 writes and shows."""
+    """One callback on every rank; only rank 0 writes files and prints."""
 
     def __init__(self, ctx: Context, metrics_file: Path, checkpoints: Path, steps: int, *, fp16: bool) -> None:
         self.ctx, self.metrics_file, self.checkpoints, self.steps = ctx, metrics_file, checkpoints, steps
-        self.documents: Path | None = None  # names the rows of a batch
+        self.documents: Path | None = None  # file with the ids of the rows of a batch
         self.recorder: Recorder | None = None
-        self.show_data: Callable[[Tracker], None] | None = None  # the recipe may ask for rows to be sent to a tracker
+        self.show_data: Callable[[Tracker], None] | None = None  # sends rows to a tracker, if the recipe asks for it
         self.held_out: HeldOut | None = None
         self._watchdog = Watchdog(fp16=fp16)
-        self._batches: list[MicroBatch] = []  # of the step that is under way, or has just ended
+        self._batches: list[MicroBatch] = []  # of the current step, or of the one that has just ended
         self._movement: Movement | None = None
         self._learning_rate = 0.0
         self.resumed_from = 0
         self.tokens = 0
         self._tokens_before = 0
         self._started = self._last = time.monotonic()
-        self._seconds_before = 0.0  # of the processes that this one goes on from
+        self._seconds_before = 0.0  # of earlier processes of this training
         self._bar: Bar | None = None
         self._file: TextIO | None = None
         self._tracker: Tracker | None = None
-        self.made_by: dict[str, object] = {}  # how the batch is shared out: goes into the COMPLETE marker
+        self.made_by: dict[str, object] = {}  # how the batch is split; written to the COMPLETE marker
         self._random: RandomState | None = None  # after the last whole step of this process
 
     def on_train_begin(
@@ -65,10 +65,10 @@ class Follower(TrainerCallback):
         model: Any = None,  # noqa: ANN401
         **_: Any,  # noqa: ANN401
     ) -> None:
-        """Open the log. Lines after the checkpoint that is resumed from were undone, and go."""
+        """Open the log; remove lines after the checkpoint that training resumes from."""
         self._started = self._last = time.monotonic()
         self._movement = Movement(model) if model is not None else None
-        for entry in state.log_history:  # a resumed run judges a loss as an uninterrupted one would
+        for entry in state.log_history:  # a resumed run judges a loss like an uninterrupted one
             if "loss" in entry:
                 self._watchdog.look(int(entry["step"]), entry["loss"], entry.get("grad_norm"))
         if self.ctx.rank != 0:
@@ -79,7 +79,7 @@ class Follower(TrainerCallback):
                 try:
                     kept += [line] if json.loads(line)["step"] <= state.global_step else []
                 except (ValueError, KeyError):
-                    break  # torn by a kill: everything from here on is written again
+                    break  # truncated by a kill: everything from here on is written again
         if kept:
             newest = json.loads(kept[-1])
             self.tokens = self._tokens_before = newest.get("tokens", 0)
@@ -110,8 +110,8 @@ class Follower(TrainerCallback):
         self._note(logs, state, self.peak_memory(args.device.type))
 
     def _last_words(self, alarm: Alarm) -> str:
-        """Why it stops. Checkpoints of weights that already gave a high loss lose their marker: nobody goes on from
-        them.
+        """Return the reason to stop. Checkpoints whose weights already gave a high loss lose their marker, so that no
+        run resumes from them.
         """
         if alarm.diverged and self.ctx.rank == 0:
             for marker in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
@@ -126,7 +126,7 @@ class Follower(TrainerCallback):
         now = time.monotonic()
         new_tokens = int(logs.get("num_tokens", 0)) + self._tokens_before - self.tokens
         self.tokens += new_tokens
-        # JSON has no infinity, and under fp16 the first gradients commonly are
+        # JSON has no infinity, and under fp16 the first gradients are often infinite
         line = {s: float(logs[n]) for n, s in KEPT.items() if n in logs and math.isfinite(float(logs[n]))}
         line |= {"step": state.global_step, "epoch": state.epoch, "tokens": self.tokens}
         line["tokens_per_second"] = round(new_tokens / max(now - self._last, 1e-9), 1)
@@ -148,7 +148,7 @@ class Follower(TrainerCallback):
             self._bar.advance(1, f"loss {line.get('loss', math.nan):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
-        """The rows of the step before are forgotten."""
+        """Forget the rows of the previous step."""
         self._batches = []
 
     def on_pre_optimizer_step(
@@ -159,7 +159,7 @@ class Follower(TrainerCallback):
         lr_scheduler: Any = None,  # noqa: ANN401
         **_: Any,  # noqa: ANN401
     ) -> None:
-        """The rate that the coming update is made at."""
+        """Record the learning rate of the next update."""
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])
 
     def on_optimizer_step(
@@ -171,12 +171,12 @@ class Follower(TrainerCallback):
         optimizer: Any = None,  # noqa: ANN401
         **_: Any,  # noqa: ANN401
     ) -> None:
-        """After the third update nearly every element of the adapter must have moved."""
+        """Check after the third update that nearly every element of the adapter has moved."""
         if self._movement:
             self._movement.updated(model, self._learning_rate, skipped=bool(optimizer.step_was_skipped))
 
     def _taken(self) -> None:
-        """One more micro-batch of this step was trained on."""
+        """Record one more micro-batch of this step."""
         if self.recorder:
             self._batches.append(self.recorder.take())
 
@@ -202,8 +202,8 @@ class Follower(TrainerCallback):
         self._random = RandomState.now()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
-        """A signal between two micro-batches: a step may take minutes, so it is given up and will be taken again. The
-        checkpoint is that of the last whole step, whose random state is put back so that it resumes to the same bits.
+        """On a signal between two micro-batches abandon the step, which may take minutes. The checkpoint is that of the
+        last complete step, with its random state, so that training resumes to the same bits.
         """
         self._taken()
         if not self.ctx.stop.signal_number or self.ctx.world > 1:  # several ranks stop together, at the end of a step
@@ -215,7 +215,7 @@ class Follower(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
-        """Every rank has written its part before the marker says so."""
+        """Write the marker after every rank has written its part."""
         if self.ctx.world > 1:
             import torch.distributed
 
@@ -225,15 +225,15 @@ class Follower(TrainerCallback):
             if self.held_out:
                 self.held_out.save(self.checkpoints / f"checkpoint-{state.global_step}")
             mark_complete(self.checkpoints / f"checkpoint-{state.global_step}", self.made_by)
-        if self.ctx.world > 1:  # who leaves first starts the launcher's clock: the marker is there before anyone does
+        if self.ctx.world > 1:  # the first rank that exits starts the launcher's timeout: write the marker before
             torch.distributed.barrier()
 
     def tokens_per_second(self) -> float:
-        """Tokens of this process's own steps (none of an earlier, interrupted one) over the time they took."""
+        """Return the tokens per second of this process's steps, without those of an interrupted one."""
         return round((self.tokens - self._tokens_before) / max(self._last - self._started, 1e-9), 1)
 
     def peak_memory(self, device: str) -> int:
-        """The GPU allocator's peak, or the process's resident peak without one."""
+        """Return the GPU allocator's peak, or the process's resident peak without a GPU, in bytes."""
         if device != "cuda":
             return peak_memory_bytes()
         import torch
@@ -255,7 +255,7 @@ def _number(value: Any) -> float | None:  # noqa: ANN401 - a log's value
 
 
 def replace_printers(trainer: SFTTrainer, follower: Follower) -> None:
-    """Our own lines instead of transformers' dictionaries on the screen."""
+    """Print our lines instead of transformers' dictionaries."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(follower)

@@ -1,4 +1,4 @@
-"""Training checkpoints: the marker of a complete one, and the newest that has it."""
+"""Training checkpoints: write the COMPLETE marker, find the newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPLETE = "COMPLETE"
 
 
 def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
-    """The newest checkpoint that carries the COMPLETE marker; one without it was cut off while being written."""
+    """Return the newest checkpoint with the COMPLETE marker; one without it was interrupted while being written."""
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.rpartition("-")[2]
@@ -27,7 +27,7 @@ def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
 
 
 def mark_complete(folder: Path, made_by: Mapping[str, object]) -> None:
-    """Sync every file of a checkpoint, then write its marker, which says how the batch was shared out."""
+    """Sync every file of a checkpoint, then write its marker, which records how the batch was split."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What the processes of one training must agree on: who they are, when to stop, and the whole adapter at the end."""
+"""Coordination of the processes of one training: devices, stopping, gathering the adapter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 
 
 def check_devices(device: str, world: int, environment: Mapping[str, str]) -> None:
-    """Raise InputError where this machine has fewer GPUs than processes: two on one would share its memory."""
+    """Raise InputError if this machine has fewer GPUs than processes: two on one would share its memory."""
     import torch
 
     local = int(environment.get("LOCAL_WORLD_SIZE", str(world)))
     if world == 1 or device == "cpu" or not torch.cuda.is_available() or torch.cuda.device_count() >= local:
         return
     raise InputError(
-        f"{local} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one a GPU"
+        f"{local} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one per GPU"
     )
 
 
@@ -34,9 +34,9 @@ def asked(environment: Mapping[str, str]) -> str | None:
 
 
 def verify(kind: str, processes: int, world: int, environment: Mapping[str, str]) -> None:
-    """Refuse a training that is not distributed as its launcher was told; accelerate ignores some settings on a CPU.
+    """Refuse a training that is not distributed as configured; accelerate ignores some settings on a CPU.
 
-    `kind` and `processes` are what accelerate made of them (`distributed_type`, `num_processes`).
+    `kind` and `processes` are accelerate's result (`distributed_type`, `num_processes`).
     """
     wanted = asked(environment)
     if processes != world:
@@ -47,11 +47,11 @@ def verify(kind: str, processes: int, world: int, environment: Mapping[str, str]
             "Use recipes/accelerate/ddp.yaml or multi_cpu.yaml"
         )
     if (world > 1) != (kind != "NO"):
-        raise GateRefused(f"{world} processes were started and accelerate's distributed_type is {kind}")
+        raise GateRefused(f"{world} processes were started, but accelerate's distributed_type is {kind}")
 
 
 def highest(value: int, device: torch.device) -> int:
-    """The highest `value` of any rank; every rank must call this at the same point."""
+    """Return the highest `value` of any rank; every rank must call this at the same point."""
     import torch
     import torch.distributed
 
@@ -61,9 +61,9 @@ def highest(value: int, device: torch.device) -> int:
 
 
 def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """The trainable parameters by name, gathered on the CPU, where FSDP has shared them out; None where nobody did.
+    """Return the trainable parameters by name, gathered on the CPU, if FSDP has sharded them; else None.
 
-    Every rank must call this. The frozen base is not gathered: it is on disk already.
+    Every rank must call this. The frozen base is not gathered: it is on disk.
     """
     from torch.distributed.tensor import DTensor
 
@@ -74,7 +74,7 @@ def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def part() -> None:
-    """End what the ranks have together, once the last of them is here: the stages that follow are one process's."""
+    """Destroy the process group after all ranks have arrived: the following stages run in one process."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -84,7 +84,7 @@ def part() -> None:
 
 @contextmanager
 def explained(world: int) -> Iterator[None]:
-    """Raise FinetuneError for an error that means only that another process is gone (gloo raises RuntimeError)."""
+    """Raise FinetuneError for an error caused by the exit of another process (gloo raises RuntimeError)."""
     import torch.distributed
 
     try:
@@ -93,26 +93,26 @@ def explained(world: int) -> Iterator[None]:
         if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)):
             raise
         raise FinetuneError(
-            "train: another process of this training is gone; the same command goes on from the last checkpoint"
+            "train: another process of this training has exited; run the same command to resume from a checkpoint"
         ) from error
 
 
 def before(marker: Path, now: Mapping[str, object], step: int) -> list[dict[str, object]]:
-    """How the batch was shared out until `step`, where the marker of that checkpoint says otherwise; earliest first."""
+    """Return earlier splits of the batch up to `step`, if the checkpoint's marker differs from `now`; oldest first."""
     try:
         was: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
         return []
     earlier: list[dict[str, object]] = was.pop("before", [])
-    same = all(now.get(name) == value for name, value in was.items())  # an older marker may say less
+    same = all(now.get(name) == value for name, value in was.items())  # an older marker may have fewer fields
     return earlier if same else [*earlier, {**was, "until_step": step}]
 
 
 def changes(marker: Path, now: Mapping[str, object]) -> str:
-    """How the batch is shared out and computed `now`, where a checkpoint's marker says otherwise; else empty."""
+    """Return a message on changes of the batch's split since a checkpoint's marker; empty if there are none."""
     try:
         was = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
-        return ""  # a marker of an earlier version says nothing
+        return ""  # a marker of an earlier version is empty
     found = [f"{name} was {was[name]}, is {now[name]}" for name in sorted(now) if was.get(name, now[name]) != now[name]]
     return f"; {', '.join(found)}: the batch stays {now['batch_rows']} rows" if found else ""

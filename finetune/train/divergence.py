@@ -1,4 +1,4 @@
-"""Notices, while it trains, that a run is lost: no number, a loss far above its level, no gradient. Names the rows."""
+"""Watchdog of a training: detect NaN, a loss far above its level, or zero gradients, and report the rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROW = "row_number"  # a column of the data set that reaches the collator and goes no further
-WINDOW = 50  # losses from which the noise is estimated
-RECENT = 20  # a loss that was seen among so many is none to worry about; below so many the noise is not known yet
-LEVEL = 10  # losses whose median is the running level: few, for a loss that falls fast leaves a long median behind
+ROW = "row_number"  # a column of the dataset that the collator removes
+WINDOW = 50  # losses for estimating the noise
+RECENT = 20  # a loss no higher than one of the last N is normal; with fewer losses the noise is unknown
+LEVEL = 10  # losses whose median is the running level: few, because a long median lags behind a fast-falling loss
 FIRST = 5  # the same, while the noise is not known
-IN_A_ROW = 5  # steps; a spike that mends itself is shorter
+IN_A_ROW = 5  # steps; a spike that recovers is shorter
 DEVIATIONS = 8.0  # of the noise, above the level
 MOST_OVERFLOWS = 20  # in a row, under fp16
 ROWS_NAMED = 8
@@ -24,18 +24,18 @@ ROWS_NAMED = 8
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why to stop, since which step, and what to try. `diverged`: checkpoints since then are no good either."""
+    """Reason to stop, the first step concerned, and advice. `diverged`: later checkpoints are also unusable."""
 
     reason: str
     advice: str
     since: int
     diverged: bool = False
-    optional: bool = True  # runtime.watchdog=false goes on
+    optional: bool = True  # runtime.watchdog=false ignores it
 
 
 @dataclass
 class Watchdog:
-    """Looks at each step's figures once, in order."""
+    """Checks each step's metrics once, in order."""
 
     fp16: bool
     _level: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -44,13 +44,13 @@ class Watchdog:
     _overflows: int = 0
 
     def look(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
-        """What is wrong at this step, if anything."""
+        """Return an alarm for this step, or None."""
         found = self._no_number(step, loss, grad_norm), self._too_high(step, loss), self._no_gradient(step, grad_norm)
         return next((alarm for alarm in found if alarm), None)
 
     def _no_number(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
-        """Under fp16 a gradient that overflows is how the GradScaler finds its scale: that step is skipped and the
-        scale halved, so only many of them in a row mean that the run is lost.
+        """Check for NaN and infinity. Under fp16 the GradScaler finds its scale by overflows, skipping the step and
+        halving the scale, so only many in a row count.
         """
         overflow = grad_norm is not None and not math.isfinite(grad_norm)
         self._overflows = self._overflows + 1 if overflow else 0
@@ -60,11 +60,13 @@ class Watchdog:
             name, value = "grad_norm", float(grad_norm or 0)
         else:
             return None
-        advice = "Lower train.learning_rate, or look at the rows of that step"
+        advice = "Lower train.learning_rate, or check the rows of that step"
         return Alarm(f"{name} became {value} at step {step}", advice, step, optional=False)
 
     def _too_high(self, step: int, loss: float | None) -> Alarm | None:
-        """A loss above its running level, step after step. High ones do not raise the level until they have ended."""
+        """Check for a loss above its running level for several steps. High losses do not raise the level until they
+        end.
+        """
         if loss is None or not math.isfinite(loss):
             return None
         limit = self.limit()
@@ -76,17 +78,17 @@ class Watchdog:
         if len(self._high) < IN_A_ROW:
             return None
         reason = (
-            f"the loss is {loss:.3f} at step {step} and was above {limit:.3f} for {IN_A_ROW} steps, where the steps "
-            f"before had a median of {statistics.median(list(self._level)[-LEVEL:]):.3f}"
+            f"the loss is {loss:.3f} at step {step} and was above {limit:.3f} for {IN_A_ROW} steps; the median of the "
+            f"steps before was {statistics.median(list(self._level)[-LEVEL:]):.3f}"
         )
         advice = (
-            "Lower train.learning_rate, raise train.warmup_fraction or lower train.max_grad_norm; if this curve is "
-            "as it should be, --set runtime.watchdog=false"
+            "Lower train.learning_rate, raise train.warmup_fraction or lower train.max_grad_norm; if this "
+            "curve is intended, --set runtime.watchdog=false"
         )
         return Alarm(reason, advice, step - IN_A_ROW + 1, diverged=True)
 
     def limit(self) -> float:
-        """The loss above which a step is no longer at the running level; infinite before the first."""
+        """Return the loss above which a step counts as high; infinite before the first step."""
         if not self._level:
             return math.inf
         losses = list(self._level)
@@ -105,14 +107,14 @@ class Watchdog:
             return None
         return Alarm(
             f"the gradient has been exactly zero for {IN_A_ROW} steps, at step {step}: nothing is learned",
-            "Look at these rows, and at render.supervise; if that is as it should be, --set runtime.watchdog=false",
+            "Check these rows and render.supervise; if this is intended, --set runtime.watchdog=false",
             step - IN_A_ROW + 1,
         )
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one collated batch was made of: row numbers, tokens, and cells with the padding."""
+    """Content of one collated batch: row numbers, tokens, and cells including padding."""
 
     rows: tuple[int, ...]
     tokens: int
@@ -120,8 +122,8 @@ class MicroBatch:
 
 
 class Recorder:
-    """A collator that remembers what it collated. Batches are trained on in the order in which they are made, though
-    one is made ahead: whoever takes one note a micro-batch has that micro-batch's.
+    """Collator that records its batches. Batches are trained on in the order of collation, although one is collated
+    ahead: calling `take` once per micro-batch returns that micro-batch's record.
     """
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
@@ -138,7 +140,7 @@ class Recorder:
         return batch
 
     def take(self) -> MicroBatch:
-        """The next micro-batch that was trained on."""
+        """Return the record of the next micro-batch trained on."""
         return self._made.popleft()
 
 
@@ -158,7 +160,7 @@ def row_names(numbers: Sequence[int], file: Path | None) -> list[str]:
 
 
 def name_rows(numbers: Sequence[int], file: Path | None) -> str:
-    """A sentence with the first of those ids; empty without numbers."""
+    """Return a sentence with the first of those ids; empty without numbers."""
     if not numbers:
         return ""
     names = row_names(numbers, file)

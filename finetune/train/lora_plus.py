@@ -1,4 +1,4 @@
-"""TRL's trainer with the one thing of a recipe that its arguments cannot say: a learning rate for LoRA's B matrices."""
+"""TRL's trainer with a separate learning rate for LoRA's B matrices (LoRA+), which its arguments do not support."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from trl import SFTTrainer
 
 
 class RecipeTrainer(SFTTrainer):
-    """`SFTTrainer` with LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B matrices learn at `lora_plus_ratio` times the
-    rate of all else, which stays in the first groups (theirs is the rate that is logged).
+    """`SFTTrainer` with LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B matrices have `lora_plus_ratio` times the
+    learning rate of the rest, which stays in the first parameter groups (their rate is logged).
     """
 
     lora_plus_ratio: float | None = None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The arguments' optimiser, whatever it is; the B matrices leave its groups for groups of their own."""
+        """Create the configured optimiser and move the B matrices to separate parameter groups."""
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not made or self.lora_plus_ratio is None:

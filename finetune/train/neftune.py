@@ -1,7 +1,7 @@
-"""Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914).
+"""Noise on the embeddings in training (NEFTune, Jain et al. 2023, arXiv:2310.05914).
 
-transformers' own hook scales the noise by the length of the tensor. A packed row holds several documents, whose noise
-would then be too small and change with what they are packed with: here each document's own length counts.
+transformers' hook scales the noise by the length of the tensor. In a packed row with several documents the noise would
+be too small and depend on the packing: here it depends on each document's length.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def noise(base: Any, alpha: float | None) -> Iterator[None]:  # noqa: ANN401 - PreTrainedModel
-    """Within the block the embeddings of `base` (a causal model) carry noise in training mode; afterwards no hook is
-    left. None adds none.
+    """Add noise to the embeddings of `base` (a causal model) in training mode inside the block; the hook is removed
+    at the end. No noise if `alpha` is None.
     """
     if alpha is None:
         yield
         return
-    lengths: list[torch.Tensor] = []  # of the batch that is under way
+    lengths: list[torch.Tensor] = []  # of the current batch
 
     def seen(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:  # noqa: ANN401
         ids = named["input_ids"] if "input_ids" in named else arguments[0]
@@ -31,7 +31,7 @@ def noise(base: Any, alpha: float | None) -> Iterator[None]:  # noqa: ANN401 - P
     def add(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         return output + uniform_noise(output, lengths[0], alpha) if base.training else output
 
-    # peft calls the causal model's `forward` directly, past its hooks; the decoder below it is called as a module
+    # peft calls the causal model's `forward` directly, without hooks; the decoder inside is called as a module
     hooks = [
         base.base_model.register_forward_pre_hook(seen, with_kwargs=True),
         base.get_input_embeddings().register_forward_hook(add),
@@ -44,8 +44,8 @@ def noise(base: Any, alpha: float | None) -> Iterator[None]:  # noqa: ANN401 - P
 
 
 def document_lengths(ids: torch.Tensor, positions: torch.Tensor | None, attention: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) fp32: for each token the length of its document. Documents begin where `positions` are 0; without
-    positions a row is one document, as long as `attention` says.
+    """Return (B, T) fp32: the length of each token's document. Documents begin where `positions` are 0; without
+    positions a row is one document whose length is given by `attention`.
     """
     import torch
 
@@ -54,7 +54,7 @@ def document_lengths(ids: torch.Tensor, positions: torch.Tensor | None, attentio
         long = attention.sum(1, keepdim=True)
         return long.clamp(min=1).float().expand(ids.shape)
     document = (positions == 0).flatten().cumsum(0)
-    # not bincount, which makes the processor wait for a GPU to know how long its result is
+    # not bincount, which synchronises with the GPU to get the size of its result
     counts = torch.zeros(len(document) + 1, device=ids.device).index_add_(
         0, document, torch.ones_like(document).float()
     )
@@ -62,7 +62,7 @@ def document_lengths(ids: torch.Tensor, positions: torch.Tensor | None, attentio
 
 
 def uniform_noise(output: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(B, T, d) noise, uniform within ± alpha / √(length · d) of each token's document."""
+    """Return (B, T, d) noise, uniform within ± alpha / √(length · d) with each token's document length."""
     import torch
 
     most = alpha / (lengths * output.shape[-1]).sqrt()

@@ -1,4 +1,4 @@
-"""When the GPU is full, the micro-batch is halved and the effective batch kept."""
+"""Out of GPU memory: halve the micro-batch and keep the effective batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-SMALLER = "FINETUNE_SMALLER_MICRO_BATCH"  # names the file in which one of several processes asks their launcher for it
+SMALLER = "FINETUNE_SMALLER_MICRO_BATCH"  # variable with the file through which a process requests it from the launcher
 
 
 def halving(
@@ -27,12 +27,13 @@ def halving(
     *,
     checkpointing: bool,
 ) -> T:
-    """`attempt(micro)`, and again with half of it each time the device runs out of memory.
+    """Call `attempt(micro)`, and again with half of it each time the device runs out of memory.
 
-    `attempt` goes on from its last complete checkpoint; the generators are as they were at its first call, and the
-    adapter it put into `base` is taken out again. Raises FinetuneError with what to try at a micro-batch of 1, and
-    among several processes: the others wait within a step that this one has left, so all are started again, with the
-    smaller micro-batch where it was our launcher that started them.
+    `attempt` resumes from its last complete checkpoint; random generators are restored to their state at its first
+    call,
+    and the adapter that it added to `base` is removed. Raises FinetuneError with advice at a micro-batch of 1, and with
+    several processes: the others wait inside the failed step, so all must be restarted; our launcher does so with the
+    smaller micro-batch.
     """
     import torch
 
@@ -57,7 +58,7 @@ def halving(
                 raise FinetuneError(what_to_try(micro, checkpointing=checkpointing)) from error
         finally:
             _forget_embeddings()
-        # Outside the handler: while an exception lives, so do the frames it came through, with every tensor in them.
+        # Outside the handler: a live exception keeps its frames, and with them every tensor, in memory.
         ctx.say(f"train: {words}")
         micro = smaller
         undress(base)
@@ -68,11 +69,12 @@ def halving(
 
 
 def _forget_embeddings() -> None:
-    """Let go of the embeddings that bitsandbytes was told of.
+    """Remove references to embeddings that bitsandbytes holds.
 
-    For its 8-bit optimisers transformers names them in a list of a singleton, to be kept in 32 bits; an embedding that
-    is trained whole would outlive its training there. So would the moments of a paged optimiser, in another list; the
-    memory the driver gave them is not returned (bitsandbytes has no call for it), but it can move to RAM.
+    For its 8-bit optimisers transformers registers them in a list of a singleton, to be kept in 32 bits; a fully
+    trained
+    embedding would stay alive there after training. So would the moments of a paged optimiser, in another list; their
+    driver memory is not returned (bitsandbytes has no call for it), but it can move to RAM.
     """
     from bitsandbytes.functional import GlobalPageManager
     from bitsandbytes.optim import GlobalOptimManager
@@ -82,7 +84,7 @@ def _forget_embeddings() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device was full: also where cuBLAS or the driver, and not torch's own allocator, asked for more."""
+    """Return whether the device was out of memory, also if cuBLAS or the driver failed to allocate."""
     import torch
 
     words = str(error)
@@ -94,7 +96,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def what_to_try(micro: int, *, checkpointing: bool) -> str:
-    """The sentence for a device that is too small."""
+    """Return the message for a device that is too small, with advice."""
     tries = [f"runtime.micro_batch_rows={max(1, micro // 2)}"] if micro > 1 else []
     tries += [] if checkpointing else ["runtime.checkpointing=full"]
     tries += [
@@ -108,7 +110,7 @@ def what_to_try(micro: int, *, checkpointing: bool) -> str:
 
 
 def undress(base: PreTrainedModel) -> None:
-    """Take every adapter out of `base`, which peft put there in place: its own layers are as they were."""
+    """Remove all adapters that peft added to `base` in place, restoring its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 

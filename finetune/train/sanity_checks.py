@@ -1,5 +1,6 @@
-"""Proofs on the real model, before the first step and after the third: each refuses with a sentence. They cost a few
-passes over a few hundred tokens, and leave the generators, the gradients and the mode as they found them.
+"""Checks on the real model before the first step and after the third; each raises GateRefused.
+
+They cost a few passes over a few hundred tokens and restore random generators, gradients and mode.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 
     Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
-DOCUMENT_TOKENS = 256  # of each of the two documents that are looked at
+DOCUMENT_TOKENS = 256  # of each of the two documents used
 ROWS_LOOKED_AT = 64
-ELEMENTS = 65_536  # of a parameter, evenly spread, that are compared
-UPDATES = 3  # A has no gradient at the first, for B is zero; B moves with the first, A with the second
+ELEMENTS = 65_536  # compared per parameter, evenly spread
+UPDATES = 3  # A has no gradient at first because B is zero; B moves at the first update, A at the second
 MOVED = 0.99
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding alone may do: to a loss (relative), to logits (RMS, of their own), to a gradient (relative)."""
+    """Effect of rounding alone: on a loss (relative), on logits (relative RMS), on a gradient (relative)."""
 
     loss: float
     logits: float
@@ -51,7 +52,7 @@ def prove(
     packed: bool,
     tokens: NewTokens | None = None,
 ) -> None:
-    """Everything that is proved before step 1, on up to two documents of `dataset`. Raises GateRefused."""
+    """Run all checks before step 1 on up to two documents of `dataset`. Raises GateRefused."""
     model: Any = trainer.model
     prove_adapters(model)
     prove_planned(model, planned_parameters(model, lora, tokens))
@@ -70,7 +71,7 @@ def prove(
 
 @contextmanager
 def as_in_training(trainer: SFTTrainer) -> Iterator[None]:
-    """Recompute activations as the training will (`Trainer` begins to in `train`), and count its memory alone."""
+    """Enable activation checkpointing as in training (`Trainer` does so in `train`) and reset the memory peak after."""
     import torch
 
     from finetune.train import activation_checkpointing
@@ -87,7 +88,7 @@ def as_in_training(trainer: SFTTrainer) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Put back the random generators and the mode, and clear the gradients, whatever happens inside."""
+    """Restore random generators and mode, and clear gradients, also after an exception."""
     from finetune.utils.runtime import RandomState
 
     before, training = RandomState.now(), model.training
@@ -103,7 +104,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
-    """The first two documents with something to predict, cut around it; one where there is only one."""
+    """Return the first two documents with a supervised token, cut around it; one if there is only one."""
     found: list[dict[str, list[int]]] = []
     for number in range(min(len(dataset), ROWS_LOOKED_AT)):
         row = dataset[number]
@@ -124,7 +125,7 @@ def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]
 
 
 def together(documents: Sequence[dict[str, list[int]]], *, packed: bool) -> list[dict[str, list[int]]]:
-    """The documents as one packed row, or as the rows of one padded batch."""
+    """Return the documents as one packed row, or as the rows of one padded batch."""
     if not packed:
         return list(documents)
     joined = {name: [token for d in documents for token in d[name]] for name in ("input_ids", "labels")}
@@ -132,7 +133,7 @@ def together(documents: Sequence[dict[str, list[int]]], *, packed: bool) -> list
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """`batch` with its tensors on `device`."""
+    """Return `batch` with its tensors on `device`."""
     import torch
 
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -142,7 +143,7 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def prove_adapters(model: torch.nn.Module) -> None:
-    """Refuse a model that would train anything but LoRA parameters in fp32, or nothing."""
+    """Refuse a model whose trainable parameters are not LoRA parameters in fp32, or that has none."""
     import torch
 
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -207,7 +208,7 @@ def prove_planned(model: torch.nn.Module, planned: Mapping[str, tuple[int, ...]]
 
 
 def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packed: bool) -> None:
-    """Refuse a batch whose documents could see each other, or that trains nothing.
+    """Refuse a batch whose documents could attend to each other, or that has no supervised token.
 
     `batch` holds input_ids, labels (1, T) int64, and position_ids when packed; `lengths` are the documents' lengths.
     """
@@ -217,7 +218,7 @@ def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packe
         raise GateRefused("the first batch has no supervised token: its labels are all -100")
     supervised = batch["labels"] != -100
     if not torch.equal(batch["labels"][supervised], batch["input_ids"][supervised]):
-        raise GateRefused("the labels of the first batch are not its own tokens")
+        raise GateRefused("the labels of the first batch differ from its tokens")
     if not packed:
         return
     if "attention_mask" in batch:
@@ -230,9 +231,9 @@ def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packe
 
 
 def manual_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
-    """Mean cross-entropy in fp32 of the supervised tokens, each from the position before it; () fp32.
+    """Return the mean cross-entropy of the supervised tokens, each from the position before it; () fp32.
 
-    The first token of a document is never predicted: in a packed row the position before it is another document's.
+    The first token of a document is not predicted: in a packed row the position before it is in another document.
     """
     import torch
 
@@ -244,8 +245,8 @@ def manual_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: 
 
 
 def prove_loss(trainer: SFTTrainer, batch: Mapping[str, Any], tolerance: float) -> None:
-    """Refuse a trainer whose loss is not the mean over the supervised tokens (a loss that is no number passes: the
-    watchdog sees it at step 1).
+    """Refuse a trainer whose loss is not the mean over the supervised tokens (NaN passes: the watchdog reports it at
+    step 1).
     """
     import torch
 
@@ -256,7 +257,7 @@ def prove_loss(trainer: SFTTrainer, batch: Mapping[str, Any], tolerance: float) 
     if abs(theirs - ours) > tolerance * max(1.0, abs(ours)):
         raise GateRefused(
             f"the trainer's loss on the first documents is {theirs:.5f}, the mean over their supervised tokens "
-            f"{ours:.5f}: it would learn from other tokens than those of the labels"
+            f"{ours:.5f}: it would train on other tokens than the labels"
         )
 
 
@@ -268,10 +269,10 @@ def prove_isolation(
     *,
     packed: bool,
 ) -> None:
-    """Refuse where a document's logits depend on the other one it shares a row or a batch with.
+    """Refuse a model in which a document's logits depend on another document of the same row or batch.
 
-    The other one's tokens are turned round and its length kept: both passes then have the same shapes and take the same
-    kernels, so that what differs is what was seen, and not how 4-bit products of another size are rounded.
+    The other document's tokens are reversed and its length is kept: both passes then have the same shapes and kernels,
+    so that a difference comes from attention, not from rounding of 4-bit products of another size.
     """
     import torch
 
@@ -285,7 +286,7 @@ def prove_isolation(
     turned = [{**d, "input_ids": d["input_ids"][::-1]} for d in documents]
     with torch.no_grad():
         beside = logits(documents)
-        for one in (1,) if packed else (0, 1):  # of a packed row the second alone can see the other
+        for one in (1,) if packed else (0, 1):  # in a packed row only the second can attend to the other
             other = logits([documents[i] if i == one else turned[i] for i in (0, 1)])[one].float()
             off = float((beside[one].float() - other).pow(2).mean().sqrt() / other.std())
             if off > tolerance:
@@ -296,8 +297,8 @@ def prove_isolation(
 
 
 def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scale: float = 1.0) -> None:  # noqa: ANN401
-    """Refuse a model whose gradients are others after a forward in eval mode (bitsandbytes repacks 4-bit weights on
-    some CPUs, and most gradients are then wrong while the loss looks normal).
+    """Refuse a model whose gradients change after a forward in eval mode (bitsandbytes repacks 4-bit weights on some
+    CPUs; most gradients are then wrong although the loss looks normal).
     """
     import torch
 
@@ -307,16 +308,16 @@ def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scal
         model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
     after = _gradients(model, batch, scale)
     wrong = [n for n, g in before.items() if float((after[n] - g).norm()) > tolerance * float(g.norm())]
-    # One of hundreds may be off: on a GPU the sums of a backward pass come in no fixed order. The defect hits most.
+    # One of hundreds may differ: on a GPU the order of sums in backward is not fixed. The defect affects most of them.
     if len(wrong) > len(before) // 10:
         raise GateRefused(
-            f"after one evaluation the gradients of {len(wrong)} of {len(before)} adapter matrices are others "
-            f"({wrong[0]}): the base's weights were changed by it"
+            f"one evaluation changed the gradients of {len(wrong)} of {len(before)} adapter matrices ({wrong[0]}): it "
+            "modified the base's weights"
         )
 
 
 def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, torch.Tensor]:  # noqa: ANN401
-    """Gradients in training mode, thinned out; dropout takes the same elements every time."""
+    """Return subsampled gradients in training mode, with the same dropout mask every time."""
     import torch
 
     from finetune.utils.runtime import RandomState
@@ -324,7 +325,7 @@ def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, 
     before = RandomState.now()
     model.train()
     model.zero_grad(set_to_none=True)
-    # Casts that autocast made without a graph would be taken again here (pytorch#165068), and nothing have a gradient.
+    # Autocast would reuse casts made without a graph (pytorch#165068), and nothing would have a gradient.
     torch.clear_autocast_cache()
     (manual_loss(model, batch) * scale).backward()
     before.restore()
@@ -335,13 +336,13 @@ def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, 
 
 
 def thinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Up to ELEMENTS of a tensor, evenly spread; (N,) on the CPU."""
+    """Return up to ELEMENTS of a tensor, evenly spread; (N,) on the CPU."""
     flat = tensor.detach().flatten()
     return flat[:: -(-flat.numel() // ELEMENTS)].cpu().clone()
 
 
 class Movement:
-    """Whether nearly every element of the adapter has moved after a few updates at a learning rate above zero."""
+    """Check that nearly every element of the adapter has moved after a few updates with a positive learning rate."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         from torch.distributed.tensor import DTensor
@@ -354,7 +355,7 @@ class Movement:
         self._updates = 0
 
     def updated(self, model: torch.nn.Module, learning_rate: float, *, skipped: bool) -> None:
-        """After an optimiser step. A skipped one (fp16's scale was too high) and one at rate 0 do not count."""
+        """Count an optimiser step, unless it was skipped (fp16's scale was too high) or had rate 0."""
         if not self._before or skipped or not learning_rate:
             return
         self._updates += 1
@@ -367,7 +368,7 @@ class Movement:
         still = min(moved, key=lambda n: moved[n])
         elements = sum(before.numel() for before in self._before.values())
         share = sum(moved[n] * before.numel() for n, before in self._before.items()) / elements
-        # A few dead channels (padded widths, units that never fire) have no gradient; no whole matrix is like that.
+        # A few dead channels (padded widths, inactive units) have no gradient, but never a whole matrix.
         if share < MOVED or moved[still] == 0:
             count = sum(part < MOVED for part in moved.values())
             raise GateRefused(

@@ -1,6 +1,6 @@
-"""Curves outside the run's own folder: Weights & Biases (offline without a key) and TensorBoard, each only if asked.
+"""Experiment tracking: Weights & Biases (offline without a key) and TensorBoard, each only if configured.
 
-Nothing here ever asks on a terminal, and nothing that fails here stops a training.
+Nothing here prompts on a terminal, and no failure here stops a training.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from finetune.utils.secrets import redact
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IDENTITY = "tracking.json"  # beside the checkpoints: the curves go on where these do
+IDENTITY = "tracking.json"  # next to the checkpoints: the curves continue with them
 REACH_SECONDS = 3.0
 WANDB_URL = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The W&B run's id, and the name under which the curves were begun."""
+    """The W&B run's id, and the original name of the curves."""
 
     wandb_id: str
     name: str
 
 
 class Tracker:
-    """Sends the same figures to every tracker the recipe names."""
+    """Sends the same metrics to every configured tracker."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Tracker:
         self._wandb, self._board, self._say = wandb_run, board, say
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """One point of every curve."""
+        """Log one point of every curve."""
         with self._outlived() as run:
             if run:
                 run.log(dict(figures), step=step)
@@ -59,7 +59,7 @@ class Tracker:
                     self._board.add_scalar(f"train/{name}", value, step)
 
     def send_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table of training rows, to W&B."""
+        """Send a table of training rows to W&B."""
         with self._outlived() as run:
             if run and rows:
                 import wandb
@@ -69,7 +69,7 @@ class Tracker:
                 run.log({"rows": table}, step=0)
 
     def send_data(self, files: Sequence[Path]) -> None:
-        """The files as one artifact, to W&B; they are not copied first."""
+        """Send the files to W&B as one artifact, without copying them first."""
         with self._outlived() as run:
             if run:
                 import wandb
@@ -89,19 +89,21 @@ class Tracker:
 
     @contextlib.contextmanager
     def _outlived(self) -> Iterator[Any]:
-        """The W&B run, or None. It is a process of its own, which may be killed: the training goes on without it."""
+        """Yield the W&B run, or None. It is a separate process, which may be killed: the training continues without
+        it.
+        """
         try:
             yield self._wandb
-        except Exception as error:  # W&B's own, a socket's, asyncio's: none is worth a training
+        except Exception as error:  # from W&B, a socket or asyncio: none may stop a training
             self._wandb = None
             _give_up_wandb(error, self._say)
 
 
 def open_tracker(ctx: Context, beside: Path | None = None, step: int = 0) -> Tracker | None:
-    """The trackers of the recipe, or None. What was begun before, by the record in the folder `beside`, is gone on
-    with; points after `step` were undone.
+    """Open the recipe's trackers, or return None. Curves recorded in the folder `beside` are continued; points after
+    `step` are discarded.
 
-    Raises InputError when a tracker is asked for and not installed.
+    Raises InputError if a configured tracker is not installed.
     """
     if not (ctx.tracking.wandb or ctx.tracking.tensorboard):
         return None
@@ -116,13 +118,13 @@ def open_tracker(ctx: Context, beside: Path | None = None, step: int = 0) -> Tra
 
 
 def identify(name: str, beside: Path | None) -> Identity:
-    """The record in `beside`, or a new one that is left there."""
+    """Return the record in `beside`, or write a new one there."""
     record = beside / IDENTITY if beside else None
     if record and record.is_file():
         try:
             return Identity(**read_json(record))
         except (ValueError, TypeError):
-            pass  # torn by a kill
+            pass  # truncated by a kill
     made = Identity(random_ids.token_hex(8), name)
     if record:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -131,14 +133,14 @@ def identify(name: str, beside: Path | None) -> Identity:
 
 
 def wandb_mode(environment: Mapping[str, str], has_key: bool) -> tuple[str, str]:
-    """`online`, `offline` or `disabled`, and why. Online only with a key and a server that answers: without either W&B
-    would ask on the terminal, or wait.
+    """Return `online`, `offline` or `disabled`, and the reason. Online needs a key and a reachable server: otherwise
+    W&B would prompt on the terminal or wait.
     """
     asked = environment.get("WANDB_MODE", "")
     if asked in ("disabled", "offline"):
         return asked, f"WANDB_MODE={asked}"
     if not has_key:
-        return "offline", "there is no key: WANDB_API_KEY is not set and nobody has logged in"
+        return "offline", "there is no key: set WANDB_API_KEY or run `wandb login`"
     url = environment.get("WANDB_BASE_URL") or WANDB_URL
     if not _reachable(url):
         return "offline", f"{urlsplit(url).hostname} does not answer; `wandb sync` sends it later"
@@ -156,7 +158,7 @@ def _reachable(url: str) -> bool:
 
 
 def has_wandb_key() -> bool:
-    """Whether a key is set, or was stored by `wandb login`. Raises InputError where W&B is not installed."""
+    """Return whether a key is set or stored by `wandb login`. Raises InputError if W&B is not installed."""
     try:
         import wandb
     except ImportError:
@@ -181,11 +183,11 @@ def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> Any:  # noqa:
         if mode == "online":
             try:
                 return wandb.init(**settings, mode="online", resume="allow", settings=_quiet_settings())
-            except wandb.Error as error:  # a key that is not valid, a project that is not one's own
+            except wandb.Error as error:  # an invalid key, a project without access
                 ctx.say(f"tracking: W&B refused ({_words(error)}); recorded offline, `wandb sync` sends it")
                 mode = "offline"
         return wandb.init(**settings, mode=mode, settings=_quiet_settings())  # type: ignore[arg-type]
-    except Exception as error:  # its process died before it could answer, its folder cannot be written
+    except Exception as error:  # its process died, or its folder cannot be written
         _give_up_wandb(error, ctx.say)
         return None
 
@@ -197,10 +199,8 @@ def _words(error: Exception) -> str:
 def _give_up_wandb(error: Exception, say: Callable[[str], None]) -> None:
     import wandb
 
-    say(
-        f"tracking: W&B failed ({_words(error)}); the training goes on without it, and metrics.jsonl holds every figure"
-    )
-    with contextlib.suppress(Exception):  # it cannot say goodbye either; but when Python ends it does not try again
+    say(f"tracking: W&B failed ({_words(error)}); the training continues without it; metrics.jsonl has all metrics")
+    with contextlib.suppress(Exception):  # finishing fails too, but then it is not tried again when Python exits
         wandb.teardown()
 
 
@@ -225,7 +225,7 @@ def show_data(
     tokenizer: PreTrainedTokenizerBase,
     documents: Path | None,
 ) -> None:
-    """What the recipe asks to be sent of the training data. `documents` names the rows, and lies beside packed ones."""
+    """Send the training data that the recipe requests. `documents` has the row ids and is next to packed rows."""
     from finetune.train.divergence import row_names
 
     rows = []

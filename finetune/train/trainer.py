@@ -1,4 +1,4 @@
-"""Training through TRL's SFTTrainer: settings, proofs on the first batch, checkpoints that can be trusted."""
+"""Training with TRL's SFTTrainer: arguments, checks on the first batch, verified checkpoints."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it. `loss` is the mean over the last tenth of the steps, `first_loss` over the first."""
+    """Result of a training. `loss` is the mean over the last tenth of the steps, `first_loss` over the first."""
 
     model: PeftModel
-    sharded: dict[str, torch.Tensor] | None  # the adapter by parameter name, where FSDP had shared it out
+    sharded: dict[str, torch.Tensor] | None  # the adapter by parameter name, if FSDP had sharded it
     loss: float
     first_loss: float
     steps: int
@@ -56,8 +56,8 @@ class Result:
     device_name: str
     micro_batch_rows: int
     resumed_from: int
-    held_out: Mapping[str, object] = field(default_factory=dict)  # what was measured on the way
-    before: Sequence[Mapping[str, object]] = ()  # how earlier steps were shared out, where that was otherwise
+    held_out: Mapping[str, object] = field(default_factory=dict)  # metrics of the held-out loss
+    before: Sequence[Mapping[str, object]] = ()  # earlier, different splits of the batch
 
 
 def train(
@@ -65,8 +65,8 @@ def train(
 ) -> Result:
     """Train an adapter on `rows`: a packed file (input_ids, labels, seq_lengths) or a table (input_ids, labels).
 
-    Raises GateRefused when the first batch or the adapters are not what they must be, FinetuneError when the training
-    is lost (train/divergence.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
+    Raises GateRefused if the first batch or the adapters fail a check, FinetuneError if the training diverges
+    (train/divergence.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
     """
     from finetune.train import callbacks, oom, sanity_checks
 
@@ -138,7 +138,7 @@ def run(
             if resume and (follower.resumed_from >= steps or (held_out and held_out.seen.stopped)):
                 _take_over(trainer, follower, resume)
             else:
-                # a signal waits for the end of the step: the checkpoint is the thing to save
+                # a signal waits for the end of the step, because a checkpoint must be saved
                 noise = neftune.noise(base, job.train.neftune_alpha)
                 with ctx.stop.at_checks_only(), distributed.explained(ctx.world), noise:
                     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -158,7 +158,7 @@ def _trainer(
     dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
     arguments: SFTConfig,
 ) -> SFTTrainer:
-    """The trainer on `base` with the recipe's adapter in it, which begins as new or as an earlier one ended."""
+    """Return the trainer on `base` with the recipe's adapter, new or continued from an earlier one."""
     from finetune.lora import config as lora_config
     from finetune.lora import fused_linear as fused_adapters
     from finetune.lora import resume as lora_resume
@@ -183,13 +183,15 @@ def _trainer(
 
 
 def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:
-    """What measures the held-out loss, as far as the checkpoint `resume` had come; None where nothing does."""
+    """Return the evaluator of the held-out loss, with the state of checkpoint `resume`; None if it is off."""
     from finetune.train.validation import HeldOut
 
     if job.train.eval_steps is None:
         return None
     if not job.held_out:
-        raise GateRefused("train.eval_steps: no held-out row is whole; raise render.max_length_tokens or leave it out")
+        raise GateRefused(
+            "train.eval_steps: all held-out rows are truncated; raise render.max_length_tokens or remove this field"
+        )
     autocast = trainer.accelerator.autocast
     held_out = HeldOut(job.held_out, job.train, steps, autocast, ctx.rank, ctx.world)
     if resume:
@@ -198,7 +200,7 @@ def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: P
 
 
 def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
-    """The last step's checkpoint is the result. `Trainer` would take one step more: it looks at `max_steps` only at
+    """Load the last step's checkpoint as the result. `Trainer` would train one more step: it checks `max_steps` only at
     the end of a step.
     """
     from peft import set_peft_model_state_dict
@@ -221,8 +223,8 @@ def recast_adapters(model: torch.nn.Module) -> int:
     """Make every trainable parameter fp32 again; returns how many were not.
 
     TRL casts the adapters of a quantised model to bf16 (sft_trainer.py, "When using QLoRA"): at a learning rate of
-    2e-5 half of their elements then never move, and under fp16 the GradScaler refuses them. A test tells when TRL
-    stops doing so.
+    2e-5 half of their elements then never move, and under fp16 the GradScaler refuses them. A test fails when TRL
+    no longer does so.
     """
     import torch
 
@@ -252,7 +254,7 @@ def save_adapter(
     config["revision"] = revision
     config["inference_mode"] = True
     if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = sorted(config["target_modules"])  # a set in peft: its order changes between runs
+        config["target_modules"] = sorted(config["target_modules"])  # a set in peft, whose order varies between runs
     write_json(path, config)
 
 
@@ -265,7 +267,7 @@ def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, 
 
     table = pq.read_table(rows) if isinstance(rows, Path) else rows
     if not len(table):
-        raise GateRefused("no row is left to train on: look at what filter, dedup, sample and render dropped")
+        raise GateRefused("no row is left to train on: check the rows dropped by filter, dedup, sample and render")
     return datasets.Dataset(table.append_column(ROW, pa.array(range(len(table)))))
 
 
@@ -293,7 +295,7 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
     best = held_out.put_back(model) if held_out else None
     trainable = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
     if not history:
-        raise FinetuneError("training logged no loss: no step was taken")
+        raise FinetuneError("training logged no loss: no step was run")
     return Result(
         model=model,
         sharded=best if best is not None and sharded is not None else sharded,

@@ -1,7 +1,7 @@
-"""The held-out loss while training: measured every few steps, the best adapter kept, a stop when it falls no more.
+"""Held-out loss during training: evaluate every few steps, keep the best adapter, stop early.
 
-What later steps depend on is in the checkpoint (STATE and BEST), so that a training that goes on does what an
-uninterrupted one does.
+The state that later steps depend on is in the checkpoint (STATE and BEST), so that a resumed training does the same as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 STATE, BEST = "held_out.json", "best_adapter.safetensors"
-BATCH_TOKENS = 2048  # padding included, or one row: less than a training step holds, for nothing is kept for backward
+BATCH_TOKENS = 2048  # with padding, or one row: less memory than a training step, because nothing is kept for backward
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What has been measured so far. `waited`: measurements since the best one; `stopped`: patience ended at it."""
+    """Measurements so far. `waited`: measurements since the best one; `stopped`: step of the early stop."""
 
     step: int = 0
     loss: float | None = None
@@ -39,7 +39,7 @@ class Seen:
 
 
 class HeldOut:
-    """Measures, remembers, decides. Every rank does the same and comes to the same."""
+    """Evaluates the held-out loss and decides on early stopping. All ranks compute the same result."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class HeldOut:
         self.best: dict[str, torch.Tensor] = {}  # on the CPU, by parameter name
 
     def resume(self, checkpoint: Path) -> None:
-        """As it was when `checkpoint` was written. Raises FinetuneError where that holds no such state."""
+        """Load the state of `checkpoint`. Raises FinetuneError if it holds none."""
         if not (checkpoint / STATE).is_file():
-            raise FinetuneError(f"{checkpoint.name} was made without train.eval_steps; begin again with --fresh")
+            raise FinetuneError(f"{checkpoint.name} was written without train.eval_steps; start again with --fresh")
         self.seen = Seen(**read_json(checkpoint / STATE))
         if self.train.keep_best and self.seen.best_loss is not None:
             from safetensors.torch import load_file
@@ -67,7 +67,7 @@ class HeldOut:
             self.best = load_file(str(checkpoint / BEST))
 
     def save(self, checkpoint: Path) -> None:
-        """Write the state into a checkpoint; one process does."""
+        """Write the state into a checkpoint; called by one process."""
         write_json(checkpoint / STATE, vars(self.seen))
         if self.best:
             from safetensors.torch import save_file
@@ -75,9 +75,9 @@ class HeldOut:
             save_file(self.best, str(checkpoint / BEST))
 
     def look(self, model: torch.nn.Module, step: int) -> bool:
-        """Measure if it is time to. Whether to stop here, for `train.patience` measurements were no better.
+        """Evaluate if due; return whether to stop because `train.patience` measurements were no better.
 
-        Raises FinetuneError for a loss that is no number.
+        Raises FinetuneError for a loss that is NaN.
         """
         every = self.train.eval_steps
         if every is None or (step % every and step != self.steps):
@@ -96,9 +96,9 @@ class HeldOut:
         return self.seen.stopped
 
     def loss(self, model: torch.nn.Module) -> float:
-        """Nats per supervised token over all rows: the sum over the number, however they are batched and shared out.
+        """Return nats per supervised token over all rows, independent of batching and of the number of processes.
 
-        Dropout and noise are off; the random generators, the mode and the gradients are as before.
+        Dropout and noise are off; random generators, mode and gradients are restored.
         """
         import torch
 
@@ -110,7 +110,7 @@ class HeldOut:
         model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                # Each rank takes its share, and all as many forwards: under FSDP a forward is a meeting of all ranks.
+                # Each rank takes its share, with equally many forwards: under FSDP all ranks take part in a forward.
                 for turn in range(-(-len(todo) // self.world)):
                     mine = turn * self.world + self.rank
                     sums = batch_nll(model, [self.rows[i] for i in todo[min(mine, len(todo) - 1)]])
@@ -127,7 +127,9 @@ class HeldOut:
         return float(nll / tokens)
 
     def put_back(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-        """Give `model` the best adapter, if that is to be kept: its tensors, for a model that FSDP has shared out."""
+        """Load the best adapter into `model` if train.keep_best is on; return its tensors for a model sharded by
+        FSDP.
+        """
         import torch
         from torch.distributed.tensor import DTensor
 
@@ -140,7 +142,7 @@ class HeldOut:
         return self.best
 
     def figures(self) -> Mapping[str, object]:
-        """What the stage says of it."""
+        """Return the metrics of the stage."""
         seen = self.seen
         return {
             "held_out_rows": len(self.rows),
@@ -152,7 +154,7 @@ class HeldOut:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters by name, copied to the CPU; every rank must call this."""
+    """Return the trainable parameters by name, copied to the CPU; every rank must call this."""
     from finetune.train import distributed
 
     own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -161,7 +163,9 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def batch_nll(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
-    """(2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their number."""
+    """Return (2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their
+    number.
+    """
     import torch
 
     losses = token_nll(model, *(t.to(model.device) for t in padded(rows)))

@@ -1,4 +1,4 @@
-"""What a command shows in the terminal: lines, bars and tables. All text is data: no markup, no escape in it counts."""
+"""Terminal output of a command: lines, bars and tables. Text is printed literally: no markup, no escape sequences."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.text import Text
 from finetune.utils.format import visible
 from finetune.utils.progress import Bar, SilentBar, position
 
-PLAIN_SECONDS = 15.0  # how often a bar that is no terminal says where it is
+PLAIN_SECONDS = 15.0  # between two lines of a bar that is not on a terminal
 
 
 class Quiet(Console):
-    """A console whose reader may go away (`| tee` dies of the same Ctrl-C): it falls silent, and the work goes on.
+    """Console that prints nothing more once its reader is gone (`| tee` dies of the same Ctrl-C); the work continues.
 
-    rich's own answer to a closed pipe is to leave with status 1, from whatever line was printing.
+    On a closed pipe rich itself exits with status 1, from whichever line was printing.
     """
 
     def on_broken_pipe(self) -> None:
-        """Say nothing from now on."""
+        """Print nothing from now on."""
         self.quiet = True
 
 
@@ -50,21 +50,21 @@ class RichBar:
         self._progress.update(self._task, advance=steps, note=visible(note))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
 
 class PlainBar:
-    """A line now and then, for logs, notebooks and CI."""
+    """A line every PLAIN_SECONDS, for logs, notebooks and CI."""
 
     def __init__(self, console: Console, label: str, total: int | None) -> None:
         self._console, self._label, self._total = console, label, total
         self._done = 0
-        self._from: int | None = None  # where the first report found it: a resumed training was elsewhere before
+        self._from: int | None = None  # position at the first report: a resumed training does not start at 0
         self._start = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count, and print if it has been quiet for long enough."""
+        """Count, and print if the last line is old enough."""
         self._done += steps
         now = time.monotonic()
         if self._from is None:
@@ -79,11 +79,11 @@ class PlainBar:
         self._console.print(visible(f"  {where}{left} {note}".rstrip()), highlight=False, markup=False)
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: a line stays where it is."""
 
 
 class Screen:
-    """Where progress goes: rich on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+    """Progress output: rich on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._console = Quiet(stderr=True, soft_wrap=True)
@@ -95,7 +95,7 @@ class Screen:
             self._console.print(visible(line), highlight=False, markup=False)
 
     def bar(self, label: str, total: int | None) -> Bar:
-        """A bar fit for where stderr goes."""
+        """Return a live bar if stderr is a terminal, else one of plain lines."""
         if self._silent:
             return SilentBar()
         kind = RichBar if self._console.is_terminal else PlainBar
@@ -103,12 +103,12 @@ class Screen:
 
 
 def print_error(message: str) -> None:
-    """An error for a person, on stderr."""
+    """Print an error on stderr."""
     Quiet(stderr=True, soft_wrap=True).print(visible(message), style="bold red", highlight=False, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; wide enough for its cells when stdout is no terminal."""
+    """Print a table on stdout; as wide as its cells need when stdout is not a terminal."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
     table = Table(title=Text(visible(title)), title_justify="left")
     for name in columns:

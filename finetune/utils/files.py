@@ -1,4 +1,4 @@
-"""The xxh3-128 of a file, remembered for large ones, so that a base model is not read again at every run."""
+"""File digests (xxh3-128, cached for large files), canonical JSON, and atomic, synced writes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MOST_ENTRIES = 2000
 
 
 def file_digest(path: Path) -> str:
-    """The xxh3-128 of the file's bytes, 32 hexadecimal digits.
+    """Return the xxh3-128 of the file's bytes, 32 hexadecimal digits.
 
     A large file's digest is kept under (path, size, mtime_ns) in `$XDG_CACHE_HOME/finetune/digests.json`. A cache that
-    cannot be read or written only costs time. Raises OSError where the file itself cannot be read.
+    cannot be read or written only costs time. Raises OSError if the file itself cannot be read.
     """
     path = path.resolve()
     stat = path.stat()
@@ -44,14 +44,14 @@ def file_digest(path: Path) -> str:
 
 
 def cache_file() -> Path:
-    """Where digests are remembered."""
+    """Return the path of the digest cache."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
     return root / "finetune" / "digests.json"
 
 
 def hash_file(path: Path) -> str:
-    """The xxh3-128 of the file's bytes, read now. Raises OSError."""
+    """Return the xxh3-128 of the file's bytes without using the cache. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -69,7 +69,7 @@ def _read(cache: Path) -> dict[str, str]:
 
 
 def _write(cache: Path, entries: dict[str, str]) -> None:
-    """Replace the cache in one step; the newest entries stay."""
+    """Replace the cache atomically; the newest entries are kept."""
     newest = dict(list(entries.items())[-MOST_ENTRIES:])
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _write(cache: Path, entries: dict[str, str]) -> None:
 
 
 def tree_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`; symbolic links are neither counted nor followed."""
+    """Return the bytes of all files below `folder`; symbolic links are neither counted nor followed."""
     total = 0
     for path in [folder] if folder.is_symlink() or not folder.is_dir() else folder.iterdir():
         if path.is_symlink():
@@ -93,16 +93,16 @@ def tree_bytes(folder: Path) -> int:
         if path.is_dir():
             total += tree_bytes(path)
         else:
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # removed by another process
                 total += path.stat().st_size
     return total
 
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))  # made once, for every row
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))  # one encoder for all rows
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
+    """Return JSON with sorted keys and no spaces: equal values give equal bytes."""
     return _CANONICAL.encode(value)
 
 
@@ -112,7 +112,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write and fsync, so that a manifest written later never names bytes a power cut lost."""
+    """Write and fsync, so that a manifest written later never names bytes that a power cut lost."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -120,19 +120,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file whose readers see the old bytes or the new ones, never half of them."""
+    """Replace a file atomically: a reader sees the old bytes or the new ones, never a mixture."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         write_bytes(part, content)
         part.replace(path)
     except OSError:
-        with suppress(OSError):  # on a full disk half a file would lie there for good, and take room
+        with suppress(OSError):  # on a full disk a partial file would stay and take space
             part.unlink(missing_ok=True)
         raise
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
-    """The JSON value in `path`. Raises OSError where it is no regular file, ValueError where it is no JSON."""
+    """Return the JSON value in `path`. Raises OSError if it is not a regular file, ValueError if it is not JSON."""
     try:
         return json.loads(read_regular(path).decode())
     except RecursionError:

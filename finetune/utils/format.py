@@ -1,4 +1,4 @@
-"""Text and figures as a page shows them: no character hides, counts have separators, amounts have units."""
+"""Format text and numbers for people: control characters made visible, separators in counts, units on amounts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would turn the text around them round
+BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would reverse the text around them
 SHOWN: dict[int, int | str] = {
-    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},  # Unicode's own pictures of controls
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},  # Unicode's control pictures
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),  # half a surrogate pair: no file can hold it
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),  # a lone surrogate: it cannot be encoded as UTF-8
     0xFFFE: 0xFFFD,
     0xFFFF: 0xFFFD,
     **{code: f"⟨U+{code:04X}⟩" for code in BIDI},
@@ -21,23 +21,23 @@ NONE = "–"
 
 
 def visible(text: str) -> str:
-    """`text` with every control character as a visible one; line ends and tabs stay."""
+    """Return `text` with every control character made visible; line ends and tabs stay."""
     return text.translate(SHOWN)
 
 
 def json_text(value: object) -> str:
-    """Indented JSON for a terminal or a program: what is no visible character is an escape of JSON's own."""
+    """Return indented JSON in which every invisible character is a JSON escape."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return "".join(c if c == "\n" or ord(c) not in SHOWN else f"\\u{ord(c):04x}" for c in text)
 
 
 def clipped(text: str, most: int) -> str:
-    """At most `most` characters, and how many are left out."""
+    """Return at most `most` characters, followed by the number left out."""
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
 def number(value: object) -> str:
-    """A count with separators, a float with four significant digits, yes or no; anything else as it is."""
+    """Format a count with separators, a float with four significant digits, a bool as yes or no; str() of the rest."""
     if value is None:
         return NONE
     if isinstance(value, bool):
@@ -50,7 +50,7 @@ def number(value: object) -> str:
 
 
 def percent(value: object) -> str:
-    """A share as a percentage with one decimal; no share but 1 reads as 100 %, and none but 0 as 0 %."""
+    """Format a share as a percentage with one decimal; only 1 reads as 100 %, and only 0 as 0 %."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return NONE
     if 0.9995 <= value < 1:
@@ -59,7 +59,7 @@ def percent(value: object) -> str:
 
 
 def size(value: object) -> str:
-    """Bytes in decimal units: 1.09 GB."""
+    """Format bytes in decimal units: 1.09 GB."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return NONE
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -69,7 +69,7 @@ def size(value: object) -> str:
 
 
 def duration(value: object) -> str:
-    """Seconds as a person says them: 0.5 s, 1 min 12 s, 3 h 05 min."""
+    """Format seconds: 0.5 s, 1 min 12 s, 3 h 05 min."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return NONE
     if value < 59.95:
@@ -82,14 +82,14 @@ def duration(value: object) -> str:
 
 
 def interval(pair: object) -> str:
-    """`low to high`, or nothing."""
+    """Format a pair as `low to high`; an empty string for anything else."""
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
         return f"{number(pair[0])} to {number(pair[1])}"
     return NONE
 
 
 def task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each metric of a benchmark, base → adapter, with the standard error of both."""
+    """Yield (name, text) of each metric of a benchmark: base → adapter, with the standard error of both."""
     for metric, v in task["metrics"].items():
         before, after = (
             number(v[side]) + (f" ± {number(v[f'{side}_stderr'])}" if v[f"{side}_stderr"] is not None else "")

@@ -1,4 +1,4 @@
-"""Bounds for work on files that others made: the errors that libraries raise of them, CPU time and memory."""
+"""Safe reading of untrusted files: library errors become InputError; CPU time and memory are bounded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHORT_BYTES = 1 << 25
 
 
 class OutOfTime(BaseException):
-    """The work inside `bounded` took too long; no ordinary exception, so that no library handles it."""
+    """The work inside `bounded` took too long. A BaseException, so that no library catches it."""
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a library raises about a file into InputError: `what`, the error's kind and its first line.
+    """Turn a library's error about a file into InputError: `what`, the error's type and its first line.
 
     Rust extensions (tokenizers, safetensors) panic with an exception that is no Exception. FinetuneError, signals and
     errors of the machine itself (its disks, permissions, open files) pass.
@@ -37,11 +37,11 @@ def reading(what: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise
-        raise InputError(f"{what}: {said(error)}") from error
+        raise InputError(f"{what}: {first_line(error)}") from error
 
 
-def said(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says, in at most 300 characters."""
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message, at most 300 characters."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):
@@ -53,10 +53,10 @@ def said(error: BaseException) -> str:
 
 @contextmanager
 def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[None]:
-    """Raise InputError where the work inside takes more CPU time, or more memory beside what there is, than given.
+    """Raise InputError if the work inside takes more CPU time, or more additional memory, than allowed.
 
-    It counts work, not the clock, so a busy machine changes nothing. Without such limits (Windows, another thread than
-    the main one) nothing is bounded. Native threads that abort on a failed allocation must not work inside.
+    CPU time is counted, not wall time, so a busy machine changes nothing. Nothing is bounded on Windows and outside the
+    main thread. Native threads that abort on a failed allocation must not run inside.
     """
     with ExitStack() as stack:
         if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
@@ -66,11 +66,11 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
             yield
         except OutOfTime:
             raise InputError(
-                f"{what}: it takes more than {cpu_seconds:g} s of work; is it what it should be?"
+                f"{what}: needs more than {cpu_seconds:g} s of CPU time to read; is it the right file?"
             ) from None
         except MemoryError:
             raise InputError(
-                f"{what}: it takes more than {memory_bytes / 1e9:.1f} GB of memory; is it what it should be?"
+                f"{what}: needs more than {memory_bytes / 1e9:.1f} GB of memory to read; is it the right file?"
             ) from None
 
 
@@ -84,9 +84,9 @@ def memory_is_short() -> bool:
 
 @contextmanager
 def memory(more_bytes: int) -> Iterator[None]:
-    """Let this process allocate at most `more_bytes` beyond what it has: MemoryError inside, not a machine that swaps.
+    """Limit further allocations of this process to `more_bytes`: MemoryError inside instead of a swapping machine.
 
-    Linux only (RLIMIT_DATA counts private writable memory since 4.7). Takes 0.1 ms: enter it once for many rows.
+    Linux only (RLIMIT_DATA counts private writable memory since 4.7). Costs 0.1 ms: enter it once for many rows.
     """
     if sys.platform != "linux":
         yield

@@ -1,4 +1,4 @@
-"""Folders that may hold what somebody else put there: no link out of them is followed, no pipe or device is opened."""
+"""Untrusted folders: no link that leaves them is followed, no pipe or device is opened."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from finetune.errors import InputError
 
-MOST_ENTRIES = 200_000  # of one folder that is looked through
-SPECIAL = "no regular file but a pipe, a socket or a device"
+MOST_ENTRIES = 200_000  # in one folder that is scanned
+SPECIAL = "a pipe, a socket or a device, not a regular file"
 
 
 def way_out(path: Path, root: Path) -> Path | None:
-    """The first link between `root` and `path` that leads out of `root`, else None. `root` itself may be a link.
+    """Return the first link between `root` and `path` that leads out of `root`, else None. `root` may be a link.
 
-    A `path` that is not below `root`, or goes up by `..`, is its own way out.
+    Returns `path` itself if it is not below `root` or contains `..`.
     """
     try:
         parts = path.relative_to(root).parts
@@ -36,7 +36,7 @@ def way_out(path: Path, root: Path) -> Path | None:
 
 
 def require_inside(path: Path, root: Path) -> None:
-    """Raise InputError where a link between `root` and `path` leads out of `root`."""
+    """Raise InputError if a link between `root` and `path` leads out of `root`."""
     if (link := way_out(path, root)) is not None:
         what = f"is a link to {os.path.realpath(link)}, outside" if link.is_symlink() else "is not below"
         raise InputError(
@@ -61,10 +61,10 @@ def require_plain(folder: Path, root: Path, what: str = "", beside: Sequence[Pat
 
 
 def require_model(folder: Path, what: str) -> None:
-    """Raise InputError unless a base's, an adapter's or an encoder's folder holds only files of its own.
+    """Raise InputError if the folder of a base, adapter or encoder holds a link that leads elsewhere.
 
-    It may come from somebody else, who can make a link in it to any file of this machine. A snapshot of the Hub's cache
-    consists of links to its blobs, `models--OWNER--NAME/blobs`, and may. Hidden folders are not read by any library.
+    A folder from a third party can contain a link to any file of this machine. A snapshot in the Hub's cache consists
+    of links to `models--OWNER--NAME/blobs`; these are allowed. Hidden folders are not read by any library.
     """
     real = Path(os.path.realpath(folder))
     beside = [real.parent.parent / "blobs"] if real.parent.name == "snapshots" else []
@@ -86,9 +86,9 @@ def _fault(entry: os.DirEntry[str], allowed: Sequence[str]) -> str | None:
 
 
 def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """Every entry below `folder`, sorted; no link to a folder and no hidden folder is entered.
+    """Yield every entry below `folder`, sorted; no link to a folder and no hidden folder is entered.
 
-    A folder that cannot be read has none.
+    A folder that cannot be read yields nothing.
     """
     try:
         with os.scandir(folder) as found:
@@ -102,9 +102,9 @@ def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
 
 def remove(path: Path, root: Path) -> None:
-    """Delete a file, a link (never what it names) or a folder and all that is in it; what is gone already is fine.
+    """Delete a file, a link (never its target) or a folder with its contents; a missing path is not an error.
 
-    Raises InputError where a link between `root` and `path` leads out of `root`, OSError where the disk refuses.
+    Raises InputError if a link between `root` and `path` leads out of `root`, OSError if the disk refuses.
     """
     require_inside(path.parent, root)
     while os.path.lexists(path):
@@ -112,9 +112,9 @@ def remove(path: Path, root: Path) -> None:
             if path.is_symlink() or not path.is_dir():
                 path.unlink(missing_ok=True)
             else:
-                shutil.rmtree(path)  # which does not follow the links in it
+                shutil.rmtree(path)  # does not follow links
         except FileNotFoundError:
-            continue  # somebody else deletes it at the same time
+            continue  # another process deletes it at the same time
 
 
 def names_in(folder: Path) -> list[str]:
@@ -141,7 +141,7 @@ def read_regular(path: Path, most: int = -1) -> bytes:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in `folder`; a link counts as none, and what goes meanwhile as nothing."""
+    """Return the bytes of the files in `folder`; links and files that disappear meanwhile count as 0."""
     total = 0
     for entry in _walk(folder):
         try:

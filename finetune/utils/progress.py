@@ -1,4 +1,4 @@
-"""Progress bars: the interface, one that shows nothing, one that a second listener hears."""
+"""Progress bars: the interface, one that shows nothing, one that also reports to a callback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Bar(Protocol):
-    """A progress bar that is already on the screen (or prints plain lines now and then)."""
+    """A progress bar that is already on the screen (or prints plain lines at intervals)."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move by `steps`; `note` is a short figure shown beside the bar."""
@@ -23,21 +23,21 @@ class SilentBar:
     """A bar that shows nothing."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing to move."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to take away."""
+        """Do nothing."""
 
 
 class HeardBar:
-    """A bar that tells one more listener, in words, how far it is."""
+    """A bar that also passes its position, as text, to a callback."""
 
     def __init__(self, bar: Bar, tell: Callable[[str], None], label: str, total: int | None) -> None:
         self._bar, self._tell, self._label, self._total = bar, tell, label, total
         self._done = 0
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move by `steps`, and tell."""
+        """Move by `steps`, and report the position."""
         self._done += steps
         self._tell(f"{position(self._label, self._done, self._total)} {note}".rstrip())
         self._bar.advance(steps, note)
@@ -48,5 +48,5 @@ class HeardBar:
 
 
 def position(label: str, done: int, total: int | None) -> str:
-    """`training 7/100`, or `training 7` where nobody knows how many there will be."""
+    """Return `training 7/100`, or `training 7` if the total is unknown."""
     return f"{label} {done}/{total}" if total else f"{label} {done}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _NOISY = ("trl", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
-_VERBOSITY = {  # read when the library is imported; also by processes that this one starts
+_VERBOSITY = {  # read when the library is imported, also in child processes
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "ACCELERATE_LOG_LEVEL": "ERROR",

@@ -1,4 +1,4 @@
-"""Where recipes lie and what they are called. Imports nothing, for shells ask for names at every press of Tab."""
+"""Find recipes by name. Imports nothing heavy, because shell completion calls it at every press of Tab."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def recipe_folders() -> list[Path]:
-    """Where a recipe's name is looked up: the working directory's recipes/, the checkout's, the installed package's."""
+    """Return the folders searched: recipes/ of the working directory, of the checkout, of the installed package."""
     package = Path(__file__).parents[1]
     return [Path("recipes"), package.parent / "recipes", package / "_recipes"]
 
 
 def known_recipes() -> dict[str, Path]:
-    """Every recipe that can be called by name, with its file; the nearer folder wins."""
+    """Return recipe name → file; the earlier folder of `recipe_folders` wins."""
     known: dict[str, Path] = {}
     for folder in recipe_folders():
         for found in sorted(folder.glob("*.yaml")):
@@ -21,10 +21,10 @@ def known_recipes() -> dict[str, Path]:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """The names that begin so. None for a path: there the shell goes on by itself."""
+    """Return the recipe names with this prefix; none for a path, which the shell completes itself."""
     return sorted(name for name in known_recipes() if name.startswith(incomplete))
 
 
 def resource(*parts: str) -> Path | None:
-    """A file or folder shipped in recipes/ (templates, shapes), or None."""
+    """Return a file or folder shipped in recipes/ (templates, shapes), or None."""
     return next((f.joinpath(*parts) for f in recipe_folders()[1:] if f.joinpath(*parts).exists()), None)

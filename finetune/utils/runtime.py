@@ -1,6 +1,6 @@
-"""The machine and the process: versions and git commit, random state, threads, memory given back.
+"""The machine and the process: versions and git commit, random state, threads, heap trimming.
 
-What describe_environment() returns is recorded in manifests and is never part of a key.
+The result of describe_environment() is recorded in manifests and is never part of a key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = (
 
 @cache
 def describe_environment() -> dict[str, object]:
-    """Versions, git commit and dirty flag, machine. No host name, user name, path or environment variable."""
+    """Return versions, git commit, dirty flag and machine. No host name, user name, path or environment variable."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -57,7 +57,7 @@ def describe_environment() -> dict[str, object]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set this process has had so far."""
+    """Return the largest resident set size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
@@ -87,7 +87,7 @@ def _git() -> tuple[str | None, bool | None]:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Python's, NumPy's and torch's generators at one moment; reading them does not wait for the GPU."""
+    """State of Python's, NumPy's and torch's random generators; reading it does not synchronise with the GPU."""
 
     python: Any
     numpy: Any
@@ -96,7 +96,7 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        """As they are."""
+        """Return the current state."""
         import numpy as np
         import torch
 
@@ -104,7 +104,7 @@ class RandomState:
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
-        """As they were."""
+        """Set the generators to this state."""
         import numpy as np
         import torch
 
@@ -120,10 +120,10 @@ SMALL_PARAMETERS = 50_000_000
 
 @contextmanager
 def fitting(base: Path, device: str) -> Iterator[None]:
-    """One thread for a small base on a CPU, torch's own choice for everything else.
+    """Use one thread for a small base on a CPU, torch's default for everything else.
 
-    The operations of a tiny model are so short that its threads mostly wait for each other: on 2 quiet cores a second
-    thread gains a third, and with another busy process a step takes up to 70 times as long (docs/lab-notes.md).
+    The operations of a tiny model are so short that its threads mostly wait for each other: on 2 idle cores a second
+    thread gains a third, but with another busy process a step takes up to 70 times as long (docs/lab-notes.md).
     """
     small = device == "cpu" and read_json(base / "base.json")["parameters"] < SMALL_PARAMETERS
     with single_thread() if small else nullcontext():
@@ -132,7 +132,7 @@ def fitting(base: Path, device: str) -> Iterator[None]:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Let every torch operation run in the thread that calls it: whoever uses this has threads of its own."""
+    """Run every torch operation in the calling thread; for callers that use several threads themselves."""
     import torch
 
     before = torch.get_num_threads()
@@ -144,25 +144,25 @@ def single_thread() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Have glibc return what was freed; elsewhere nothing.
+    """Make glibc return freed memory to the system (malloc_trim); no effect elsewhere.
 
-    It keeps blocks under 32 MB in its heaps, in holes that the next layer's blocks do not fit into: a 1.1B model that
-    went through a layer at a time held 4 GB at the end, against 0.6 GB with this (docs/lab-notes.md, 2026-11-28).
+    glibc keeps blocks under 32 MB in its heaps, in holes that do not fit the next layer's blocks: processing a 1.1B
+    model layer by layer held 4 GB at the end, 0.6 GB with this (docs/lab-notes.md, 2026-11-28).
     """
     if sys.platform != "linux":
         return
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # musl's own allocator has no such call, and no such heaps
+    except AttributeError:  # musl's allocator has neither this call nor such heaps
         return
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
-    """`function` of each item, in the order of `items`, made by `threads` threads.
+    """Yield `function(item)` in the order of `items`, computed by `threads` threads.
 
-    Item k is asked for, and begun, only once the result of item k - `ahead` has been taken and the one after it asked
-    for: so `ahead` items at most are held, the one taken last included. What `function` raises is raised here, in its
-    place; then, and when the caller stops early, nothing more is begun.
+    Item k is read and submitted only after the result of item k - `ahead` has been consumed and the next one requested:
+    at most `ahead` items are held, including the one consumed last. An exception of `function` is raised here at its
+    position; after that, or when the caller stops early, nothing more is submitted.
     """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads, "ahead") as pool:

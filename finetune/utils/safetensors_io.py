@@ -40,7 +40,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where one tensor lies: nothing is read before `load`."""
+    """Position of one tensor in a file; nothing is read before `load`."""
 
     name: str
     dtype: str  # safetensors code: "BF16", "F32", …
@@ -54,7 +54,7 @@ class TensorRef:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def load(self) -> torch.Tensor:
-        """The tensor, in memory of its own, on the CPU, in the dtype of the file."""
+        """Return a copy of the tensor on the CPU, in the dtype of the file."""
         import torch
 
         raw = torch.empty(self.size_bytes, dtype=torch.uint8)
@@ -62,10 +62,10 @@ class TensorRef:
         return raw.view(torch_dtype(self.dtype)).reshape(self.shape)
 
     def read_into(self, raw: torch.Tensor, start: int = 0, *, once: bool = False) -> None:
-        """Fill `raw` (bytes, uint8) from the tensor's byte `start` on.
+        """Fill `raw` (uint8) with the tensor's bytes from `start` on.
 
-        `once` says that nobody reads this again soon: the page cache gives the pages back. Without that a large model
-        pushes everything else out of memory, and each new page costs a virtual machine many times the copy itself.
+        With `once` the pages are dropped from the page cache after reading. Otherwise a large model evicts everything
+        else, and on a virtual machine each new page costs many times the copy itself.
         """
         if not len(raw):
             return
@@ -96,7 +96,7 @@ class GrownRef(TensorRef):
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code ("BF16") or of a plain name ("bfloat16")."""
+    """Return the torch dtype of a safetensors code ("BF16") or of a plain name ("bfloat16")."""
     import torch
 
     dtypes: dict[str, torch.dtype] = {name: vars(torch)[name] for name in CODES}
@@ -104,14 +104,14 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def dtype_code(name: str) -> str:
-    """The safetensors code of a plain dtype name: "bfloat16" → "BF16"."""
+    """Return the safetensors code of a plain dtype name: "bfloat16" → "BF16"."""
     return CODES[name.removeprefix("torch.")]
 
 
 def read_file(path: Path) -> dict[str, TensorRef]:
-    """The tensors of one safetensors file, in the file's order, by name.
+    """Return the tensors of one safetensors file by name, in the file's order.
 
-    Raises InputError when the file is cut short, is no safetensors file, or holds a dtype we cannot read.
+    Raises InputError if the file is truncated, is not a safetensors file, or holds an unsupported dtype.
     """
     with reading(f"{path}: its safetensors header is damaged; download it again"):
         return _read_header(path)
@@ -147,10 +147,10 @@ def _read_header(path: Path) -> dict[str, TensorRef]:
 
 
 def read_folder(folder: Path) -> dict[str, TensorRef]:
-    """All tensors of a model folder, by name: its index if it has one, else every `*.safetensors`.
+    """Return all tensors of a model folder by name: those of its index if it has one, else of every `*.safetensors`.
 
-    `consolidated*.safetensors` (the same weights under other names, as Mistral's repositories carry them) is passed
-    over. Raises InputError when there is no weight, a shard is missing, or two files hold the same name.
+    `consolidated*.safetensors` (the same weights under other names, in Mistral's repositories) is skipped. Raises
+    InputError if there are no weights, a shard is missing, or two files hold the same name.
     """
     index = folder / "model.safetensors.index.json"
     weight_map: dict[str, str] = {}
@@ -171,13 +171,13 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
                 raise InputError(f"{folder}: {key} is in {refs[key].file.name} and in {name}; keep one of them")
             refs[key] = ref
     if weight_map and (missing := sorted(set(weight_map) ^ set(refs))):
-        raise InputError(f"{index}: and its shards disagree on {missing[0]} ({len(missing)} names in all)")
+        raise InputError(f"{index}: the index and the shards differ in {missing[0]} ({len(missing)} names in all)")
     return refs
 
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """What a tensor to be written will be."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: str
@@ -211,7 +211,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """Every file of a checkpoint, known from shapes alone."""
+    """All files of a checkpoint, planned from shapes alone."""
 
     shards: tuple[Shard, ...]
 
@@ -227,14 +227,14 @@ class ShardPlan:
 
     @property
     def tensors(self) -> Iterator[TensorShape]:
-        """Every tensor in the order in which it is written."""
+        """Yield every tensor in the order in which it is written."""
         return (t for shard in self.shards for t in shard.tensors)
 
 
 def plan_shards(tensors: Iterable[TensorShape], max_shard_bytes: int) -> ShardPlan:
-    """Lay tensors into files of at most `max_shard_bytes` of data, layers in number order, with the Hub's file names.
+    """Assign tensors to files of at most `max_shard_bytes` of data, layers in numeric order, with the Hub's file names.
 
-    A tensor larger than that has a file of its own. The result depends on the set of tensors only, not on its order.
+    A larger tensor gets its own file. The result depends only on the set of tensors, not on its order.
     """
     groups: list[list[TensorShape]] = [[]]
     room = max_shard_bytes
@@ -258,8 +258,8 @@ def plan_shards(tensors: Iterable[TensorShape], max_shard_bytes: int) -> ShardPl
 def write_shards(folder: Path, plan: ShardPlan, pieces: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Write tensors, whole or a few rows at a time, in the order of `plan.tensors`; synced to disk.
 
-    A piece is free again once the next one is asked for. Returns each safetensors file's xxh3-128. Raises FinetuneError
-    when a piece is not of the tensor planned (name, dtype or shape) or when there are too few or too many.
+    A piece may be reused once the next one is requested. Returns each safetensors file's xxh3-128. Raises FinetuneError
+    if a piece does not match the planned tensor (name, dtype, shape), or if there are too few or too many pieces.
     """
     stream = iter(pieces)
     digests = {}
@@ -270,7 +270,7 @@ def write_shards(folder: Path, plan: ShardPlan, pieces: Iterable[tuple[str, torc
                 _write_tensor(file, planned, stream)
         digests[shard.file] = file.digest()
     for name, _ in stream:
-        raise FinetuneError(f"the merge wrote everything planned and still has {name}")
+        raise FinetuneError(f"the merge yields {name}, which is not planned; this is a bug in finetune")
     if len(plan.shards) > 1:
         weight_map = {t.name: shard.file for shard in plan.shards for t in shard.tensors}
         write_json(
@@ -291,7 +291,7 @@ def _write_tensor(file: SyncedFile, planned: TensorShape, stream: Iterator[tuple
         found = TensorShape(name, dtype_code(str(tensor.dtype)), (rows, *shape[1:]) if shape else ())
         fits = replace(found, shape=planned.shape) == planned and len(shape) == len(planned.shape)
         if not fits or found.shape[1:] != planned.shape[1:] or (shape and rows > planned.shape[0]):
-            raise FinetuneError(f"the merge made {found}, planned was {planned}; this is a mistake in this program")
+            raise FinetuneError(f"the merge yields {found}, planned is {planned}; this is a bug in finetune")
         file.write(memoryview(_bytes_of(tensor)))
         if found.shape == planned.shape:
             return
@@ -313,5 +313,5 @@ def _read_fully(descriptor: int, buffer: memoryview, offset: int, path: Path) ->
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done : done + (1 << 30)]], offset + done)
         if not count:
-            raise InputError(f"{path}: ended early; it was cut short while we read it")
+            raise InputError(f"{path}: ended early: the file was truncated while it was read")
         done += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# A W&B key of the older kind is 40 hex digits, just like a git commit: it counts only beside a name that says so.
+# An older W&B key is 40 hex digits, like a git commit: it is matched only next to a name such as wandb_key.
 _PATTERNS = (
     ("a Hugging Face token", re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")),
     ("a Weights & Biases key", re.compile(r"\bwandb_v\d+_[A-Za-z0-9_]{20,}")),
@@ -17,7 +17,7 @@ _PATTERNS = (
 
 
 def find_secrets(text: str) -> list[str]:
-    """What in `text` looks like a credential: its kind and 1-based line, never the credential itself."""
+    """Return kind and 1-based line of each apparent credential in `text`, never the credential itself."""
     found = []
     for kind, pattern in _PATTERNS:
         for match in pattern.finditer(text):
@@ -26,7 +26,7 @@ def find_secrets(text: str) -> list[str]:
 
 
 def redact(text: str) -> str:
-    """`text` with everything that looks like a credential replaced by `[hidden]`."""
+    """Return `text` with every apparent credential replaced by `[hidden]`."""
     for _, pattern in _PATTERNS:
         text = pattern.sub("[hidden]", text)
     return text

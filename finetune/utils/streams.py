@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr that never end the work: what cannot be written is dropped or escaped."""
+"""Replace stdin, stdout and stderr by streams that never raise: unwritable output is dropped or escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.utils.format import visible
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-STUCK_SECONDS = 60.0  # a full pipe that is not to be waited for by the kernel
+STUCK_SECONDS = 60.0  # how long to wait for a full non-blocking pipe
 
 
 class Steady(io.RawIOBase):
@@ -55,17 +55,17 @@ class Steady(io.RawIOBase):
         return size
 
     def _tell(self, error: OSError) -> None:
-        """Say once on stderr that stdout is not all there; a reader that left knows."""
+        """Report once on stderr that output of stdout is lost; not for a closed pipe."""
         if self._descriptor == 1 and error.errno != errno.EPIPE:
             with suppress(OSError):
                 os.write(2, f"stdout: output is lost: {error.strerror}\n".encode())
 
 
 def steady() -> None:
-    """Make the three streams of this process steady; again, in a notebook, in a test and on Windows nothing changes.
+    """Replace the three streams of this process by Steady ones. No effect in a notebook, a test, on Windows or twice.
 
-    A descriptor that is closed is opened on the null device: a file opened later would take its number, and prints
-    would go into that file.
+    A closed descriptor is opened on the null device: otherwise a file opened later would take its number and receive
+    the printed lines.
     """
     if sys.platform == "win32":
         return
@@ -82,7 +82,7 @@ def steady() -> None:
 
 
 def print_text(text: object) -> None:
-    """Print a line of a command's result, as it is: no markup, every control character visible."""
+    """Print a line of a command's result: no markup, every control character visible."""
     sys.stdout.write(f"{visible(str(text))}\n")
 
 

@@ -1,7 +1,7 @@
-"""The drawings of a report, as inline SVG: lines, histograms, intervals and bars.
+"""Charts of a report as inline SVG: lines, histograms, intervals and bars.
 
-Widths and colours come from the page's style sheet through class names, so that a drawing follows the theme and the
-screen. Every drawing says in its label what it shows; no two things in one differ by colour alone.
+Widths and colours come from the page's style sheet through class names, so that a chart follows theme and screen.
+Every chart has an aria-label; no two things in one differ by colour alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune.utils.format import visible
 WIDTH, HEIGHT = 400.0, 216.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 18.0, 26.0, 38.0
 MOST_POINTS = 400
-LONGEST_NAME = 44  # characters that fit across a drawing
+LONGEST_NAME = 44  # characters that fit across a chart
 
 Points = Sequence[tuple[float, float]]
 
@@ -32,16 +32,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to compare with, and its words."""
+    """A horizontal reference line and its label."""
 
     value: float
     label: str
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2, 5 × a power of ten) from `low` to `high`, roughly `about` of them."""
+    """Return about `about` round numbers (1, 2, 5 × a power of ten) from `low` to `high`."""
     raw = (high - low) / about
-    if not raw > 1e-300:  # a figure, its logarithm and its label need more room than the smallest floats have
+    if not raw > 1e-300:  # a step this small is below the precision of floats
         return [low]
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)
@@ -50,7 +50,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A tick's label: 0.05, 12, 1.5k, 2M, 1e-5."""
+    """Return a tick's label: 0.05, 12, 1.5k, 2M, 1e-5."""
     size = abs(value)
     if size < 1e-12:
         return "0"
@@ -64,12 +64,12 @@ def short(value: float) -> str:
 
 
 def thinning(count: int, most: int = MOST_POINTS) -> int:
-    """How many neighbours `thinned` makes one point of."""
+    """Return how many neighbouring points `thinned` averages into one."""
     return max(1, -(-count // most))
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """The means of equal runs of neighbours, so that at most `most` points are left."""
+    """Average runs of neighbouring points, so that at most `most` are left."""
     run = thinning(len(points), most)
     if run == 1:
         return list(points)
@@ -78,7 +78,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]
 
 
 def smoothed(points: Points, window: int) -> list[tuple[float, float]]:
-    """A trailing mean of `y` over `window` points."""
+    """Return the trailing mean of `y` over `window` points."""
     means, total = [], 0.0
     for i, (x, y) in enumerate(points):
         total += y - (points[i - window][1] if i >= window else 0.0)
@@ -96,7 +96,7 @@ def lines(
     from_zero: bool = False,
     y_text: Callable[[float], str] = short,
 ) -> Markup:
-    """Curves over one pair of axes, x from 0 on; points that are no finite numbers are left out."""
+    """Draw curves over one pair of axes, x from 0 on; points that are not finite are left out."""
     drawn = [Line(thinned([p for p in c.points if all(map(math.isfinite, p))]), c.look) for c in curves]
     every = [p for c in drawn for p in c.points]
     if not every:
@@ -105,14 +105,14 @@ def lines(
     low, high = (0.0 if from_zero else min(ys)), max(ys)
     low, high = _widened(low, high, from_zero)
     if level is not None and level.value > low + 0.85 * (high - low):
-        high += 0.12 * (high - low)  # room for its words above it, where no curve runs
+        high += 0.12 * (high - low)  # room for its label above the curves
     frame = _Frame(0.0, max(x for x, _ in every), low, high)
     parts = [frame.axes(x_label, y_label, y_text)]
     for curve in drawn:
         parts.append(_curve(frame, curve))
     if level is not None:
         y = frame.y(level.value)
-        crossed = any(y - 16 < frame.y(value) < y for _, value in every)  # a curve runs where its words would stand
+        crossed = any(y - 16 < frame.y(value) < y for _, value in every)  # a curve crosses the place of its label
         words = y - 4 if y - TOP > 16 and not crossed else y + 13
         parts.append(
             f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -135,7 +135,7 @@ def _curve(frame: _Frame, curve: Line) -> str:
 def histogram(
     label: str, counts: Sequence[int], width: float, x_label: str, y_label: str, *, limit: float | None = None
 ) -> Markup:
-    """Bars from 0 on, each `width` wide; `limit` is a figure on the x axis that is marked."""
+    """Draw bars from 0 on, each `width` wide; `limit` is a value marked on the x axis."""
     if not counts or not sum(counts):
         return Markup("")
     frame = _Frame(0.0, width * len(counts), 0.0, max(counts) * 1.05)
@@ -160,7 +160,7 @@ def histogram(
 
 
 def intervals(label: str, rows: Sequence[tuple[str, float, float | None, float | None]], x_label: str) -> Markup:
-    """A dot for each (name, value, low, high), with a whisker where the ends are known; a name to a line."""
+    """Draw a dot for each (name, value, low, high), with a whisker if the ends are known; one row per name."""
     if not rows:
         return Markup("")
     ends = [v for _, value, low, high in rows for v in (value, low, high) if v is not None]
@@ -191,7 +191,7 @@ def intervals(label: str, rows: Sequence[tuple[str, float, float | None, float |
 
 
 def bar(label: str, kept: float, lost: float, whole: float, look: str = "kept") -> Markup:
-    """One bar as wide as its place: `kept` filled, `lost` after it in outline, both as shares of `whole`.
+    """Draw one bar: `kept` filled, then `lost` in outline, both as shares of `whole`.
 
     `look` is a class of the style sheet: kept, or measured.
     """
@@ -209,7 +209,7 @@ def bar(label: str, kept: float, lost: float, whole: float, look: str = "kept") 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where figures lie on the drawing."""
+    """Axes of a chart: data values to SVG coordinates."""
 
     x_low: float
     x_high: float
@@ -223,7 +223,7 @@ class _Frame:
         return _scaled(value, self.y_low, self.y_high, HEIGHT - BOTTOM, TOP)
 
     def axes(self, x_label: str, y_label: str, y_text: Callable[[float], str], *, whole: bool = False) -> str:
-        """Ticks, grid and labels; with `whole`, no tick between two counts."""
+        """Draw ticks, grid and labels; with `whole`, ticks at integers only."""
         parts = []
         for t in ticks(self.y_low, self.y_high):
             if whole and t != round(t):
@@ -252,7 +252,7 @@ def _scaled(value: float, low: float, high: float, start: float, end: float) -> 
 
 
 def _widened(low: float, high: float, from_zero: bool) -> tuple[float, float]:
-    """A little room around the figures, and some room where they are all the same."""
+    """Return the range with a margin, also when all values are equal."""
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return (low if from_zero else low - room), high + room
 

@@ -1,8 +1,8 @@
-"""Write a large file at the speed of the disk: synced as it goes, hashed as it goes, and out of the page cache after.
+"""Write a large file at disk speed: synced and hashed while it is written, then dropped from the page cache.
 
-Left alone, the kernel gathers gigabytes of dirty pages, stops the writer while it throws them out, and then keeps the
-clean ones in place of what the machine needs. Measured on a virtual machine (docs/lab-notes.md), 4 GB take a fifth of
-the time this way: the same few pages are used over and over.
+By default the kernel collects gigabytes of dirty pages, blocks the writer while it flushes them, and keeps the clean
+pages in place of more useful ones. On a virtual machine 4 GB take a fifth of the time this way
+(docs/lab-notes.md), because the same few pages are reused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from types import TracebackType
 import xxhash
 
 SYNC_BYTES = 64 << 20
-MOST_WAITING = 2  # stretches on their way to the disk: 128 MB of dirty pages at most, and the one being filled
+MOST_WAITING = 2  # chunks being synced: 128 MB of dirty pages at most, and the one being filled
 
 
 class SyncedFile:
-    """A new file, written from its start; on the disk when the `with` block ends without an error."""
+    """A new file, written sequentially; synced when the `with` block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class SyncedFile:
         return self
 
     def write(self, data: memoryview) -> None:
-        """Append bytes; waits when the disk is behind. Raises OSError, also for bytes that were taken earlier."""
+        """Append bytes; waits for a slow disk. Raises OSError, also for an earlier write that failed."""
         self._hash.update(data)
         done = 0
         while done < len(data):
@@ -49,7 +49,7 @@ class SyncedFile:
             self._waiting.pop(0).result()
 
     def digest(self) -> str:
-        """The xxh3-128 of what was written, 32 hexadecimal digits."""
+        """Return the xxh3-128 of the bytes written, 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
     def __exit__(
@@ -71,6 +71,6 @@ class SyncedFile:
 
 
 def forget_pages(descriptor: int, start: int, length: int) -> None:
-    """Give clean pages of a file back to the system (to the end of the file where `length` is 0); on Linux only."""
+    """Drop clean pages of a file from the page cache (to its end if `length` is 0); Linux only."""
     if sys.platform == "linux":
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)

@@ -1,6 +1,6 @@
 """Private names of other libraries: the only module that uses them.
 
-Each has no public counterpart in the version named beside it. `tests/utils/test_upstream.py` fails when one is gone, or
+None has a public counterpart in the version named next to it. `tests/utils/test_upstream.py` fails when one is gone, or
 when a public name has taken its place.
 """
 
@@ -20,7 +20,7 @@ Arguments = TypeVar("Arguments", bound="TrainingArguments")
 
 
 def compile_template(source: str) -> Any:  # noqa: ANN401 - jinja2.Template; transformers has no types here
-    """Compile a chat template in transformers' own sandbox with its own extensions; cached by transformers (5.23)."""
+    """Compile a chat template in transformers' sandbox with its extensions; cached by transformers (5.23)."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)

@@ -133,7 +133,7 @@ def run_stages(root: Path, minhash: bool) -> dict[str, Any]:
     recipe = Recipe.model_validate(
         {
             "name": "bench", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc", "weight": 1}],
-            "dedup": {"embedding": "folder/of/minilm", "threshold": THRESHOLD, "minhash": {} if minhash else None},
+            "dedup": {"embedding": "folder/of/minilm", "threshold": THRESHOLD, "jaccard": {} if minhash else None},
             "decontaminate": {"against": [{"source": "local", "path": str(root / "evaluation.jsonl")}]},
             "sample": {"random": 10_000},
         }

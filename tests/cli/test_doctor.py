@@ -55,14 +55,14 @@ def test_apple_and_amd_have_a_line_each_and_others_none(monkeypatch):
 def test_packages_are_compared_with_the_versions_asked_for():
     assert doctor.package("numpy", ">=1").broken is False
     old = doctor.package("numpy", ">=999")
-    assert old.broken and ">=999" in old.found and '"numpy>=999"' in old.mend
+    assert old.broken and ">=999" in old.found and '"numpy>=999"' in old.fix
     absent = doctor.package("no-such-package-of-ours", "", "tracking.nothing")
     assert not absent.broken and "needed only for tracking.nothing" in absent.found
 
 
 def test_disk_says_where_nothing_can_be_written(tmp_path):
     free = doctor.disk("scratch", tmp_path / "not" / "yet", "--scratch", wanted=10**18)
-    assert "free in" in free.found and "--scratch FOLDER" in free.mend
+    assert "free in" in free.found and "--scratch FOLDER" in free.fix
     assert doctor.disk("scratch", tmp_path, "--scratch").mend == ""
     (tmp_path / "file").write_text("")
     assert "cannot be written" in doctor.disk("artifacts", tmp_path / "file" / "in", "--artifacts").found

@@ -109,7 +109,7 @@ def test_a_python_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(FinetuneError, match="status 3: it broke"):
         list(documentation(str(bad)))
     bad.write_text("#!/bin/sh\nkill -9 $$\n")
-    with pytest.raises(FinetuneError, match=r"killed by SIGKILL \(out of memory\?\): it said nothing"):
+    with pytest.raises(FinetuneError, match=r"killed by SIGKILL \(out of memory\?\): no output"):
         list(documentation(str(bad)))
     with pytest.raises(FinetuneError, match="cannot start"):
         list(documentation(str(tmp_path / "absent")))

@@ -48,7 +48,7 @@ def test_a_damaged_shard_is_removed_and_said(cache, tmp_path, said, damage):
     shard.write_bytes(content)
     rows, found = cache.find([*texts, "good"])
     assert rows.tolist() == [200] and np.array_equal(found, vectors(1))
-    assert len(said) == 1 and "made again" in said[0] and not shard.exists()
+    assert len(said) == 1 and "recomputed" in said[0] and not shard.exists()
     cache.keep(texts, vectors(200))
     assert len(cache.find(texts)[0]) == 200 and len(said) == 1
 
@@ -88,7 +88,7 @@ def test_a_disk_that_takes_nothing_costs_only_time(tmp_path, said):
     cache = EmbeddingCache(tmp_path, {}, said.append)
     assert len(cache.find(["a"])[0]) == 0
     cache.keep(["a"], vectors(1))
-    assert len(said) == 1 and "cannot be kept" in said[0]
+    assert len(said) == 1 and "cannot be cached" in said[0]
 
 
 def _write(folder, first):

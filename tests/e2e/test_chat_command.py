@@ -92,7 +92,13 @@ def test_commands_on_stdin(finished, merged, tmp_path):
         "/seed x", "/seed 5", "/bogus", "/help", "", "/quit", "never asked",
     ]  # fmt: skip
     done = talk(finished, merged, lines, folder=tmp_path)
-    for sentence in ("nothing said yet", "added to chat.jsonl", "/seed x: write", "no command /bogus", "a new conv"):
+    for sentence in (
+        "the conversation is empty",
+        "added to chat.jsonl",
+        "/seed x: write",
+        "no command /bogus",
+        "a new conv",
+    ):
         assert sentence in done.stderr
     (first,) = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
     assert [m["role"] for m in first["messages"]] == ["user", "assistant"]

@@ -45,7 +45,7 @@ def test_every_absent_row_has_one_reason_and_it_is_the_right_one(lab):
         data, second, source={"format": "alpaca"},
         sets=[
             "data.1.weight=0.5", "filter={max_assistant_characters: 400, rules: [echo]}",
-            f"dedup={{minhash: {{}}, embedding: 'model2vec:{static_model(lab.folder / 'static', rows)}'}}",
+            f"dedup={{jaccard: {{}}, embedding: 'model2vec:{static_model(lab.folder / 'static', rows)}'}}",
             "dedup.field=output",
             f"decontaminate={{against: [{{source: local, path: '{evaluation}'}}]}}",
             "sample={top_k: 150}", "split={eval_fraction: 0.1}",
@@ -103,7 +103,7 @@ def test_mistral_platypus_from_local_files_as_its_own_comment_says(pristine, tmp
     transformer(tmp_path / "embedding", rows)
     sets = [
         "model=./base", f"data.0={{source: local, path: {NAME}, format: alpaca}}", "dedup.embedding=./embedding",
-        "dedup.minhash={}", "decontaminate.against=[{source: local, path: benchmark.jsonl}]", "sample.top_k=200",
+        "dedup.jaccard={}", "decontaminate.against=[{source: local, path: benchmark.jsonl}]", "sample.top_k=200",
         "pack={}",
     ]  # fmt: skip
     options = [part for option in sets for part in ("--set", option)]

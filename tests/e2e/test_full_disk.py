@@ -1,4 +1,4 @@
-"""A disk that fills up while a stage writes: one sentence, nothing committed, and the same command goes on."""
+"""A disk that fills up while a stage writes: one sentence, nothing committed, and the same command again."""
 
 import contextlib
 import errno
@@ -103,7 +103,7 @@ def test_a_record_that_cannot_be_written_between_two_stages_is_one_sentence(
     assert left.value.code == 1 and "Traceback" not in said
     words = "no space left on this disk; free some" if error == errno.ENOSPC else "cannot be written"
     assert said.count(words) == 1 and str(tmp_path / "artifacts" / "runs" / "small") in said, said
-    assert "the same command goes on" in said and "was not written" not in said, said
+    assert "the same command again" in said and "was not written" not in said, said
     (base,) = tmp_path.glob("artifacts/base/*/manifest.json")
     assert not any(tmp_path.glob("artifacts/ingest/*/manifest.json"))
     written = base.stat().st_mtime_ns

@@ -224,7 +224,7 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path):
     [
         ('{"prompt": "A?"}\n{"prompt": 3}\n', "row 2"),
         ('{"prompt": "A?"}\n{broken\n', "row 2"),
-        ('{"messages": [{"role": "assistant", "content": "B."}]}\n', "asks nothing"),
+        ('{"messages": [{"role": "assistant", "content": "B."}]}\n', "no prompt"),
         ('{"other": "A?"}\n', "no format fits"),
         ('{"messages": [{"role": "user", "content": "A?"}], "tools": "x"}\n', "tools: found the text 'x'"),
     ],

@@ -72,11 +72,11 @@ def test_without_data_there_is_no_certificate_and_it_says_so(work, adapter):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("./gone",), "is no folder"),
+        (("./gone",), "is not a folder"),
         (("./base",), "holds no adapter_config.json"),
         (("nobody",), "has not run yet"),
         (("a b",), "no folder, RECIPE"),
-        (("./theirs", "--base", "./rows"), "is no folder"),
+        (("./theirs", "--base", "./rows"), "is not a folder"),
         (("./theirs", "--base", "./base", "--data", "gone.jsonl"), "no such file"),
         (("./theirs", "--base", "./base", "--gguf", "q9"), "export.gguf.0: found 'q9'"),
     ],
@@ -96,7 +96,7 @@ def test_another_template_beside_the_adapter_is_refused_in_a_recipe(work, adapte
     lines = [line for line in text.splitlines() if not line.startswith(("lora:", "train:"))]
     recipe.write_text("\n".join([*lines, "train: null", "lora: {start_from: ./other}"]) + "\n")
     refused = work.run("run", "imported.yaml", status=3).stderr
-    assert "chat template that writes a question as '<user>How far is it?'" in refused
+    assert "chat template writes a question as '<user>How far is it?'" in refused
     (other / "chat_template.jinja").write_text((work.folder / "base" / "chat_template.jinja").read_text())
     work.run("run", "imported.yaml")
     assert work.show("imported")["stages"]["train"]["metrics"]["imported"] == "other"

@@ -24,7 +24,9 @@ def test_push_verify_push_again_and_pull(finished, hub, tmp_path):
     assert "model.safetensors" in dry.stdout and "pipeline_tag: text-generation" in dry.stdout
     done = finished.run("publish", "small", "--repo", "me/small", *sets, **env)
     assert "files verified" in done.stdout
-    assert "loaded from there and as trained: tokenizer, chat template, config, generation config" in done.stderr
+    assert (
+        "loaded from there and equal to the trained: tokenizer, chat template, config, generation config" in done.stderr
+    )
     names = set(server.files("me/small"))
     assert {"model.safetensors", "config.json", "chat_template.jinja", "certificate.json", "README.md"} <= names
     again = finished.run("publish", "small", "--repo", "me/small", *sets, **env)
@@ -53,7 +55,7 @@ def test_gguf_and_rows_of_a_run(finished, hub, tmp_path):
     server, env = hub
     here = Workspace(shutil.copytree(finished.folder, tmp_path / "work"))
     refused = here.run("publish", "small", "--repo", "me/y", "--set", "publish.what=[gguf]", status=2, **env)
-    assert "publish.what: it names gguf, and export is null" in refused.stderr
+    assert "publish.what: found gguf, but export is null" in refused.stderr
     asked = ("--set", "export.gguf=[q8_0, f16]")
     here.run("run", "small.yaml", *asked)
     perplexity = here.show()["stages"]["export"]["metrics"]["perplexity"]

@@ -92,16 +92,16 @@ def test_what_is_better_is_told_from_chance_and_what_is_alike_is_not(name):
     assert worse[name]["interval"] == pytest.approx([-high, -low], abs=0.05)
     # Each row once with the answers of the one and once with those of the other: no difference, whatever was drawn.
     alike, _ = measures.compare([name], references * 2, random_ones + others, others + random_ones, 0)
-    assert measures.verdict(alike[name]) == "not told apart"
+    assert measures.verdict(alike[name]) == "no clear difference"
 
 
 def test_a_measure_that_applies_to_no_row_says_so():
     found, rows = measures.compare(["json_valid"], ["a", "b"], ["{}", "{}"], ["{}", "{}"], 0)
     assert found["json_valid"]["rows"] == 0 and measures.verdict(found["json_valid"]) == "no row"
     assert rows == [{"json_valid": (None, None)}] * 2
-    assert measures.words_of("json_valid", found["json_valid"]).endswith("no reference that it applies to")
+    assert measures.words_of("json_valid", found["json_valid"]).endswith("it applies to no reference")
     one_row, _ = measures.compare(["f1"], ["a"], ["a"], ["b"], 0)
-    assert one_row["f1"]["interval"] is None and measures.verdict(one_row["f1"]) == "not told apart"
+    assert one_row["f1"]["interval"] is None and measures.verdict(one_row["f1"]) == "no clear difference"
     assert np.isfinite(one_row["f1"]["difference"])
 
 

@@ -109,7 +109,7 @@ def test_a_file_that_differs_on_the_hub_is_found(hub: LoopbackHub, folder: Path,
     with pytest.raises(FinetuneError) as error:
         push(folder)
     status, text = code_of(error)
-    assert status == 1 and damaged in text and "not what was pushed" in text
+    assert status == 1 and damaged in text and "differs from the local files" in text
 
 
 def test_a_file_that_did_not_arrive_is_found(hub: LoopbackHub, folder: Path) -> None:
@@ -146,10 +146,10 @@ def test_a_file_that_did_not_arrive_is_found(hub: LoopbackHub, folder: Path) -> 
         ("POST", "/commit/", {"status": 413, "message": "too large"}, 2, "too large"),
         ("POST", "/api/repos/create", {"status": 429}, 1, "rate limit"),
         ("POST", "/commit/", {"status": 429}, 1, "rate limit"),
-        ("POST", "/commit/", {"status": 503}, 1, "out of order"),
-        ("GET", "/tree/", {"status": 500}, 1, "out of order"),
-        ("POST", "/objects/batch", {"status": 502}, 1, "out of order"),
-        ("PUT", "/lfs/", {"status": 500}, 1, "out of order"),
+        ("POST", "/commit/", {"status": 503}, 1, "server error of the Hub"),
+        ("GET", "/tree/", {"status": 500}, 1, "server error of the Hub"),
+        ("POST", "/objects/batch", {"status": 502}, 1, "server error of the Hub"),
+        ("PUT", "/lfs/", {"status": 500}, 1, "server error of the Hub"),
         ("POST", "/commit/", {"drop": "before"}, 1, "no connection"),
         ("PUT", "/lfs/", {"drop": "before"}, 1, "no connection"),
     ],

@@ -257,7 +257,7 @@ def test_training_goes_on_from_an_earlier_adapter(earlier, load, base, ctx, tmp_
         ({"r": 8}, r"r is 4 in the adapter and 8 here; set lora\.r: 4"),
         ({"alpha": 5}, r"lora_alpha is 32 in the adapter and 5.0 here; set lora\.alpha: 32"),
         ({"rslora": True}, "use_rslora is False in the adapter and True"),
-        ({"modules_to_save": []}, r"holds norm whole and the recipe trains nothing whole"),
+        ({"modules_to_save": []}, r"fully trained modules are norm in the adapter and nothing in the recipe"),
         ({"targets": ["q_proj"]}, "is in the adapter and not adapted here"),
     ],
     ids=["rank", "alpha", "rslora", "saved", "targets"],
@@ -276,7 +276,7 @@ def test_an_adapter_of_another_base_or_with_a_value_that_is_no_number_is_refused
     stored = load_file(earlier[0] / lora_resume.WEIGHTS)
     name = sorted(stored)[0]
     save_file({**stored, name: stored[name].fill_(float("inf"))}, earlier[0] / lora_resume.WEIGHTS)
-    with pytest.raises(InputError, match="holds a value that is no number"):
+    with pytest.raises(InputError, match="holds NaN or an infinity"):
         learned(load, base, ctx, tmp_path, lora={"modules_to_save": ["norm"]}, start=earlier[0])
 
 
@@ -329,7 +329,7 @@ def test_another_attempt_begins_with_the_bases_own_modules(load, base, ctx, tmp_
         ({"modules_to_save": ["q_proj"]}, "q_proj is a linear module, which is quantised"),
         ({"modules_to_save": ["embed_tokenz"]}, "did you mean embed_tokens"),
         ({"modules_to_save": ["mlp"]}, "no module with weights of its own is named 'mlp'"),
-        ({"targets": r".*mlp\..*"}, "also matches model.layers.0.mlp.act_fn, which is no linear module"),
+        ({"targets": r".*mlp\..*"}, "also matches model.layers.0.mlp.act_fn, which is not a linear module"),
     ],
 )
 def test_what_the_base_cannot_do_is_refused_before_its_weights_are_read(base, lora, expected):
@@ -356,10 +356,10 @@ def test_a_plan_counts_what_peft_trains(base, name):
 @pytest.mark.parametrize(
     "section, fields, expected",
     [
-        (Lora, {"last_layers": 2, "targets": ".*q_proj"}, "an expression can say itself"),
+        (Lora, {"last_layers": 2, "targets": ".*q_proj"}, "put the layers into the regular expression"),
         (Lora, {"targets": ["lm_head"]}, "name it in modules_to_save"),
-        (Lora, {"modules_to_save": ["norm", "norm"]}, "norm is there twice"),
-        (Lora, {"start_from": "no hub name"}, "is no recipe, RECIPE@RUN, folder .* or OWNER/NAME@REVISION"),
+        (Lora, {"modules_to_save": ["norm", "norm"]}, "norm is listed twice"),
+        (Lora, {"start_from": "no hub name"}, "allowed: RECIPE, RECIPE@RUN, folder .* or OWNER/NAME@REVISION"),
         (Train, {"keep_best": True}, "needs train.eval_steps"),
         (Train, {"patience": 2}, "needs train.eval_steps"),
         (Train, {"decay_fraction": 0.2}, "only the schedule wsd"),

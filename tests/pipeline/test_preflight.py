@@ -44,7 +44,7 @@ def test_a_gpu_that_the_plan_fits_is_let_be_and_a_smaller_one_named(tmp_path):
     problem = preflight.memory_problem(recipe, shapes, 1, needed - context - GB, needed - GB)
     assert "1 row at once, checkpointing full" in problem and "render.max_length_tokens" in problem
     assert "in use" not in problem
-    assert "are in use: end what holds them" in preflight.memory_problem(recipe, shapes, 1, 2 * GB, 3 * needed)
+    assert "are in use: stop the processes" in preflight.memory_problem(recipe, shapes, 1, 2 * GB, 3 * needed)
     small = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"memory_budget_gb": 5})})
     assert "there are 5.0" in preflight.memory_problem(small, shapes, 1, 80 * GB, 80 * GB)
 
@@ -60,7 +60,7 @@ def test_what_is_left_open_is_refused_only_where_no_way_fits(tmp_path):
 def test_offloading_without_a_gpu_is_refused_before_the_first_stage(tmp_path):
     recipe, steps, _ = planned("tiny-pydoc", tmp_path, "runtime.checkpointing=offload")
     steps = steps[: STAGE_NAMES.index("train") + 1]
-    with pytest.raises(InputError, match="activations are there already; use full"):
+    with pytest.raises(InputError, match="on a CPU; use full"):
         preflight.check(recipe, steps)
     preflight.check(*planned("tiny-pydoc", tmp_path, "runtime.checkpointing=selective")[:2])
 
@@ -72,9 +72,9 @@ def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GB, 4 * GB))
-    with pytest.raises(GateRefused, match="--force goes on"):
+    with pytest.raises(GateRefused, match="--force continues"):
         preflight.check(recipe, steps)
-    assert any("as --force asks" in note for note in preflight.check(recipe, steps, force=True))
+    assert any("because of --force" in note for note in preflight.check(recipe, steps, force=True))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80 * GB, 80 * GB))
     assert not any("GPU memory" in note for note in preflight.check(recipe, steps))
 
@@ -126,7 +126,7 @@ def test_a_tracker_without_a_key_is_said_to_record_offline(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe, steps, _ = planned("tiny-pydoc", tmp_path, "tracking.wandb=true")
     steps = steps[: STAGE_NAMES.index("train") + 1]
-    assert any("W&B is recorded offline" in note for note in preflight.check(recipe, steps))
+    assert any("W&B is offline" in note for note in preflight.check(recipe, steps))
     recipe, steps, _ = planned("tiny-pydoc", tmp_path)
     assert not any("W&B" in note for note in preflight.check(recipe, steps))
 

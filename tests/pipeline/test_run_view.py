@@ -118,7 +118,7 @@ def test_a_torn_record_is_passed_over_and_named(made):
     (made.run(2, base="done", train="done") / "run.json").write_text('{"rec')
     said = []
     assert run_view.finished(made.store, "made", lambda _: BASE_TRAIN, said.append)["run"] == name_of(1)
-    assert any("torn or edited" in line for line in said)
+    assert any("truncated or edited" in line for line in said)
 
 
 def test_every_run_is_listed_with_status_perplexity_and_bytes(made):

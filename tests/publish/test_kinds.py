@@ -132,7 +132,7 @@ def test_a_credential_in_a_row_is_refused(hub: LoopbackHub, act: Act) -> None:
 )
 def test_what_belongs_to_another_kind_is_not_mixed(hub: LoopbackHub, act: Act, what: str, there: str) -> None:
     hub.plant("me/tiny", {there: b"x"}, "dataset" if what == "dataset" else "model", private=True)
-    with pytest.raises(InputError, match="does not belong to the"):
+    with pytest.raises(InputError, match="is not part of the"):
         act(recipe(what=[what]))
     assert hub.asked("POST", "/commit/") == 0
 

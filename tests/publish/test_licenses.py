@@ -21,12 +21,12 @@ def licensed(hub: LoopbackHub, base: str, rows: str = "mit") -> None:
 
 def test_a_licence_that_forbids_derivatives_stops_the_push(hub: LoopbackHub, act: Act) -> None:
     licensed(hub, "cc-by-nd-4.0")
-    with pytest.raises(GateRefused, match=r"forbids to publish what derives from it.*publish\.license") as error:
+    with pytest.raises(GateRefused, match=r"forbids publishing derived works.*publish\.license") as error:
         act(recipe(**HUB_ROWS))
     assert "\n" not in str(error.value) and hub.asked("POST", "") == 0
     receipt = act(recipe(license="mit", **HUB_ROWS))
     assert receipt["licences"] == {f"model {BASE}": "cc-by-nd-4.0", "dataset me/rows": "mit"}
-    assert any("cc-by-nd-4.0" in line and "publish.license says mit" in line for line in act.said)
+    assert any("cc-by-nd-4.0" in line and "publish.license is mit" in line for line in act.said)
 
 
 def test_rows_do_not_derive_from_the_base(hub: LoopbackHub, act: Act) -> None:
@@ -63,7 +63,7 @@ def test_open_licences_are_silent_and_an_absent_one_is_said(hub: LoopbackHub, ac
     assert b"licence: apache-2.0" in hub.files("me/tiny")["README.md"]
     act(recipe(**HUB_ROWS))
     assert act.licence_lines() == [
-        "licence: publish.license is not set, and without one nobody may use what is published"
+        "licence: publish.license is not set; without a licence others may not use the published model"
     ]
 
 
@@ -71,5 +71,5 @@ def test_a_licence_that_cannot_be_read_is_unknown(hub: LoopbackHub, act: Act) ->
     act(recipe(license="mit"))  # the base is not on this Hub
     said = act.licence_lines()
     assert f"cannot read the licence of model {BASE}" in said[0]
-    assert said[1] == f"licence: that of model {BASE} is unknown; read it before you publish"
+    assert said[1] == f"licence: the licence of model {BASE} is unknown; read it before you publish"
     assert b"licence: unknown" in hub.files("me/tiny")["README.md"]

@@ -15,7 +15,7 @@ from tests.helpers.publishing import Act, recipe
 
 def test_a_hub_that_serves_another_template_is_refused(hub: LoopbackHub, act: Act) -> None:
     hub.served["chat_template.jinja"] = CHATML.replace("<|im_start|>", "<|im_open|>").encode()
-    with pytest.raises(GateRefused, match=r"me/tiny serves at [0-9a-f]{12} is not what was trained: the chat template"):
+    with pytest.raises(GateRefused, match=r"me/tiny at [0-9a-f]{12} differs from the trained model: the chat template"):
         act(recipe(what=["merged"]))
     pushes = json.loads((act.run_folder / "publish.json").read_text())["pushes"]
     assert pushes[0]["commit"] == hub.repos["model", "me/tiny"].head and "loaded" not in pushes[0]
@@ -66,6 +66,6 @@ def test_reading_back_survives_a_passing_failure(hub: LoopbackHub, act: Act, ans
 def test_reading_back_that_fails_for_good_leaves_the_receipt(hub: LoopbackHub, act: Act) -> None:
     hub.fail("HEAD", "/resolve/", times=1000, status=403)
     hub.fail("GET", "/resolve/", times=1000, status=403)
-    with pytest.raises(InputError, match=r"cannot read back model me/tiny: the token has no right to that \(403\)"):
+    with pytest.raises(InputError, match=r"cannot read back model me/tiny: the token lacks this permission \(403\)"):
         act(recipe(what=["merged"]))
     assert json.loads((act.run_folder / "publish.json").read_text())["pushes"][0]["repo"] == "me/tiny"

@@ -79,7 +79,7 @@ def test_what_was_asked_for_passes(kind, processes, environment):
 @pytest.mark.parametrize(
     ("kind", "processes", "world", "environment", "said"),
     [
-        ("MULTI_CPU", 2, 2, {"ACCELERATE_USE_FSDP": "true"}, "FSDP was asked for and accelerate took MULTI_CPU"),
+        ("MULTI_CPU", 2, 2, {"ACCELERATE_USE_FSDP": "true"}, "FSDP was requested, but accelerate uses MULTI_CPU"),
         ("MULTI_GPU", 2, 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED was asked for"),
         ("NO", 1, 2, {}, "2 processes were started"),
         ("NO", 2, 2, {}, "distributed_type is NO"),

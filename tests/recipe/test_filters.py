@@ -55,7 +55,7 @@ def test_a_bare_name_is_its_defaults_and_the_folder_stays_out_of_the_key(tmp_pat
 BAD = [
     ("[refusal]", "r.yaml:6: filter.rules.0: found 'refusal'; allowed: .*did you mean refusals"),
     ("[{rule: refusal}]", "filter.rules.0: found 'refusal'"),
-    ("[{max_share: 0.1}]", "does not say which rule it is"),
+    ("[{max_share: 0.1}]", "the field `rule` is missing"),
     ("[5]", "filter.rules.0: found 5; allowed: turns"),
     ("[null]", "filter.rules.0: found null; allowed: turns"),
     ("[language]", "filter.rules.0.languages: this field is required"),
@@ -78,7 +78,7 @@ def test_every_mistake_is_refused_by_both(rules, says):
 
 
 def test_what_contradicts_itself_is_refused():
-    with pytest.raises(InputError, match=r"filter\.rules\.2: links is there twice"):
+    with pytest.raises(InputError, match=r"filter\.rules\.2: links is listed twice"):
         read("[links, echo, {rule: links, max_share: 0.1}]")
     with pytest.raises(InputError, match="1 is under min_turns 2: no row would be kept"):
         read("[{rule: turns, min_turns: 2, max_turns: 1}]")
@@ -95,6 +95,6 @@ def test_validation_looks_for_the_function(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"{HEAD}filter:\n  rules:\n    - echo\n    - mine:f\n")
     (said,) = recipe_checks.absent(load_recipe(str(path), []))
-    assert said.startswith(f"{path}:8: filter.rules.1: filter rule mine:f: there is no module mine")
+    assert said.startswith(f"{path}:8: filter.rules.1: filter rule mine:f: no module mine")
     (tmp_path / "mine.py").write_text("def f(row): ...\n")
     assert recipe_checks.absent(load_recipe(str(path), [])) == []

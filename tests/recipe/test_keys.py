@@ -11,8 +11,8 @@ from pydantic import Field
 from finetune.pipeline import runner
 from finetune.pipeline.stage_list import STAGE_NAMES, STAGES
 from finetune.pipeline.store import Store
-from finetune.recipe import Dedup, MinHash, Section
-from finetune.recipe.keys import SCHEMA_1, key_form
+from finetune.recipe import Dedup, Jaccard, Section
+from finetune.recipe.keys import RENAMED, SCHEMA_1, key_form
 from finetune.recipe.load import load_recipe
 from finetune.stages import dedup, render
 
@@ -65,7 +65,7 @@ class WiderDedup(dedup.Spec):
 
 
 def test_a_new_field_enters_a_key_only_off_its_default():
-    asked = {"exact": True, "field": "output", "threshold": 0.9, "keep": "first", "minhash": MinHash()}
+    asked = {"exact": True, "field": "output", "threshold": 0.9, "keep": "first", "minhash": Jaccard()}
     before = key_form(dedup.Spec(**asked))
     assert before == dedup.Spec(**asked).model_dump(mode="json")
     assert key_form(WiderDedup(**asked)) == before
@@ -85,14 +85,20 @@ def test_a_new_field_of_a_section_changes_no_key_of_the_specs_that_hold_it(monke
 
 def test_a_renamed_field_keeps_its_old_name_in_the_key(monkeypatch):
     class Renamed(Section):
-        jaccard: MinHash | None = None
+        jaccard: Jaccard | None = None
 
     monkeypatch.setitem(SCHEMA_1, "Renamed", "minhash")
-    monkeypatch.setitem(runner.key_form.__globals__["RENAMED"], ("Renamed", "jaccard"), "minhash")
-    assert key_form(Renamed(jaccard=MinHash())) == {"minhash": MinHash().model_dump(mode="json")}
+    monkeypatch.setitem(RENAMED, ("Renamed", "jaccard"), "minhash")
+    assert key_form(Renamed(jaccard=Jaccard())) == {"minhash": Jaccard().model_dump(mode="json")}
     assert key_form(Renamed()) == {"minhash": None}
 
 
 def test_the_table_names_fields_that_exist():
-    fields = set(Dedup.model_fields)
+    fields = {RENAMED.get(("Dedup", name), name) for name in Dedup.model_fields}
     assert set(SCHEMA_1["Dedup"].split()) <= fields
+
+
+def test_jaccard_has_the_key_that_it_had_as_minhash():
+    form = key_form(Dedup(jaccard=Jaccard()))
+    assert form["minhash"] == {"threshold": 0.8, "ngram": 5} and "jaccard" not in form
+    assert set(form) == set(SCHEMA_1["Dedup"].split())

@@ -70,7 +70,7 @@ def test_several_cleans_at_once_end_well(made: MadeRun, tmp_path: Path) -> None:
 )
 def test_an_error_of_the_disk_in_any_stage_is_one_sentence_that_names_it(number: int, tmp_path: Path) -> None:
     error = OSError(number, os.strerror(number), str(tmp_path / "rows.parquet"))
-    status, told = runner._told(error, Step(stage_named("dedup"), "missing", folder=tmp_path), context(tmp_path))
+    status, told = runner._failure(error, Step(stage_named("dedup"), "missing", folder=tmp_path), context(tmp_path))
     assert status == "failed" and isinstance(told, FinetuneError) and told.exit_status == 1
     assert str(tmp_path) in str(told) and "\n" not in str(told)
 
@@ -86,13 +86,13 @@ def test_a_library_that_wraps_a_full_disk_in_its_own_words_is_understood(tmp_pat
         except (RuntimeError, ValueError) as error:
             caught = error
         step = Step(stage_named("train"), "missing", folder=tmp_path)
-        status, told = runner._told(caught, step, context(tmp_path))
+        status, told = runner._failure(caught, step, context(tmp_path))
         assert status == "failed" and "no space left on this disk" in str(told), told
 
 
 def test_an_error_of_our_own_is_still_shown_whole(tmp_path: Path) -> None:
     error = KeyError("a defect")
-    told = runner._told(error, Step(stage_named("dedup"), "missing", folder=tmp_path), context(tmp_path))
+    told = runner._failure(error, Step(stage_named("dedup"), "missing", folder=tmp_path), context(tmp_path))
     assert told == ("failed", error)
 
 

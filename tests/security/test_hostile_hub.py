@@ -75,7 +75,7 @@ def test_weights_with_other_bytes_than_announced_are_refused_and_fetched_again(
 ) -> None:
     commit = hub.plant("lab/model", FILES)
     hub.served["model.safetensors"] = FILES["model.safetensors"][:-1] + b"!"
-    with pytest.raises(FinetuneError, match=r"model\.safetensors came with other bytes than the Hub announces"):
+    with pytest.raises(FinetuneError, match=r"model\.safetensors differs from the Hub's announcement"):
         fetch(tmp_path, commit)
     hub.served.clear()
     folder = fetch(tmp_path, commit)
@@ -107,7 +107,7 @@ def test_a_name_that_leaves_the_cache_is_refused_before_anything_is_written(
         return status, body, headers
 
     answers(change)
-    with pytest.raises(FinetuneError, match="that is no name"):
+    with pytest.raises(FinetuneError, match="that is not a valid file name"):
         fetch(tmp_path, commit)
     assert files_outside(tmp_path) == []
 

@@ -174,11 +174,13 @@ def test_work_that_takes_too_much_memory_is_stopped_in_this_process(work: str) -
         f"try:\n    with bounded('x', cpu_seconds=30, memory_bytes=200_000_000): {work}\n"
         "except InputError as error: print(error)\nprint(len('b' * 10**9))"
     )
-    assert done.stdout == "x: it takes more than 0.2 GB of memory; is it what it should be?\n1000000000\n", done.stderr
+    assert done.stdout == "x: needs more than 0.2 GB of memory to read; is it the right file?\n1000000000\n", (
+        done.stderr
+    )
 
 
 def test_work_that_takes_too_long_is_stopped() -> None:
-    with pytest.raises(InputError, match=r"x: it takes more than 0\.2 s of work"):
+    with pytest.raises(InputError, match=r"x: needs more than 0\.2 s of CPU time"):
         with limits.bounded("x", cpu_seconds=0.2, memory_bytes=10**9):
             while True:
                 try:

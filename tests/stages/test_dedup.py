@@ -69,14 +69,14 @@ def test_rows_of_like_wording_go_by_the_share_of_their_runs(tmp_path):
     near = base.replace("w39", "other")  # 35 runs of 5 in common, 37 in all
     far = base.replace("w20", "other")  # 31 in common, 41 in all
     rows = [chat(1, "q", base), chat(2, "q", near), chat(3, "q", far), chat(4, "q", base.upper())]
-    _, metrics, pairs = built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.9})
+    _, metrics, pairs = built(tmp_path, rows, None, keep="first", jaccard={"threshold": 0.9})
     assert metrics == {"rows_in": 4, "rows_out": 2, "exact": 1, "minhash": 1, "embedding": 0}
     assert [(p["dropped_id"], p["kept_id"], p["method"], p["score"]) for p in pairs] == [
         ("a:2", "a:1", "minhash", 35 / 37),
         ("a:4", "a:1", "exact", 1.0),
     ]
-    assert built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.75})[1]["rows_out"] == 1
-    assert built(tmp_path, rows, None, keep="first", minhash={"threshold": 0.95})[1]["minhash"] == 0
+    assert built(tmp_path, rows, None, keep="first", jaccard={"threshold": 0.75})[1]["rows_out"] == 1
+    assert built(tmp_path, rows, None, keep="first", jaccard={"threshold": 0.95})[1]["minhash"] == 0
     assert built(tmp_path, rows, None, keep="first")[1]["minhash"] == 0
 
 
@@ -85,7 +85,7 @@ def test_all_three_steps_at_once(tmp_path):
     long = " ".join(texts[:3])
     rows = [chat(i, "q", t) for i, t in enumerate(texts, 1)]
     rows += [chat(31, "q", texts[4] + " "), chat(32, "q", long + " end"), chat(33, "q", long)]
-    _, metrics, pairs = built(tmp_path, rows, threshold=0.95, minhash={})
+    _, metrics, pairs = built(tmp_path, rows, threshold=0.95, jaccard={})
     assert [(p["dropped_id"], p["method"]) for p in pairs] == [("a:5", "exact"), ("a:33", "minhash")]
     assert metrics["rows_out"] == 31
 
@@ -93,9 +93,9 @@ def test_all_three_steps_at_once(tmp_path):
 def test_of_many_rows_the_recall_of_each_step_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(dedup, "MEASURED_FROM", 20)
     rows = [chat(i, "q", t) for i, t in enumerate([*sentences(19), LONG], 1)]
-    assert "recall" not in built(tmp_path / "few", rows, minhash={})[1]
+    assert "recall" not in built(tmp_path / "few", rows, jaccard={})[1]
     rows += [chat(21, "q", LONG.upper()), chat(22, "q", LONG + " x")]
-    recall = built(tmp_path / "many", rows, minhash={})[1]["recall"]
+    recall = built(tmp_path / "many", rows, jaccard={})[1]["recall"]
     assert recall == {
         "exact": {"sampled": 22, "repeats": 0, "recall": None},  # the longest of the three is kept, and has no copy
         "minhash": {"sampled": 22, "repeats": 2, "recall": 1.0},

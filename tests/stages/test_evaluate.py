@@ -209,7 +209,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_an_unknown_task_names_its_neighbours(tmp_path: Path) -> None:
     """Slow: the harness reads its own 14,000 task files."""
-    with pytest.raises(InputError, match=r"has no task 'colour'; near it: .*colours.*task_folder has colours"):
+    with pytest.raises(InputError, match=r"has no task 'colour'; similar: .*colours.*task_folder has colours"):
         lm_eval.check(["colour"], write_task(tmp_path / "tasks"))
 
 
@@ -222,7 +222,7 @@ def test_the_key_follows_the_task_files(tmp_path: Path) -> None:
     (folder / "questions.jsonl").write_text("")
     assert evaluate.fingerprint(spec) != first
     assert evaluate.fingerprint(spec_of()) == {}
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         evaluate.fingerprint(spec_of(tasks=["colours"], task_folder=str(tmp_path / "gone")))
 
 

@@ -288,7 +288,7 @@ def test_k_quants_go_through_llama_quantize(tmp_path: Path, monkeypatch: pytest.
     ("body", "words"),
     [
         ("print('main: failed to quantize'); sys.exit(1)", r"failed on q2_k \(status 1\): main: failed to quantize"),
-        ("sys.exit(0)", r"failed on q2_k \(status 0\): it said nothing"),
+        ("sys.exit(0)", r"failed on q2_k \(status 0\): no output"),
         (
             "import os; open(target, 'wb').write(b'half'); os.kill(os.getpid(), 9)",
             r"llama-quantize was killed by SIGKILL \(out of memory\?\) while it made q2_k",

@@ -186,7 +186,7 @@ def test_diverse_counts_copies_last_and_needs_vectors(tmp_path):
         ({"sample": {"by": "column:x"}}, "only top_k ranks rows"),
         ({"sample": {"top_k": 1, "by": "x"}}, "by"),
         ({"sample": {"random": 5, "clusters": 2}}, "only diverse makes clusters"),
-        ({"sample": {"diverse": 5, "clusters": 6}}, "6 clusters cannot all be seen"),
+        ({"sample": {"diverse": 5, "clusters": 6}}, "6 clusters are more than diverse 5 rows"),
         ({"sample": {"diverse": 5}, "dedup": None}, "needs the vectors"),
         ({"sample": {"diverse": 5}, "dedup": {"embedding": None}}, "needs the vectors"),
         ({"data": [{"source": "pydoc", "rows": 5, "weight": 2.0}]}, "rows and weight"),

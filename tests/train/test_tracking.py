@@ -116,7 +116,7 @@ def test_a_training_goes_on_without_wandb_once_its_process_is_gone():
     tracker.send_rows([{"id": "a"}])
     tracker.close()
     assert run.calls == 1 and len(said) == 1
-    assert "W&B failed (Connection lost); the training goes on without it, and metrics.jsonl" in said[0]
+    assert "W&B failed (Connection lost); the training continues without it; metrics.jsonl" in said[0]
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

@@ -141,7 +141,7 @@ def test_a_checkpoint_carries_what_was_seen(load, base, ctx, tmp_path, rows):
     assert state["step"] == state["best_step"] == 1 and state["best_loss"] == measured(values)[1]
     assert (values.checkpoints / "checkpoint-1" / BEST).exists()
     (values.checkpoints / "checkpoint-2" / STATE).unlink()
-    with pytest.raises(FinetuneError, match="made without train"):
+    with pytest.raises(FinetuneError, match="written without train"):
         trained(values, load(), base, unpacked(documents()), often)
 
 
