@@ -16,6 +16,7 @@ from pathlib import Path
 
 from finetune.errors import FinetuneError
 from finetune.utils.console import print_table
+from finetune.utils.format import first_line
 
 PYTHON = (3, 11)
 DISTRIBUTION = "finetune-recipes"  # the name in pyproject.toml
@@ -118,7 +119,7 @@ def devices() -> list[Finding]:
 
         from finetune.models.device import machine_notes, pick_precision
     except (ImportError, OSError) as error:  # OSError: a shared library that it needs
-        return [Finding("torch works", f"no: {_first_line(error)}", "rm -rf .venv && make setup", True)]
+        return [Finding("torch works", f"no: {first_line(error)}", "rm -rf .venv && make setup", True)]
     others = [Finding(note.partition(": ")[0], note.partition(": ")[2]) for note in machine_notes()]
     if not torch.cuda.is_available():
         return [_no_gpu(torch.__version__, torch.version.cuda), *others, _quantises("cpu")]
@@ -159,7 +160,7 @@ def _quantises(device: str) -> Finding:
             value = torch.linspace(-1, 1, 4096, device=device)
             back = dequantize_4bit(*quantize_4bit(value, quant_type="nf4"))
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return Finding("NF4 works", f"no: {_first_line(error)}", fix, broken=True)
+        return Finding("NF4 works", f"no: {first_line(error)}", fix, broken=True)
     worst = float((back - value).abs().max())
     if not worst < 0.2:  # half of NF4's widest gap is 0.15 of the block's largest value
         return Finding("NF4 works", f"no: {worst:.2f} off on {device}", fix, broken=True)
@@ -245,7 +246,3 @@ def wandb_key(environment: Mapping[str, str] = os.environ) -> Finding:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

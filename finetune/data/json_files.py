@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune.data.formats import MEANINGFUL
-from finetune.data.text_files import MOST_ROW_BYTES, chunks, first_line, lines, refuse
+from finetune.data.text_files import MOST_ROW_BYTES, chunks, lines, refuse
+from finetune.utils.format import first_line
 
 BLANK = re.compile(r"[ \t\n\r]*")
 WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to see whether it wraps an array

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import xxhash
 
 from finetune.data.json_files import RawRow, json_file, json_lines
-from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, first_line, lines, refuse
+from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, lines, refuse
 from finetune.errors import FinetuneError, InputError
-from finetune.utils.format import clipped
+from finetune.utils.format import clipped, first_line
 from finetune.utils.limits import memory
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol, cast
 
 from finetune.errors import InputError
+from finetune.utils.format import first_line
 
 CHUNK_BYTES = 1 << 20
 MOST_ROW_BYTES = 1 << 27  # of one row: of JSON a value, of CSV a field; reading one takes some times that in memory
@@ -199,11 +200,6 @@ def _decodes(path: Path, encoding: str) -> bool:
 def refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
     """Raise the InputError of a file that cannot be read on from `line`."""
     raise InputError(f"{path}, line {line}: found {found}; allowed is {allowed}")
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's text, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 CHUNK_BYTES = 1 << 17

@@ -207,28 +207,29 @@ def elements(pairs: Mapping[str, tuple[int, int]]) -> int:
 
 
 def notes(found: Inventory, config: Mapping[str, Any] | None = None) -> list[str]:
-    """What of a base with this config.json a training leaves alone, one sentence each."""
-    said, config = [], config or {}
+    """Return a sentence for each part of a base with this config.json that training leaves alone."""
+    sentences: list[str] = []
+    config = config or {}
     beside = [n.removesuffix("_config") for n, v in config.items() if n.endswith("_config") and isinstance(v, Mapping)]
     beside = [n for n in beside if n not in ("text", "quantization", "generation")] if "text_config" in config else []
     if beside and not found.other_parts:
-        said.append(
+        sentences.append(
             f"the language model is trained; the other parts ({', '.join(beside)}) are not loaded, and carried through "
             "the merge as they are"
         )
     if found.other_parts:
-        notes.append(
+        sentences.append(
             f"the language model is trained; the other parts ({found.other_parts / 1e6:,.0f} M parameters: a vision "
             "tower, say) are left alone and carried through the merge"
         )
     if found.experts:
-        notes.append(
+        sentences.append(
             f"its experts hold {found.experts / 1e9:.3g} B of {found.parameters / 1e9:.3g} B parameters in 16 bits: "
             "they are neither quantised nor trained"
         )
     if not found.quantized:
-        notes.append("bitsandbytes stores none of its matrices in 4 bits: the whole base stays in 16 bits")
-    return notes
+        sentences.append("bitsandbytes stores none of its matrices in 4 bits: the whole base stays in 16 bits")
+    return sentences
 
 
 def require_inventory(model: PreTrainedModel, where: str) -> Inventory:

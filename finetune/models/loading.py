@@ -18,6 +18,7 @@ from finetune.models.architecture import scaled
 from finetune.models.attention import prepared
 from finetune.models.device import Precision, gpu_index
 from finetune.utils.files import file_digest, read_json, write_bytes, write_json
+from finetune.utils.format import first_line
 from finetune.utils.limits import bounded, reading
 from finetune.utils.links import read_regular
 from finetune.utils.quiet import quiet
@@ -229,7 +230,7 @@ def load_base(
     except Exception as error:
         if (isinstance(error, OSError) and error.errno in MACHINE) or isinstance(error, MemoryError):
             raise
-        raise FinetuneError(f"cannot load {model.id} from {folder}: {_first_line(error)}") from error
+        raise FinetuneError(f"cannot load {model.id} from {folder}: {first_line(error)}") from error
     _require_all_weights(model.id, loaded, report, ctx)
     if copy and not ready and ctx.rank == 0:
         with quiet():
@@ -355,7 +356,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
                 model, adapter_dir, is_trainable=trainable, torch_device=str(model.device)
             )
     except (RuntimeError, ValueError) as error:
-        raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {_first_line(error)}") from error
+        raise FinetuneError(f"the adapter in {adapter_dir} does not fit this base: {first_line(error)}") from error
     with safe_open(file, "pt") as stored:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}
     keys = set(tensors)
@@ -391,11 +392,5 @@ def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:
                 f"{folder / 'config.json'} needs the Python code beside it, and none was run; read it, and set "
                 "model.trust_remote_code: true if this machine may run it"
             ) from error
-        raise InputError(
-            f"{folder / 'config.json'} describes no causal language model: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{folder / 'config.json'} describes no causal language model: {first_line(error)}") from error
     return sum(p.numel() for p in model.parameters())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

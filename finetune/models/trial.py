@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.models.architecture import KNOWN
 from finetune.utils.files import read_json
+from finetune.utils.format import first_line
 from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -333,5 +334,5 @@ def _seeded() -> Iterator[None]:
 
 def _first_line(error: Exception, base: Path | None = None) -> str:
     """The first line of what an error says, without the folder: the same base gives the same words anywhere."""
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    text = first_line(error)
     return (text.replace(str(base), "the base") if base else text)[:160]

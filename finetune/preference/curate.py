@@ -21,12 +21,13 @@ from finetune.dedup.select import groups, repeats_of, select
 from finetune.errors import FinetuneError
 from finetune.filters.basic import Drop, Verdict
 from finetune.preference.records import Pair, context_text, question, said
-from finetune.recipe import MinHash, Split
+from finetune.recipe import Jaccard as JaccardSection
+from finetune.recipe import Split
 
 if TYPE_CHECKING:
     from finetune.context import Context
 
-PROMPT_JACCARD = MinHash()  # by words two prompts are near-duplicates from here on, without dedup.minhash
+PROMPT_JACCARD = JaccardSection()  # by words two prompts are near-duplicates from here on, without dedup.jaccard
 MOST_PROMPTS = 32  # of a held-out conversation's answers whose prompts are compared: the first ones and the last
 TELLING_WORDS = 8  # an answer of fewer words may be that of many prompts
 WORDS = Names(
@@ -42,7 +43,7 @@ class Alike:
     """When two texts repeat each other: the recipe's dedup section; `group_threshold` is for prompts."""
 
     exact: bool = True
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     embedding: str | None = None
     folder: Path | None = None
     threshold: float = 1.0
@@ -231,7 +232,7 @@ def drop_held_out(
     """Leave out pairs to train on whose prompt (nearly) is that of a held-out row or pair, or whose wanted answer is a
     held-out row's.
 
-    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.minhash or 0.8) and by vectors where
+    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.jaccard or 0.8) and by vectors where
     there are some.
     """
     ids, prompts, answers = held.ids, held.prompts, held.answers

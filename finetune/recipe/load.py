@@ -23,6 +23,7 @@ MAX_RECIPE_BYTES = 100_000
 MOST_SHOWN = 50  # mistakes of one file
 MOST_CHARACTERS = 4000  # of one mistake
 MOST_LEVELS = 20  # of a --set: a recipe has four
+OLD_NAMES = {("dedup", "minhash"): "jaccard"}  # (section, old field) → new field
 PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
     yaml.MappingNode: ("map",),
     yaml.SequenceNode: ("seq",),
@@ -124,10 +125,29 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
     except RecursionError:
         problems.append(f"{path}: nested too deeply to be a recipe")
     if problems:
-        more = [f"{path}: and {len(problems) - MOST_SHOWN:,} mistakes more"] if len(problems) > MOST_SHOWN else []
+        more = [f"{path}: and {len(problems) - MOST_SHOWN:,} more errors"] if len(problems) > MOST_SHOWN else []
         shown = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
         raise InputError("\n".join([*shown, *more]))
-    return recipe, where
+    return recipe, where, notes
+
+
+def _use_new_names(raw: dict[str, Any], where: Where, problems: list[str]) -> tuple[str, ...]:
+    """Rename old fields of `raw` and `where` in place; return a note for each."""
+    notes = []
+    for (section, old), new in OLD_NAMES.items():
+        fields = raw.get(section)
+        if not isinstance(fields, dict) or old not in fields:
+            continue
+        line = where.get((section, old), where.get((section,), section))
+        if new in fields:
+            problems.append(f"{line}: {section}.{old}: the old name of {section}.{new}, which is set too; remove {old}")
+            del fields[old]
+            continue
+        fields[new] = fields.pop(old)
+        for at in [at for at in where if at[:2] == (section, old)]:
+            where[section, new, *at[2:]] = where.pop(at)
+        notes.append(f"{line}: {section}.{old} is now called {section}.{new}; the old name is still read")
+    return tuple(notes)
 
 
 def _read_text(path: Path) -> str:

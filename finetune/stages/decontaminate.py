@@ -18,7 +18,8 @@ from finetune.context import Context, Metrics
 from finetune.data.records import ROLES, Example, Reject, read_rows, write_rows, write_table
 from finetune.dedup.embedding_names import LSA, model_fingerprint
 from finetune.errors import GateRefused, InputError
-from finetune.recipe import Decontaminate, Dedup, MinHash, Recipe, Section, Source
+from finetune.recipe import Decontaminate, Dedup, Recipe, Section, Source
+from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     from finetune.dedup.measures import Measure
@@ -30,7 +31,7 @@ class Repeats(Section):
     """By what a training row repeats a held-out one: the dedup section's measures, or equal texts without them."""
 
     exact: bool = True
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     field: Literal["instruction", "output", "both"] = "both"
     threshold: float = 1.0
     embedding: str | None = None
@@ -65,7 +66,7 @@ def _repeats(dedup: Dedup | None) -> Repeats:
         return Repeats()
     return Repeats(
         exact=dedup.exact,
-        minhash=dedup.minhash,
+        minhash=dedup.jaccard,
         field=dedup.field,
         threshold=dedup.threshold,
         embedding=dedup.embedding,

@@ -15,7 +15,8 @@ from finetune.data.records import read_rows, reject_writer
 from finetune.data.sources import source_fingerprint
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
-from finetune.recipe import Filter, MinHash, Recipe, Section, Source
+from finetune.recipe import Filter, Recipe, Section, Source
+from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe.filters import Own
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Repeats(Section):
 
     drop: bool = True  # False: the recipe drops no repeated rows
     exact: bool = True
-    minhash: MinHash | None = None
+    minhash: JaccardSection | None = None
     embedding: str | None = None
     threshold: float = 1.0
     group_threshold: float = GROUP_THRESHOLD
@@ -80,7 +81,7 @@ def spec(recipe: Recipe) -> Spec | None:
     if dedup is not None:
         repeats = Repeats(
             exact=dedup.exact,
-            minhash=dedup.minhash,
+            minhash=dedup.jaccard,
             embedding=dedup.embedding,
             threshold=dedup.threshold,
             folder=dedup.embedding_folder,

@@ -97,3 +97,8 @@ def task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
         )
         apart = f"; the difference is {interval(v['difference_interval'])}" if v["difference_interval"] else ""
         yield f"{name}, {metric}", f"{before} → {after} on {number(task['rows'])} documents{apart}"
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or the name of its type if there is none."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
