@@ -6,7 +6,7 @@ import errno
 import signal
 from pathlib import Path
 
-KEPT = "(what was finished is kept; the same command goes on from there)"
+KEPT = "(finished work is kept; run the same command again to continue)"
 # What the machine does, and no file or program: a disk, a mount, permissions, the number of open files.
 MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,

@@ -120,7 +120,7 @@ TRAIN_LONGER = (
 
 def never_stops(figures: Mapping[str, Any], to_do: str = TRAIN_LONGER) -> str:
     """Return a warning with advice if no answer of an evaluation ended by itself, else an empty string."""
-    if figures.get("stop_rate") != 0:
+    if figures.get("stop_rate") != 0 or "generations" not in figures:  # align counts them otherwise
         return ""
     return (
         f"NO ANSWER ENDED BY ITSELF (0 of {figures['generations']}, each with room for twice its reference and 64 "

@@ -52,7 +52,7 @@ def choose(
     """
     settings = settings_of(base, trust_remote_code=trust_remote_code)
     name, why = _choice(device, packed, precision, base, settings, trust_remote_code)
-    say(f"train: attention {name}: {why}")
+    say(f"attention {name}: {why}")
     return name
 
 

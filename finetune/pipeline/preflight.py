@@ -323,7 +323,7 @@ def memory_problem(
     trainings = [("training", "row", "render", estimate_memory.Training.of(recipe, base))] if recipe.train else []
     if recipe.preference is not None:
         trainings.append(("aligning", "pair", "preference", estimate_memory.Training.of_preference(recipe)))
-    in_use = f" ({held / 1e9:.1f} GB are in use: end what holds them)"
+    in_use = f" ({held / 1e9:.1f} GB are in use: stop the processes that hold them)"
     others = in_use if held > 2 * estimate_memory.CONTEXT_BYTES else ""
     for what, unit, section, run in trainings:
         choice = Options(shapes, run, world).best(device)

@@ -79,7 +79,7 @@ def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Sou
 
 def _model_problems(recipe: Recipe, folder: Path) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if not (folder / "config.json").is_file():
-        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is no folder'}"
+        yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is not a folder'}"
     elif why := base_problem(recipe, read_json(folder / "config.json")):
         yield ("model",), why
     else:

@@ -164,8 +164,10 @@ def _why_passed_over(store: Store, recipe: str, run: str) -> str:
 
 
 def _as_now(store: Store, value: dict[str, Any]) -> dict[str, Any]:
-    for stage in STAGE_NAMES:
-        record = value["stages"].setdefault(stage, {"status": "missing", "path": None, "seconds": None, "metrics": {}})
+    reached = max((STAGE_NAMES.index(n) for n in value["stages"] if n in STAGE_NAMES), default=-1)
+    for number, stage in enumerate(STAGE_NAMES):
+        status = "off" if number < reached else "missing"  # a stage that the version of this record did not have
+        record = value["stages"].setdefault(stage, {"status": status, "path": None, "seconds": None, "metrics": {}})
         folder = stage_folder(store, stage, record)
         record["path"] = str(folder) if folder else None
         if record["status"] in ("done", "partial") and folder:

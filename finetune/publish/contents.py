@@ -92,7 +92,7 @@ def _check_gguf(contents: Mapping[str, Path], folders: Mapping[str, Path]) -> No
         missing = set(ends["terminators"][:3]) - set(facts["terminators"])  # the format has keys for three
         if facts["template"] != trained or missing:
             what = "its chat template is" if facts["template"] != trained else "its terminators are"
-            raise InputError(f"cannot publish {path}: {what} not the trained ones; run the recipe again")
+            raise InputError(f"cannot publish {path}: {what} not what was trained; run the recipe again")
 
 
 def _refuse_leaks(kind: Kind, contents: Mapping[str, Path], folders: Mapping[str, Path]) -> None:

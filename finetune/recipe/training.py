@@ -236,9 +236,7 @@ class Evaluate(Section):
     generations: Annotated[int, Field(ge=0, le=10_000)] = 32
     """Held-out prompts answered, to check whether answers end; 0: none."""
     metrics: list[AnswerMetric] = []
-    """Metrics of those answers against the held-out ones, for base and adapter; rouge_l, bleu, chrf: pip
-    '.[metrics]'.
-    """
+    """Metrics of those answers against the held-out ones, for base and adapter; rouge_l, bleu, chrf need the extra `metrics`."""
     batch_tokens: Count = 4096
     """Tokens per batch, with padding; a trade-off of memory and speed."""
     tasks: list[Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]] = []
@@ -277,9 +275,7 @@ class Certify(Section):
     """Required agreement of the merged model with the trained one."""
 
     base: Literal["auto", "original", "dequantized"] = "auto"
-    """Weights that the adapter is merged into: the original ones, those of training (dequantized), or the better
-    one.
-    """
+    """Weights that the adapter is merged into: the original ones, those of training (dequantized), or the better."""
     tokens: Annotated[int, Field(ge=64)] = 8192
     """Held-out tokens read; if fewer than half are compared (long prompts), up to four times as many."""
     min_agreement: Fraction = 0.75
@@ -316,9 +312,7 @@ class Publish(Section):
     private: bool = True
     """Create the repository as private."""
     license: str | None = None
-    """Licence in the cards, such as apache-2.0; if null, derivatives of a no-derivatives licence are refused (exit
-    3).
-    """
+    """Licence in the cards, such as apache-2.0; if null, a base whose licence forbids derivatives is refused."""
     samples: Annotated[int, Field(ge=0, le=10)] | None = None
     """Held-out prompts in a model card with both answers; null: 3, but none if any source is a local file."""
 

@@ -21,6 +21,7 @@ from finetune.utils.files import replace_bytes
 from finetune.utils.format import NONE, duration, number, percent, size
 
 REPORT = "report.html"
+OPTIONAL = ("pairs", "align")  # most recipes have no preference section
 
 
 def write_report(store: Store, name: str, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -144,7 +145,7 @@ def result(stages: Stages) -> dict[str, str]:
         if view.status == "partial":
             return {"kind": "stopped", "words": f"Stopped in {view.name}; the same command goes on from there."}
     done = [v for v in stages.values() if v.metrics]
-    left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics]
+    left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics and v.name not in OPTIONAL]
     if not done:
         return {"kind": "stopped", "words": "Nothing is finished yet."}
     loud = " NO ANSWER ENDED BY ITSELF (see Evaluation)." if never_stops(stages["evaluate"].metrics) else ""

@@ -94,7 +94,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     facts = read_json(template / "template.json")
     tokenizer.pad_token = facts["pad_token"]
     remote_code = spec.model.trust_remote_code
-    attending = attention.choose(device, False, precision, inputs["base"], ctx.say, trust_remote_code=remote_code)
+
+    def say(line: str) -> None:
+        ctx.say(f"align: {line}")
+
+    attending = attention.choose(device, False, precision, inputs["base"], say, trust_remote_code=remote_code)
     policy, micro = _decide(spec, inputs, device, ctx)
     base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
     models_compile.speed_up(base, ctx)

@@ -79,9 +79,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     tokenizer = loading.load_tokenizer(inputs["base"])
     tokenizer.pad_token = template["pad_token"]
     remote_code = spec.model.trust_remote_code
-    attending = attention.choose(
-        device, packed.exists(), precision, inputs["base"], ctx.say, trust_remote_code=remote_code
-    )
+
+    def say(line: str) -> None:
+        ctx.say(f"train: {line}")
+
+    attending = attention.choose(device, packed.exists(), precision, inputs["base"], say, trust_remote_code=remote_code)
     varlen = attention.is_varlen(attending)
     policy, micro, worth_fusing = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
     base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)

@@ -63,14 +63,14 @@ def test_packages_are_compared_with_the_versions_asked_for():
 def test_disk_says_where_nothing_can_be_written(tmp_path):
     free = doctor.disk("scratch", tmp_path / "not" / "yet", "--scratch", wanted=10**18)
     assert "free in" in free.found and "--scratch FOLDER" in free.fix
-    assert doctor.disk("scratch", tmp_path, "--scratch").mend == ""
+    assert doctor.disk("scratch", tmp_path, "--scratch").fix == ""
     (tmp_path / "file").write_text("")
     assert "cannot be written" in doctor.disk("artifacts", tmp_path / "file" / "in", "--artifacts").found
 
 
 def test_wandb_key_is_found_where_wandb_looks_and_never_shown(tmp_path):
     nowhere = {"NETRC": str(tmp_path / "none")}
-    assert doctor.wandb_key(nowhere).mend == "wandb login"
+    assert doctor.wandb_key(nowhere).fix == "wandb login"
     file = tmp_path / "netrc"
     file.write_text(f"machine api.wandb.ai\n  login user\n  password {SECRET}\n")
     for environment in ({"NETRC": str(file)}, {**nowhere, "WANDB_API_KEY": SECRET}):
@@ -109,7 +109,7 @@ def test_hub_says_that_a_token_is_not_accepted_and_that_it_is_out_of_order(clien
         refused = doctor.hub_login()
         server.fail("GET", "whoami", status=503)
         broken = doctor.hub_login()
-    assert "does not accept HF_TOKEN" in refused.found and refused.mend == "hf auth login"
+    assert "does not accept HF_TOKEN" in refused.found and refused.fix == "hf auth login"
     assert "status 503" in broken.found
 
 

@@ -160,7 +160,7 @@ def test_vectors_of_another_length_are_refused(bad):
 
 
 def test_columns_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="same length"):
         groups(unit([[1, 0]]), [["a", "b"]], 0.9, NumpySearch)
 
 

@@ -134,7 +134,6 @@ ROWS: dict[str, tuple[list[object], str, str]] = {
     "text": ([FINE, "a"], "unreadable", r'line 2: found "a"'),
     "null": ([FINE, None], "unreadable", r"line 2: found null"),
     "array": ([FINE, [FINE]], "unreadable", r"line 2: found \["),
-    "other_columns": ([FINE, row(1)], "type", r"messages: found no such column in this row"),
     "null_content": ([FINE, chat(("user", None), ("assistant", "b"))], "null", r"messages\[0\].content: found null"),
     "number_content": ([FINE, chat(("user", "a"), ("assistant", 3.5))], "type", r"messages\[1\].*the number 3.5"),
     "misspelt_role": ([FINE, chat(("user", "a"), ("asistant", "b"))], "role", r"'asistant'.*did you mean 'assistant'"),

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 STAGES = (
-    "base ingest filter embed dedup decontaminate sample split render pack train evaluate certify merge export".split()
+    "base ingest filter embed dedup decontaminate sample split render pack pairs train align evaluate certify merge "
+    "export".split()
 )
-OFF = {"decontaminate", "sample", "export"}
+OFF = {"decontaminate", "sample", "pairs", "align", "export"}
 
 
 @pytest.fixture

@@ -98,5 +98,5 @@ def test_a_model_that_goes_past_its_head_is_refused(tmp_path, rows):
     model = load(save_tiny(tmp_path / "base"))
     model.set_output_embeddings(torch.nn.Linear(64, VOCABULARY))
     model.get_output_embeddings = lambda: torch.nn.Linear(64, VOCABULARY)
-    with torch.no_grad(), pytest.raises(FinetuneError, match="without its head"):
+    with torch.no_grad(), pytest.raises(FinetuneError, match="without calling its head"):
         scoring.token_nll(model, *scoring.padded(rows))

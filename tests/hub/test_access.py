@@ -130,7 +130,7 @@ def test_a_mirror_that_cannot_be_asked_about_writing_does_not_stand_in_the_way(h
     hub.fail("GET", "auth-check/write", status=404)
     assert under_test.check_write("me/there") is None
     hub.fail("GET", "auth-check/write", status=403)
-    with pytest.raises(InputError, match="no right"):
+    with pytest.raises(InputError, match="lacks this permission"):
         under_test.check_write("me/there")
 
 

@@ -143,7 +143,7 @@ def test_a_base_of_another_name_is_refused_unless_the_recipe_says_that_it_is_the
     [
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "no JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "pickle"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40), "cut short"),

@@ -229,7 +229,7 @@ def test_a_public_repository_is_refused(hub, one):
 
 def test_without_the_right_to_write_it_stops_before_anything_is_built(hub, one):
     hub.token_role = "read"
-    with pytest.raises(InputError, match="no right"):
+    with pytest.raises(InputError, match="lacks this permission"):
         one.mirror.pull()
 
 

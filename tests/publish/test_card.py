@@ -346,7 +346,7 @@ def test_a_token_in_the_recipe_is_refused_and_not_repeated() -> None:
     with pytest.raises(InputError, match="line 2") as error:
         card(recipe_text=f"name: x\n# {token}\n")
     assert token not in str(error.value)
-    with pytest.raises(InputError, match="measured") as error:
+    with pytest.raises(InputError, match="Hugging Face token") as error:
         card(metrics={"train": {"note": token}})
     assert token not in str(error.value)
 

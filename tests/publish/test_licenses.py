@@ -44,7 +44,7 @@ def test_rows_do_not_derive_from_the_base(hub: LoopbackHub, act: Act) -> None:
         ("llama2", "mit", "under llama2, a community licence: its text and notice"),
         ("llama3.1", "mit", "under llama3.1, a community licence: a model made of it is to carry Llama"),
         ("gemma", "mit", "under gemma, terms of use"),
-        ("other\nlicense_name: house", "mit", f"that of model {BASE} is other (house); read it"),
+        ("other\nlicense_name: house", "mit", f"of model {BASE} is other (house); read it"),
         ("mit", "[mit, cc-by-nc-sa-4.0]", "mit, cc-by-nc-sa-4.0, which forbids commercial use"),
     ],
     ids=["nc", "llama2", "llama3", "gemma", "other", "two"],

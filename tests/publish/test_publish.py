@@ -105,8 +105,8 @@ def rewrite(path: Path, **changes: object) -> None:
     [
         ({"base_model_name_or_path": "/root/.cache/hub/models--x"}, "a path of this machine"),
         ({"layers": ["C:\\models\\x"]}, "a path of this machine"),
-        ({"base_model_name_or_path": "other/base"}, "trained over"),
-        ({"revision": None}, "trained over"),
+        ({"base_model_name_or_path": "other/base"}, "trained on"),
+        ({"revision": None}, "trained on"),
     ],
 )
 def test_an_adapter_that_names_another_base_is_refused(

@@ -69,7 +69,7 @@ BAD = {
     "no model": ("name: a\ndata: [{source: pydoc}]\n", "r:1: model: this field is required"),
     "no name": ("model: a/b\ndata: [{source: pydoc}]\n", "r:1: name: this field is required"),
     "a name that is a path": (GOOD.replace("name: good", "name: ../evil"), "r:2: name: found '../evil'"),
-    "an unknown builtin": (GOOD.replace("tiny-mistral", "huge-mistral"), "there is builtin:tiny-mistral"),
+    "an unknown builtin": (GOOD.replace("tiny-mistral", "huge-mistral"), "allowed: builtin:tiny-mistral"),
     "a model that is no name": (GOOD.replace("builtin:tiny-mistral", "'a b'"), "allowed: a Hub name"),
     "a newer schema": (GOOD.replace("schema: 1", "schema: 2"), "r:1: schema: found 2; allowed: 1"),
     "a path that climbs out": (GOOD + "  - {source: local, path: ../../etc/passwd}\n", "leaves the recipe's folder"),

@@ -21,7 +21,8 @@ SAME = {"perplexity_adapter": 69.5, "perplexity_ratio": 0.99, "perplexity_ratio_
 def head(tmp_path: Path, evaluate: dict[str, Any] = EVALUATE, **train: Any) -> tuple[str, str]:
     run = made_run(tmp_path)
     run.note("decontaminate", "off")
-    run.note("sample", "off")
+    for name in ("sample", "pairs", "align"):
+        run.note(name, "off")
     run.done("evaluate", **evaluate)
     run.done("train", **{"steps": 150, "loss": 2.8, "first_loss": 4.0, "device": "cpu", **train})
     made = page(run)

@@ -174,7 +174,7 @@ def test_memory_that_runs_out_in_a_stage_is_one_sentence(error: Exception, tmp_p
     outer.__cause__ = error
     for raised in (error, outer):
         step = Step(stage_named("dedup"), "missing", folder=tmp_path)
-        status, told = runner._told(raised, step, context(tmp_path))
+        status, told = runner._failure(raised, step, context(tmp_path))
         assert status == "failed" and isinstance(told, FinetuneError) and told.exit_status == 1
         assert "dedup: no memory is left" in str(told) and "\n" not in str(told)
 

@@ -98,7 +98,7 @@ def test_a_pattern_that_matches_without_end_is_stopped(
     path = adapter / "adapter_config.json"
     change = {field: {pattern: 4} if field == "rank_pattern" else pattern}
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    refused(plain, adapter, "more than 0.3 s of work")
+    refused(plain, adapter, "more than 0.3 s of CPU time")
 
 
 def entry(shape: Any = (1,), offsets: Any = (0, 4), dtype: Any = "F32") -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_an_etag_is_a_promise_too(hub: LoopbackHub, tmp_path: Path, answers: Cal
     verified._record(folder).unlink()
     blob = (folder / "model.safetensors").resolve()
     blob.write_bytes(b"!" + blob.read_bytes()[1:])
-    with pytest.raises(FinetuneError, match="announces"):
+    with pytest.raises(FinetuneError, match="announced"):
         fetch(tmp_path, commit)
     assert not blob.exists()
 

@@ -204,7 +204,7 @@ def test_an_architecture_that_takes_for_ever_to_build_is_given_up(
     monkeypatch.setattr(base_limits, "MOST_LAYERS", 10**7)
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 1_000_000}))
-    refused(model, tmp_path, "0.3 s of work")
+    refused(model, tmp_path, "0.3 s of CPU time")
 
 
 def replaced(model: Path, **parts: Any) -> None:

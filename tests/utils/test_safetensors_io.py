@@ -118,7 +118,7 @@ def test_a_tensor_other_than_planned_is_refused(tmp_path: Path) -> None:
         ([("w", torch.zeros(2, 3).half())], "planned is"),
         ([("v", torch.zeros(2, 3))], "planned is"),
         ([], "ended before w"),
-        ([("w", torch.zeros(2, 3)), ("x", torch.zeros(1))], "still has x"),
+        ([("w", torch.zeros(2, 3)), ("x", torch.zeros(1))], "yields x"),
         ([("w", torch.zeros(1, 3))], "ended before w"),
         ([("w", torch.zeros(1, 3)), ("v", torch.zeros(1, 3))], "planned is"),
         ([("w", torch.zeros(1, 3)), ("w", torch.zeros(2, 3))], "planned is"),

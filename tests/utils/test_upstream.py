@@ -21,6 +21,7 @@ LIBRARIES = {
 OURS_BY_CONTRACT = {
     "_exit",  # os
     "_model_call", "_model_generate",  # lm-eval: what its documentation tells a model class to define
+    "_compute_kl_logps",  # trl's KTOTrainer: overridden in preference/trainers.py; tests/preference proves the result
     "_parameters", "_buffers",  # torch.nn.Module: named in its documentation of state
 }  # fmt: skip
 
