@@ -236,7 +236,7 @@ class Evaluate(Section):
     generations: Annotated[int, Field(ge=0, le=10_000)] = 32
     """Held-out prompts answered, to check whether answers end; 0: none."""
     metrics: list[AnswerMetric] = []
-    """Metrics of those answers against the held-out ones, for base and adapter; rouge_l, bleu, chrf need the extra `metrics`."""
+    """Metrics of those answers, for base and adapter; rouge_l, bleu and chrf need the extra `metrics`."""
     batch_tokens: Count = 4096
     """Tokens per batch, with padding; a trade-off of memory and speed."""
     tasks: list[Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]] = []

@@ -43,7 +43,7 @@ def verify(kind: str, processes: int, world: int, environment: Mapping[str, str]
         raise GateRefused(f"{world} processes were started, and accelerate trains in {processes} that know each other")
     if wanted is not None and kind != wanted:
         raise GateRefused(
-            f"{wanted} was requested, but accelerate uses {kind}: it ignores {wanted} without a GPU, or in one process. "
+            f"{wanted} was requested, but accelerate uses {kind}: it ignores {wanted} without a GPU or in one process. "
             "Use recipes/accelerate/ddp.yaml or multi_cpu.yaml"
         )
     if (world > 1) != (kind != "NO"):
