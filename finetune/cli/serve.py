@@ -43,6 +43,9 @@ def serve(
     server: Annotated[
         str | None, typer.Option("--server", metavar="URL", help="With --check: a server that already runs.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="With --server: the model's name there.")
+    ] = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
 ) -> None:
@@ -53,7 +56,7 @@ def serve(
     if server and not check:
         raise InputError("--server names a server that already runs: add --check, or leave it out to start one")
     if server:
-        _check(name, server, None, exact=False, roots=(artifacts, scratch), screen=screen)
+        _check(name, server, model, exact=False, roots=(artifacts, scratch), screen=screen)
         return
     served = served_by(name, artifacts, scratch, screen)
     if context is not None:

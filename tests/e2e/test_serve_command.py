@@ -112,7 +112,7 @@ def test_the_check_passes_for_what_was_merged_and_fires_for_another_template(wor
     changed = Path(shutil.copytree(merged, other.folder / "changed"))
     text = (changed / "chat_template.jinja").read_text()
     (changed / "chat_template.jinja").write_text("Please answer: " + text)
-    check = arguments(other, "serve", changed, "--check", "--server", url)
+    check = arguments(other, "serve", changed, "--check", "--server", url, "--model", merged)
     done = subprocess.run(check, cwd=other.folder, env=other.environment(), text=True, capture_output=True)
     assert done.returncode == 3 and "expected" in done.stdout
 
