@@ -138,13 +138,18 @@ def _talk_on(exchange: Exchange, conversation: Conversation, screen: Screen, ter
         elif line:
             try:
                 exchange(conversation, line)
-            except Stopped:
-                raise
             except FinetuneError as error:
+                if _ends_talk(error, terminal):
+                    raise
                 screen.say(str(error))
             except KeyboardInterrupt:
                 _write("\n")
                 screen.say("(stopped; this question and its answer are forgotten)")
+
+
+def _ends_talk(error: FinetuneError, terminal: bool) -> bool:
+    """Return whether an error ends the conversation: a signal does, and a failed server if no person can ask again."""
+    return isinstance(error, Stopped) or not (terminal or isinstance(error, InputError))
 
 
 def _command(line: str, conversation: Conversation, screen: Screen) -> bool:

@@ -202,7 +202,8 @@ def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: s
                         failure = failure or error
                         continue
                     tokens += reply.tokens
-                    append(target, [_line(task, reply.text, reply.finish, reply.tokens, made_by)])
+                    line = _line(task, reply.text, reply.finish, reply.tokens, made_by)
+                    append(target, [line | ({"tool_calls": list(reply.calls)} if reply.calls else {})])
                     bar.advance(1, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
         finally:
             bar.close()

@@ -84,7 +84,7 @@ def _serve(
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
     chosen = engines.choose(engine, served, engines.installed())
-    told = engines.environment(chosen, key, os.environ)
+    told = engines.environment(chosen, key, os.environ, loopback=engines.is_loopback(host))
     require_port(host, port)
     command = engines.command(chosen, served, host, port)
     folder = roots[1] / "serve"
@@ -129,13 +129,17 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
     from finetune.pipeline.store import Store
     from finetune.utils.files import read_json
 
-    value = run_view.finished(Store(artifacts, scratch), name, lambda _: ("base", "train"), screen.say)
+    value = run_view.finished(Store(artifacts, scratch), name, run_view.adapter_needs, screen.say)
     done = {n: Path(s["path"]) for n, s in value["stages"].items() if s["status"] == "done" and s["path"]}
-    if "train" not in done:
-        status = value["stages"]["train"]["status"]
-        raise InputError(f"train of {value['recipe']} is {status}: run `finetune run {name.partition('@')[0]}` first")
+    trained = run_view.adapter_stage(value["stages"])
+    if trained not in done or "base" not in done:
+        status = value["stages"][trained]["status"]
+        raise InputError(
+            f"{trained} of {value['recipe']} is {status}: run `finetune run {name.partition('@')[0]}` first"
+        )
     merged = done.get("merge")
-    adapter = done.get("align", done["train"]) / "adapter"
+    adapter = done[trained] / "adapter"
+    base, more = _base(value, name, done["base"], scratch)
     config = read_json(adapter / "adapter_config.json")
     files = sorted(done["export"].rglob("*.gguf")) if "export" in done else []
     ranks = [int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]
@@ -143,14 +147,32 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
         value["recipe"],
         merged=merged.absolute() if merged else None,
         gguf=files[0].absolute() if files else None,
-        base=config.get("base_model_name_or_path"),
+        base=base,
         adapter=adapter.absolute(),
         rank=max(ranks),
         template=_file(adapter / "template" / "inference.jinja", adapter / "chat_template.jinja"),
         context=_context(done["base"]),
         dtype=_dtype(),
-        limits=tuple(engines.adapter_limits(config)),
+        limits=(*engines.adapter_limits(config), *more),
     )
+
+
+def _base(value: dict[str, Any], name: str, folder: Path, scratch: Path) -> tuple[str | None, list[str]]:
+    """Return the local folder of the base, if its weights are here, and why an engine cannot put an adapter on it."""
+    from finetune.cli.voice import recipe_of
+    from finetune.models.loading import weight_files
+    from finetune.utils.files import read_json
+
+    model = recipe_of(value, name.partition("@")[0]).model
+    limits = ["model.rope_scaling is not in the base's own configuration"] if model.rope_scaling else []
+    place: Path | None = folder if model.kind == "builtin" else model.folder
+    if model.kind == "hub":
+        snapshots = scratch.absolute() / "hub" / f"models--{model.id.replace('/', '--')}" / "snapshots"
+        place = snapshots / str(read_json(folder / "base.json")["revision"])
+    if place is None or not weight_files(place):
+        place = None
+        limits.append(f"the weights of {model.id} are not in {scratch}")
+    return str(place) if place else None, limits
 
 
 def _file(*paths: Path) -> Path | None:

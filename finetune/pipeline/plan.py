@@ -5,7 +5,6 @@ Rates are the datasheets' dense 16-bit figures; assumptions are stated next to e
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from finetune.train.batch import sizing_advice, total_steps
 
 if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
+    from finetune.recipe import Preference, Train
 
 DEFAULT_DEVICE = "t4"  # the device used if none is given
 
@@ -108,9 +108,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
     assert asked is not None  # noqa: S101
     counted = by_name["pairs"].manifest if "pairs" in by_name else None
     pairs = int(counted.metrics["rows"]) if counted else None
-    train = recipe.training.model_copy(
-        update={"batch_rows": asked.batch_pairs, "epochs": asked.epochs, "max_steps": asked.max_steps}
-    )
+    train = _aligning(recipe, asked)
     return {
         "method": asked.method,
         "pairs": pairs,
@@ -192,8 +190,14 @@ def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     if manifest is None:
         return found | {"pairs": None, "tokens": None, "steps": None}
     pairs = int(manifest.metrics["rows"])
-    steps = max(1, math.ceil(pairs / section.batch_pairs * section.epochs))
+    steps = total_steps(pairs, _aligning(recipe, section))
     return found | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
+
+
+def _aligning(recipe: Recipe, section: Preference) -> Train:
+    """Return the train section with the batch and length of preference training."""
+    of_pairs = {"batch_rows": section.batch_pairs, "epochs": section.epochs, "max_steps": section.max_steps}
+    return recipe.training.model_copy(update=of_pairs)
 
 
 def _pairs_in_words(found: dict[str, Any]) -> str:

@@ -66,7 +66,13 @@ def align(
         return run(task, job, base, tokenizer, dataset, ctx, micro)
 
     return oom.halving(
-        attempt, base, micro, micro * accumulate, ctx, checkpointing=job.checkpointing in ("full", "offload")
+        attempt,
+        base,
+        micro,
+        micro * accumulate,
+        ctx,
+        checkpointing=job.checkpointing in ("full", "offload"),
+        least=batches.least(micro, objective.method, objective.loss),
     )
 
 

@@ -22,6 +22,13 @@ WHOLE_BATCH = ("aot", "aot_unpaired")  # losses that sort the pairs of a batch: 
 MISMATCHED = "kl"  # KTO: another row's answer, from which the distance to the reference is estimated
 
 
+def least(micro: int, method: str, loss: str) -> int:
+    """Return the smallest micro-batch that computes the same loss: the whole one if the loss sorts it, 2 for KTO."""
+    if loss in WHOLE_BATCH:
+        return micro
+    return 2 if method == "kto" else 1
+
+
 def batch_of(batch: int, asked: int | str, world: int, method: str, loss: str) -> tuple[int, int]:
     """Pairs (for kto answers) of a micro-batch, and micro-batches of a step of `batch`; `asked` as micro_batch_rows.
 

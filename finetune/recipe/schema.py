@@ -123,7 +123,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        found = (self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart)
+        found = (
+            self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart,
+            self._tokens_apart,
+        )  # fmt: skip
         refuse([problem for problems in found for problem in problems()])
         return self
 
@@ -140,6 +143,14 @@ class Recipe(Section):
                 ("pack", "length_tokens"),
                 f"{self.pack.length_tokens} is less than render.max_length_tokens {longest}: "
                 "a whole document would not fit a row",
+            )
+
+    def _tokens_apart(self) -> Iterator[Contradiction]:
+        if self.tokens is not None and self.preference is not None:
+            yield (
+                ("preference",),
+                "new tokens (tokens.add) cannot be trained on preferences yet: TRL's reference copy leaves out their "
+                "rows; train with tokens.add first, merge, and name the merged folder as model here",
             )
 
     def _trained_from(self) -> Iterator[Contradiction]:

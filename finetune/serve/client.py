@@ -31,12 +31,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: text, `finish` (stop, length, tool_calls), tokens of the prompt and of the answer (0: not stated)."""
+    """An answer: text, `finish` (stop, length, tool_calls), tokens of the prompt and of the answer (0: not stated).
+
+    `calls`: the tool calls that the server took out of the text, as JSON values.
+    """
 
     text: str
     finish: str
     prompt_tokens: int = 0
     tokens: int = 0
+    calls: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,13 @@ class Server:
         """Return the answer to a conversation. Raises FinetuneError or InputError with one sentence."""
         with sentences(self):
             made = self.client.chat.completions.create(**self._request(messages, sampling, tools))
-            choice = made.choices[0]
-        usage = made.usage
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return Reply(choice.message.content or "", choice.finish_reason or "", *counts)
+        choices = getattr(made, "choices", None)
+        if not choices:
+            raise FinetuneError(f"{self.url} answered with something else than a chat completion; is it such an API?")
+        message, usage = choices[0].message, made.usage
+        read, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
+        return Reply(message.content or "", choices[0].finish_reason or "", read, written, calls)
 
     def models(self) -> list[str]:
         """Return the names that the server lists; empty if it cannot list them."""
@@ -87,12 +94,16 @@ class Server:
 def connect(url: str, model: str) -> Server:
     """Return the server at `url` (…/v1, or its root), of which `model` will be asked.
 
-    The key comes from FINETUNE_API_KEY or OPENAI_API_KEY. Raises InputError for an address that is no http URL, and
-    for a missing package.
+    The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY. Raises InputError for an address that is
+    no http URL, and for a missing package.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"--server {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1")
+    wrong = f"--server {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1"
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise InputError(wrong)
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        raise InputError(wrong) from None
     if parts.username or parts.password:
         raise InputError(f"--server: no password in the address; put the key into {KEY}")
     try:
@@ -101,7 +112,7 @@ def connect(url: str, model: str) -> Server:
         raise InputError("--server needs the openai package: pip install 'finetune-recipes[serve]'") from None
     root = url.rstrip("/")
     root = root if parts.path.rstrip("/") else f"{root}/v1"
-    key = os.environ.get(KEY) or os.environ.get("OPENAI_API_KEY") or "none"
+    key = os.environ.get(KEY) or (os.environ.get("OPENAI_API_KEY") if parts.scheme == "https" else None) or "none"
     return Server(root, model, OpenAI(base_url=root, api_key=key, max_retries=RETRIES, timeout=SECONDS))
 
 
@@ -113,7 +124,7 @@ def sentences(server: Server) -> Iterator[Server]:
     try:
         yield server
     except openai.AuthenticationError:
-        raise InputError(f"{server.url} refused the key; set {KEY} (or OPENAI_API_KEY) to the server's key") from None
+        raise InputError(f"{server.url} refused the key; set {KEY} to the server's key") from None
     except openai.PermissionDeniedError as error:
         raise InputError(f"{server.url} refused: {_words(error)}") from None
     except openai.NotFoundError as error:

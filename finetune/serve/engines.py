@@ -155,13 +155,13 @@ def command(engine: Engine, served: Served, host: str, port: int) -> list[str]:
     return [*words, "--dtype", served.dtype, "--host", host, "--port", str(port)]
 
 
-def environment(engine: Engine, key: str, outside: Mapping[str, str]) -> dict[str, str]:
+def environment(engine: Engine, key: str, outside: Mapping[str, str], *, loopback: bool = False) -> dict[str, str]:
     """Return the environment of the engine's process: the network is not asked, and the key is where it is read.
 
-    Raises InputError if the engine has no keys.
+    Raises InputError if the engine has no keys and other machines reach it.
     """
     variable = {"vllm": "VLLM_API_KEY", "llama-server": "LLAMA_API_KEY"}.get(engine)
-    if key and variable is None:
+    if key and variable is None and not loopback:
         raise InputError("transformers serve has no keys: bind it to 127.0.0.1, or install vLLM or llama-server")
     told = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | ({variable: key} if key and variable else {})
     return {**{k: v for k, v in outside.items() if k != KEY}, **told}

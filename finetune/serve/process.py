@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -11,13 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import FinetuneError, InputError, how_it_ended
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own port
 SAID_SECONDS = 15.0
 TAIL_LINES = 5
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -70,13 +72,13 @@ def running(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the engine: SIGTERM, and SIGKILL if it is still there after 10 s."""
+    """End the engine and its own children: SIGTERM, and SIGKILL to what is still there after 10 s."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with suppress(ProcessLookupError, PermissionError):  # no process of its session is left
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -104,7 +106,7 @@ def _wait(
 
 def _answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(address, timeout=2) as reply:  # noqa: S310 - http, to the engine that was started
+        with DIRECT.open(address, timeout=2) as reply:
             return bool(reply.status == 200)
     except (OSError, urllib.error.URLError, ValueError):
         return False

@@ -243,6 +243,11 @@ def _check_left(spec: Spec, curation: Curation, made: Made) -> None:
             raise GateRefused(f"pairs: no pair {words} is left:{curation.reasons()}")
     if spec.method == "kto" and len({p.pair.label for p in train}) == 1:
         raise GateRefused(f"pairs: all answers that are left to train on have one label:{curation.reasons()}")
+    if spec.method == "kto" and len({p.pair.label for p in made["eval"]}) == 1:
+        raise GateRefused(
+            "pairs: the held-out answers all have one label, so that preference.min_accuracy cannot be measured; raise "
+            "preference.eval_fraction, or give preference.eval_data answers of both labels"
+        )
     longer = [p.pair.id for p in train if len(p.answers) == 2 and p.supervised(0) > p.supervised(1)]
     check_length_bias(_bias(train), spec.max_length_bias, longer)
 

@@ -26,14 +26,14 @@ def halving(
     ctx: Context,
     *,
     checkpointing: bool,
+    least: int = 1,
 ) -> T:
     """Call `attempt(micro)`, and again with half of it each time the device runs out of memory.
 
     `attempt` resumes from its last complete checkpoint; random generators are restored to their state at its first
-    call,
-    and the adapter that it added to `base` is removed. Raises FinetuneError with advice at a micro-batch of 1, and with
-    several processes: the others wait inside the failed step, so all must be restarted; our launcher does so with the
-    smaller micro-batch.
+    call, and the adapter that it added to `base` is removed. Raises FinetuneError with advice at a micro-batch of
+    `least`, and with several processes: the others wait inside the failed step, so all must be restarted; our launcher
+    does so with the smaller micro-batch.
     """
     import torch
 
@@ -46,7 +46,7 @@ def halving(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            smaller = max((n for n in range(1, micro // 2 + 1) if per_process % n == 0), default=0)
+            smaller = max((n for n in range(least, micro // 2 + 1) if per_process % n == 0), default=0)
             words = (
                 f"the device ran out of memory with {micro} rows a micro-batch; going on with {smaller} from the last "
                 f"complete checkpoint (runtime.micro_batch_rows={smaller} begins with it)"

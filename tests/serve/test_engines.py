@@ -59,6 +59,7 @@ def test_a_key_is_handed_over_in_the_environment_only():
     assert engines.environment("llama-server", "secret", {})["LLAMA_API_KEY"] == "secret"
     with pytest.raises(InputError, match="has no keys"):
         engines.environment("transformers", "secret", {})
+    assert "secret" not in engines.environment("transformers", "secret", {}, loopback=True).values()
     assert "secret" not in " ".join(command("vllm", MERGED, "0.0.0.0", 1))
 
 

@@ -1,0 +1,97 @@
+"""The client of an OpenAI-compatible server: addresses, keys, and answers that are none."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from finetune.errors import FinetuneError, InputError
+from finetune.serve.client import Sampling, connect
+
+pytest.importorskip("openai")
+CALL = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+ANSWER = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+COMPLETION = {
+    "id": "x", "object": "chat.completion", "created": 1, "model": "m",
+    "choices": [{"index": 0, "message": ANSWER, "finish_reason": "tool_calls"}],
+    "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+}  # fmt: skip
+
+
+@pytest.fixture
+def server():
+    """A server that answers every request with `status` and `body`; it keeps the keys that it was sent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            made.keys.append(self.headers["Authorization"])
+            body = made.body.encode()
+            self.send_response(made.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    made = HTTPServer(("127.0.0.1", 0), Handler)
+    made.status, made.body, made.keys = 200, json.dumps(COMPLETION), []
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    made.url = f"http://127.0.0.1:{made.server_port}"
+    yield made
+    made.shutdown()
+
+
+def ask(server):
+    return connect(server.url, "m").ask([{"role": "user", "content": "a"}], Sampling(4))
+
+
+def test_tool_calls_are_kept(server):
+    reply = ask(server)
+    assert reply.calls == (CALL,) and reply.finish == "tool_calls" and (reply.prompt_tokens, reply.tokens) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "http://127.0.0.1:abc/v1", "http://[::1/v1", "ftp://x", "http://u:p@x"]
+)
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(InputError, match="--server"):
+        connect(url, "m")
+
+
+def test_a_key_of_another_service_is_not_sent_in_clear(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-account")
+    monkeypatch.delenv("FINETUNE_API_KEY", raising=False)
+    ask(server)
+    assert server.keys == ["Bearer none"]
+    assert connect("https://api.openai.com/v1", "m").client.api_key == "sk-account"
+    monkeypatch.setenv("FINETUNE_API_KEY", "ours")
+    ask(server)
+    assert server.keys[-1] == "Bearer ours"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "words"),
+    [
+        (200, "{}", FinetuneError, "something else than a chat completion"),
+        (401, "{}", InputError, "refused the key"),
+        (404, "{}", InputError, "has no model m"),
+        (400, '{"error": {"message": "too long"}}', InputError, "too long"),
+    ],
+)
+def test_a_refusal_is_one_sentence(server, status, body, kind, words):
+    server.status, server.body = status, body
+    with pytest.raises(kind, match=words):
+        ask(server)
+
+
+def test_a_server_that_is_not_there_is_one_sentence(server, monkeypatch):
+    monkeypatch.setattr("finetune.serve.client.RETRIES", 0)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(FinetuneError, match="cannot be reached"):
+        ask(server)
