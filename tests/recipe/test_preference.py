@@ -81,3 +81,9 @@ def test_sources_of_another_kind_are_refused(source, words):
 @pytest.mark.parametrize("section", ["eval_data:\n  - ", "decontaminate:\n  against:\n    - "])
 def test_pairs_are_no_rows_for_sft(section):
     assert "rows of format kto belong under preference.data" in said(section + "{source: hub, id: a/b, format: kto}\n")
+
+
+def test_new_tokens_and_preferences_exclude_each_other():
+    assert "preference: new tokens (tokens.add) cannot be trained on preferences" in said(
+        PAIRS + "tokens: {add: ['<tool>']}\n"
+    )
