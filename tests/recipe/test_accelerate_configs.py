@@ -80,7 +80,7 @@ def test_what_was_asked_for_passes(kind, processes, environment):
     ("kind", "processes", "world", "environment", "said"),
     [
         ("MULTI_CPU", 2, 2, {"ACCELERATE_USE_FSDP": "true"}, "FSDP was requested, but accelerate uses MULTI_CPU"),
-        ("MULTI_GPU", 2, 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED was asked for"),
+        ("MULTI_GPU", 2, 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED was requested"),
         ("NO", 1, 2, {}, "2 processes were started"),
         ("NO", 2, 2, {}, "distributed_type is NO"),
     ],
