@@ -15,6 +15,11 @@ def check(figures: Mapping[str, Any], min_accuracy: float | None, max_perplexity
     """
     found = []
     interval = figures.get("accuracy_interval")
+    if min_accuracy is not None and interval is None and figures.get("eval_pairs") == 0:
+        found.append(
+            "preference.min_accuracy cannot be measured: the held-out answers all have one label; give "
+            "preference.eval_data answers of both, or set preference.min_accuracy: null"
+        )
     if min_accuracy is not None and interval is not None and not interval[0] > min_accuracy:
         found.append(
             f"{figures['accuracy']:.1%} of {figures['eval_pairs']} held-out pairs are told apart (95 % interval "

@@ -35,8 +35,11 @@ def test_the_gates_fire_on_what_is_out_of_bounds_and_on_nothing_else(changed, wo
         gates.check(figures, 0.5, 1.2)
 
 
-def test_absent_figures_pass():
-    gates.check({"eval_pairs": 0}, 0.5, 1.2)
+def test_a_bound_on_what_cannot_be_measured_is_refused():
+    with pytest.raises(GateRefused, match="cannot be measured"):
+        gates.check({"eval_pairs": 0}, 0.5, 1.2)
+    gates.check({"eval_pairs": 0}, None, 1.2)
+    gates.check({}, 0.5, 1.2)
 
 
 def test_ties_count_half_and_noise_is_not_told_apart():
