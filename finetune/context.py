@@ -28,7 +28,7 @@ class StopFlag:
     """
 
     signal_number: int = 0
-    deferred: bool = False  # the handler must not interrupt: whoever works looks at signal_number
+    deferred: bool = False  # the handler must not interrupt: the work itself checks signal_number
     hold: Callable[[], None] = lambda: None  # do not leave by force: something is being saved
     lost: FinetuneError | None = None  # another process took over the folder that is being built
     require_own: Callable[[], None] = lambda: None  # looks whether one did, and raises: before a file is written again

@@ -77,7 +77,7 @@ def has_no_memory(error: BaseException | None) -> bool:
 
 
 def memory_full(where: str) -> FinetuneError:
-    """What to say where no more memory is given; `where` names the work."""
+    """Return the error for an allocation that failed; `where` names the work."""
     return FinetuneError(
         f"{where}: no memory is left, or this process may have no more (ulimit, a container's limit); end other "
         f"programs, raise the limit, or take a larger machine {KEPT}"
@@ -85,7 +85,7 @@ def memory_full(where: str) -> FinetuneError:
 
 
 def of_the_machine(error: Exception, work: str) -> FinetuneError | None:
-    """What to say of an error that the disk or the memory made outside any stage; None where it may be a defect."""
+    """Return the error for a failure of disk or memory outside any stage; None if it may be a defect."""
     if has_no_memory(error):
         return memory_full(work)
     if isinstance(error, OSError) and error.errno in MACHINE and error.filename:

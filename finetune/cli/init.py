@@ -89,7 +89,7 @@ def write_recipe(
 
     `name`, `model`, `data`, `device` and `out` are the options: None asks, or takes the default of the last two;
     `force` writes over a file that is there, and keeps a question and an answer that seem to be swapped; `ask` is None
-    if nobody can be asked; `chosen` has the columns of question, answer and system text, and conditions on others;
+    if there is no terminal; `chosen` has the columns of question, answer and system text, and conditions on others;
     `length` is the row length in tokens, chosen by the rows and the device if it is None; in `store` a finished base is
     looked for, to show one row with its labels.
 

@@ -75,7 +75,7 @@ STRUCTURE = frozenset({*READ_ROLES, "text", "function"})  # words of a notation,
 
 
 class FormatError(ValueError):
-    """No format fits the columns, or `columns:` names what is not there; a person has to mend the recipe.
+    """No format fits the columns, or `columns:` names what is not there; the recipe must be fixed.
 
     `column` is the column that means something and that the format does not read, if that is the reason.
     """

@@ -63,7 +63,7 @@ def parsed(where: str, value: object, allowed: str, reason: str = "type") -> obj
 
 
 def loads(text: str) -> object:
-    """What JSON text holds; also Python's notation, in which pandas writes a list to CSV. Raises ValueError."""
+    """Return the value of JSON text, also in Python's notation (pandas writes lists to CSV so). Raises ValueError."""
     try:
         return json.loads(text)
     except ValueError:

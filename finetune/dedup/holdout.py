@@ -95,7 +95,7 @@ def count_leaks(
     held: Sequence[int],
     threshold: float,
 ) -> int:
-    """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched anew."""
+    """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched again."""
     from finetune.dedup.index import FlatIndex
     from finetune.dedup.select import links_between
 

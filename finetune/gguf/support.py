@@ -168,7 +168,7 @@ def untied_problem(config: Mapping[str, Any], saved: Sequence[str]) -> str | Non
 
 
 def window_note(config: Mapping[str, Any]) -> str:
-    """What llama.cpp computes otherwise in long texts, in a sentence; "" where there is nothing.
+    """Return a sentence on what llama.cpp computes differently in long texts; empty if nothing.
 
     It gives some architectures no sliding window: within the first window's tokens the model is the same.
     """
@@ -188,7 +188,7 @@ def _class_name(config: Mapping[str, Any]) -> str:
 
 
 def _rope_problem(arch: Architecture, config: Mapping[str, Any]) -> str | None:
-    """What llama.cpp cannot be told of this model's rotary embedding."""
+    """Return why the rotary embedding of this model has no GGUF metadata; None if it has."""
     settings, known = rope(config), arch.ropes
     if settings["rope_type"] not in known:
         return f"no GGUF is written of a {arch.name} with rope_type {settings['rope_type']}, only {', '.join(known)}"
@@ -224,7 +224,7 @@ def _pattern_problem(arch: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _gemma_problem(arch: str, config: Mapping[str, Any]) -> str | None:
-    """What llama.cpp takes for granted in a Gemma, and this one has otherwise."""
+    """Return a setting in which this Gemma differs from the one that llama.cpp assumes."""
     if not arch.startswith("gemma"):
         return None
     layers = config["num_hidden_layers"]

@@ -150,7 +150,7 @@ def open_source(
     """Read a source as `read_source` does; of a column that no format uses a person is asked if it may be ignored.
 
     Returns `chosen` with the columns that are ignored. Raises InputError as `read_source` does, with the option that
-    ignores the column if nobody can be asked; NotNeeded if it may not be ignored.
+    ignores the column if there is no terminal; NotNeeded if it may not be ignored.
     """
     while True:
         try:

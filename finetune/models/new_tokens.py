@@ -43,7 +43,7 @@ class NewTokens:
         return tuple(range(self.known, self.known + len(self.texts)))
 
     def as_json(self) -> dict[str, Any]:
-        """What base.json holds under `tokens`."""
+        """Return the value of `tokens` in base.json."""
         return {
             "add": list(self.texts), "special": self.special, "known": self.known, "stored": self.stored,
             "rows": self.rows,

@@ -30,7 +30,7 @@ WAIT_SECONDS = 15.0  # interval at which a waiting run prints the owner's progre
 
 @dataclass
 class Lease:
-    """The right to build one folder. `note` is shown to whoever waits; `on_lost` is called once by a thread."""
+    """The right to build one folder. `note` is shown to waiting runs; a thread calls `on_lost` once."""
 
     path: Path
     token: str

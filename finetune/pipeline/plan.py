@@ -129,7 +129,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
 
 
 def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
-    """What a person should know of the base before anything is built, one sentence each."""
+    """Return notes on the base that matter before anything is built, one sentence each."""
     found = [*notes(shapes.inventory, read_config(recipe, pinned) or {})] if shapes.inventory else []
     if shapes.inventory is not None:
         found.append(

@@ -291,7 +291,7 @@ def _check_device(recipe: Recipe, shapes: Shapes) -> None:
 
 
 def _too_small(recipe: Recipe, shapes: Shapes, world: int, base: Path | None) -> str | None:
-    """What is wrong with the GPU that would be trained on; None where it is large enough, or there is none."""
+    """Return why the GPU to train on is too small; None if it is large enough or there is none."""
     if recipe.runtime.device == "cpu" or shapes.parameters < LARGEST_ON_CPU:
         return None
     import torch

@@ -92,7 +92,7 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
 def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
-    """What the stage sees of the recipe; None if it is off."""
+    """Return the part of the recipe that the stage sees; None if the stage is off."""
     there = {"": True, "training": bool(recipe.data), "any": bool(recipe.data or recipe.eval_data)}
     return stage.spec(recipe) if there[stage.rows] else None
 

@@ -195,7 +195,7 @@ class HeldRows:
 
 
 def held_prompts(rows: Iterable[Example]) -> HeldRows:
-    """What of held-out SFT rows pairs are compared with."""
+    """Parts of held-out SFT rows that pairs are compared with."""
     ids, prompts = [], []
     answers: dict[bytes, str] = {}
     for row in rows:

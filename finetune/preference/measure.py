@@ -1,4 +1,4 @@
-"""What preference training changed, on held-out pairs and held-out SFT rows: policy beside the adapter it started from.
+"""Measure the effect of preference training on held-out pairs and SFT rows: policy beside its start adapter.
 
 Policy and reference are one model in memory, whose adapter is switched.
 """

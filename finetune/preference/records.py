@@ -31,7 +31,7 @@ class Pair:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What its answers are called."""
+        """Return the names of its answers."""
         return SIDES["dpo" if self.label is None else "kto"]
 
     def example(self, side: int) -> Example:

@@ -23,7 +23,7 @@ LOSS_TOLERANCE = 1e-5  # of what the loss is at equal policies, relative: roundi
 
 @dataclass(frozen=True)
 class Objective:
-    """What of the recipe's preference section decides the loss."""
+    """Settings of the preference section that decide the loss."""
 
     method: str  # dpo or kto
     loss: str  # TRL's name
@@ -139,7 +139,7 @@ def expected_loss(objective: Objective, batch: Mapping[str, Any] | None) -> floa
 
 
 def loss_at_start(loss: str, beta: float, smoothing: float, weight: float = 1.0) -> float | None:
-    """What TRL's loss is where policy and reference are equal; None if the reference does not decide it.
+    """Return TRL's loss for equal policy and reference; None if the reference does not decide it.
 
     `weight`: the mean of KTO's weights over the batch. Source: the formulas of trl/trainer/dpo_trainer.py and
     kto_trainer.py at log-ratios of 0.

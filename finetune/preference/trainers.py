@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _OwnRows:
-    """What both trainers do otherwise than TRL: no tokenisation, and a mean over the pairs of the optimiser step.
+    """Changes to both of TRL's trainers: no tokenisation, and a mean over the pairs of the optimiser step.
 
     TRL averages over a micro-batch and then over the micro-batches, so that the pairs of a smaller last micro-batch
     would count for more.
@@ -29,7 +29,7 @@ class _OwnRows:
         return dataset
 
     def units(self, batch: Mapping[str, torch.Tensor]) -> int:
-        """What the loss of `batch` is a mean over."""
+        """Return the number of items that the loss of `batch` averages over."""
         raise NotImplementedError
 
     def get_batch_samples(

@@ -1,4 +1,4 @@
-"""What stage align measured, for a person: sentences, and figures with names."""
+"""Sentences and named figures of what stage align measured."""
 
 from __future__ import annotations
 

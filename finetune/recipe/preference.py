@@ -1,4 +1,4 @@
-"""What a recipe says of preference tuning after SFT: the pairs, the loss, how long.
+"""Recipe section of preference tuning after SFT: pairs, loss, duration.
 
 The sentence below a field is its documentation, as in recipe/data.py.
 """
@@ -35,7 +35,7 @@ class Preference(Section):
     max_eval_pairs: Count = 1000
     """Pairs that are held out, at most."""
     repeats: Literal["pair", "prompt"] = "pair"
-    """What is dropped as a repeat: the same prompt with the same answers, or every further pair of a prompt."""
+    """Pairs dropped as repeats: the same prompt with the same answers, or every further pair of a prompt."""
     method: Literal["dpo", "kto"] = "dpo"
     """DPO learns from pairs; KTO from single answers with a label, so it takes each pair apart."""
     loss: Loss | None = None

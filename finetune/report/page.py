@@ -42,7 +42,7 @@ def write_report(store: Store, name: str, say: Callable[[str], None] = lambda li
 
 
 def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a run, as `shown.read` gave it."""
+    """Return the values that the page shows of a run, as read by `shown.read`."""
     from finetune.report import data_section, model_sections, preference_section
 
     stages = _views(store, value)

@@ -42,7 +42,7 @@ CHATS: tuple[tuple[str, list[dict[str, Any]], list[Any] | None], ...] = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What this package makes of a conversation: prompt ids and text, greedy answer, whether it ends by itself."""
+    """Expected values of a conversation: prompt ids and text, greedy answer, whether it ends by itself."""
 
     ids: list[int]
     text: str

@@ -135,7 +135,7 @@ def sentences(server: Server) -> Iterator[Server]:
         raise FinetuneError(f"{server.url} did not answer within {SECONDS:.0f} s") from None
     except openai.APIConnectionError as error:
         raise FinetuneError(f"{server.url} cannot be reached: {_words(error.__cause__ or error)}") from None
-    except openai.APIError as error:  # a status that repeating did not mend, a stream that broke off
+    except openai.APIError as error:  # a status that did not go away on retry, a stream that broke off
         raise FinetuneError(f"{server.url} failed: {_words(error)}") from None
 
 

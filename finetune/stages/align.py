@@ -22,7 +22,7 @@ CHECKPOINT_FROM_PARAMETERS = 500_000_000
 
 
 class Spec(Section):
-    """What decides the adapter, beside the pairs, the adapter that it begins from and the base."""
+    """Settings that decide the adapter, beside the pairs, the adapter that it begins from and the base."""
 
     seed: int
     model: Model
@@ -176,7 +176,7 @@ def _measure(
     precision: Precision,
     ctx: Context,
 ) -> dict[str, Any]:
-    """What the alignment changed, under the autocast of training."""
+    """Measure what the alignment changed, under the autocast of training."""
     import torch
 
     from finetune.models.device import DTYPES, autocast

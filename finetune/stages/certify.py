@@ -183,7 +183,7 @@ def _gain(
 
 
 def _figures(comparison: Comparison, held_out: HeldOut, seed: int) -> dict[str, Any]:
-    """What the certificate says of one candidate."""
+    """Return the figures of one candidate in the certificate."""
     from finetune.eval.compare import per_row
     from finetune.eval.metrics import agreement, perplexity_interval
 
@@ -206,7 +206,7 @@ def _certificate(
     held_out: HeldOut,
     better: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What certificate.json says: six significant digits, so that the last bits of a sum do not change the file.
+    """Return the content of certificate.json, with six significant digits: the last bits of a sum do not change it.
 
     `better`: that the merge is surely better than what was trained (`_gain`), and the agreement of its control, the
     merge into the base as the adapter saw it: what the two merges differ by is what 4 bits cost this base.

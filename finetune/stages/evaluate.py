@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Gates(Section):
-    """What stage align's figures are held to. They are checked here, so that another bound trains nothing again."""
+    """Bounds on the figures of stage align. They are checked here, so that another bound trains nothing again."""
 
     min_accuracy: float | None
     max_perplexity_ratio: float | None

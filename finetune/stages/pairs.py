@@ -32,7 +32,7 @@ Made = Mapping[str, Sequence["TokenizedPair"]]  # "train" and "eval"
 
 
 class Rendering(Section):
-    """What of the render section decides a pair's tokens."""
+    """Settings of the render section that decide a pair's tokens."""
 
     template: str
     system: Literal["merge", "refuse"]
@@ -111,7 +111,7 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """What the sources, the rules of the user's own, the template and the embedding model are made of."""
+    """Return digests of the sources, custom rules, template and embedding model."""
     from finetune.filters import custom
     from finetune.tokenization.chat_template import fingerprint_of
 

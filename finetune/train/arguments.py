@@ -1,4 +1,4 @@
-"""What a recipe says of a training, in the words of TRL's configurations."""
+"""Settings of a training, translated from the recipe to TRL's configurations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Job:
 
 
 def shared_arguments(job: Job, ctx: Context, micro: int, accumulate: int, steps: int) -> dict[str, Any]:
-    """What every kind of training gives TRL's configuration."""
+    """Return the arguments of TRL's configuration that every kind of training shares."""
     from finetune.train import activation_checkpointing as checkpointing
 
     recompute, settings = checkpointing.settings(job.checkpointing, job.device)

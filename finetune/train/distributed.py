@@ -29,7 +29,7 @@ def check_devices(device: str, world: int, environment: Mapping[str, str]) -> No
 
 
 def asked(environment: Mapping[str, str]) -> str | None:
-    """What the launcher was told to distribute by, where that is not DDP."""
+    """Return the distribution that the launcher was configured for, if it is not DDP."""
     return next((name for variable, name in ASKED.items() if environment.get(variable, "").lower() == "true"), None)
 
 
