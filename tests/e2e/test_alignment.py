@@ -64,7 +64,8 @@ def test_the_whole_run_takes_the_aligned_adapter_to_the_merged_model(copies):
 @pytest.mark.slow
 def test_two_processes_align_as_one(copies):
     one, two = copies("one"), copies("two")
-    same = ("--set", "lora.dropout=0", *ALIGN)  # each process draws a dropout mask of its own
+    # Each process draws a dropout mask of its own, and a last step with fewer pairs is filled up by repeating some.
+    same = ("--set", "lora.dropout=0", "--set", "preference.max_steps=12", *ALIGN)
     one.run("run", "small.yaml", *same)
     launches.finish(two, launches.ours(two, 2, *same))
     first, second = (load_file(str(aligned(w))) for w in (one, two))
@@ -94,12 +95,3 @@ def test_without_sft_the_reference_is_the_base(copies):
     start = load_file(str(Path(stages["train"]["path"]) / "adapter" / "adapter_model.safetensors"))
     assert all(not v.any() for n, v in start.items() if ".lora_B." in n)
     assert all(v.any() for v in load_file(str(aligned(work))).values())
-
-
-@pytest.mark.slow
-def test_an_adapter_that_learned_nothing_is_refused_by_evaluate(copies):
-    work = copies("gate")
-    work.run("run", "small.yaml", "--set", "preference.learning_rate=1e-5", *ALIGN)
-    sets = ("--set", "preference.learning_rate=1e-5", "--set", "preference.min_accuracy=0.5")
-    done = work.run("run", "small.yaml", *sets, "--until", "evaluate", status=3)
-    assert "preference.min_accuracy" in done.stderr and done.stderr.count("align …") == 0  # nothing is trained again

@@ -211,7 +211,7 @@ def test_a_run_whose_children_are_killed_one_by_one_loses_nothing(forked, pristi
     environment = {"PATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     work = Workspace(tmp_path / "work")
     shutil.copytree(pristine_whole.folder, work.folder)
-    work.recipe.write_text(work.recipe.read_text().replace("data:\n", "data:\n  - {source: pydoc, take: 30}\n"))
+    work.recipe.write_text(work.recipe.read_text().replace("data:\n", "data:\n  - {source: pydoc, take: 30}\n", 1))
     expected = committed(undisturbed(forked, work, tmp_path / "whole", *CHILDREN, **environment))
     assert {stage for stage, _ in expected} == set(STAGE_NAMES)
     for word, (stage, says, number) in ENDS.items():

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -143,29 +142,6 @@ def test_a_disk_that_fills_up_between_two_stages_keeps_what_is_there(small_disk,
     again = Run(store.artifacts, "small", "", (), "0" * 8, write=True)
     build(pristine, store, "ingest", record=again)
     assert again.stages["base"].status == again.stages["ingest"].status == "done"
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_in_training_is_named_by_the_command(small_disk, pristine, tmp_path):
-    """As a person meets it: the command line, a disk that is really full, then the same command again."""
-    disk, leave = small_disk
-    work = Workspace(shutil.copytree(pristine.folder, tmp_path / "work"))
-    roots = ["--artifacts", str(disk / "artifacts"), "--scratch", str(disk / "scratch")]
-    command = [*work.command("validate", "small.yaml")[:3], "run", "small.yaml", "--until", "train", *roots]
-    settings = {"env": work.environment(), "cwd": work.folder, "text": True, "stdin": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not any(p.read_text() for p in disk.glob("artifacts/train/*/metrics.jsonl")):
-        time.sleep(0.005)
-    leave(0)
-    said = process.communicate(timeout=240)[1]
-    (folder,) = disk.glob("artifacts/train/*")
-    assert process.returncode == 1 and "Traceback" not in said, said
-    assert f"train: {folder}: no space left on this disk; free some" in said, said
-    assert not (folder / "manifest.json").exists()
-    leave(None)
-    done = subprocess.run(command, **settings, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "manifest.json").exists()
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_built(small_disk, pristine):

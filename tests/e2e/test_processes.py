@@ -178,7 +178,7 @@ def killed(work, rank, moment):
     launches.kill(launches.rank_of(process, rank))
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in text, text
-    assert f"process {rank + 1} of 2 was killed by SIGKILL (out of memory?); the same command goes on" in text
+    assert f"process {rank + 1} of 2 was killed by SIGKILL (out of memory?); run the same command to resume" in text
     return f"{said}{text}"
 
 

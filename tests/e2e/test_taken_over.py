@@ -62,7 +62,7 @@ def test_a_builder_that_was_stopped_leaves_what_another_machine_finished(forked,
     assert committed(work) == expected
     os.kill(first.pid, signal.SIGCONT)
     assert first.wait(120) == 1, said(work, "one")
-    assert "took this folder over while this process stood still" in said(work, "one")
+    assert "took this folder over while this process was suspended" in said(work, "one")
     assert "Traceback" not in said(work, "one")
     assert committed(work) == expected  # and not a byte of it was written again
     again = start(work, "one", "--until", "train")
@@ -85,7 +85,7 @@ def test_a_folder_that_becomes_read_only_in_training_is_one_sentence(forked, pri
     text = said(work, "one")
     assert status == 1 and "Traceback" not in text, text
     line = next(line for line in text.splitlines() if "Permission denied" in line)
-    assert line.startswith("train: ") and str(folder) in line and "the same command goes on" in line
+    assert line.startswith("train: ") and str(folder) in line and "run the same command again" in line
     assert not any(work.folder.glob("artifacts/train/*/manifest.json"))
     for place in places:
         place.chmod(0o755)
