@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from finetune.serve import client as served
 from finetune.serve.client import Reply, Server, connect
 from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json, replace_bytes
+from finetune.utils.runtime import in_order
 
 SERVER_REQUESTS = 8  # at once
+AHEAD = 4  # times as many answers may wait for a slow one before them
 
 
 @dataclass(frozen=True)
@@ -170,46 +171,29 @@ def _answer_all(
 
 
 def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: str, target: Path, ctx: Context) -> None:
-    """Ask a server, `SERVER_REQUESTS` at once; each answer is appended as it comes.
+    """Ask a server, `SERVER_REQUESTS` at once; the answers are appended in the order of `tasks`.
 
-    Raises the first error of a request after the answers to the others have been written.
+    Raises the first error of a request, after the answers to those before it have been appended.
     """
+
+    def ask(task: Task) -> Reply:
+        seed = _stream(task.id, options.seed) % 2**31
+        sampling = served.Sampling(options.max_new_tokens, options.temperature, options.top_p, seed)
+        return server.ask(task.row.messages, sampling, task.row.tools)
+
     bar = ctx.bar("generate", len(tasks))
-    waiting = iter(tasks)
-    running: dict[Future[Reply], Task] = {}
-    failure: FinetuneError | None = None
     begun, tokens = time.monotonic(), 0
-    with ThreadPoolExecutor(SERVER_REQUESTS, "request") as pool:
-        try:
-            while True:
-                while failure is None and len(running) < SERVER_REQUESTS and (task := next(waiting, None)):
-                    sampling = served.Sampling(
-                        options.max_new_tokens,
-                        options.temperature,
-                        options.top_p,
-                        _stream(task.id, options.seed) % 2**31,
-                    )
-                    running[pool.submit(server.ask, task.row.messages, sampling, task.row.tools)] = task
-                if not running:
-                    break
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                ctx.stop.check()
-                for future in done:
-                    task = running.pop(future)
-                    try:
-                        reply = future.result()
-                    except FinetuneError as error:
-                        failure = failure or error
-                        continue
-                    tokens += reply.tokens
-                    line = _line(task, reply.text, reply.finish, reply.tokens, made_by)
-                    append(target, [line | ({"tool_calls": list(reply.calls)} if reply.calls else {})])
-                    bar.advance(1, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
-        finally:
-            bar.close()
-            pool.shutdown(wait=False, cancel_futures=True)
-    if failure is not None:
-        raise failure
+    replies = in_order(ask, tasks, SERVER_REQUESTS, AHEAD * SERVER_REQUESTS)
+    try:
+        for task, reply in zip(tasks, replies, strict=True):
+            ctx.stop.check()
+            tokens += reply.tokens
+            line = _line(task, reply.text, reply.finish, reply.tokens, made_by)
+            append(target, [line | ({"tool_calls": list(reply.calls)} if reply.calls else {})])
+            bar.advance(1, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
+    finally:
+        replies.close()
+        bar.close()
     if not tasks:
         append(target, [])
 

@@ -84,7 +84,7 @@ def _serve(
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
     chosen = engines.choose(engine, served, engines.installed())
-    told = engines.environment(chosen, key, os.environ, loopback=engines.is_loopback(host))
+    child_environment = engines.environment(chosen, key, os.environ, loopback=engines.is_loopback(host))
     require_port(host, port)
     command = engines.command(chosen, served, host, port)
     folder = roots[1] / "serve"
@@ -93,7 +93,9 @@ def _serve(
     screen.say(f"serve: {chosen}; by hand:\n  {shlex.join(command)}")
     shown = f"[{host}]" if ":" in host else host
     with signals_handled(screen) as stop, ExitStack() as stack:
-        process = stack.enter_context(running(command, told, f"http://{shown}:{port}", log, screen.say, stop.check))
+        process = stack.enter_context(
+            running(command, child_environment, f"http://{shown}:{port}", log, screen.say, stop.check)
+        )
         url = f"http://{shown}:{port}/v1"
         model = str(served.merged) if chosen == "transformers" else served.name
         if check:
@@ -159,6 +161,8 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
 
 def _base(value: dict[str, Any], name: str, folder: Path, scratch: Path) -> tuple[str | None, list[str]]:
     """Return the local folder of the base, if its weights are here, and why an engine cannot put an adapter on it."""
+    from huggingface_hub import try_to_load_from_cache
+
     from finetune.cli.voice import recipe_of
     from finetune.models.loading import weight_files
     from finetune.utils.files import read_json
@@ -167,8 +171,11 @@ def _base(value: dict[str, Any], name: str, folder: Path, scratch: Path) -> tupl
     limits = ["model.rope_scaling is not in the base's own configuration"] if model.rope_scaling else []
     place: Path | None = folder if model.kind == "builtin" else model.folder
     if model.kind == "hub":
-        snapshots = scratch.absolute() / "hub" / f"models--{model.id.replace('/', '--')}" / "snapshots"
-        place = snapshots / str(read_json(folder / "base.json")["revision"])
+        revision = read_json(folder / "base.json")["revision"]
+        config = try_to_load_from_cache(
+            model.id, "config.json", cache_dir=scratch.absolute() / "hub", revision=revision
+        )
+        place = Path(config).parent if isinstance(config, str) else None
     if place is None or not weight_files(place):
         place = None
         limits.append(f"the weights of {model.id} are not in {scratch}")
@@ -180,12 +187,10 @@ def _file(*paths: Path) -> Path | None:
 
 
 def _context(folder: Path) -> int | None:
+    from finetune.models.architecture import positions
     from finetune.utils.files import read_json
 
-    config: Any = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    inner = config.get("text_config") or {}
-    found = config.get("max_position_embeddings") or inner.get("max_position_embeddings")
-    return found if isinstance(found, int) else None
+    return positions(read_json(folder / "config.json")) if (folder / "config.json").is_file() else None
 
 
 def _dtype() -> str:

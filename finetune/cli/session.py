@@ -13,11 +13,10 @@ from typing import Any
 
 from finetune.context import Context, StopFlag
 from finetune.errors import Stopped
-from finetune.pipeline import launch
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.utils.console import Screen
-from finetune.utils.runtime import describe_environment
+from finetune.utils.runtime import describe_environment, end_with_parent
 
 LEAVE_SECONDS = 20.0  # after a signal when nothing has to be saved
 
@@ -53,7 +52,7 @@ def signals_handled(screen: Screen, *, launched: bool = False) -> Iterator[StopF
     stop = StopFlag()
     again = "" if launched else " (again to leave at once)"
     if launched:
-        launch.stop_with_launcher()
+        end_with_parent()
 
     def handle(number: int, frame: FrameType | None) -> None:
         # From now on the kernel's own default: no Python code, however long it computes, stands in the way of a second

@@ -66,11 +66,10 @@ class Training:
         """The preference training of a recipe that has the section, with the longest pairs that it allows."""
         asked = recipe.preference
         assert asked is not None  # noqa: S101
-        train = recipe.training.model_copy(update={"batch_rows": asked.batch_pairs})
         return cls(
             lora=recipe.lora,
             quantization=recipe.quantization,
-            train=train,
+            train=recipe.alignment,
             runtime=recipe.runtime,
             packed=False,
             row_tokens=asked.max_length_tokens or recipe.render.max_length_tokens,

@@ -1,4 +1,4 @@
-"""Limits on a base's config.json and tokenizer.json, which are untrusted and can demand much work."""
+"""Untrusted parts of a base: limits on config.json and tokenizer.json, and the Python code beside them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
-from finetune.utils.files import read_json
+from finetune.utils.files import read_json, write_bytes, write_json
 from finetune.utils.limits import reading
 
 MOST_LAYERS = 2000  # the deepest base has 126
 LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
 MOST_BYTES = 512 << 20  # the largest that a base has is 35 MB
 MOST_GROWTH = 256.0  # of a text, by all replacements together; a usual tokenizer's is 1
+NAMED_IN = ("config.json", "tokenizer_config.json")  # where auto_map names code
 CPU_SECONDS, CLOCK_SECONDS = 10, 120
 MEMORY_BYTES = 2 << 30
 # Runs of one character make a pattern that backtracks do so for ever, and a chain of replacements grow.
@@ -119,3 +120,29 @@ def _try_out(path: Path) -> None:
     if done.returncode:
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "no word")
         raise InputError(f"{path} is not a tokenizer that can be used: {last[:300]}")
+
+
+def copy_code(source: Path, target: Path) -> None:
+    """Copy the Python files of `source` itself: those that auto_map names, and whatever they import."""
+    for path in sorted(source.glob("*.py")):
+        write_bytes(target / path.name, path.read_bytes())
+
+
+def settle_code(base: Path, out: Path, say: Callable[[str], None], *, trusted: bool) -> None:
+    """Set a finished model folder's references to such code: with trust it has the code, else it names none.
+
+    Without trust transformers' own classes were used, and code that is named and missing fails for users who trust it.
+    """
+    named = [name for name in NAMED_IN if (out / name).exists() and "auto_map" in read_json(out / name)]
+    if not named:
+        return
+    if trusted:
+        copy_code(base, out)
+        return
+    for name in named:
+        config: Mapping[str, Any] = read_json(out / name)
+        write_json(out / name, {k: v for k, v in config.items() if k != "auto_map"})
+    say(
+        f"auto_map is taken out of {' and '.join(named)}: the base's own code was not used, as "
+        "model.trust_remote_code is false"
+    )

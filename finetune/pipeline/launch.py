@@ -7,7 +7,6 @@ status into 1 and ends in a traceback. With this launcher a run of N processes e
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -27,7 +26,6 @@ from finetune.train.oom import SMALLER
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the others after one has failed; after a signal there is no limit, for the checkpoint
 FLOOR_SECONDS = 10.0  # an interpreter with torch takes seconds to exit on a busy machine
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -154,12 +152,6 @@ def free_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
-
-
-def stop_with_launcher() -> None:
-    """Make Linux send this process SIGTERM when its launcher dies, so that no orphan keeps a GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def message(error: FinetuneError, environment: Mapping[str, str]) -> str:

@@ -31,7 +31,6 @@ from finetune.train.batch import sizing_advice, total_steps
 
 if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
-    from finetune.recipe import Preference, Train
 
 DEFAULT_DEVICE = "t4"  # the device used if none is given
 
@@ -108,11 +107,10 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
     assert asked is not None  # noqa: S101
     counted = by_name["pairs"].manifest if "pairs" in by_name else None
     pairs = int(counted.metrics["rows"]) if counted else None
-    train = _aligning(recipe, asked)
     return {
         "method": asked.method,
         "pairs": pairs,
-        "steps": total_steps(pairs, train) if pairs is not None else asked.max_steps,
+        "steps": total_steps(pairs, recipe.alignment) if pairs is not None else asked.max_steps,
         "memory_device": named,
         "memory_bytes": {**shown.parts, "total": shown.total},
         "devices": {
@@ -190,14 +188,8 @@ def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     if manifest is None:
         return found | {"pairs": None, "tokens": None, "steps": None}
     pairs = int(manifest.metrics["rows"])
-    steps = total_steps(pairs, _aligning(recipe, section))
+    steps = total_steps(pairs, recipe.alignment)
     return found | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
-
-
-def _aligning(recipe: Recipe, section: Preference) -> Train:
-    """Return the train section with the batch and length of preference training."""
-    of_pairs = {"batch_rows": section.batch_pairs, "epochs": section.epochs, "max_steps": section.max_steps}
-    return recipe.training.model_copy(update=of_pairs)
 
 
 def _pairs_in_words(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Which pairs are left out before rendering, and why: rules, contradictions, repeats, prompts that are held out."""
+"""Leave pairs out before rendering, with a reason each: rules, contradictions, repeats, held-out prompts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Alike:
 
 @dataclass
 class Curation:
-    """The pairs with what is known of each, and who was left out why.
+    """Pairs, and the reason for each one that is left out.
 
     `pairs` are those to train on, then `held` ones of the user's own; `vectors` (parts of all pairs, None without an
     embedding): prompt, then the answers.

@@ -108,6 +108,15 @@ class Recipe(Section):
         """Return the train section, or its defaults if train is null."""
         return self.train or Train()
 
+    @property
+    def alignment(self) -> Train:
+        """Return the settings of preference training: rate, length and batch of `preference`, the rest of `train`."""
+        assert self.preference is not None  # noqa: S101 - callers ask only with the section
+        sft_only = ("lora_plus_ratio", "neftune_alpha", "eval_steps", "eval_rows", "keep_best", "patience")
+        own = {name: getattr(self.preference, name) for name in ("learning_rate", "epochs", "max_steps")}
+        own["batch_rows"] = self.preference.batch_pairs
+        return self.training.model_copy(update={name: getattr(Train(), name) for name in sft_only} | own)
+
     @model_validator(mode="before")
     @classmethod
     def _split_default(cls, value: object) -> object:

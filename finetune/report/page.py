@@ -12,6 +12,7 @@ from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, DEFINITIONS, Verdict, verdict_of
 from finetune.pipeline import run_view
 from finetune.pipeline.runs import recorded
+from finetune.pipeline.stage_list import STAGES, spec_of
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.recipe.load import parse_recipe
@@ -21,7 +22,6 @@ from finetune.utils.files import replace_bytes
 from finetune.utils.format import NONE, duration, number, percent, size
 
 REPORT = "report.html"
-OPTIONAL = ("pairs", "align")  # most recipes have no preference section
 
 
 def write_report(store: Store, name: str, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -56,7 +56,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "date": _date(value["run"]),
         "model": recipe.model.id if recipe else "",
         "device": str(stages["train"].metrics.get("device", "")),
-        "result": _shaded(result(stages), judged),
+        "result": _shaded(result(stages, recipe), judged),
         "verdict": judged,
         "definitions": DEFINITIONS,
         "tiles": tiles(stages),
@@ -136,7 +136,7 @@ def _date(run: str) -> str:
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def result(stages: Stages) -> dict[str, str]:
+def result(stages: Stages, recipe: Recipe | None) -> dict[str, str]:
     """Return a sentence on how the run ended; `kind` is done, stopped, refused or failed."""
     for view in stages.values():
         if view.status in ("refused", "failed"):
@@ -145,7 +145,8 @@ def result(stages: Stages) -> dict[str, str]:
         if view.status == "partial":
             return {"kind": "stopped", "words": f"Stopped in {view.name}; the same command goes on from there."}
     done = [v for v in stages.values() if v.metrics]
-    left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics and v.name not in OPTIONAL]
+    off = [s.name for s in STAGES if recipe is not None and spec_of(s, recipe) is None]
+    left = [v.name for v in stages.values() if v.status == "missing" and not v.metrics and v.name not in off]
     if not done:
         return {"kind": "stopped", "words": "Nothing is finished yet."}
     loud = " NO ANSWER ENDED BY ITSELF (see Evaluation)." if never_stops(stages["evaluate"].metrics) else ""

@@ -26,7 +26,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Served:
-    """The files of one model, each None if it does not exist, and what an engine must be told about them.
+    """The files of one model, each None if it does not exist, and what an engine needs to know about them.
 
     Attributes:
         name: the model's name in requests.
@@ -163,5 +163,5 @@ def environment(engine: Engine, key: str, outside: Mapping[str, str], *, loopbac
     variable = {"vllm": "VLLM_API_KEY", "llama-server": "LLAMA_API_KEY"}.get(engine)
     if key and variable is None and not loopback:
         raise InputError("transformers serve has no keys: bind it to 127.0.0.1, or install vLLM or llama-server")
-    told = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | ({variable: key} if key and variable else {})
-    return {**{k: v for k, v in outside.items() if k != KEY}, **told}
+    added = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | ({variable: key} if key and variable else {})
+    return {**{k: v for k, v in outside.items() if k != KEY}, **added}

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -16,13 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import FinetuneError, InputError, how_it_ended
+from finetune.utils.runtime import end_with_parent
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine's own port
 SAID_SECONDS = 15.0
 TAIL_LINES = 5
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def require_port(host: str, port: int) -> None:
@@ -62,7 +61,7 @@ def running(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C comes to this process, which stops the engine
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             _wait(process, url, log, say, check)
@@ -110,11 +109,3 @@ def _answers(address: str) -> bool:
             return bool(reply.status == 200)
     except (OSError, urllib.error.URLError, ValueError):
         return False
-
-
-def _end_with_parent() -> None:
-    """Have Linux send the engine SIGTERM when this process is killed: no orphan keeps the GPU."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

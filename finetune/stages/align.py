@@ -46,7 +46,7 @@ def spec(recipe: Recipe) -> Spec | None:
         seed=recipe.seed,
         model=recipe.model,
         quantization=recipe.quantization,
-        train=alignment(recipe),
+        train=recipe.alignment,
         method=asked.method,
         loss=asked.loss_type,
         beta=asked.beta,
@@ -55,16 +55,6 @@ def spec(recipe: Recipe) -> Spec | None:
         undesirable_weight=asked.undesirable_weight,
         lora=recipe.lora,
     )
-
-
-def alignment(recipe: Recipe) -> Train:
-    """The optimisation of stage align: rate, length and batch of `preference`, the rest of `train`."""
-    asked = recipe.preference
-    assert asked is not None  # noqa: S101 - the stage is off otherwise
-    own = {"learning_rate": asked.learning_rate, "epochs": asked.epochs, "max_steps": asked.max_steps}
-    sft_only = ("lora_plus_ratio", "neftune_alpha", "eval_steps", "eval_rows", "keep_best", "patience")
-    off = {name: getattr(Train(), name) for name in sft_only}
-    return recipe.training.model_copy(update={**own, **off, "batch_rows": asked.batch_pairs})
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:

@@ -53,7 +53,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
-    from finetune.models import loading, remote_code
+    from finetune.models import base_limits, loading
     from finetune.models.architecture import positions, scaled
     from finetune.models.base_limits import check_config, check_tokenizer
 
@@ -82,7 +82,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     if model.rope_scaling and (out / "config.json").exists():
         write_json(out / "config.json", scaled(read_json(out / "config.json"), model.rope_scaling))
     if model.trust_remote_code and source != out:
-        remote_code.copy_code(source, out)  # loading this config.json needs the classes it names
+        base_limits.copy_code(source, out)  # loading this config.json needs the classes it names
     if not (out / "config.json").exists():
         raise InputError(f"{model.id} holds no config.json; a base is a folder that transformers can load")
     check_config(out / "config.json")

@@ -45,7 +45,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
     from finetune.merge.blocks import merged_pieces
     from finetune.merge.plan import output_dtype, plan_merge
-    from finetune.models import loading, remote_code
+    from finetune.models import base_limits, loading
     from finetune.models.device import pick_device
     from finetune.models.new_tokens import read_new_tokens
     from finetune.utils.safetensors_io import plan_shards, write_shards
@@ -70,7 +70,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     _write_config(base, out, dtype, plan.untie)
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
-    remote_code.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
+    base_limits.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
     if found.exists():
         write_bytes(out / "certificate.json", found.read_bytes())
     return {

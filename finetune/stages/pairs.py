@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -70,6 +70,7 @@ class Spec(Section):
     rules: Filter | None = None
     repeats: Repeats
     rendering: Rendering
+    both_labels_held_out: bool = False  # preference.min_accuracy is measured on them, and this is the last cheap moment
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -107,6 +108,7 @@ def spec(recipe: Recipe) -> Spec | None:
             reasoning=render.reasoning,
             template_file=render.template_file,
         ),
+        both_labels_held_out=section.method == "kto" and section.min_accuracy is not None,
     )
 
 
@@ -160,7 +162,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     with reject_writer(out / "rejects.parquet") as reject:
         for row in (*reading.rejects, *(curation.left_out[i] for i in sorted(curation.left_out))):
             reject(row)
-    _check_left(spec, curation, made, ctx.say)
+    _check_left(spec, curation, made)
     write_texts(out / "texts.parquet", made["train"], made["eval"])
     name, equal = writer.template.name, writer.ids.equal
     ctx.say(f"pairs: template {name}; {equal} sampled answers have the ids of apply_chat_template")
@@ -232,7 +234,7 @@ def _check_share(spec: Spec, curation: Curation) -> None:
         )
 
 
-def _check_left(spec: Spec, curation: Curation, made: Made, say: Callable[[str], None]) -> None:
+def _check_left(spec: Spec, curation: Curation, made: Made) -> None:
     """Raise GateRefused if too many pairs were left out, a split is empty, one label is left, or length decides."""
     from finetune.preference.tokens import check_length_bias
 
@@ -243,11 +245,11 @@ def _check_left(spec: Spec, curation: Curation, made: Made, say: Callable[[str],
             raise GateRefused(f"pairs: no pair {words} is left:{curation.reasons()}")
     if spec.method == "kto" and len({p.pair.label for p in train}) == 1:
         raise GateRefused(f"pairs: all answers that are left to train on have one label:{curation.reasons()}")
-    if spec.method == "kto" and len({p.pair.label for p in made["eval"]}) == 1:
-        say(
-            "pairs: WARNING: the held-out answers all have one label, so that preference.min_accuracy cannot be "
-            "measured and evaluate will refuse: raise preference.eval_fraction, give preference.eval_data answers of "
-            "both labels, or set preference.min_accuracy: null"
+    if spec.both_labels_held_out and len({p.pair.label for p in made["eval"]}) == 1:
+        raise GateRefused(
+            "pairs: the held-out answers all have one label, so that preference.min_accuracy cannot be measured; raise "
+            "preference.eval_fraction, give preference.eval_data answers of both labels, or set "
+            "preference.min_accuracy: null"
         )
     longer = [p.pair.id for p in train if len(p.answers) == 2 and p.supervised(0) > p.supervised(1)]
     check_length_bias(_bias(train), spec.max_length_bias, longer)

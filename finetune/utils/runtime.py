@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -26,6 +27,7 @@ from finetune.utils.files import read_json
 if TYPE_CHECKING:
     import torch
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -176,3 +178,9 @@ def in_order(function: Callable[[T], R], items: Iterable[T], threads: int, ahead
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def end_with_parent() -> None:
+    """Make Linux send this process SIGTERM when its parent dies, so that no orphan keeps a GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -1,20 +1,13 @@
 """Recipes as people really write them: what is fine, and one clear line for everything that is not."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from finetune.errors import InputError
 from finetune.pipeline.recipe_checks import absent
 from finetune.recipe import Recipe
-from finetune.recipe.load import _Loader, load_recipe, parse_recipe
-from finetune.recipe.messages import written_fields
+from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.recipe.reference import _models
 from finetune.utils.resources import complete_recipe, known_recipes
 
@@ -353,68 +346,6 @@ def test_every_shipped_recipe_validates_and_names_its_hardware(path):
     assert "# Hardware: " in path.read_text()
 
 
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "numpy", "pyarrow", "rich", "jinja2", "huggingface_hub"}
-
-
-def run(arguments, **environment):
-    code = "import sys; sys.argv[0] = 'finetune'; from finetune.cli.main import main\ntry: main()\nfinally: print('loaded', *sorted(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
-        cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
-    out, _, loaded = done.stdout.rpartition("loaded ")
-    return done, out, {name.partition(".")[0] for name in loaded.split()}
-
-
-def test_validate_loads_nothing_heavy(tmp_path):
-    (tmp_path / "mine.yaml").write_text(GOOD)
-    done, out, loaded = run(["validate", "tiny-pydoc", "zephyr-7b-qlora", str(tmp_path / "mine.yaml")])
-    assert (done.returncode, out.count("fine")) == (0, 3)
-    assert loaded & HEAVY == set()
-
-
-def test_validate_exits_2_without_a_traceback(tmp_path):
-    (tmp_path / "bad.yaml").write_text("modle: x\n")
-    (tmp_path / "gone.yaml").write_text(GOOD + "  - {source: local, path: gone.jsonl}\n")
-    done, out, loaded = run(["validate", str(tmp_path / "bad.yaml"), str(tmp_path / "gone.yaml"), "tiny-pydoc"])
-    assert done.returncode == 2 and "fine (tiny-pydoc)" in out and "Traceback" not in done.stderr
-    said = " ".join(done.stderr.split())
-    assert "bad.yaml:1: modle: unknown field; did you mean model?" in said
-    assert "gone.yaml:6: data.1.path: no such file" in said
-    assert loaded & (HEAVY - {"rich"}) == set()  # errors are printed in colour
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("finetune validate tiny", ["tiny-preference", "tiny-pydoc"]),
-        ("finetune run mistral", ["mistral-guanaco", "mistral-platypus"]),
-        ("finetune validate tiny-pydoc zep", ["zephyr-7b-dpo", "zephyr-7b-qlora"]),
-        ("finetune show llama", ["llama2-alpaca"]),
-        ("finetune plan ./recipes/", []),  # a path: the shell's own
-        ("finetune vali", ["validate"]),
-    ],
-)
-def test_the_shell_completes_recipes_and_loads_nothing_heavy(words, expected):
-    done, out, loaded = run(
-        [], _MAIN_COMPLETE="complete_bash", _FINETUNE_COMPLETE="complete_bash", _C_COMPLETE="complete_bash",
-        COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1),
-    )  # fmt: skip
-    assert out.split() == expected, done.stderr
-    assert loaded & (HEAVY | {"yaml"}) == set()
-
-
-def test_completion_installs_itself_for_bash(tmp_path):
-    # typer asks which shell called it, and in CI none may have
-    done, *_ = run(
-        ["--install-completion", "bash"], HOME=str(tmp_path), _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
-    )
-    assert done.returncode == 0, done.stderr
-    script = (tmp_path / ".bash_completions" / "finetune.sh").read_text()
-    assert "_FINETUNE_COMPLETE=complete_bash" in script and "complete " in script
-    assert str(tmp_path / ".bash_completions" / "finetune.sh") in (tmp_path / ".bashrc").read_text()
-
-
 def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
@@ -422,78 +353,6 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "tiny-mine.yaml").write_text(GOOD)
     assert complete_recipe("tiny") == ["tiny-mine", "tiny-preference", "tiny-pydoc"]
     assert known_recipes()["tiny-pydoc"] == Path("recipes/tiny-pydoc.yaml")
-
-
-SHIPPED = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
-NAMES = sorted({n for model in RECIPE_MODELS for n in written_fields(model)})
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["auto", "a/b", "~", "no", "1_000", "2e-4", "<<", "builtin:x", "../x", ".jinja", "(", "𝔘", "١", "~x/y.jinja", "~x"])
-)  # fmt: skip
-TREES = st.recursive(
-    SCALARS,
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), x, max_size=4),
-    max_leaves=12,
-)
-
-
-def valid_or_refused(text, sets=()):
-    """Every refusal is a sentence that says where; anything else than InputError fails the test."""
-    try:
-        parse_recipe(text, Path("r.yaml"), sets)
-    except InputError as error:
-        for line in str(error).split("\n"):
-            assert line.strip(), str(error)
-        assert str(error).startswith(("r.yaml:", "--set "))
-
-
-@given(TREES)
-def test_any_tree_is_a_recipe_or_is_refused_cleanly(tree):
-    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
-
-
-@given(st.dictionaries(st.sampled_from(sorted(written_fields(Recipe))), TREES, max_size=3))
-def test_a_recipe_with_any_tree_for_a_section_is_fine_or_refused_cleanly(sections):
-    tree = {"name": "a", "model": "a/b", "data": [{"source": "pydoc"}], **sections}
-    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
-
-
-@given(st.data())
-def test_a_shipped_recipe_with_one_change_is_fine_or_refused_cleanly(data):
-    """A tree of a real recipe in which one value, at any depth, is another, is gone, or has another name."""
-    tree = yaml.load(data.draw(st.sampled_from(SHIPPED)), _Loader)
-    at = tree
-    while True:
-        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
-        if not isinstance(at[key], (dict, list)) or not at[key] or data.draw(st.booleans()):
-            break
-        at = at[key]
-    change = data.draw(st.sampled_from(["value", "gone", "name"]))
-    value = at.pop(key) if change != "value" else None
-    if change == "value":
-        at[key] = data.draw(TREES)
-    elif change == "name" and isinstance(at, dict):
-        at[data.draw(st.sampled_from(NAMES) | st.text(max_size=4))] = value
-    valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
-
-
-@given(
-    st.sampled_from(SHIPPED),
-    st.integers(0, 2000),
-    st.integers(0, 40),
-    st.text("{}[]:,-#&*!|>'\"%@` \n\t\0a1é", max_size=5),
-)
-def test_a_shipped_recipe_with_any_text_in_it_is_fine_or_refused_cleanly(text, start, length, piece):
-    valid_or_refused(text[:start] + piece + text[start + length :])
-
-
-STEPS = st.lists(st.sampled_from([*NAMES, "0", "1", "²", "", " "]) | st.text(max_size=4), min_size=1, max_size=4)
-
-
-@given(st.lists(st.text(max_size=30) | st.tuples(STEPS, st.text(max_size=10) | SCALARS.map(str)), max_size=3))
-def test_any_set_is_applied_or_refused_cleanly(options):
-    sets = [o if isinstance(o, str) else f"{'.'.join(o[0])}={o[1]}" for o in options]
-    valid_or_refused(GOOD, sets)
 
 
 def test_an_embedding_model_lies_beside_the_recipe_wherever_the_command_is_typed(tmp_path, monkeypatch):

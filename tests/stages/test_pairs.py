@@ -156,7 +156,7 @@ def test_the_same_rows_give_the_same_bytes(work):
 
 def test_kto_takes_labels_as_they_are_and_pairs_apart(work):
     rows = [judged(i, i % 2 == 0) for i in range(30)] + [judged(30, "1"), judged(31, 0.0)]
-    metrics, out = work.run(rows, section="  method: kto\n")
+    metrics, out = work.run(rows, section="  method: kto\n  min_accuracy: null\n")
     train = table(out / "train.parquet")
     assert {r["label"] for r in train} == {True, False} and metrics["labels"] == {
         str(v).lower(): sum(r["label"] is v for r in train) for v in (False, True)
@@ -168,6 +168,14 @@ def test_kto_takes_labels_as_they_are_and_pairs_apart(work):
     # both answers of a prompt are on one side of the split
     held = {r["pair_id"][:-1] for r in table(apart / "eval.parquet")}
     assert held and not held & {r["pair_id"][:-1] for r in table(apart / "train.parquet")}
+
+
+def test_held_out_answers_of_one_label_cannot_be_measured_and_are_refused_before_training(work):
+    rows, held = [judged(i, i % 2 == 0) for i in range(30)], [judged(i, 1) for i in range(40, 44)]
+    with pytest.raises(GateRefused, match=r"held-out answers all have one label.*min_accuracy: null"):
+        work.run(rows, section="  method: kto\n", eval_rows=held)
+    work.run(rows, section="  method: kto\n", eval_rows=[*held, judged(44, 0)])
+    work.run(rows, section="  method: kto\n  min_accuracy: null\n", eval_rows=held)
 
 
 def test_a_label_that_is_neither_0_nor_1_is_refused_with_its_row(work):
@@ -219,7 +227,7 @@ def test_contradictions_are_listed_and_both_left_out(work):
     detail = {r["id"]: r["detail"] for r in table(out / "rejects.parquet")}
     assert detail["rows.jsonl:4"] == "rows.jsonl:31 prefers the other answer to the same prompt"
     rows = [judged(i, i % 2 == 0) for i in range(30)]
-    _, out = work.run([*rows, {**rows[0], "label": False}], section="  method: kto\n")
+    _, out = work.run([*rows, {**rows[0], "label": False}], section="  method: kto\n  min_accuracy: null\n")
     assert rejects(out) == {"rows.jsonl:1": "contradiction", "rows.jsonl:31": "contradiction"}
 
 

@@ -62,8 +62,9 @@ def test_trainer_takes_every_gpu_it_sees_unless_it_is_told(tmp_path):
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    upstream.use_one_gpu(arguments)
-    assert arguments.n_gpu <= 1
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 4  # as on a machine with four
+    assert upstream.use_one_gpu(arguments).n_gpu == 1
     assert not isinstance(TrainingArguments.n_gpu, property) or TrainingArguments.n_gpu.fset is None, (
         "n_gpu can be set now"
     )
@@ -83,7 +84,10 @@ def test_a_model_names_what_it_keeps_in_fp32():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    assert upstream.kept_in_fp32(LlamaForCausalLM(small)) == []
+    model = LlamaForCausalLM(small)
+    assert upstream.kept_in_fp32(model) == []
+    model._keep_in_fp32_modules = ["lm_head"]
+    assert upstream.kept_in_fp32(model) == ["lm_head"]
 
 
 def test_transformers_draws_a_bar_over_gguf_whatever_it_is_told():
