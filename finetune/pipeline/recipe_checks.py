@@ -1,4 +1,4 @@
-"""Find missing files of a valid recipe: data files, a base's folder, a template.
+"""Check what a valid recipe names on this machine: data files and their columns, a base's folder, a template.
 
 Separate from the models, which read only the recipe, and from loading, which `show` does long after a run.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
 from finetune.recipe import LocalSource, Recipe, Source
 from finetune.recipe.data import glob_parts
-from finetune.recipe.filters import LanguageRule, Own, Rule
+from finetune.recipe.filters import LanguageRule, Own, Rule, parse_condition
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
 from finetune.utils.files import read_json
@@ -22,6 +23,7 @@ from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
 MOST_ROWS = 1 << 19  # of an embedding: more than any base has
+CHECKED_ROWS = 1000  # of each source, by `validate`
 
 
 def absent(loaded: LoadedRecipe) -> list[str]:
@@ -66,6 +68,52 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def unreadable(loaded: LoadedRecipe) -> list[str]:
+    """Return an error for each local source whose first rows do not fit, and for each condition on an unknown column.
+
+    Only the first CHECKED_ROWS rows of a source are read.
+    """
+    recipe = loaded.recipe
+    found: list[tuple[tuple[str | int, ...], str]] = []
+    columns: set[str] = set()
+    for listed, sources in source_lists(recipe):
+        for number, source in enumerate(sources):
+            if isinstance(source, LocalSource):
+                try:
+                    columns |= _columns(recipe, listed, source)
+                except InputError as error:
+                    found.append(((*listed, number), str(error)))
+    wheres = recipe.filter.keep_where if recipe.filter else []
+    if not found and wheres and all(isinstance(source, LocalSource) for source in recipe.data):
+        found += [(("filter", "keep_where", n), why) for n, w in enumerate(wheres) if (why := _no_column(w, columns))]
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
+
+
+def _columns(recipe: Recipe, listed: tuple[str, ...], source: LocalSource) -> set[str]:
+    """Return the other columns of a source's first rows of training data. Raises InputError if they cannot be read."""
+    from finetune.data.records import Example
+    from finetune.data.sources import read_source
+    from finetune.preference.read import read_pairs
+
+    if listed[0] == "preference":
+        assert recipe.preference is not None  # noqa: S101
+        read_pairs(source, source.label, Path(), recipe.ingest.ignore, recipe.preference.method)
+        return set()
+    whole = listed[0] != "decontaminate"
+    _, rows = read_source(source, source.label, Path(), recipe.ingest.ignore, whole=whole)
+    extras = (json.loads(row.extra) for row in islice(rows, CHECKED_ROWS) if isinstance(row, Example) and row.extra)
+    return set().union(*extras) if listed == ("data",) else set()
+
+
+def _no_column(condition: str, columns: Collection[str]) -> str | None:
+    column, *_ = parse_condition(condition)
+    if column in columns:
+        return None
+    near = difflib.get_close_matches(column, columns, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"other columns there: {', '.join(sorted(columns)) or 'none'}"
+    return f"{condition}: no row among the first {CHECKED_ROWS:,} has a column {column!r}; {hint}"
 
 
 def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Source]]]:

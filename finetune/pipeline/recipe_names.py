@@ -39,14 +39,14 @@ def load_recipe(name: str, sets: Sequence[str], artifacts: Path) -> LoadedRecipe
 
 def check(names: Sequence[str], edits: Sequence[str], artifacts: Path, scratch: Path) -> Iterator[str]:
     """Check recipes and yield a line for each that is fine; then raise InputError with every error of the others."""
-    from finetune.pipeline.recipe_checks import absent
+    from finetune.pipeline.recipe_checks import absent, unreadable
     from finetune.pipeline.store import Store
 
     problems = []
     for name in names:
         try:
             loaded = load_recipe(name, edits, artifacts)
-            missing = absent(loaded)
+            missing = absent(loaded) or unreadable(loaded)
             if not missing and loaded.recipe.lora.start_from is not None:
                 from finetune.pipeline.preflight import start_mismatches
 

@@ -73,3 +73,36 @@ def test_completion_installs_itself_for_bash(tmp_path):
     script = (tmp_path / ".bash_completions" / "finetune.sh").read_text()
     assert "_FINETUNE_COMPLETE=complete_bash" in script and "complete " in script
     assert str(tmp_path / ".bash_completions" / "finetune.sh") in (tmp_path / ".bashrc").read_text()
+
+
+TICKETS = """\
+schema: 1
+name: tickets
+model: builtin:tiny-mistral
+data:
+  - source: local
+    path: tickets.csv
+    format: prompt_completion
+    columns: {prompt: question, completion: answer}
+filter: {keep_where: ["rating>=3"]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("prompt: question", "prompt: qestion", "tickets.yaml:5: data.0: data source tickets.csv: "),
+        ("rating>=3", "ratings>=3", "tickets.yaml:9: filter.keep_where.0: ratings>=3: no row among the first 1,000 has "
+         "a column 'ratings'; did you mean rating?"),
+        ("rating>=3", "channel==mail", "other columns there: rating"),
+        ("", "", None),
+    ],
+)  # fmt: skip
+def test_validate_opens_the_file_and_checks_columns(old, new, words, tmp_path):
+    (tmp_path / "tickets.csv").write_text("question;answer;rating\nHow much is it?;Two euros a piece.;4\n")
+    (tmp_path / "tickets.yaml").write_text(TICKETS.replace(old, new) if old else TICKETS)
+    done, _, loaded = run(["validate", str(tmp_path / "tickets.yaml")])
+    said = " ".join(done.stderr.split())
+    assert (done.returncode, "Traceback" in said) == (0 if words is None else 2, False), said
+    assert words is None or words in said
+    assert not loaded & {"torch", "transformers", "peft", "trl", "datasets"}
