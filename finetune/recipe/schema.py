@@ -198,8 +198,6 @@ class Recipe(Section):
             yield ("certify", "base"), "quantization is null, so nothing is dequantized; set it to original"
         if self.quantization is None and self.runtime.keep_quantized == "always":
             yield ("runtime", "keep_quantized"), "quantization is null, so there is no 4-bit copy; set it to auto"
-        if self.quantization is None and self.runtime.cache_dequantized:
-            yield ("runtime", "cache_dequantized"), "quantization is null, so there are no 4-bit weights; remove it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
             yield ("sample", "diverse"), "it needs the vectors of dedup.embedding, which is off"
         if not self.holds_out and self.training.eval_steps is not None:

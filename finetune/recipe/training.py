@@ -336,8 +336,6 @@ class Runtime(Section):
     """Keep a 4-bit copy of the base in scratch for faster restarts; auto: for bases of 2 GB or more."""
     compile: bool = False
     """Compile each decoder layer: 30 s at the start, steps a fifth shorter (7B on an H200)."""
-    cache_dequantized: bool = False
-    """Also keep 4-bit weights in 16 bits: 2 more bytes per parameter; faster for small micro-batches."""
     fused_adapters: Literal["auto", "on", "off"] = "auto"
     """Fuse adapters with their 4-bit layers: faster for large micro-batches; auto decides."""
     memory_budget_gb: Positive | None = None
