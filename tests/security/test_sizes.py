@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import subprocess
 import sys
@@ -192,6 +193,29 @@ def test_work_that_takes_too_long_is_stopped() -> None:
 def test_work_within_its_bounds_is_left_alone() -> None:
     with limits.bounded("x", cpu_seconds=5, memory_bytes=10**9):
         assert len("a" * 10**6) == 10**6
+
+
+def test_native_work_that_ends_is_left_alone_and_its_errors_are_its_own() -> None:
+    assert limits.watched(lambda: 3, seconds=5, memory_bytes=10**9) == 3
+    with pytest.raises(KeyError, match="a"):
+        limits.watched(lambda: {}["a"], seconds=5, memory_bytes=10**9)
+
+
+def test_native_work_without_end_is_left_to_itself() -> None:
+    """It counts the lesser of clock and CPU time: one that only waits is waited for."""
+    end = time.monotonic() + 1.5
+    with pytest.raises(TimeoutError, match="within 0 s"):
+        limits.watched(lambda: [hashlib.sha256(bytes(10**7)) for _ in iter(lambda: time.monotonic() < end, False)],
+                       seconds=0.2, memory_bytes=10**9)  # fmt: skip
+    while time.monotonic() < end + 0.2:
+        time.sleep(0.05)
+    assert limits.watched(lambda: time.sleep(0.4), seconds=0.2, memory_bytes=10**9) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_native_work_that_takes_all_memory_is_left_to_itself() -> None:
+    with pytest.raises(MemoryError, match=r"more than 0\.1 GB"):
+        limits.watched(lambda: (bytes(200_000_000), time.sleep(0.5)), seconds=5, memory_bytes=10**8)
 
 
 def test_the_disk_and_signals_are_no_fault_of_a_file() -> None:
