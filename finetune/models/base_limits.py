@@ -18,7 +18,6 @@ from finetune.utils.limits import reading
 
 MOST_LAYERS = 2000  # the deepest base has 126
 LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
-MOST_BYTES = 512 << 20  # the largest that a base has is 35 MB
 MOST_GROWTH = 256.0  # of a text, by all replacements together; a usual tokenizer's is 1
 NAMED_IN = ("config.json", "tokenizer_config.json")  # where auto_map names code
 MOST_NAMED = 200  # characters that its patterns name, each tried in a run of 400
@@ -67,8 +66,6 @@ def check_tokenizer(path: Path) -> None:
     """
     if not path.is_file():
         return
-    if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes, allowed are {MOST_BYTES:,}; is it a tokenizer?")
     with reading(f"{path} is not a tokenizer"):
         value: Any = read_json(path)
         if not isinstance(value, dict):

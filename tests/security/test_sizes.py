@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,14 @@ from finetune.data.text_files import ZstdStream
 from finetune.errors import InputError
 from finetune.recipe.load import load_recipe
 from finetune.utils import limits
+from finetune.utils.safetensors_io import read_file
+from tests.report.made_run import RUN, MadeRun
+from tests.security.conftest import Command, roots
+from tests.security.test_untrusted_base import plain as plain
+from tests.security.test_untrusted_base import refused
 
 SECONDS = 20.0
+Pack = Callable[[bytes], bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +122,6 @@ def test_repetitive_rows_of_a_usual_size_are_read(ending: str, tmp_path: Path) -
 
 def test_a_zstd_file_is_unpacked_in_pieces(tmp_path: Path) -> None:
     """Given at once, 128 kB of it may become 4 GB."""
-    tracemalloc = pytest.importorskip("tracemalloc")
     path = packed(tmp_path / "a.zst", bytes(400_000_000))
     buffer = memoryview(bytearray(1 << 20))
     tracemalloc.start()
@@ -160,6 +169,46 @@ def test_a_recipe_that_is_a_device_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").symlink_to("/dev/zero")
     with pytest.raises(InputError, match="no such recipe file"):
         load_recipe(str(tmp_path / "r.yaml"), [])
+
+
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "../latest", "manifest"])
+def test_a_record_of_hundreds_of_megabytes_is_not_read(name: str, made: MadeRun, finetune: Command) -> None:
+    folder = made.store.artifacts / "runs" / "made" / RUN
+    path = made.folder("dedup") / "manifest.json" if name == "manifest" else folder / name
+    with path.open("r+b") as file:
+        file.truncate(1 << 28)
+    for words in ("show made", "report made", "clean", "runs"):
+        with limits.memory(1 << 29):
+            ended = finetune(*words.split(), *roots(made))
+        assert ended.status in (0, 2) and "Traceback" not in ended.err and len(ended.err) < 3000, ended
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json",
+                                  "model.safetensors.index.json", "tokenizer.model", "model.safetensors"])  # fmt: skip
+def test_a_file_of_a_base_of_hundreds_of_megabytes_is_one_sentence(name: str, plain: Path, tmp_path: Path) -> None:
+    """model.safetensors says that its header has 10⁹ bytes."""
+    model = Path(shutil.copytree(plain, tmp_path / "model"))
+    with (model / name).open("r+b" if (model / name).exists() else "wb") as file:
+        if name == "model.safetensors":
+            file.write((10**9).to_bytes(8, "little"))
+        file.truncate(2 << 30 if name == "model.safetensors" else 1 << 28)
+    if name == "model.safetensors":
+        with pytest.raises(InputError, match="not a safetensors file"):
+            read_file(model / name)
+    else:
+        with limits.memory(1 << 30):
+            refused(model, tmp_path, name)
+
+
+@pytest.mark.parametrize("ending", [".xz", ".bz2", ".zip", ".gz", ".zst", ""])
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress, lambda b: gzip.compress(gzip.compress(b))])
+def test_rows_packed_otherwise_or_twice_are_one_sentence(ending: str, pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(b'{"text": "a"}\n' * 3000))
+    with pytest.raises(InputError) as caught:
+        for row in local_rows(tmp_path / f"a.jsonl{ending}"):
+            assert row.row is None
+        raise InputError("every row is left out, with a reason")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def limited(code: str) -> subprocess.CompletedProcess[str]:

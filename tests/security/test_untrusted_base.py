@@ -250,6 +250,15 @@ def test_a_tokenizer_that_takes_all_memory_ends_in_its_own_process(
     refused(model, tmp_path, "tokenizer.json", "GB")
 
 
+def test_an_encoder_is_tried_out_as_a_base_is(model: Path, tmp_path: Path) -> None:
+    from finetune.dedup import encoders
+
+    replaced(model, normalizer=doubling(40))
+    ctx = Context(scratch=tmp_path / "scratch", runtime=Runtime(), tracking=Tracking(), device="cpu")
+    with pytest.raises(InputError, match=r"tokenizer\.json: its replacements"):
+        encoders._load("x", ctx, model, "cpu")
+
+
 def test_a_tokenizer_with_a_table_that_makes_a_page_of_one_character_is_refused(model: Path, tmp_path: Path) -> None:
     import base64
 
