@@ -353,8 +353,8 @@ class Tracking(Section):
 
     wandb: bool = False
     """Send metrics to Weights & Biases."""
-    wandb_project: str = "finetune"
-    """The W&B project."""
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f\x7f-\x9f]{1,128}$")] = "finetune"
+    """The W&B project: up to 128 characters, none of / \\ # ? % : in it, as W&B demands."""
     wandb_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Number of first training rows sent to W&B as a table; 0: none."""
     wandb_data: bool = False

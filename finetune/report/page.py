@@ -20,6 +20,7 @@ from finetune.report.html import render_page
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils.files import replace_bytes
 from finetune.utils.format import NONE, duration, number, percent, size
+from finetune.utils.links import read_regular
 
 REPORT = "report.html"
 
@@ -46,7 +47,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     from finetune.report import data_section, model_sections, preference_section
 
     stages = _views(store, value)
-    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    text = read_regular(value["folder"] / "recipe.yaml").decode(errors="replace")
     recipe = _recipe(text, value)
     judged = verdict_of({n: v.metrics for n, v in stages.items()}, {n: v.folder for n, v in stages.items()})
     predicted = _predicted(recipe, stages)
