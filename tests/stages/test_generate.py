@@ -115,7 +115,7 @@ def test_answers_become_rows_with_their_lineage_and_are_asked_once(work, server)
     rows = work.rows()
     assert metrics["rows_out"] == metrics["requests"] == len(server.requests) == len(TASKS)
     assert [r.messages[0].content for r in rows] == TASKS and all(r.messages[1].content for r in rows)
-    assert [(r.column("parent"), r.column("operation"), r.column("round")) for r in rows][0] == (
+    assert next((r.column("parent"), r.column("operation"), r.column("round")) for r in rows) == (
         "seeds.jsonl:1", "answer", 1,
     )  # fmt: skip
     first = (work.out / "rows.parquet").read_bytes()
@@ -203,7 +203,7 @@ def test_the_key_of_an_openai_account_goes_to_no_other_host(work, server, monkey
 
 def test_an_unknown_model_and_an_absent_server_are_one_sentence(work, server, monkeypatch):
     server.models = ["other"]
-    with pytest.raises(InputError, match="has no model m.*does not exist"):
+    with pytest.raises(InputError, match=r"has no model m.*does not exist"):
         work.run(server.url)
     monkeypatch.setattr("finetune.synth.asking.RETRIES", 0)
     with pytest.raises(FinetuneError, match="cannot be reached"):
@@ -240,7 +240,7 @@ def test_a_budget_used_up_keeps_the_rows_and_goes_on_when_it_is_raised(work, ser
 
 
 def test_a_budget_of_tokens_stops(work, server):
-    with pytest.raises(GateRefused, match="generate.max_tokens 40 is used up after 2 requests"):
+    with pytest.raises(GateRefused, match=r"generate.max_tokens 40 is used up after 2 requests"):
         work.run(server.url, "method: answer\nmax_tokens: 40", model=", concurrency: 1")
     assert work.run(server.url, "method: answer\nmax_tokens: 4000")["rows_out"] == len(TASKS)
 
