@@ -73,7 +73,10 @@ def check(
 def _check_writers(recipe: Recipe, to_build: set[str]) -> list[str]:
     """The endpoints of the models that write and judge can be reached; notes on names that they do not list."""
     from finetune.synth.asking import check_endpoint
+    from finetune.synth.forecast import generation
 
+    if "generate" in to_build:
+        generation(recipe, None)  # refuses limits that the rows exceed
     judge = recipe.evaluate.judge if recipe.evaluate else None
     asked = [
         ("generate", "generate.model.endpoint", recipe.generate),

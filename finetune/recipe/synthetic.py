@@ -77,10 +77,11 @@ class Generate(Section):
             yield ("samples",), f"at temperature 0 all {self.samples} answers are the same; raise it, or set samples: 1"
         if self.samples > 1 and self.method == "self_instruct":
             yield ("samples",), "self_instruct writes its answers with the task; remove it"
-        least = self.least_requests
+        # The rows of other methods depend on the number of seeds, which is counted in plan (synth/forecast.py).
+        least = self.requests_of(self.rows or 0) if self.method == "self_instruct" else 1
         for name, limit in (("max_requests", self.max_requests), ("max_tokens", self.max_tokens)):
             if limit is not None and limit < least:
-                yield (name,), f"{limit:,} is less than the {least:,} requests that {self.rows:,} rows take at least"
+                yield (name,), f"{limit:,} is less than the {least:,} requests that {self.rows} rows take at least"
         for number, source in enumerate(self.seeds):
             if source.format in ("preference", "kto"):
                 yield ("seeds", number, "format"), f"rows of format {source.format} belong under preference.data"
@@ -93,10 +94,16 @@ class Generate(Section):
         """Requests that one answer takes."""
         return self.samples + (2 * (self.samples - 1) if self.best == "judge" else 0)
 
-    @property
-    def least_requests(self) -> int:
-        """Requests that `rows` rows take if every one passes every check; 0 if rows is null."""
-        rows = self.rows or 0
+    def most_rows(self, seeds: int | None) -> int | None:
+        """Return the rows that so many seeds give at most; None if that depends on seeds which are not counted."""
+        if self.method == "self_instruct":
+            return self.rows
+        possible = None if seeds is None else seeds * (1 if self.method == "answer" else self.rounds)
+        counts = [count for count in (self.rows, possible) if count is not None]
+        return min(counts, default=None)
+
+    def requests_of(self, rows: int) -> int:
+        """Return the requests that `rows` rows take if every candidate passes every check."""
         match self.method:
             case "answer":
                 return rows * self.answer_requests
@@ -109,12 +116,4 @@ class Generate(Section):
     def unlimited(self) -> Generate:
         """This section without what changes no row: limits and speed. It enters the stage's key."""
         quiet = {name: None for name in ("max_requests", "max_tokens")}
-        return self.model_copy(update={**quiet, "model": without_speed(self.model)})
-
-
-def without_speed(model: LanguageModel) -> LanguageModel:
-    """Return the model without the settings that change no text."""
-    defaults = {
-        name: LanguageModel.model_fields[name].default for name in ("license", "concurrency", "timeout_seconds")
-    }
-    return model.model_copy(update=defaults)
+        return self.model_copy(update={**quiet, "model": self.model.without_speed})

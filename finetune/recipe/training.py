@@ -256,6 +256,12 @@ class LanguageModel(Section):
         return self
 
     @property
+    def without_speed(self) -> LanguageModel:
+        """This model without the settings that change no text."""
+        quiet = ("license", "concurrency", "timeout_seconds")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in quiet})
+
+    @property
     def label(self) -> str:
         """The model's name in reports and cards."""
         return self.name or (self.local.id if self.local else "")
@@ -308,6 +314,12 @@ class Evaluate(Section):
         if self.metrics and not self.generations:
             refuse([(("metrics",), "they need answers, but generations is 0; set it to the number of answers")])
         return self
+
+    @property
+    def with_slow_judge(self) -> Evaluate:
+        """This section with the judge's speed at its defaults, which changes no verdict. It enters the stage's key."""
+        judge = self.judge and self.judge.model_copy(update={"model": self.judge.model.without_speed})
+        return self.model_copy(update={"judge": judge})
 
     @field_validator("tasks", "metrics")
     @classmethod

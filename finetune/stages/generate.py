@@ -106,7 +106,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     tried = sum(job.asked.values())
     return {
         "model": section.model.label,
-        **({"license": section.model.license} if section.model.license else {}),
         **({"answered_by": answered_by} if answered_by else {}),
         "method": section.method,
         "seeds": len(seeds),
