@@ -98,9 +98,10 @@ class Kept:
     def get(self, request: str) -> Reply | None:
         """Return the response, or None if there is none that can be read."""
         try:
-            return Reply(**{**read_json(self.path(request)), "calls": ()})
+            reply = Reply(**{**read_json(self.path(request)), "calls": ()})
         except (OSError, ValueError, TypeError):
             return None
+        return reply if isinstance(reply.text, str) and isinstance(reply.finish, str) else None
 
     def put(self, request: str, reply: Reply) -> None:
         """Keep a response: synced and moved into place."""
