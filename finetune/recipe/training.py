@@ -253,6 +253,8 @@ class LanguageModel(Section):
             refuse([(("name",), "missing; the endpoint needs the model's name there")])
         if self.local is not None and self.name is not None:
             refuse([(("name",), "only an endpoint has names; remove it")])
+        if self.local is not None and (self.local.trust_remote_code or self.local.rope_scaling):
+            refuse([(("local",), "trust_remote_code and rope_scaling are not used for writing; serve it (endpoint)")])
         return self
 
     @property

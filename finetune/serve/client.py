@@ -79,7 +79,10 @@ class Server:
         try:
             listed = self.client.with_options(max_retries=0).models.list()
             return [str(m.id) for m in getattr(listed, "data", None) or []]
-        except openai.InternalServerError:  # transformers 5.23 lists the Hub's cache, and fails if there is none
+        except (
+            openai.InternalServerError,
+            openai.RateLimitError,
+        ):  # transformers 5.23 fails if the Hub's cache is empty
             return []
 
     def stream(self, messages: Sequence[Any], sampling: Sampling) -> Iterator[str]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ RETRIES = 6  # of the client, with back-off: on 408, 409, 429, 5xx, broken conne
 GARBLED_RETRIES, GARBLED_SECONDS = 3, 1.0  # of answers that are no chat completion
 BATCH_TOKENS = 16384  # prompts and answers of a local batch
 LEAST_ROOM = 16  # tokens of an answer: a local prompt that leaves fewer is not asked
+CHARACTERS = 4  # of a token, where a server does not count them
 AHEAD = 4  # times as many answers may wait for a slow one before them
 
 
@@ -214,7 +215,10 @@ class ServerSource:
                 time.sleep(GARBLED_SECONDS * 2**attempt)
             else:
                 break
-        return reply
+        if reply.tokens or not reply.text:
+            return reply
+        asked = sum(len(m["content"]) for m in ask.messages)  # this server counts no tokens
+        return replace(reply, prompt_tokens=asked // CHARACTERS, tokens=max(1, len(reply.text) // CHARACTERS))
 
 
 class LocalSource:

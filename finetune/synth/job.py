@@ -20,7 +20,7 @@ from finetune.utils.format import clipped
 
 LABEL = "generate"  # the source's name in row ids
 CHUNK = 64  # rows asked for at a time; between two the budget and what came of it are looked at
-HOPELESS = 20  # candidates left out, and no row made: the model or the prompts do not do
+HOPELESS = 32  # candidates left out, and no row made: the model or the prompts do not do
 SHOWN, SHOWN_CHARACTERS = 3, 300
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class Job:
     def chunks(self, items: Sequence[T], round_number: int) -> Iterator[list[T]]:
         """Yield `items` in chunks; after each one stop if the budget is used up, or nothing came of all so far."""
         left = iter(items)
-        while chunk := list(islice(left, CHUNK)):
+        while chunk := list(islice(left, CHUNK if self.made else HOPELESS)):
             self.asked[round_number] += len(chunk)
             yield chunk
             self.check()

@@ -100,8 +100,9 @@ def require_seeds(found: Sequence[Seed | Reject], allowed: float) -> list[Seed]:
     refused = [s for s in found if isinstance(s, Reject)]
     if not seeds or len(refused) > allowed * len(found):
         first = " ".join(f"[{r.id}] {r.detail}." for r in refused[:SHOWN_ROWS])
+        share = f", allowed are {allowed:.1%} (generate.max_refused_fraction)" if seeds else ""
         raise InputError(
-            f"generate.seeds: {len(refused)} of {len(found)} rows do not fit, allowed are {allowed:.1%} "
-            f"(generate.max_refused_fraction). {first} Fix those rows, or set the source's format and columns"
+            f"generate.seeds: {len(refused)} of {len(found)} rows do not fit{share}. {first} Fix them, or set the "
+            "source's format and columns"
         )
     return seeds

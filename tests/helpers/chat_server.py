@@ -31,7 +31,10 @@ class _Handler(BaseHTTPRequestHandler):
     chat: ChatServer
 
     def do_GET(self):
-        self._send(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.chat.models]})
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        if self.chat.wanted_key not in (None, key):
+            return self._send(401, {"error": {"message": f"Incorrect API key provided: {key}"}})
+        return self._send(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.chat.models]})
 
     def do_POST(self):
         chat = self.chat

@@ -18,6 +18,7 @@ from finetune.pipeline.store import Store
 from finetune.recipe import Runtime, Tracking
 from finetune.recipe.load import parse_recipe
 from finetune.stages import generate, ingest
+from finetune.synth.asking import check_endpoint
 from finetune.utils.files import read_json
 from tests.helpers.chat_server import chat_server
 
@@ -219,9 +220,9 @@ def test_a_server_that_answers_with_another_model_is_reported(work, server):
 def test_nothing_usable_stops_early_and_shows_the_first_responses(work, server):
     work.seeds([{"instruction": f"{task} {n}"} for task in TASKS for n in range(20)])
     server.answer = lambda body: " "
-    with pytest.raises(GateRefused, match=r"none of the first 64 candidates can be used \(64 empty\)"):
+    with pytest.raises(GateRefused, match=r"none of the first 32 candidates can be used \(32 empty\)"):
         work.run(server.url)
-    assert len(server.requests) == 64
+    assert len(server.requests) == 32
     server.answer, server.finish = (lambda body: "and then the story"), "length"
     with pytest.raises(GateRefused, match="'and then the story'"):
         work.run(server.url, "method: answer\ntemperature: 0.1")
@@ -243,6 +244,24 @@ def test_a_budget_of_tokens_stops(work, server):
     with pytest.raises(GateRefused, match=r"generate.max_tokens 40 is used up after 2 requests"):
         work.run(server.url, "method: answer\nmax_tokens: 40", model=", concurrency: 1")
     assert work.run(server.url, "method: answer\nmax_tokens: 4000")["rows_out"] == len(TASKS)
+
+
+def test_tokens_that_a_server_does_not_count_are_estimated(work, server):
+    server.usage = False
+    with pytest.raises(GateRefused, match=r"max_tokens 60 is used up after [345] requests"):
+        work.run(server.url, "method: answer\nmax_tokens: 60", model=", concurrency: 1")
+
+
+def test_the_endpoint_is_looked_at_before_anything_is_built(work, server, monkeypatch):
+    model = work.recipe(server.url).generate.model
+    assert check_endpoint(model, "f") == "" and not server.requests
+    server.models = ["a", "b"]
+    assert check_endpoint(model, "f") == f"f.name: {server.url} does not list m; it lists a, b"
+    server.wanted_key = "right"
+    with pytest.raises(InputError, match="refused the key"):
+        check_endpoint(model, "f")
+    with pytest.raises(FinetuneError, match="cannot be reached"):
+        check_endpoint(model.model_copy(update={"endpoint": "http://127.0.0.1:9/v1"}), "f")
 
 
 def test_evolved_rows_form_lines_and_every_round_has_its_share(work, server):
