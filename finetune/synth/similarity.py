@@ -32,7 +32,8 @@ def nearest(words: Sequence[str], others: Sequence[Sequence[str]], threshold: fl
     """Return the largest ROUGE-L with one of `others` and its index; (0, -1) if none reaches `threshold`."""
     best, at = 0.0, -1
     for index, other in enumerate(others):
-        bound = 2 * min(len(words), len(other)) / max(1, len(words) + len(other))  # no LCS is longer than either
+        both = len(words) + len(other)
+        bound = 2 * min(len(words), len(other)) / both if both else 1.0  # no LCS is longer than either
         if bound >= max(threshold, best) and (score := rouge_l(words, other)) >= threshold and score > best:
             best, at = score, index
     return best, at
