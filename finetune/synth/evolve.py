@@ -51,10 +51,13 @@ def evolve(job: Job, seeds: Sequence[Seed]) -> None:
     rounds = job.section.rounds
     wanted = min(job.section.rows or rounds * len(lines), rounds * len(lines))
     for number in range(1, rounds + 1):
-        missing = math.ceil(wanted * number / rounds) - len(job.made)
+        target = math.ceil(wanted * number / rounds)
         order = sorted(lines, key=lambda line: (not line.used, stream(job.seed, "order", number, line.seed.id)))
-        for chunk in job.chunks(order[: max(0, missing)], number):
-            _evolve(job, chunk, number)
+        while order and len(job.made) < target:  # what is left out is made up for by further lines
+            missing = target - len(job.made)
+            here, order = order[:missing], order[missing:]
+            for chunk in job.chunks(here, number):
+                _evolve(job, chunk, number)
 
 
 def _evolve(job: Job, lines: Sequence[Line], number: int) -> None:
