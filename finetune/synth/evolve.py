@@ -20,6 +20,7 @@ IN_DEPTH = ("add_constraints", "deepen", "concretize", "increase_reasoning", "co
 OPERATIONS = (*IN_DEPTH, "breadth")  # each is as likely as any other, as in the paper
 EQUAL_TOKENS = 16
 SHORT_REFUSAL_WORDS = 80
+COPIED_WORDS = 6  # in a row, of the prompt around the instruction
 # Words of our prompts that no instruction has by itself (recipes/prompts/evol_*.jinja mark their parts by them).
 MARKS = re.compile(
     r"#\s*(given|new|rewritten|created)\s+(prompt|instruction)|\b(given|rewritten|created) prompt\b", re.I
@@ -64,21 +65,24 @@ def _evolve(job: Job, lines: Sequence[Line], number: int) -> None:
     section = job.section
     operations = [OPERATIONS[stream(job.seed, "operation", number, x.seed.id) % len(OPERATIONS)] for x in lines]
     names = [x.name(number, operation) for x, operation in zip(lines, operations, strict=True)]
-    asks = []
+    asks, prompts = [], []
     for line, operation, name in zip(lines, operations, names, strict=True):
         line.used = True
         text = job.prompts.render(
             "evol_breadth" if operation == "breadth" else "evol_depth",
             {"operation": operation, "instruction": line.instruction},
         )
+        prompts.append(text)
         asks.append(
             ask_user(text, section.max_new_tokens, section.temperature, section.top_p, stream(job.seed, "evolve", name))
         )
     replies = job.asker.ask_all(asks, f"round {number}: instructions")
     found = [
         (line, operation, name, reply.text.strip())
-        for line, operation, name, reply in zip(lines, operations, names, replies, strict=True)
-        if not job.unfinished(name, reply) and reply is not None and not _bad_instruction(job, line, name, reply.text)
+        for line, operation, name, prompt, reply in zip(lines, operations, names, prompts, replies, strict=True)
+        if not job.unfinished(name, reply)
+        and reply is not None
+        and not _bad_instruction(job, line, name, prompt, reply.text)
     ]
     equal = job.asker.ask_all(
         [
@@ -96,15 +100,23 @@ def _evolve(job: Job, lines: Sequence[Line], number: int) -> None:
         line.instruction, line.parent = text, made.id
 
 
-def _bad_instruction(job: Job, line: Line, name: str, text: str) -> bool:
+def _bad_instruction(job: Job, line: Line, name: str, prompt: str, text: str) -> bool:
     """Leave out an instruction that copies from the prompt, or is the one before (rules 4 and 1 of the paper)."""
-    if mark := MARKS.search(text):
-        job.reject(name, "copied_prompt", f"it holds {mark[0]!r}, words of the evolving prompt", text)
+    mark = MARKS.search(text)
+    around = _runs(prompt.replace(line.instruction, "\n")) - _runs(line.instruction)
+    copied = mark[0] if mark else min(_runs(text) & around, default="")
+    if copied:
+        job.reject(name, "copied_prompt", f"it holds {copied!r}, words of the evolving prompt", text)
         return True
     if normalised(text) == normalised(line.instruction):
         job.reject(name, "no_gain", "it is the instruction it was made from", text)
         return True
     return False
+
+
+def _runs(text: str) -> set[str]:
+    found = words(text)
+    return {" ".join(found[i : i + COPIED_WORDS]) for i in range(len(found) - COPIED_WORDS + 1)}
 
 
 def _no_gain(job: Job, name: str, text: str, reply: Reply | None) -> bool:

@@ -159,7 +159,7 @@ def test_a_fault_that_stays_is_one_sentence_and_what_came_before_is_kept(work, s
     assert "\n" not in str(caught.value)
     server.faults, before = [], len(server.requests)
     assert work.run(server.url)["rows_out"] == len(TASKS)
-    assert len(server.requests) - before == len(TASKS) - 5
+    assert len(server.requests) - before == len(TASKS) - 6
 
 
 def test_a_response_that_came_is_kept_although_one_before_it_has_not(work, server):
@@ -281,13 +281,17 @@ def test_evolved_rows_form_lines_and_every_round_has_its_share(work, server):
 
 
 def test_the_eliminator_names_its_rules(work, server):
-    kinds = {0: "no_gain", 1: "copied_prompt", 2: "refusal", 3: "no_content", 4: "no_gain"}
+    kinds = {0: "no_gain", 1: "copied_prompt", 2: "refusal", 3: "no_content", 4: "no_gain", 5: "copied_prompt"}
 
     def answer(body):
         text = body["messages"][-1]["content"]
         at = next((i for i, task in enumerate(TASKS) if task in text), 0)
         if "#New Instruction#" in text:
-            return {0: TASKS[0].upper(), 1: "Rewrite the #Given Instruction# of ice"}.get(at, f"{TASKS[at]} now")
+            return {
+                0: TASKS[0].upper(),
+                1: "Rewrite the #Given Instruction# of ice",
+                5: f"{TASKS[5]}? Write the new instruction only: no heading",
+            }.get(at, f"{TASKS[at]} now")
         if "ask for the same" in text:
             return "Equal." if at == 4 else "Not Equal"
         return {2: "I am sorry, I cannot do that.", 3: "It is the, and... of!"}.get(at, "Snow reflects light.")
@@ -296,8 +300,8 @@ def test_the_eliminator_names_its_rules(work, server):
     metrics = work.run(server.url, "method: evol_instruct\nrounds: 1")
     named = {r["id"].split("/")[1]: r["reason"] for r in work.rejects()}
     assert named == {f"seeds.jsonl:{i + 1}": reason for i, reason in kinds.items()}
-    assert metrics["rejected"] == {"copied_prompt": 1, "no_content": 1, "no_gain": 2, "refusal": 1}
-    assert metrics["rows_out"] == len(TASKS) - 5
+    assert metrics["rejected"] == {"copied_prompt": 2, "no_content": 1, "no_gain": 2, "refusal": 1}
+    assert metrics["rows_out"] == len(TASKS) - 6
 
 
 def test_what_was_left_out_is_tried_again_from_where_it_was(work, server):
