@@ -65,9 +65,10 @@ def _tasks(
     found: list[tuple[str, str, str]] = []
     new: list[list[str]] = []  # of this chunk: no instance is asked for that is dropped for sure
     for request, parents, reply in zip(requests, shown, job.asker.ask_all(asks, f"round {number}: tasks"), strict=True):
-        for k, task in enumerate([] if reply is None else read_tasks(reply.text)):
+        tasks = [] if reply is None else read_tasks(reply.text)
+        for k, task in enumerate(tasks[:TASKS_A_REQUEST]):
             name = f"{number}/{request}/{k + 1}"
-            cut = reply is not None and reply.finish == "length"
+            cut = reply is not None and reply.finish == "length" and k + 1 == len(tasks)  # those before it are whole
             if not _fits(job, name, task, cut=cut) or _repeats(job, name, task, [*compared, *new], ids):
                 continue
             found.append((name, parents, task))
@@ -88,7 +89,7 @@ def read_tasks(text: str) -> list[str]:
     """Return the tasks of a numbered list; of a text without numbers each line that is not blank."""
     parts = NUMBERED.split(text)
     tasks = parts[1:] if len(parts) > 1 else text.splitlines()
-    return [task.strip() for task in tasks if task.strip()][:TASKS_A_REQUEST]
+    return [task.strip() for task in tasks if task.strip()]
 
 
 def _fits(job: Job, name: str, task: str, *, cut: bool) -> bool:

@@ -338,6 +338,18 @@ def test_new_tasks_differ_from_every_kept_one(work, server):
     assert max(p.count("\n8.") for p in server.prompts) == 1  # eight tasks are shown
 
 
+def test_only_the_last_task_of_a_response_that_was_cut_is_left_out(work, server):
+    def answer(body):
+        asks_tasks = "Continue it with" in body["messages"][-1]["content"]
+        server.finish = "length" if asks_tasks else "stop"
+        return "9. Compare two rivers of Asia\n10. Draw up a menu for\n" if asks_tasks else model_that_can(body)
+
+    server.answer = answer
+    work.run(server.url, "method: self_instruct\nrows: 2\nrounds: 1", model=", concurrency: 1")
+    assert [r.messages[0].content for r in work.rows()] == ["Compare two rivers of Asia"]
+    assert [(r["reason"], r["text"]) for r in work.rejects()] == [("cut_off", "Draw up a menu for")]
+
+
 @pytest.mark.parametrize(("best", "more"), [("agreement", 0), ("judge", 4)])
 def test_the_best_of_several_answers_is_kept(work, server, best, more):
     work.seeds([{"prompt": "How far is it?"}])
