@@ -159,7 +159,7 @@ def test_a_fault_that_stays_is_one_sentence_and_what_came_before_is_kept(work, s
     assert "\n" not in str(caught.value)
     server.faults, before = [], len(server.requests)
     assert work.run(server.url)["rows_out"] == len(TASKS)
-    assert len(server.requests) - before == len(TASKS) - 6
+    assert len(server.requests) - before == len(TASKS) - 5
 
 
 def test_a_response_that_came_is_kept_although_one_before_it_has_not(work, server):
