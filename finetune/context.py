@@ -79,6 +79,7 @@ class Context:
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another
     environment: Mapping[str, str] = field(default_factory=dict)  # recorded by the tracker; never a secret
+    artifacts: Path | None = None  # the durable root; None: scratch holds what is kept between stages as well
 
     def heard_by(self, tell: Callable[[str], None]) -> Context:
         """Return a copy that also passes its lines and progress to `tell`, a fast function called at every step."""

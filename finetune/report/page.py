@@ -44,7 +44,7 @@ def write_report(store: Store, name: str, say: Callable[[str], None] = lambda li
 
 def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the page shows of a run, as read by `shown.read`."""
-    from finetune.report import data_section, model_sections, preference_section
+    from finetune.report import data_section, model_sections, preference_section, synthetic_section
 
     stages = _views(store, value)
     text = read_regular(value["folder"] / "recipe.yaml").decode(errors="replace")
@@ -61,6 +61,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": judged,
         "definitions": DEFINITIONS,
         "tiles": tiles(stages),
+        "synthetic": synthetic_section.synthetic_section(stages.get("generate")),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
         "preference": preference_section.preference_section(stages.get("align")),

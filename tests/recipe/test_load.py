@@ -350,7 +350,7 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny-pydoc.yaml").write_text(GOOD)
     (tmp_path / "recipes" / "tiny-mine.yaml").write_text(GOOD)
-    assert complete_recipe("tiny") == ["tiny-mine", "tiny-preference", "tiny-pydoc"]
+    assert complete_recipe("tiny") == ["tiny-evol", "tiny-mine", "tiny-preference", "tiny-pydoc"]
     assert known_recipes()["tiny-pydoc"] == Path("recipes/tiny-pydoc.yaml")
 
 
