@@ -186,7 +186,7 @@ class Recipe(Section):
 
     def _asked_and_not_made(self) -> Iterator[Contradiction]:
         if self.merge is None and self.export is not None:
-            yield ("export",), "GGUF needs the merged model, but merge is null; set export: null, or merge: {}"
+            yield ("export",), "it needs the merged model, but merge is null; set export: null, or merge: {}"
         if self.merge is None and "merged" in self.publish.what:
             yield ("publish", "what"), "found merged, but merge is null; publish the adapter, or set merge: {}"
         if self.export is None and "gguf" in self.publish.what:
