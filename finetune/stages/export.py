@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.gguf.ollama import Chat
+    from finetune.gguf.chat import Chat
     from finetune.gguf.reader import GgufWeights
     from finetune.gguf.writer import Header, Planned
     from finetune.quantized.reader import QuantizedWeights
@@ -157,6 +158,7 @@ def _write_gguf(
     if others := [kind for kind in kinds if kind not in plans]:
         _quantize(quantizer, others, out, header, exact, ctx)
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
+    _refuse_other_chats([out / name for name in sizes], header, tokenizer, inputs)
     template = _write_modelfile(out, f"model-{kinds[0]}.gguf", header, tokenizer)
     metrics: Metrics = {"bytes": sizes, "tokenizer_exact": not differs, "ollama_template": template}
     metrics |= {"tokenizer_differs": differs} if differs else {}
@@ -311,11 +313,32 @@ def _write_modelfile(out: Path, weights: str, header: Header, tokenizer: PreTrai
     return "gguf" if pieces is None else "modelfile"
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool) -> str:
+def _refuse_other_chats(
+    paths: Sequence[Path], header: Header, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Path]
+) -> None:
+    """Raise GateRefused if a file's chat template or terminators are not those that were trained."""
+    from finetune.gguf.chat import differences
+
+    trained = inputs.get("render", Path()) / "template"
+    text, ends = header.template, header.terminators
+    if (trained / "template.json").exists():
+        text = (trained / "inference.jinja").read_text(encoding="utf-8")
+        ends = tuple(read_json(trained / "template.json")["terminators"])
+    for path in paths:
+        ours = partial(_rendered, tokenizer, prompt=True, template=text) if text else None
+        if found := list(differences(path, ours, ends)):
+            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {found[0]}")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, template: str | None = None) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                list(chat), tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
+        )
     except TemplateError as error:
         raise ValueError(str(error)) from error
 
