@@ -119,7 +119,8 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         on.append(f"`perplexity_merged` on the {number(certify.get('tokens', 'chosen'))} tokens of the certificate")
     if files:
         on.append(
-            f"the exported files, and the merged model once more with them, on {number(export['perplexity_rows'])} rows"
+            "the exported files, and the merged model once more beside them, on "
+            f"{number(export['perplexity_rows'])} rows"
         )
     if files and "agreement" in export:
         on.append("`agreement_…`: the share of those rows' next tokens on which file and merged model agree")

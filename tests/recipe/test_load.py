@@ -133,6 +133,8 @@ BAD = {
     "a list of patterns": (GOOD + "lora: {alpha_pattern: [1]}\n", "r:6: lora.alpha_pattern: found [1]; allowed: names and values"),
     "an expression too large for Python": (GOOD + "filter: {drop_matching: ['a{99999999999999}']}\n", "r:6: filter.drop_matching.0: found 'a{99999999999999}'; not a regular expression"),
     "characters that no row can have": (GOOD + "filter: {min_user_characters: 9, max_user_characters: 3}\n", "r:6: filter.max_user_characters: 3 is under min_user_characters 9: no row"),
+    "an export of nothing": (GOOD + "export: {perplexity_rows: 4}\n", "r:6: export: names no format"),
+    "a folder that is not exported": (GOOD + "export: {gguf: [q8_0]}\npublish: {what: [fp8]}\n", "found fp8, but export does not name it"),
     "an export without a merge": (GOOD + "merge: null\nexport: {gguf: [q8_0]}\n", "r:7: export: it needs the merged model, but merge is null"),
     "publishing a merge that is off": (GOOD + "merge: null\npublish: {repo: a/b, what: [merged]}\n", "r:7: publish.what: found merged, but merge is null"),
     "a dequantized base without quantization": (GOOD + "quantization: null\ncertify: {base: dequantized}\n", "r:7: certify.base: quantization is null, so nothing is dequantized"),
