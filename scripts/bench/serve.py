@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from finetune.publish.card_curve import standalone
 from finetune.serve.client import Sampling, Server, connect
 from finetune.utils import svg
 from finetune.utils.files import write_bytes
@@ -41,7 +42,7 @@ def main() -> None:
     if asked.plot:
         points = [(f"{m['clients']}", m["tokens_per_second"], 1000 * m["ttft_median_s"]) for m in measured]
         drawn = svg.points("latency against throughput, by clients", points, "tokens/s, all clients", "first token, ms")
-        write_bytes(asked.plot, str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).encode())
+        write_bytes(asked.plot, standalone(str(drawn)).encode())
 
 
 def one(server: Server, question: str, tokens: int) -> tuple[float, float, int]:
