@@ -78,5 +78,5 @@ def test_every_command_block_runs(tmp_path):
         stdin=subprocess.DEVNULL, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "verdict" in done.stdout and "finetune run tickets.yaml --set=train.learning_rate=" in done.stdout
+    assert "verdict" in done.stdout and "--set=evaluate.generations=0 --set=train.learning_rate=" in done.stdout
     assert done.stdout.count("Thank you. We look at") >= 2  # rows as the model sees them
