@@ -56,6 +56,7 @@ class Result:
 class Sweep:
     """A recipe, its grid and the metric to compare."""
 
+    source: str  # the recipe as the user named it
     loaded: LoadedRecipe
     points: tuple[Point, ...]
     metric: str  # STAGE.NAME
@@ -119,7 +120,7 @@ def plan_sweep(
             problems += [line for line in str(error).splitlines() if line not in problems]
     if problems:
         raise InputError("\n".join(problems))
-    return Sweep(loaded, tuple(points), metric, highest)
+    return Sweep(name, loaded, tuple(points), metric, highest)
 
 
 def run_points(
@@ -145,7 +146,7 @@ def run_points(
         say(where)
         sets = [f"--set={text}" for text in (*point.sets, f"name={point.recipe.name}")]
         roots = ["--artifacts", str(store.artifacts), "--scratch", str(store.scratch)]
-        status = start(["run", str(sweep.loaded.path), "--until", sweep.stage, *roots, *sets, *options])
+        status = start(["run", sweep.source, "--until", sweep.stage, *roots, *sets, *options])
         if status == InputError.exit_status:
             raise InputError(f"{where}: the run was refused (see above); the other points were not run")
         if status:
