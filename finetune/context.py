@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune.errors import FinetuneError, Stopped
+from finetune.utils.limits import memory_is_short
 from finetune.utils.progress import Bar, HeardBar, SilentBar
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ class StopFlag:
         self.lost = error
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come, or FinetuneError if another process builds this folder by now."""
+        """Raise Stopped if a signal has come, or FinetuneError if another process builds this folder by now.
+
+        Also MemoryError where hardly any memory is left, before native code ends the process for want of it.
+        """
         if self.lost is not None:
             raise self.lost
         if self.signal_number:
             raise Stopped(self.signal_number)
+        if memory_is_short():
+            raise MemoryError
 
     @contextmanager
     def at_checks_only(self) -> Iterator[None]:
@@ -73,6 +79,7 @@ class Context:
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another
     environment: Mapping[str, str] = field(default_factory=dict)  # recorded by the tracker; never a secret
+    artifacts: Path | None = None  # the durable root; None: scratch holds what is kept between stages as well
 
     def heard_by(self, tell: Callable[[str], None]) -> Context:
         """Return a copy that also passes its lines and progress to `tell`, a fast function called at every step."""

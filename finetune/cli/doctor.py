@@ -17,6 +17,7 @@ from pathlib import Path
 from finetune.errors import FinetuneError
 from finetune.utils.console import print_table
 from finetune.utils.format import first_line
+from finetune.utils.runtime import available_memory
 
 PYTHON = (3, 11)
 DISTRIBUTION = "finetune-recipes"  # the name in pyproject.toml
@@ -173,11 +174,8 @@ def memory() -> Finding:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no cgroup, or the word max
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    free = ""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        free = f"{_gb(min(available, total))} of "
+    available = available_memory()
+    free = "" if available is None else f"{_gb(available)} of "
     return Finding("memory", f"{free}{_gb(total)}{' free' if free else ''}, {cores} cores")
 
 

@@ -377,6 +377,7 @@ def doctor(artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None
 def main() -> None:
     """Run the command line; print errors as sentences, with an exit status for each kind."""
     os.environ["PYTHONSAFEPATH"] = "1"  # for child processes: the working folder is data, not code
+    os.environ["RUST_BACKTRACE"] = "0"  # written where no memory is left, one waits for itself for ever
     steady()
     silence_libraries()
     try:

@@ -39,6 +39,7 @@ def make_context(
         world=world,
         launch=os.environ.get("MASTER_PORT", ""),
         environment=recorded,
+        artifacts=store.artifacts,
     )
 
 

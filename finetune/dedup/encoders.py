@@ -79,6 +79,7 @@ def static(texts: list[str], name: str, ctx: Context, folder: Path | None) -> ND
         raise InputError(f"dedup.embedding: there is no folder {folder}")
     try:
         place = folder or _downloaded(name, ctx)
+        _try_tokenizers(place)
         # Whole texts: a mean over the first 512 tokens would be equal for two long answers with the same beginning.
         model = StaticModel.from_pretrained(place, max_length=None, force_download=False)
     except (OSError, ValueError, KeyError) as error:
@@ -105,7 +106,7 @@ def _downloaded(name: str, ctx: Context) -> Path:
 
 def _load(name: str, ctx: Context, folder: Path | None, device: str) -> SentenceTransformer:
     import torch
-    from huggingface_hub import constants
+    from huggingface_hub import constants, try_to_load_from_cache
     from sentence_transformers import SentenceTransformer
 
     from finetune.hub.client import resolve_revision
@@ -113,8 +114,9 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
     cuda = device.startswith("cuda")
     half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     revision = None if folder else resolve_revision(name, None, "model", ctx.scratch, ctx.say)
+    _try_tokenizers(folder)
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(folder or name),
             device=device,
             revision=revision,
@@ -127,6 +129,18 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
             f"dedup.embedding: {name!r} could not be loaded as a sentence-transformers model ({error}); "
             "give a Hub name that this machine can reach, the folder of a downloaded model, or lsa"
         ) from error
+    if folder is None:
+        kept = try_to_load_from_cache(name, "tokenizer.json", ctx.scratch / "hub", revision)
+        _try_tokenizers(Path(kept).parent if isinstance(kept, str) else None)
+    return model
+
+
+def _try_tokenizers(folder: Path | None) -> None:
+    """Raise InputError where a tokenizer in an encoder's folder does not end: it is somebody else's, as a base's is."""
+    from finetune.models.base_limits import check_tokenizer
+
+    for path in sorted(folder.glob("**/tokenizer.json")) if folder else ():
+        check_tokenizer(path)
 
 
 def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> list[list[int]]:

@@ -193,7 +193,7 @@ def tokens_per_second(
     if run.reference:
         per_token += forward_flops_per_token(shapes, length)
     seconds = max(tokens * per_token / (ASSUMED_UTILISATION * device.flops), LAYER_SECONDS * shapes.layers)
-    if run.quantization and not run.runtime.cache_dequantized:
+    if run.quantization:
         passes = 2 + recomputed(policy, shapes.layers)[0] + (1 if run.reference else 0)
         seconds += passes * 4.5 * shapes.quantized_parameters / device.bandwidth  # read 4 bits, write 16, read them
     if policy == "offload":

@@ -162,8 +162,7 @@ def training(
     """
     several = rows * world < run.train.batch_rows
     batch = micro_batch(shapes, run, rows, policy, attention, held=several)
-    dequantizes = run.quantization is not None and not run.runtime.cache_dequantized
-    found = peak(decoder(shapes, run.lora, quantized=dequantizes), batch)
+    found = peak(decoder(shapes, run.lora, quantized=run.quantization is not None), batch)
     adapter = adapter_bytes(shapes, run.lora)
     whole = 4 * sum(saved_tensors(shapes, run.lora))
     gradients = found.get("gradients", 0) + (adapter if several else whole)
@@ -174,9 +173,8 @@ def training(
         in_backward["other_layers"] = int(OTHER_LAYERS * found.get("activations", 0))
     in_backward["new_tokens"] = new_token_bytes(shapes, run.lora, 2 if batch.half else 4)
     most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
-    kept = 2 * shapes.quantized_parameters if run.quantization and run.runtime.cache_dequantized else 0
     return {
-        "weights": weight_bytes(shapes, run.quantization, 4 if run.train.precision == "fp32" else 2) + kept,
+        "weights": weight_bytes(shapes, run.quantization, 4 if run.train.precision == "fp32" else 2),
         "adapter": adapter,
         **({"reference_adapter": adapter} if run.reference else {}),
         "optimizer": optimizer_bytes(shapes, run.lora, run.train.optimizer),

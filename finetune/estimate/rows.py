@@ -81,7 +81,7 @@ class Expected:
 
 
 def expect(recipe: Recipe) -> Expected | None:
-    """Estimate the training rows from the local files of a recipe; None if a source is not a local file.
+    """Estimate the training rows from the local files of a recipe; None if a source is no local file or generated.
 
     The first MOST_ROWS rows of each file are read; the rest is extrapolated by the file's size. Duplicates are not
     detected. Raises InputError for a file that cannot be read.
@@ -91,6 +91,8 @@ def expect(recipe: Recipe) -> Expected | None:
     tiny, keep = recipe.model.kind == "builtin", recipe.filter.keep_where if recipe.filter else []
     longest = recipe.render.max_length_tokens
     documents = tokens = 0.0
+    if recipe.generate is not None:
+        return None
     for source in recipe.data:
         if not isinstance(source, LocalSource):
             return None

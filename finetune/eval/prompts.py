@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def _rows(path: Path) -> list[PromptRow]:
     for raw in rows:
         if raw.row is None:
             raise InputError(f"{path}, row {raw.number}: {raw.problem}")
-    asked = [_with_answer(raw.row or {}) for raw in rows]
+    asked = [with_answer(raw.row or {}) for raw in rows]
     if not asked:
         return []
     try:
@@ -94,22 +94,26 @@ def _rows(path: Path) -> list[PromptRow]:
             example = to_example(row, decision, f"{path.name}:{raw.number}", path.name)
         except RowError as error:
             raise InputError(f"{path}, row {raw.number}: {error}") from None
-        messages = _user(example.text) if example.text is not None else _asked(chat_of(example.messages))
+        messages = _user(example.text) if example.text is not None else prompt_of(chat_of(example.messages))
         if not messages:
             raise InputError(f"{path}, row {raw.number}: no prompt: the answer is the first turn")
         found.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
     return found
 
 
-def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row, with an empty answer added if it holds only a question, so that a format matches."""
+def with_answer(row: dict[str, Any], columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the row, with an empty answer added if it holds only a question, so that a format matches.
+
+    `columns` maps names of the format to those of the row.
+    """
     holds = {name for name, value in row.items() if value is not None}
+    holds |= {ours for ours, theirs in (columns or {}).items() if theirs in holds}
     if not holds & set(ASKED) or holds & set(ANSWERS):
         return row
     return {**row, "output" if "instruction" in holds else "completion": ""}
 
 
-def _asked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def prompt_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages before the last answer; all if the last turn is not an answer."""
     chat = list(messages)
     if chat and chat[-1]["role"] != "assistant":

@@ -87,6 +87,7 @@ def _model_trial(name: str, base: Path, device: str, precision: str) -> str | No
     try:
         off = trial.deviation(base, prepared(name, base), device, precision)
     except (FinetuneError, *trial.FAILURES) as error:
+        trial.refuse_no_memory(error)
         return f"in a tiny copy of the base: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     if not off <= trial.TOLERANCE[precision]:
         return f"packed documents of a tiny copy of the base have logits that are {off:.0%} off"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 import subprocess
@@ -16,9 +18,9 @@ from finetune.utils.limits import reading
 
 MOST_LAYERS = 2000  # the deepest base has 126
 LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
-MOST_BYTES = 512 << 20  # the largest that a base has is 35 MB
 MOST_GROWTH = 256.0  # of a text, by all replacements together; a usual tokenizer's is 1
 NAMED_IN = ("config.json", "tokenizer_config.json")  # where auto_map names code
+MOST_NAMED = 200  # characters that its patterns name, each tried in a run of 400
 CPU_SECONDS, CLOCK_SECONDS = 10, 120
 MEMORY_BYTES = 2 << 30
 # Runs of one character make a pattern that backtracks do so for ever, and a chain of replacements grow.
@@ -64,13 +66,12 @@ def check_tokenizer(path: Path) -> None:
     """
     if not path.is_file():
         return
-    if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes, allowed are {MOST_BYTES:,}; is it a tokenizer?")
     with reading(f"{path} is not a tokenizer"):
         value: Any = read_json(path)
         if not isinstance(value, dict):
             raise InputError(f"{path}: found a {type(value).__name__}, allowed is an object")
         growth = 1.0
+        patterns = "".join(_patterns([value.get("normalizer"), value.get("pre_tokenizer")]))
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             for factor in _growth(value.get(part)):
                 growth *= factor
@@ -79,7 +80,18 @@ def check_tokenizer(path: Path) -> None:
             f"{path}: its replacements may make a text {growth:.3g} times as long, allowed is {MOST_GROWTH:g}; "
             "take the base's own tokenizer"
         )
-    _try_out(path)
+    # A pattern that never ends does so on runs of characters that it names.
+    named = sorted({c for c in patterns if c.isprintable()} - set("ax 0A."))[:MOST_NAMED]
+    _try_out(path, [c * 400 + "!" for c in named])
+
+
+def _patterns(value: object) -> Iterator[str]:
+    """The regular expressions in a part of the file."""
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _patterns(inner)
+    if isinstance(value, dict) and isinstance(value.get("Regex"), str):
+        yield value["Regex"]
 
 
 def _growth(value: object) -> Iterator[float]:
@@ -94,13 +106,29 @@ def _growth(value: object) -> Iterator[float]:
         old = str(pattern.get("String") or " ")  # a regular expression may match one character
         yield max(1.0, len(new) / len(old))
     for name, inner in value.items():
-        if name not in ("vocab", "precompiled_charsmap"):
+        if name == "precompiled_charsmap" and isinstance(inner, str):
+            yield _longest_of(inner)
+        elif name != "vocab":
             yield from _growth(inner)
 
 
-def _try_out(path: Path) -> None:
+def _longest_of(charsmap: str) -> float:
+    """The longest replacement of a character in SentencePiece's table, over the 54 bytes that 18 characters may have.
+
+    The table is a trie behind its length (4 bytes, little endian), then the replacements, each ended by a zero byte.
+    """
+    try:
+        content = base64.b64decode(charsmap)
+    except (binascii.Error, ValueError):
+        return 1.0  # its trial says so
+    words = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+    return max(1.0, max(map(len, words)) / 54)
+
+
+def _try_out(path: Path, more: list[str]) -> None:
     asked = {
-        "file": str(path), "texts": PROBE_TEXTS, "growth": MOST_GROWTH, "cpu": CPU_SECONDS, "memory": MEMORY_BYTES,
+        "file": str(path), "texts": [*PROBE_TEXTS, *more], "growth": MOST_GROWTH, "cpu": CPU_SECONDS,
+        "memory": MEMORY_BYTES,
     }  # fmt: skip
     too_much = (
         f"{path}: it does not end within {CPU_SECONDS} s of work and {MEMORY_BYTES / 1e9:.1f} GB on texts of 400 "

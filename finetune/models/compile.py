@@ -1,23 +1,22 @@
-"""Faster training steps with the same result: compiled layers, weights kept in 16 bits.
-
-Both are put on a base that was loaded to be trained and on no other: what is certified and merged never sees them.
-"""
+"""The same result faster: compiled layers on a GPU, dequantised weights kept on a CPU."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
-from finetune.errors import InputError
 from finetune.models.layerwise import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune.context import Context
+
+
+KEPT_SHARE = 0.25  # of the memory that is available: training and the system need the rest
 
 
 class KeptLinear4bit(Linear4bit):
@@ -31,17 +30,8 @@ class KeptLinear4bit(Linear4bit):
 
     @classmethod
     def of(cls, module: Linear4bit) -> KeptLinear4bit:
-        """The same layer over the same 4-bit weight.
-
-        Raises InputError for one that computes in another type than it was loaded in.
-        """
+        """Return the same layer over the same 4-bit weight."""
         weight: Any = module.weight
-        state = weight.quant_state
-        if state.dtype != module.compute_dtype:
-            raise InputError(
-                f"runtime.cache_dequantized: the weights are in {state.dtype} and computed with in "
-                f"{module.compute_dtype}; leave it out"
-            )
         made = cls(module.in_features, module.out_features, bias=False, device="meta", quant_type=weight.quant_type)
         made.load_from(module)
         return made
@@ -63,15 +53,24 @@ class KeptLinear4bit(Linear4bit):
         return torch.nn.functional.linear(x.to(self.compute_dtype), self.kept, bias).to(x.dtype)
 
 
-def keep_dequantized(base: torch.nn.Module) -> int:
-    """Let every 4-bit layer of `base` keep its weight in 16 bits as well; the bytes that takes."""
-    taken = 0
-    for name, module in list(base.named_modules()):
-        if isinstance(module, Linear4bit) and not isinstance(module, KeptLinear4bit):
-            layer = KeptLinear4bit.of(module)
-            base.set_submodule(name, layer)
-            taken += layer.kept.nbytes
-    return taken
+def keep_dequantized(base: torch.nn.Module, available: int | None) -> int:
+    """Let every 4-bit layer of `base` keep its dequantised weight as well; return the bytes taken.
+
+    Nothing is kept if it would take more than KEPT_SHARE of the `available` bytes (None: unknown), or for a layer that
+    computes in another dtype than its weight was quantised from.
+    """
+    layers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, Linear4bit) and not isinstance(module, KeptLinear4bit)
+    ]
+    layers = [(n, m) for n, m in layers if m.weight.quant_state.dtype == m.compute_dtype]
+    wanted = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for _, m in layers)
+    if available is None or wanted > KEPT_SHARE * available:
+        return 0
+    for name, module in layers:
+        base.set_submodule(name, KeptLinear4bit.of(module))
+    return wanted
 
 
 def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> int:
@@ -88,8 +87,5 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> int:
 
 def speed_up(base: PreTrainedModel, ctx: Context) -> None:
     """Do to `base` what the recipe's `runtime` asks for, and say what."""
-    if ctx.runtime.cache_dequantized:
-        taken = keep_dequantized(cast("torch.nn.Module", base))
-        ctx.say(f"train: 4-bit weights are kept in 16 bits as well, {taken / 1e9:.1f} GB")
     if ctx.runtime.compile:
         ctx.say(f"train: {compile_layers(base)} layers are compiled at their first step")

@@ -22,6 +22,7 @@ from finetune.utils.format import first_line
 from finetune.utils.limits import bounded, reading
 from finetune.utils.links import read_regular
 from finetune.utils.quiet import quiet
+from finetune.utils.runtime import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -237,6 +238,11 @@ def load_base(
             quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
     if quantization is not None or getattr(loaded, "is_loaded_in_4bit", False):  # by the recipe, or as it is stored
         _keep_weights_unpacked(loaded)
+        if device == "cpu":
+            from finetune.models.compile import keep_dequantized
+
+            # a CPU dequantises a layer more slowly than it multiplies by it
+            keep_dequantized(loaded, available_memory())
     if tokens:
         new_tokens.grow(loaded, tokens)
     frozen: PreTrainedModel = loaded.requires_grad_(False).eval()

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.errors import has_no_memory
 from finetune.models.architecture import KNOWN
 from finetune.utils.files import read_json
 from finetune.utils.format import first_line
+from finetune.utils.limits import memory_is_short
 from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -82,12 +84,14 @@ def _attention(base: Path, trust_remote_code: bool) -> str:
     try:
         model = tiny_copy(base, "sdpa", trust_remote_code=trust_remote_code)
         fast = _logits(model, [(n,) for n in DOCUMENTS])
-    except FAILURES:
+    except FAILURES as error:
+        refuse_no_memory(error)
         return "eager" if _is_built(base, "eager", trust_remote_code) else "sdpa"
     try:
         model.set_attn_implementation("eager")
         slow = _logits(model, [(n,) for n in DOCUMENTS])
-    except FAILURES:
+    except FAILURES as error:
+        refuse_no_memory(error)
         return "sdpa"  # an architecture that has nothing else
     return "sdpa" if _relative(fast, slow) <= TOLERANCE["fp32"] else "eager"
 
@@ -99,7 +103,8 @@ def _training(base: Path, attention: str, trust_remote_code: bool) -> str | None
 
     try:
         model: Any = tiny_copy(base, attention, trust_remote_code=trust_remote_code)
-    except FAILURES:
+    except FAILURES as error:
+        refuse_no_memory(error)
         return None  # nothing is known
     ids = torch.randint(3, VOCABULARY, (1, DOCUMENTS[0]), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -110,6 +115,7 @@ def _training(base: Path, attention: str, trust_remote_code: bool) -> str | None
         with torch.no_grad():
             found = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs.float().sum()
     except FAILURES as error:
+        refuse_no_memory(error)
         return f"TRL's training forward fails ({_first_line(error, base)})"
     if not torch.allclose(found, expected, rtol=TOLERANCE["fp32"]):
         return "TRL's training forward gives other log-probabilities than the model's own"
@@ -123,7 +129,8 @@ def _quantized(base: Path, attention: str, trust_remote_code: bool) -> str | Non
     auto: Any = AutoModelForCausalLM
     settings: Any = BitsAndBytesConfig
     try:
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        # Beside what is built, so that a full disk is named by its folder.
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=base) as folder, quiet():
             tiny_copy(base, attention, trust_remote_code=trust_remote_code).save_pretrained(folder)
             if trust_remote_code:
                 for code in base.glob("*.py"):
@@ -135,6 +142,7 @@ def _quantized(base: Path, attention: str, trust_remote_code: bool) -> str | Non
                 module.support_avx512bf16_for_cpu = False  # as loading.load_base has it; others read no such name
             _logits(model.train(), [(6,)])  # some code runs in training alone
     except FAILURES as error:
+        refuse_no_memory(error)
         return f"its code fails on matrices in 4 bits ({_first_line(error, base)})"
     return None
 
@@ -142,7 +150,8 @@ def _quantized(base: Path, attention: str, trust_remote_code: bool) -> str | Non
 def _is_built(base: Path, attention: str, trust_remote_code: bool) -> bool:
     try:
         tiny_copy(base, attention, trust_remote_code=trust_remote_code)
-    except FAILURES:
+    except FAILURES as error:
+        refuse_no_memory(error)
         return False
     return True
 
@@ -152,10 +161,12 @@ def _packing(base: Path, attention: str, trust_remote_code: bool) -> str | None:
         model = tiny_copy(base, attention, trust_remote_code=trust_remote_code)
         alone = _logits(model, [(n,) for n in DOCUMENTS])
     except FAILURES as error:
+        refuse_no_memory(error)
         return f"a tiny copy of it cannot be tried ({_first_line(error, base)})"
     try:
         packed = _logits(model, [DOCUMENTS])
     except FAILURES as error:
+        refuse_no_memory(error)
         return f"its code fails on packed rows ({_first_line(error, base)})"
     if not _relative(_logits(model, [(sum(DOCUMENTS),)]), alone) >= VISIBLE:
         return "whether documents see each other does not show in a tiny copy of it"
@@ -166,6 +177,12 @@ FAILURES = (
     AttributeError, AssertionError, ImportError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+
+
+def refuse_no_memory(error: BaseException) -> None:
+    """Raise MemoryError where memory ran out: that says nothing of the code, and what is said of it is kept."""
+    if has_no_memory(error) or memory_is_short():
+        raise MemoryError("none was left for the trial of the architecture") from error
 
 
 def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -224,6 +241,7 @@ def tiny_copy(base: Path, attention: str | None = None, *, trust_remote_code: bo
                 raise RuntimeError(f"the smallest copy has {size / 1e6:.0f} M parameters")
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, **settings)
         except FAILURES as failed:
+            refuse_no_memory(failed)
             error = failed
             continue
         _fill(model)

@@ -27,6 +27,7 @@ from finetune.pipeline.preflight import refuse_start
 from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer
 from finetune.recipe import Recipe
 from finetune.serve.engines import adapter_limits
+from finetune.synth.forecast import generation, generation_in_words
 from finetune.train.batch import sizing_advice, total_steps
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def predict(
         **_data_figures(recipe, by_name),
         "embedding": _embedding(by_name, scratch),
         "preference": _pairs(recipe, by_name),
+        "generate": generation(recipe, by_name.get("generate")),
     }
     if recipe.preference is not None and shapes is not None:
         result["alignment"] = _alignment(recipe, shapes, by_name, device)
@@ -284,6 +286,13 @@ def describe(result: dict[str, Any]) -> str:
         )
         if result["few_steps"]:
             lines.append(f"  WARNING     {result['few_steps']}")
+    if result["generate"]:
+        lines += textwrap.wrap(
+            generation_in_words(result["generate"]),
+            100,
+            initial_indent=f"  {'generate':<12}",
+            subsequent_indent=" " * 14,
+        )
     if result["embedding"]:
         lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
     if result.get("preference"):

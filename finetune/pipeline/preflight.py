@@ -60,6 +60,7 @@ def check(
         lm_eval.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
     if "evaluate" in to_build and recipe.evaluate and (lacks := answer_metrics.missing(recipe.evaluate.metrics)):
         raise InputError("\n".join(f"evaluate.metrics: {why}" for why in lacks))
+    notes += _check_writers(recipe, to_build)
     if "train" in to_build:
         check_adapter(recipe, base.folder if base.manifest else None, scratch)
     trains = {"train": recipe.train is not None, "align": recipe.preference is not None}
@@ -67,6 +68,25 @@ def check(
         pinned = base.folder if base.manifest else None
         notes += _check_training(recipe, shapes, world, pinned, force=force)
     return notes
+
+
+def _check_writers(recipe: Recipe, to_build: set[str]) -> list[str]:
+    """The endpoints of the models that write and judge can be reached; notes on names that they do not list."""
+    from finetune.synth.asking import check_endpoint
+    from finetune.synth.forecast import generation
+
+    if "generate" in to_build:
+        generation(recipe, None)  # refuses limits that the rows exceed
+    judge = recipe.evaluate.judge if recipe.evaluate else None
+    asked = [
+        ("generate", "generate.model.endpoint", recipe.generate),
+        ("evaluate", "evaluate.judge.model.endpoint", judge),
+    ]
+    return [
+        note
+        for stage, field, section in asked
+        if stage in to_build and section is not None and (note := check_endpoint(section.model, field))
+    ]
 
 
 def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
@@ -267,6 +287,10 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
     if recipe.model.kind == "hub" and "base" in to_build:
         notes.append(hub_client.check_read(recipe.model.id, "model"))
     read = [*recipe.data, *(recipe.eval_data or [])] if "ingest" in to_build else []
+    if "generate" in to_build and recipe.generate:
+        read += recipe.generate.seeds
+        local = recipe.generate.model.local
+        notes += [hub_client.check_read(local.id, "model")] if local is not None and local.kind == "hub" else []
     if "pairs" in to_build and recipe.preference:
         read += [*recipe.preference.data, *(recipe.preference.eval_data or [])]
     names = [s.id for s in read if isinstance(s, HubSource)]

@@ -6,6 +6,7 @@ Separate from the models, which read only the recipe, and from loading, which `s
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
@@ -57,6 +58,7 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         from finetune.eval.answer_metrics import missing
 
         yield from ((("evaluate", "metrics"), why) for why in missing(recipe.evaluate.metrics))
+    yield from _writers(recipe)
     start = recipe.lora.start_folder
     if start is not None and not (start / "adapter_config.json").is_file():
         yield (
@@ -68,6 +70,26 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             yield ("render", "template"), f"no such file: {recipe.render.template_file}"
     elif recipe.render.template != "auto":
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
+
+
+def _writers(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What the models that write and judge, and their prompts, lack here."""
+    judge = recipe.evaluate.judge if recipe.evaluate else None
+    for at, asked in ((("generate", "model"), recipe.generate), (("evaluate", "judge", "model"), judge)):
+        if asked is None:
+            continue
+        folder = asked.model.local.folder if asked.model.local else None
+        if asked.model.endpoint is not None and importlib.util.find_spec("openai") is None:
+            yield (*at, "endpoint"), "openai is not installed (pip install 'finetune-recipes[synthetic]')"
+        if folder is not None and not (folder / "config.json").is_file():
+            yield (*at, "local"), f"{folder} {'holds no config.json' if folder.is_dir() else 'is not a folder'}"
+        elif folder is not None:
+            yield from (((*at, "local"), why) for why in _not_its_own(folder))
+    if recipe.generate is not None:
+        from finetune.synth.prompts import problem
+
+        if why := problem(recipe.generate.prompts_path):
+            yield ("generate", "prompts"), why
 
 
 def unreadable(loaded: LoadedRecipe) -> list[str]:
@@ -86,7 +108,8 @@ def unreadable(loaded: LoadedRecipe) -> list[str]:
                 except InputError as error:
                     found.append(((*listed, number), str(error)))
     wheres = recipe.filter.keep_where if recipe.filter else []
-    if not found and wheres and all(isinstance(source, LocalSource) for source in recipe.data):
+    local = recipe.generate is None and all(isinstance(source, LocalSource) for source in recipe.data)
+    if not found and wheres and local:
         found += [(("filter", "keep_where", n), why) for n, w in enumerate(wheres) if (why := _no_column(w, columns))]
     return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
 
@@ -100,6 +123,12 @@ def _columns(recipe: Recipe, listed: tuple[str, ...], source: LocalSource) -> se
     if listed[0] == "preference":
         assert recipe.preference is not None  # noqa: S101
         read_pairs(source, source.label, Path(), recipe.ingest.ignore, recipe.preference.method)
+        return set()
+    if listed[0] == "generate":
+        from finetune.synth.seeds import check_seeds
+
+        assert recipe.generate is not None  # noqa: S101
+        check_seeds(source, recipe.ingest.ignore, recipe.generate.method)
         return set()
     whole = listed[0] != "decontaminate"
     _, rows = read_source(source, source.label, Path(), recipe.ingest.ignore, whole=whole)
@@ -121,6 +150,7 @@ def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Sou
     yield ("data",), recipe.data
     yield ("eval_data",), recipe.eval_data or []
     yield ("decontaminate", "against"), recipe.decontaminate.against if recipe.decontaminate else []
+    yield ("generate", "seeds"), recipe.generate.seeds if recipe.generate else []
     for name in ("data", "eval_data"):
         yield ("preference", name), getattr(recipe.preference, name, None) or []
 

@@ -170,11 +170,11 @@ def _as_now(store: Store, value: dict[str, Any]) -> dict[str, Any]:
         record = value["stages"].setdefault(stage, {"status": status, "path": None, "seconds": None, "metrics": {}})
         folder = stage_folder(store, stage, record)
         record["path"] = str(folder) if folder else None
-        if record["status"] in ("done", "partial") and folder:
-            if store.find(folder) is not None:
+        if record["status"] in ("done", "partial"):  # an edited record may name no folder
+            if folder and store.find(folder) is not None:
                 record["status"] = "done"
             else:
-                record["status"] = "partial" if folder.is_dir() else "missing"
+                record["status"] = "partial" if folder and folder.is_dir() else "missing"
     value["stages"] = {stage: value["stages"][stage] for stage in STAGE_NAMES}
     return value
 

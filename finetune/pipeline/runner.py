@@ -33,6 +33,7 @@ from finetune.pipeline.store import BUILDING, Hashed, Manifest, Store, is_full, 
 from finetune.recipe import Recipe
 from finetune.recipe.keys import key_form
 from finetune.utils import links
+from finetune.utils.files import read_json
 from finetune.utils.limits import memory_is_short
 from finetune.utils.runtime import describe_environment, peak_memory_bytes
 
@@ -255,6 +256,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
             f"building version {stage.version}"
         )
     ctx.say(f"{stage.name} …")
+    ctx.stop.check()
     start = time.monotonic()
     hashed = Hashed()
     ctx = dataclasses.replace(ctx, hashed=hashed.note)
@@ -315,8 +317,8 @@ def _begins(folder: Path, store: Store, ctx: Context) -> bool:
         try:
             if json.loads((folder / BUILDING).read_text(encoding="utf-8")).get("launch") == ctx.launch:
                 return True
-        except (OSError, ValueError):
-            pass  # not there yet, or being written
+        except (OSError, ValueError, AttributeError):
+            pass  # not there yet, being written, or edited
         time.sleep(0.1)
     return False
 
@@ -342,18 +344,18 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
         if store.find(folder) is not None or is_being_built(folder):
             continue
         try:
-            was = json.loads(building.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if was.get("recipe") != recipe.name:
-            continue
-        changes = _differences(was.get("spec", {}), now)
-        digests = {name: output.digest for name, output in step.inputs.items()}
-        changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
-        outside = was.get("fingerprint", {})
-        changes += [
-            f"what {n} names" for n in {**outside, **step.fingerprint} if outside.get(n) != step.fingerprint.get(n)
-        ]
+            was = read_json(building)
+            if was.get("recipe") != recipe.name:
+                continue
+            changes = _differences(was.get("spec", {}), now)
+            digests = {name: output.digest for name, output in step.inputs.items()}
+            changes += [f"the output of {n}" for n in digests if was.get("inputs", {}).get(n) != digests[n]]
+            outside = was.get("fingerprint", {})
+            changes += [
+                f"what {n} names" for n in {**outside, **step.fingerprint} if outside.get(n) != step.fingerprint.get(n)
+            ]
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue  # cut off or edited: nobody can go on with it
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
             if ctx.rank == 0:  # printed once; the marker stays, so that undoing the change resumes it

@@ -23,6 +23,7 @@ from finetune.stages import (
     evaluate,
     export,
     filter,
+    generate,
     ingest,
     merge,
     pack,
@@ -57,7 +58,8 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("base", 2, (), base.spec, base.fingerprint, base.run),
-    Stage("ingest", 2, (), ingest.spec, ingest.fingerprint, ingest.run, rows="any"),
+    Stage("generate", 1, (), generate.spec, generate.fingerprint, generate.run, also=generate.also),
+    Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, rows="any"),
     Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows="training"),
     Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows="training"),
     Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows="training"),
@@ -93,7 +95,7 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
     """Return the part of the recipe that the stage sees; None if the stage is off."""
-    there = {"": True, "training": bool(recipe.data), "any": bool(recipe.data or recipe.eval_data)}
+    there = {"": True, "training": recipe.has_rows, "any": bool(recipe.has_rows or recipe.eval_data)}
     return stage.spec(recipe) if there[stage.rows] else None
 
 

@@ -92,7 +92,7 @@ def _prompts(pairs: Sequence[Pair], worker: RowTokenizer) -> Mapping[str, list[i
             rendered[pair.id] = render_prompt(profile, controls, chat_of(pair.prompt), tools_of(row))
         except InputError as error:
             found[pair.id] = Drop("template", str(error))
-    encoded = worker.encoder.encode_rendered([*rendered.values()])
+    encoded = worker.encoder.encode_rendered([*rendered.values()], [f"the prompt of pair {name}" for name in rendered])
     return found | {name: ids for name, (ids, _) in zip(rendered, encoded, strict=True)}
 
 

@@ -13,7 +13,8 @@ from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
 from finetune.hub.client import Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped, number
-from finetune.recipe import HubSource, LocalSource, Recipe
+from finetune.recipe import Generate, HubSource, LocalSource, Recipe
+from finetune.synth.judge import words_of as judge_words
 from finetune.utils.format import task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
@@ -54,10 +55,27 @@ def sources(facts: Facts) -> list[Markdown]:
             words = f"{code(source.label)}: the documentation in Python's standard library (PSF licence){weight}"
         trained = recipe.train is not None and position < len(recipe.data)
         lines.append(Markdown(words if trained else f"measured on, not trained on: {words}"))
+    if recipe.generate is not None:
+        lines.append(_generated(facts, recipe.generate))
     for source in recipe.preference.data if recipe.preference else []:
         licence = escaped(facts.licences.get(f"dataset {source.label}", "unknown"))
         lines.append(Markdown(f"preferences: {code(source.label)}, licence: {licence}"))
     return lines
+
+
+def _generated(facts: Facts, section: Generate) -> Markdown:
+    """The rows that a language model wrote, its name and its licence."""
+    made = facts.metrics.get("generate") or {}
+    local = section.model.local
+    known = section.model.license or (facts.licences.get(f"model {local.id}") if local else None)
+    answered = [name for name in made.get("answered_by", {}) if name != section.model.label]
+    named = f" (the server names {', '.join(map(code, answered))})" if answered else ""
+    rows = f"{number(made['rows_out'])} rows" if "rows_out" in made else "rows"
+    seeds = ", ".join(code(source.label) for source in section.seeds)
+    return Markdown(
+        f"{code('generate')}: {rows} written by the language model {code(section.model.label)}{named} with "
+        f"{code(section.method)} from {seeds}; licence or terms of that model: {escaped(known or 'unknown')}"
+    )
 
 
 def funnel(metrics: Mapping[str, Json]) -> list[tuple[str, str, str]]:
@@ -105,10 +123,11 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     if files:
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
         files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
-    rest = {k: v for k, v in evaluate.items() if k not in first and k not in ("tasks", "metrics")}
+    rest = {k: v for k, v in evaluate.items() if k not in first and k not in ("tasks", "metrics", "judge")}
     answers = [
         (name, words_of(name, f).removeprefix(name).lstrip(": ")) for name, f in evaluate.get("metrics", {}).items()
     ]
+    judged = [("judge", judge_words(evaluate["judge"]))] if "judge" in evaluate else []
     tasks = [line for name, task in evaluate.get("tasks", {}).items() for line in task_figures(name, task)]
     on = []
     if "perplexity_base" in evaluate:
@@ -123,7 +142,7 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         on.append("`agreement_gguf_…`: the share of those rows' next tokens on which file and merged model agree")
     if answers:
         on.append(f"the measures of answers on {number(evaluate['generations'])} greedy answers, base → adapter")
-    return figures({**first, **files, **rest}) + answers + tasks, "; ".join(on)
+    return figures({**first, **files, **rest}) + answers + judged + tasks, "; ".join(on)
 
 
 def figures(values: Json) -> list[tuple[str, str]]:
@@ -244,10 +263,14 @@ def without_folders(text: str, recipe: Recipe) -> str:
     text = re.sub(r"(?m)^# yaml-language-server: .*\n", "", text)  # an editor's line, with a path of this machine
     compared = recipe.decontaminate.against if recipe.decontaminate else []
     pairs = [*recipe.preference.data, *(recipe.preference.eval_data or [])] if recipe.preference else []
-    every = [*recipe.data, *(recipe.eval_data or []), *compared, *pairs]
+    seeds = recipe.generate.seeds if recipe.generate else []
+    every = [*recipe.data, *(recipe.eval_data or []), *compared, *pairs, *seeds]
     paths = [path for s in every if isinstance(s, LocalSource) for path in s.paths]
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
-    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder)
+    judge = recipe.evaluate.judge if recipe.evaluate else None
+    writers = [s.model.local.folder for s in (recipe.generate, judge) if s is not None and s.model.local is not None]
+    own = recipe.generate.prompts_path if recipe.generate else None
+    named = (recipe.model.folder, recipe.render.template_file, recipe.lora.start_folder, encoder, own, *writers)
     paths += [p for p in named if p is not None]
     for path in sorted(paths, key=lambda p: -len(str(p))):
         written = [str(path)]
@@ -266,7 +289,7 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     measured_on = facts.recipe.eval_data or facts.recipe.data
-    names = list(dict.fromkeys(s.label for s in measured_on))
+    names = list(dict.fromkeys(s.label for s in measured_on)) or ["generate"] * (facts.recipe.generate is not None)
     if not names:  # an adapter merged without rows for measuring
         return []
     on_hub = [s for s in measured_on if isinstance(s, HubSource)]

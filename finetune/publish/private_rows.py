@@ -24,7 +24,9 @@ def samples_shown(recipe: Recipe) -> int:
 def local_labels(recipe: Recipe) -> frozenset[str]:
     """Return the labels of the sources, held-out ones as well, that are files of this machine."""
     pairs = getattr(recipe, "preference", None)
+    written = getattr(recipe, "generate", None)
     sources = [*recipe.data, *(getattr(recipe, "eval_data", None) or []), *(pairs.data if pairs else [])]
+    sources += written.seeds if written else []
     return frozenset(source.label for source in sources if isinstance(source, LocalSource))
 
 

@@ -190,6 +190,10 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
         if isinstance(source, HubSource):
             pinned = facts.sources[number].get("commit") if number < len(facts.sources) else None
             asked.setdefault(f"dataset {source.id}", ("dataset", source.id, pinned or source.revision))
+    written = facts.recipe.generate
+    if written is not None and written.model.local is not None and written.model.local.kind == "hub":
+        local = written.model.local
+        asked.setdefault(f"model {local.id}", ("model", local.id, local.revision))
     for source in facts.recipe.preference.data if facts.recipe.preference else []:
         if isinstance(source, HubSource):
             asked.setdefault(f"dataset {source.id}", ("dataset", source.id, source.revision))

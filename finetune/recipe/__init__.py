@@ -17,22 +17,24 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
+from finetune.recipe.outlets import Publish, Tracking
 from finetune.recipe.preference import Preference
 from finetune.recipe.schema import Recipe
+from finetune.recipe.synthetic import Generate
 from finetune.recipe.training import (
     BUILTIN_MODELS,
     Certify,
     Evaluate,
     Export,
+    Judge,
+    LanguageModel,
     Merge,
     Model,
     Pack,
-    Publish,
     Quantization,
     Render,
     Runtime,
     Tokens,
-    Tracking,
     Train,
 )
 
@@ -45,9 +47,12 @@ __all__ = [
     "Evaluate",
     "Export",
     "Filter",
+    "Generate",
     "HubSource",
     "Ingest",
     "Jaccard",
+    "Judge",
+    "LanguageModel",
     "LocalSource",
     "Lora",
     "Merge",

@@ -34,6 +34,7 @@ BY = r"^(tokens|column:.+)$"
 STATIC = "model2vec:"  # prefix of a static embedding model's name
 OWN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 LANGUAGE = r"^[a-z]{2,3}$"
+ENDPOINT = r"^https?://[^/\s@]+(/[^\s@]*)?$"
 PATTERN_WORDS = {  # wording of an error in place of the pattern
     HUB_NAME: "a name as on the Hub: OWNER/NAME",
     REPOSITORY: "OWNER/NAME",
@@ -43,6 +44,7 @@ PATTERN_WORDS = {  # wording of an error in place of the pattern
     BY: "tokens or column:NAME",
     OWN: "MODULE:FUNCTION, as in my_rules:too_short",
     LANGUAGE: "a language's code, as in en",
+    ENDPOINT: "an address as http://127.0.0.1:8000/v1, without a password (the key is in FINETUNE_API_KEY)",
 }
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -23,7 +23,8 @@ MAX_RECIPE_BYTES = 100_000
 MOST_SHOWN = 50  # mistakes of one file
 MOST_CHARACTERS = 4000  # of one mistake
 MOST_LEVELS = 20  # of a --set: a recipe has four
-OLD_NAMES = {("dedup", "minhash"): "jaccard"}  # (section, old field) → new field
+# (section, old field) → new field, or None for a field that is read and ignored
+OLD_NAMES = {("dedup", "minhash"): "jaccard", ("runtime", "cache_dequantized"): None}
 PLAIN_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
     yaml.MappingNode: ("map",),
     yaml.SequenceNode: ("seq",),
@@ -148,6 +149,10 @@ def _use_new_names(raw: dict[str, Any], where: Where, problems: list[str]) -> tu
         if not isinstance(fields, dict) or old not in fields:
             continue
         line = where.get((section, old), where.get((section,), section))
+        if new is None:
+            del fields[old]
+            notes.append(f"{line}: {section}.{old} is no longer offered and is ignored; remove it")
+            continue
         if new in fields:
             problems.append(f"{line}: {section}.{old}: the old name of {section}.{new}, which is set too; remove {old}")
             del fields[old]

@@ -21,7 +21,16 @@ from finetune.recipe.data import HUB_NAME, OWN, PATTERN_WORDS
 from finetune.recipe.filters import RULES
 from finetune.recipe.messages import written_fields
 
-MODULES = ("data.py", "filters.py", "lora.py", "training.py", "preference.py", "schema.py")
+MODULES = (
+    "data.py",
+    "filters.py",
+    "lora.py",
+    "training.py",
+    "preference.py",
+    "synthetic.py",
+    "outlets.py",
+    "schema.py",
+)
 # A name for the Hub, a folder, or a builtin: what Model's own validator accepts as an id
 MODEL_ID = [
     {"enum": list(BUILTIN_MODELS)},
@@ -29,7 +38,7 @@ MODEL_ID = [
     {"pattern": r"^(/|\./|~)"},
     {"pattern": r"^(?!builtin:).*(\\|/.*/)"},
 ]
-FURTHER_SOURCES = ("decontaminate", "preference")  # sections whose sources are those of data
+FURTHER_SOURCES = ("decontaminate", "preference", "generate")  # sections whose sources are those of data
 OWN_TEXT = {"type": "string", "pattern": OWN}
 OWN_RULE = {"type": "object", "properties": {"rule": OWN_TEXT}, "required": ["rule"], "additionalProperties": False}
 HEAD = """\
@@ -63,10 +72,10 @@ def schema() -> dict[str, Any]:
     bare = [r for r in RULES if r not in ("language", "own")]  # a bare name takes the defaults, and these have none
     rules["anyOf"] = [{"enum": bare}, OWN_TEXT, OWN_RULE, *rules.pop("oneOf")]
     short = {"type": "string", "minLength": 1, "maxLength": 400, "anyOf": MODEL_ID}
-    made["properties"]["model"] = {
-        "anyOf": [short, {"$ref": "#/$defs/Model"}],
-        "description": made["properties"]["model"]["description"],
-    }
+    writers = made["$defs"]["LanguageModel"]["properties"]
+    for properties, name, more in ((made["properties"], "model", []), (writers, "local", [{"type": "null"}])):
+        allowed = {"anyOf": [short, {"$ref": "#/$defs/Model"}, *more]}
+        properties[name] = {k: v for k, v in properties[name].items() if k in ("description", "default")} | allowed
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 
@@ -82,7 +91,10 @@ def reference_text() -> str:
     parts = [HEAD, *_table("The whole", Recipe, "", found)]
     for name, field in written_fields(Recipe).items():
         for model in _models(field.annotation):
-            if model.__name__ in definitions and not (name in FURTHER_SOURCES and model.__name__.endswith("Source")):
+            elsewhere = (name in FURTHER_SOURCES and model.__name__.endswith("Source")) or (
+                name != "model" and model.__name__ == "Model"
+            )
+            if model.__name__ in definitions and not elsewhere:
                 kind = written_fields(model).get("source") or written_fields(model).get("rule")
                 label = f"{name}: {get_args(kind.annotation)[0]}" if kind else name
                 parts += _table(f"`{label}`", model, str(model.__doc__), definitions[model.__name__])

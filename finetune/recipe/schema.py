@@ -2,8 +2,8 @@
 
 All models are frozen and refuse unknown fields. Validation uses no GPU, network or environment, and nothing is written
 back afterwards: derived values are properties. Local paths are excluded from dumps (`exclude=True`), because a stage's
-key depends on a file's content, never on its path. `recipe/load.py` reads YAML; the sections are in `recipe/data.py`,
-`recipe/filters.py`, `recipe/lora.py` and `recipe/training.py`, and are imported from here.
+key depends on a file's content, never on its path. `recipe/load.py` reads YAML; the sections are in the other
+modules of `recipe/`, and are imported from here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
+from finetune.recipe.outlets import Publish, Tracking
 from finetune.recipe.preference import Preference
+from finetune.recipe.synthetic import Generate
 from finetune.recipe.training import (
     Certify,
     Evaluate,
@@ -35,12 +37,10 @@ from finetune.recipe.training import (
     Merge,
     Model,
     Pack,
-    Publish,
     Quantization,
     Render,
     Runtime,
     Tokens,
-    Tracking,
     Train,
 )
 
@@ -60,8 +60,10 @@ class Recipe(Section):
     """Tokens to add to the base's vocabulary; null adds none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of every random choice."""
+    generate: Generate | None = None
+    """Rows written by a language model, one more source behind `data`; null writes none."""
     data: Annotated[list[Source], Field(min_length=1)] = Field(default=[])
-    """Where the rows come from, one source after the other; only train: null does without (eval_data certifies)."""
+    """Where the rows come from, one after the other; none are needed with generate, or with train: null."""
     eval_data: Annotated[list[Source], Field(min_length=1)] | None = None
     """Your own held-out rows: never trained on, and no training row repeats one; `split` is then null by default."""
     ingest: Ingest = Ingest()
@@ -126,6 +128,11 @@ class Recipe(Section):
         return value
 
     @property
+    def has_rows(self) -> bool:
+        """Return whether there are rows to train on: read, or generated."""
+        return bool(self.data) or self.generate is not None
+
+    @property
     def holds_out(self) -> bool:
         """Return whether there are held-out rows to evaluate on."""
         return self.split is not None or self.eval_data is not None
@@ -134,7 +141,7 @@ class Recipe(Section):
     def _fits_together(self) -> Self:
         found = (
             self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart,
-            self._tokens_apart,
+            self._tokens_apart, self._built_in_writer,
         )  # fmt: skip
         refuse([problem for problems in found for problem in problems()])
         return self
@@ -162,10 +169,17 @@ class Recipe(Section):
                 "rows; train with tokens.add first, merge, and name the merged folder as model here",
             )
 
+    def _built_in_writer(self) -> Iterator[Contradiction]:
+        judge = self.evaluate.judge if self.evaluate else None
+        for at, asked in ((("generate", "model"), self.generate), (("evaluate", "judge", "model"), judge)):
+            local = asked.model.local if asked else None
+            if local is not None and local.kind == "builtin" and self.model.id != local.id:
+                yield (*at, "local"), f"{local.id} is trained by the base stage only: it needs model: {local.id}"
+
     def _trained_from(self) -> Iterator[Contradiction]:
-        if not self.data and self.train is not None:
+        if not self.has_rows and self.train is not None:
             yield ("data",), "missing; name one source or more (only a recipe with train: null goes without)"
-        if not self.data and self.eval_data and self.split is not None:
+        if not self.has_rows and self.eval_data and self.split is not None:
             yield ("split",), "there is no data to hold rows out of: eval_data is held out whole; leave split out"
         if self.train is None and self.lora.start_from is None and self.preference is None:
             yield (
@@ -198,8 +212,6 @@ class Recipe(Section):
             yield ("certify", "base"), "quantization is null, so nothing is dequantized; set it to original"
         if self.quantization is None and self.runtime.keep_quantized == "always":
             yield ("runtime", "keep_quantized"), "quantization is null, so there is no 4-bit copy; set it to auto"
-        if self.quantization is None and self.runtime.cache_dequantized:
-            yield ("runtime", "cache_dequantized"), "quantization is null, so there are no 4-bit weights; remove it"
         if self.sample and self.sample.diverse and (self.dedup is None or self.dedup.embedding is None):
             yield ("sample", "diverse"), "it needs the vectors of dedup.embedding, which is off"
         if not self.holds_out and self.training.eval_steps is not None:

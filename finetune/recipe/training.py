@@ -1,4 +1,4 @@
-"""Recipe sections about the model: base, training, certification, merge, publication, runtime.
+"""Recipe sections about the model: base, training, certification, merge, runtime.
 
 The string below a field is its documentation, as in recipe/data.py.
 """
@@ -14,8 +14,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import (
+    ENDPOINT,
     HUB_NAME,
-    REPOSITORY,
     Count,
     Fraction,
     NotNegative,
@@ -228,6 +228,58 @@ class Train(Section):
                 yield (name,), "it needs train.eval_steps, the steps between measurements of the held-out loss"
 
 
+class LanguageModel(Section):
+    """A language model that writes or judges text: one behind an OpenAI-compatible server, or a local one."""
+
+    endpoint: Annotated[str, Field(pattern=ENDPOINT, max_length=400)] | None = None
+    """Address of an OpenAI-compatible API, as in http://127.0.0.1:8000/v1; its key is read from FINETUNE_API_KEY."""
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """The model's name at the endpoint."""
+    local: Model | None = None
+    """A model loaded here instead: OWNER/NAME on the Hub, a folder (/… or ./…), or the recipe's own builtin base."""
+    license: str | None = None
+    """Licence or terms of its answers, for the card; null: what the Hub says of a local model, else unknown."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Requests to the endpoint at once."""
+    timeout_seconds: Positive = 120.0
+    """Time after which a request is given up and tried again."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.endpoint is None) == (self.local is None):
+            what = "both are there; keep one" if self.local else "neither is there"
+            refuse([((), f"endpoint (with name) or local says where the model is; {what}")])
+        if self.endpoint is not None and self.name is None:
+            refuse([(("name",), "missing; the endpoint needs the model's name there")])
+        if self.local is not None and self.name is not None:
+            refuse([(("name",), "only an endpoint has names; remove it")])
+        if self.local is not None and (self.local.trust_remote_code or self.local.rope_scaling):
+            refuse([(("local",), "trust_remote_code and rope_scaling are not used for writing; serve it (endpoint)")])
+        return self
+
+    @property
+    def without_speed(self) -> LanguageModel:
+        """This model without the settings that change no text."""
+        quiet = ("license", "concurrency", "timeout_seconds")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in quiet})
+
+    @property
+    def label(self) -> str:
+        """The model's name in reports and cards."""
+        return self.name or (self.local.id if self.local else "")
+
+
+class Judge(Section):
+    """Pairwise judgement of base and adapter by a language model, each pair in both orders."""
+
+    model: LanguageModel
+    """The judging model."""
+    rows: Count = 100
+    """Held-out prompts whose two answers are compared, at most; they are answered even where generations is fewer."""
+    max_new_tokens: Count = 512
+    """Tokens of a verdict with its reasons, at most."""
+
+
 class Evaluate(Section):
     """Evaluation on held-out rows after training."""
 
@@ -245,6 +297,8 @@ class Evaluate(Section):
     """A folder with your own task files, next to the recipe; data files in it are part of the key."""
     tasks_limit: Count | None = None
     """Maximum documents per task, for a trial; null: all."""
+    judge: Judge | None = None
+    """A language model that compares the answers of base and adapter; null: none."""
     task_path: SkipJsonSchema[Annotated[Path | None, Field(exclude=True)]] = None
 
     @model_validator(mode="before")
@@ -262,6 +316,12 @@ class Evaluate(Section):
         if self.metrics and not self.generations:
             refuse([(("metrics",), "they need answers, but generations is 0; set it to the number of answers")])
         return self
+
+    @property
+    def with_slow_judge(self) -> Evaluate:
+        """This section with the judge's speed at its defaults, which changes no verdict. It enters the stage's key."""
+        judge = self.judge and self.judge.model_copy(update={"model": self.judge.model.without_speed})
+        return self.model_copy(update={"judge": judge})
 
     @field_validator("tasks", "metrics")
     @classmethod
@@ -302,21 +362,6 @@ class Export(Section):
     """Held-out rows to score merged model and files on, at most (0: none); from 200 M parameters on, certify.tokens."""
 
 
-class Publish(Section):
-    """Target and contents of `finetune publish`."""
-
-    repo: Annotated[str, Field(pattern=REPOSITORY, max_length=200)] | None = None
-    """OWNER/NAME of the repository; null requires --repo."""
-    what: Annotated[list[Literal["adapter", "merged", "gguf", "dataset"]], Field(min_length=1)] = ["adapter"]
-    """Kinds to push: the first to `repo`, each other one to the same name with its kind appended."""
-    private: bool = True
-    """Create the repository as private."""
-    license: str | None = None
-    """Licence in the cards, such as apache-2.0; if null, a base whose licence forbids derivatives is refused."""
-    samples: Annotated[int, Field(ge=0, le=10)] | None = None
-    """Held-out prompts in a model card with both answers; null: 3, but none if any source is a local file."""
-
-
 class Runtime(Section):
     """Settings for this machine. They change no result, so they are not part of a key."""
 
@@ -336,8 +381,6 @@ class Runtime(Section):
     """Keep a 4-bit copy of the base in scratch for faster restarts; auto: for bases of 2 GB or more."""
     compile: bool = False
     """Compile each decoder layer: 30 s at the start, steps a fifth shorter (7B on an H200)."""
-    cache_dequantized: bool = False
-    """Also keep 4-bit weights in 16 bits: 2 more bytes per parameter; faster for small micro-batches."""
     fused_adapters: Literal["auto", "on", "off"] = "auto"
     """Fuse adapters with their 4-bit layers: faster for large micro-batches; auto decides."""
     memory_budget_gb: Positive | None = None
@@ -348,26 +391,3 @@ class Runtime(Section):
         if self.compile and self.checkpointing == "offload":
             refuse([(("compile",), "torch cannot compile with runtime.checkpointing offload; remove one of them")])
         return self
-
-
-Reporter = Literal[  # transformers' integrations, without W&B and TensorBoard, which have fields of their own
-    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
-    "swanlab", "trackio",
-]  # fmt: skip
-
-
-class Tracking(Section):
-    """Experiment tracking, in addition to metrics.jsonl, which is always written."""
-
-    wandb: bool = False
-    """Send metrics to Weights & Biases."""
-    wandb_project: str = "finetune"
-    """The W&B project."""
-    wandb_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Number of first training rows sent to W&B as a table; 0: none."""
-    wandb_data: bool = False
-    """Send the training rows to W&B as an artifact (packed if pack is on)."""
-    tensorboard: bool = False
-    """Write TensorBoard event files."""
-    report_to: list[Reporter] = []
-    """Further trackers, by the names of transformers' `report_to`; each needs its own package and settings."""

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.eval.answer_metrics import verdict
 from finetune.eval.metrics import never_stops
 from finetune.report.stage_view import Stages, StageView
+from finetune.synth.judge import words_of as judge_words
 from finetune.utils import svg
 from finetune.utils.format import NONE, clipped, duration, interval, number, percent, size, task_figures
 
@@ -158,6 +159,8 @@ def _evaluation_figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
     if m.get("generations"):
         base = f" (the base: {percent(m.get('stop_rate_base'))})" if m.get("stop_rate_base") is not None else ""
         lines.append(("answers that end by themselves", f"{percent(m.get('stop_rate'))} of {m['generations']}{base}"))
+    if "judge" in m:
+        lines.append(("judged by a language model", judge_words(m["judge"])))
     return lines + [line for name, task in m.get("tasks", {}).items() for line in task_figures(name, task)]
 
 

@@ -20,6 +20,7 @@ from finetune.report.html import render_page
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils.files import replace_bytes
 from finetune.utils.format import NONE, duration, number, percent, size
+from finetune.utils.links import read_regular
 
 REPORT = "report.html"
 
@@ -43,10 +44,10 @@ def write_report(store: Store, name: str, say: Callable[[str], None] = lambda li
 
 def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the page shows of a run, as read by `shown.read`."""
-    from finetune.report import data_section, model_sections, preference_section
+    from finetune.report import data_section, model_sections, preference_section, synthetic_section
 
     stages = _views(store, value)
-    text = (value["folder"] / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    text = read_regular(value["folder"] / "recipe.yaml").decode(errors="replace")
     recipe = _recipe(text, value)
     judged = verdict_of({n: v.metrics for n, v in stages.items()}, {n: v.folder for n, v in stages.items()})
     predicted = predicted_memory(recipe, stages)
@@ -60,6 +61,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": judged,
         "definitions": DEFINITIONS,
         "tiles": tiles(stages),
+        "synthetic": synthetic_section.synthetic_section(stages.get("generate")),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
         "preference": preference_section.preference_section(stages.get("align")),

@@ -9,6 +9,7 @@ from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.utils.format import size
 
 ROWS = {  # stage → the metrics that say how many rows went in and came out
+    "generate": ("candidates", "rows_out"),
     "ingest": (None, "rows_out"),
     "filter": ("rows_in", "rows_out"),
     "embed": ("rows", "rows"),
@@ -43,6 +44,8 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
     match name:
         case "base":
             return f"{number('parameters', ',')} parameters"
+        case "generate":
+            return f"{m.get('method')} by {m.get('model')}, {number('requests', ',')} requests"
         case "ingest":
             refused = sum((m.get("refused") or {}).values())
             return f"{refused:,} refused" if refused else ""
@@ -76,9 +79,11 @@ def stage_figure(name: str, m: Mapping[str, Any]) -> str:  # noqa: C901 - one li
             )
             return f"loss {number('first_loss')} → {number('loss')}{apart}"
         case "evaluate":
+            rate = (m.get("judge") or {}).get("win_rate")
+            judged = f", judged better in {rate:.0%}" if rate is not None else ""
             return (
                 f"perplexity {number('perplexity_base')} → {number('perplexity_adapter')}, "
-                f"stops {number('stop_rate', '.0%')}"
+                f"stops {number('stop_rate', '.0%')}{judged}"
             )
         case "certify":
             few = f", on {m['tokens']} tokens only" if m.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""

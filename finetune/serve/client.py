@@ -1,13 +1,14 @@
-"""Talk to an OpenAI-compatible server through the openai client (extra `serve`)."""
+"""Talk to an OpenAI-compatible server through the openai client (extras `serve` and `synthetic`)."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from finetune.errors import FinetuneError, InputError
 from finetune.serve.engines import KEY
@@ -33,7 +34,8 @@ class Sampling:
 class Reply:
     """An answer: text, `finish` (stop, length, tool_calls), tokens of the prompt and of the answer (0: not stated).
 
-    `calls`: the tool calls that the server took out of the text, as JSON values.
+    `calls`: the tool calls that the server took out of the text, as JSON values. `model`: the name that the server
+    gives to what answered, empty if unknown.
     """
 
     text: str
@@ -41,6 +43,11 @@ class Reply:
     prompt_tokens: int = 0
     tokens: int = 0
     calls: tuple[Any, ...] = ()
+    model: str = ""
+
+
+class NoCompletion(FinetuneError):
+    """The server answered with status 200 and something else than a chat completion."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +57,32 @@ class Server:
     url: str
     model: str
     client: OpenAI
+    seconds: float = SECONDS  # after which a request is given up
 
     def ask(self, messages: Sequence[Any], sampling: Sampling, tools: Sequence[Any] | None = None) -> Reply:
         """Return the answer to a conversation. Raises FinetuneError or InputError with one sentence."""
         with sentences(self):
             made = self.client.chat.completions.create(**self._request(messages, sampling, tools))
         choices = getattr(made, "choices", None)
-        if not choices:
-            raise FinetuneError(f"{self.url} answered with something else than a chat completion; is it such an API?")
+        if not choices or getattr(choices[0], "message", None) is None:
+            raise NoCompletion(f"{self.url} answered with something else than a chat completion; is it such an API?")
         message, usage = choices[0].message, made.usage
         read, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
-        return Reply(message.content or "", choices[0].finish_reason or "", read, written, calls)
+        named = str(getattr(made, "model", "") or "")
+        return Reply(message.content or "", choices[0].finish_reason or "", read, written, calls, named)
 
     def models(self) -> list[str]:
         """Return the names that the server lists; empty if it cannot list them."""
         import openai
 
         try:
-            return [m.id for m in self.client.with_options(max_retries=0).models.list().data]
-        except openai.InternalServerError:  # transformers 5.23 lists the Hub's cache, and fails if there is none
+            listed = self.client.with_options(max_retries=0).models.list()
+            return [str(m.id) for m in getattr(listed, "data", None) or []]
+        except (
+            openai.InternalServerError,
+            openai.RateLimitError,
+        ):  # transformers 5.23 fails if the Hub's cache is empty
             return []
 
     def stream(self, messages: Sequence[Any], sampling: Sampling) -> Iterator[str]:
@@ -91,29 +104,47 @@ class Server:
         return asked | ({"tools": list(tools)} if tools else {})
 
 
-def connect(url: str, model: str) -> Server:
+def connect(
+    url: str,
+    model: str,
+    *,
+    field: str = "--server",
+    typed: bool = True,
+    retries: int = RETRIES,
+    seconds: float = SECONDS,
+) -> Server:
     """Return the server at `url` (…/v1, or its root), of which `model` will be asked.
 
-    The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY. Raises InputError for an address that is
-    no http URL, and for a missing package.
+    The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY: to any host if the user typed the address,
+    only to openai.com if it is from a recipe (`typed` False), which a third party may have written. `field` names the
+    option or field in errors. Raises InputError for an address that is no http URL, and for a missing package.
     """
-    wrong = f"--server {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1"
+    parts = parsed_url(url, field)
+    try:
+        from openai import OpenAI
+    except ImportError:
+        raise InputError(f"{field} needs the openai package: pip install 'finetune-recipes[synthetic]'") from None
+    root = url.rstrip("/")
+    root = root if parts.path.rstrip("/") else f"{root}/v1"
+    host = parts.hostname or ""
+    account = parts.scheme == "https" and (typed or host == "openai.com" or host.endswith(".openai.com"))
+    key = os.environ.get(KEY) or (os.environ.get("OPENAI_API_KEY") if account else None) or "none"
+    client = OpenAI(base_url=root, api_key=key, max_retries=retries, timeout=seconds)
+    return Server(root, model, client, seconds)
+
+
+def parsed_url(url: str, field: str) -> SplitResult:
+    """Return the parts of an API's address. Raises InputError if it is no http URL, or holds a password."""
+    wrong = f"{field} {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1"
     try:
         parts = urlsplit(url)
+        if parts.username or parts.password:
+            raise InputError(f"{field}: no password in the address; put the key into {KEY}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise InputError(wrong)
     except ValueError:  # a port that is no number, a bracket that is not closed
         raise InputError(wrong) from None
-    if parts.username or parts.password:
-        raise InputError(f"--server: no password in the address; put the key into {KEY}")
-    try:
-        from openai import OpenAI
-    except ImportError:
-        raise InputError("--server needs the openai package: pip install 'finetune-recipes[serve]'") from None
-    root = url.rstrip("/")
-    root = root if parts.path.rstrip("/") else f"{root}/v1"
-    key = os.environ.get(KEY) or (os.environ.get("OPENAI_API_KEY") if parts.scheme == "https" else None) or "none"
-    return Server(root, model, OpenAI(base_url=root, api_key=key, max_retries=RETRIES, timeout=SECONDS))
+    return parts
 
 
 @contextmanager
@@ -121,25 +152,31 @@ def sentences(server: Server) -> Iterator[Server]:
     """Raise the client's errors as one sentence: InputError for what the user can set, else FinetuneError."""
     import openai
 
+    def words(error: BaseException) -> str:
+        return _words(error, server.client.api_key)
+
     try:
         yield server
     except openai.AuthenticationError:
         raise InputError(f"{server.url} refused the key; set {KEY} to the server's key") from None
     except openai.PermissionDeniedError as error:
-        raise InputError(f"{server.url} refused: {_words(error)}") from None
+        raise InputError(f"{server.url} refused: {words(error)}") from None
     except openai.NotFoundError as error:
-        raise InputError(f"{server.url} has no model {server.model or 'list'}: {_words(error)}") from None
+        raise InputError(f"{server.url} has no model {server.model or 'list'}: {words(error)}") from None
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        raise InputError(f"{server.url} refused the request: {_words(error)}") from None
+        raise InputError(f"{server.url} refused the request: {words(error)}") from None
     except openai.APITimeoutError:
-        raise FinetuneError(f"{server.url} did not answer within {SECONDS:.0f} s") from None
+        raise FinetuneError(f"{server.url} did not answer within {server.seconds:g} s") from None
     except openai.APIConnectionError as error:
-        raise FinetuneError(f"{server.url} cannot be reached: {_words(error.__cause__ or error)}") from None
+        raise FinetuneError(f"{server.url} cannot be reached: {words(error.__cause__ or error)}") from None
     except openai.APIError as error:  # a status that did not go away on retry, a stream that broke off
-        raise FinetuneError(f"{server.url} failed: {_words(error)}") from None
+        raise FinetuneError(f"{server.url} failed: {words(error)}") from None
+    except json.JSONDecodeError as error:
+        raise NoCompletion(f"{server.url} answered with something else than JSON: {words(error)}") from None
 
 
-def _words(error: BaseException) -> str:
+def _words(error: BaseException, key: str) -> str:
     from finetune.utils.secrets import redact
 
-    return redact(" ".join(str(error).split()))[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    return redact(text.replace(key, "[hidden]") if len(key) > 4 else text)[:300] or type(error).__name__

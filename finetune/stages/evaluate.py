@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from finetune.context import Context, Metrics
 from finetune.errors import GateRefused, InputError
 from finetune.eval.answer_metrics import missing
 from finetune.eval.answer_metrics import words_of as answer_words
 from finetune.eval.metrics import never_stops
-from finetune.recipe import Evaluate, Model, Quantization, Recipe, Section
+from finetune.recipe import Evaluate, Judge, Model, Quantization, Recipe, Section
+from finetune.synth.judge import words_of as judge_words
 from finetune.utils.files import canonical_json, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Spec(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     evaluate: Evaluate
     gates: Gates | None = None
+    judge: Judge | None = Field(default=None, exclude=True)  # as written, with the speed that the key leaves out
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -50,8 +54,9 @@ def spec(recipe: Recipe) -> Spec | None:
         model=recipe.model,
         quantization=recipe.quantization,
         precision=recipe.training.precision,
-        evaluate=recipe.evaluate,
+        evaluate=recipe.evaluate.with_slow_judge,
         gates=_gates(recipe),
+        judge=recipe.evaluate.judge,
     )
 
 
@@ -64,7 +69,13 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The files of the recipe's own tasks. The harness's tasks are identified by the versions in the result."""
     from finetune.eval.lm_eval import digests
 
-    return {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
+    found: dict[str, object] = {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
+    if spec.judge is not None:
+        from finetune.synth.asking import identity
+        from finetune.synth.prompts import digests as prompt_digests
+
+        found["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"]}
+    return found
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -105,6 +116,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             limit, width = settings.tasks_limit, settings.batch_tokens
             result["tasks_harness"] = lm_eval.version()
             result["tasks"] = lm_eval.score(model, own, tasks, limit, width, spec.seed, ctx)
+    questions = [line.pop("question") for line in samples]
+    if spec.judge is not None:
+        del base, model  # the judge may need the memory
+        result["judge"] = _judge(spec.judge, questions, samples, inputs["base"], spec.seed, ctx)
     write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
     write_json(out / "eval.json", result)
     _warn(result, ctx)
@@ -121,6 +136,8 @@ def _warn(result: Mapping[str, Any], ctx: Context) -> None:
         ctx.say(f"evaluate: {words}")
     for name, figures in result.get("metrics", {}).items():
         ctx.say(f"evaluate: {answer_words(name, figures)}")
+    if "judge" in result:
+        ctx.say(f"evaluate: {judge_words(result['judge'])}")
     interval = result["nll_difference_interval"]
     if interval is None:
         ctx.say("evaluate: one held-out row has no other prompt to be compared with")
@@ -153,7 +170,7 @@ def _measure(
     other_nll, _ = scoring.row_nll(model, shuffled, settings.batch_tokens, ctx, "other prompts")
     prompt_use = _prompt_use(true_nll, other_nll, answer_counts, spec.seed)
 
-    chosen = rows[: settings.generations]
+    chosen = rows[: max(settings.generations, spec.judge.rows if spec.judge else 0)]
     pad_id = tokenizer.get_vocab()[template["pad_token"]]
     answers, base_answers = _generate(model, chosen, template, pad_id, settings.batch_tokens, ctx)
     lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
@@ -170,6 +187,25 @@ def _measure(
     if settings.metrics:
         result["metrics"] = _score_answers(lines, settings.metrics, spec.seed)
     return result, lines
+
+
+def _judge(
+    judge: Judge, questions: Sequence[str], samples: list[dict[str, Any]], base: Path, seed: int, ctx: Context
+) -> dict[str, Any]:
+    """Compare the answers of base and adapter; every line gets its scores, in both orders. Verdicts are kept."""
+    from finetune.synth.asking import Budget, open_asker
+    from finetune.synth.judge import Pair, compare, figures
+    from finetune.synth.prompts import Prompts
+
+    lines = samples[: judge.rows]
+    asked = zip(questions, lines, strict=False)
+    pairs = [Pair(question, line["base"]["text"], line["adapter"]["text"]) for question, line in asked]
+    with open_asker(judge.model, base, Budget(), ctx, "evaluate.judge.model.endpoint") as asker:
+        verdicts = compare(asker, Prompts(), pairs, judge.max_new_tokens, "verdicts")
+        requests = asker.budget.requests
+    for line, verdict in zip(lines, verdicts, strict=True):
+        line["judge"] = [verdict.forward, verdict.backward]
+    return {"model": judge.model.label, "requests": requests, **figures(verdicts, seed)}
 
 
 def _score_answers(lines: list[dict[str, Any]], names: Sequence[str], seed: int) -> dict[str, Any]:
@@ -246,6 +282,7 @@ def _sample(tokenizer: Any, row: TokenRow, answer: Answer, base: Answer) -> dict
     return {
         "id": row.id,
         "prompt": tokenizer.decode(row.ids[:start], skip_special_tokens=False),
+        "question": tokenizer.decode(row.ids[:start], skip_special_tokens=True).strip(),
         "reference": tokenizer.decode(row.ids[start:], skip_special_tokens=True),
         "adapter": {"text": tokenizer.decode(answer.ids, skip_special_tokens=True), "finish": answer.finish},
         "base": {"text": tokenizer.decode(base.ids, skip_special_tokens=True), "finish": base.finish},

@@ -178,8 +178,14 @@ def raw_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
 def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [len(ids) for ids in encoded["input_ids"]]
+    from finetune.tokenization.encoder import watched_batch
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        made = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = made["input_ids"]
+        return ids
+
+    return [len(ids) for ids in watched_batch(encode, texts)]
 
 
 def _batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:

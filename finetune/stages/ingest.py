@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from finetune.context import Context, Metrics
 from finetune.data.files import TRAINED_ON, evaluation_files
 from finetune.data.formats import Decision, unique_labels
-from finetune.data.records import Example, Reject, reject_writer, write_rows
+from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.data.sources import read_source, source_fingerprint
 from finetune.data.values import listed
 from finetune.errors import InputError
@@ -50,6 +51,8 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write rows.parquet and refused.parquet; with `eval_data` its rows to eval.parquet, apart from the others.
 
+    The rows of stage generate, if it is on, come behind those of the sources.
+
     Raises InputError where a source cannot be read, no row is left, or more than the allowed share is refused.
     """
     first: list[Reject] = []
@@ -87,18 +90,20 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
                 ctx.say(f"{label}: {note} ({rows_noted:,})")
 
     with reject_writer(out / "refused.parquet") as refuse:
-        count = write_rows(out / "rows.parquet", read(refuse, named[: len(spec.data)]))
+        count = write_rows(
+            out / "rows.parquet", chain(read(refuse, named[: len(spec.data)]), _generated(inputs, rows_of))
+        )
         held_out = 0
         if spec.eval_data:
             held_out = write_rows(out / "eval.parquet", read(refuse, named[len(spec.data) :]))
-    total, read_rows = refused.total(), count + held_out
+    total, all_rows = refused.total(), count + held_out
     empty = [label for label in labels if not rows_of[label]]
     if (spec.data and not count) or (spec.eval_data and not held_out):
         raise InputError(f"no row could be read from {', '.join(empty)}. {_first(first)} {_read_as(decisions)}")
-    fraction = total / (read_rows + total)
+    fraction = total / (all_rows + total)
     if fraction > spec.max_refused_fraction:
         raise InputError(
-            f"{total} of {read_rows + total} rows ({fraction:.1%}) do not fit their format, allowed are "
+            f"{total} of {all_rows + total} rows ({fraction:.1%}) do not fit their format, allowed are "
             f"{spec.max_refused_fraction:.1%} (ingest.max_refused_fraction). {_first(first)} {_read_as(decisions)}"
         )
     absent = set(spec.ignore) - {column for decision in decisions.values() for column in decision.known or ()}
@@ -106,12 +111,22 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         ctx.say(f"ingest.ignore: no source has a column {listed(sorted(absent))} in its first rows")
     return {
         "rows_out": count,
-        "sources": {label: {"rows": rows_of[label], "refused": refused_of[label]} for label in labels},
+        "sources": {
+            label: {"rows": rows_of[label], "refused": refused_of[label]}
+            for label in (*labels, *sorted({*rows_of} - {*labels}))
+        },
         "refused": dict(sorted(refused.items())),
         "formats": {label: decision.format for label, decision in decisions.items()},
         "unused": {label: list(decision.unused) for label, decision in decisions.items() if decision.unused},
         "notes": {label: dict(sorted(d.notes.items())) for label, d in decisions.items() if d.notes},
     } | ({"eval_rows": held_out} if spec.eval_data else {})
+
+
+def _generated(inputs: Mapping[str, Path], rows_of: Counter[str]) -> Iterator[Example]:
+    """The rows of stage generate, counted in `rows_of`; none if it is off."""
+    for row in read_rows(inputs["generate"] / "rows.parquet") if "generate" in inputs else ():
+        rows_of[row.source] += 1
+        yield row
 
 
 def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:

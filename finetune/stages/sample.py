@@ -207,17 +207,26 @@ def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path
 def _token_counts(rows: Path, base: Path, ctx: Context) -> list[float]:
     """Tokens of every row of a rows file, by the tokenizer of a base folder."""
     from finetune.models.loading import load_tokenizer
+    from finetune.tokenization.encoder import watched_batch
 
     tokenizer = load_tokenizer(base)
+
+    def count(rows: list[Example]) -> list[float]:
+        texts = [row.joined("system", "user", "assistant", "tool") for row in rows]
+        return watched_batch(
+            lambda batch: [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]],
+            texts, [f"row {row.id}" for row in rows],
+        )  # fmt: skip
+
     counts: list[float] = []
-    batch: list[str] = []
+    batch: list[Example] = []
     for row in ctx.track(read_rows(rows), "count tokens"):
-        batch.append(row.joined("system", "user", "assistant", "tool"))
+        batch.append(row)
         if len(batch) == TOKENIZE_ROWS:
-            counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+            counts += count(batch)
             batch = []
     if batch:
-        counts += [len(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+        counts += count(batch)
     return counts
 
 

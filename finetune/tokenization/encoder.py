@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.tokenization.chat import ControlStrings
 from finetune.tokenization.chat_template import special_strings
 from finetune.tokenization.label_mask import Offsets
+from finetune.utils.limits import watched
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,6 +24,36 @@ if TYPE_CHECKING:
 PROOFS = 100  # rows on which the second copy of a tokenizer is compared with the first
 Tokens = tuple[list[int], Offsets]
 """Token ids, and the characters each was made from."""
+T = TypeVar("T")
+# What tokenising may take: the slowest tokenizers make 100,000 characters a second, in 300 bytes each.
+SECONDS, CHARACTERS_PER_SECOND = 20.0, 20_000
+MEMORY_BYTES, BYTES_PER_CHARACTER = 1 << 30, 2000
+
+
+def watched_batch(
+    encode: Callable[[list[str]], Sequence[T]], texts: Sequence[str], names: Sequence[str] = ()
+) -> list[T]:
+    """What `encode` returns for `texts`, unless it takes far more time or memory than any tokenizer, or panics.
+
+    A tokenizer is native code by somebody's patterns: on a text that its trial (models/base_limits) does not have it
+    may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.
+    """
+    size = sum(map(len, texts))
+    try:
+        return list(watched(
+            lambda: encode(list(texts)),
+            seconds=SECONDS + size / CHARACTERS_PER_SECOND,
+            memory_bytes=MEMORY_BYTES + size * BYTES_PER_CHARACTER,
+        ))  # fmt: skip
+    except (TimeoutError, MemoryError, RuntimeError) as error:
+        if len(texts) > 1 and not isinstance(error, MemoryError):  # one by one, to know which it is
+            return [t for i, text in enumerate(texts) for t in watched_batch(encode, [text], names[i : i + 1])]
+        known = [*names] or [repr(text[:80]) for text in texts]
+        which = known[0] if len(texts) == 1 else f"one of {known[0]} to {known[-1]}"
+        raise InputError(
+            f"{which}: the tokenizer fails on its {size:,} characters: {error}; take the base's own tokenizer.json, or "
+            "leave such rows out"
+        ) from error
 
 
 class Encoder:
@@ -49,18 +80,24 @@ class Encoder:
         self._plain: Tokenizer = Tokenizer.from_str(_bare(self._description))
         self._sealed: Tokenizer | None = None
 
-    def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids and offsets of each text; every control string in it becomes a control token."""
-        return [_tokens(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+    def encode(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[Tokens]:
+        """Ids and offsets of each text; every control string in it becomes a control token.
 
-    def encode_rendered(self, rows: Sequence[Rendered]) -> list[Tokens]:
+        Raises InputError where the tokenizer does not end on a text, by its name.
+        """
+        return _encoded(self._plain, texts, names)
+
+    def encode_rendered(self, rows: Sequence[Rendered], names: Sequence[str] = ()) -> list[Tokens]:
         """Ids and offsets of each row, at the positions of its `text`; typed control strings stay text."""
-        tokens = self.encode([r.text for r in rows])
-        for i, row in enumerate(rows):
-            if row.sealed is not None:
-                if self._sealed is None:
-                    self._sealed = self._sealed_copy([r.text for r in rows if r.sealed is None][:PROOFS])
-                tokens[i] = _tokens(self._sealed.encode(row.sealed, add_special_tokens=False))
+        tokens = self.encode([r.text for r in rows], names)
+        sealed = [i for i, row in enumerate(rows) if row.sealed is not None]
+        if sealed:
+            if self._sealed is None:
+                self._sealed = self._sealed_copy([r.text for r in rows if r.sealed is None][:PROOFS])
+            these = [names[i] for i in sealed] if names else ()
+            found = _encoded(self._sealed, [rows[i].sealed or "" for i in sealed], these)
+            for i, made in zip(sealed, found, strict=True):
+                tokens[i] = made
         return tokens
 
     def typed_specials(self, row: Rendered) -> Mapping[str, int]:
@@ -133,6 +170,11 @@ def _renamed(description: str, controls: ControlStrings) -> str:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     return json.dumps(content)
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> list[Tokens]:
+    found = watched_batch(lambda batch: tokenizer.encode_batch(batch, add_special_tokens=False), texts, names)
+    return [_tokens(e) for e in found]
 
 
 def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 - tokenizers.Encoding has no types

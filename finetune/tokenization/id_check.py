@@ -43,7 +43,7 @@ class IdCheck:
             rendered = worker.render(row)
         except InputError:
             return
-        ids = worker.encoder.encode_rendered([rendered])[0][0]
+        ids = worker.encoder.encode_rendered([rendered], [f"row {row.id}"])[0][0]
         self.check(row, rendered, ids)
 
     def check(self, row: Example, rendered: Rendered, ids: list[int]) -> None:

@@ -44,8 +44,8 @@ class Encoder(Protocol):
     controls: ControlStrings
     special_ids: frozenset[int]
 
-    def encode_rendered(self, rows: Sequence[Rendered]) -> list[tuple[list[int], Offsets]]:
-        """Ids and offsets of each row; typed control strings stay text."""
+    def encode_rendered(self, rows: Sequence[Rendered], names: Sequence[str] = ()) -> list[tuple[list[int], Offsets]]:
+        """Ids and offsets of each row; typed control strings stay text. An error names a row as `names` does."""
 
     def typed_specials(self, row: Rendered) -> Mapping[str, int]:
         """How often each special token's text was typed in a row."""
@@ -112,7 +112,9 @@ class RowTokenizer:
         """
         with memory(RENDER_BYTES):
             rendered = [found for row in rows if (found := self._rendered(row, tally)) is not None]
-        encoded = self.encoder.encode_rendered([found.text for found in rendered])
+        encoded = self.encoder.encode_rendered(
+            [found.text for found in rendered], [f"row {found.row.id}" for found in rendered]
+        )
         done: list[TokenizedRow] = []
         for found, (ids, offsets) in zip(rendered, encoded, strict=True):
             reason, mask = self._masked(found, ids, offsets)
@@ -145,7 +147,8 @@ class RowTokenizer:
                 continue
             if len(prompt.text) != last.border:
                 continue
-            (start, _), (full, offsets) = self.encoder.encode_rendered([prompt, found.text])
+            texts, names = (prompt, found.text), [f"row {row.id}"] * 2
+            (start, _), (full, offsets) = self.encoder.encode_rendered(texts, names)
             if not fuses_with_prompt(offsets, [last.border]):
                 check_prompt(row.id, start, full, self.template.name)
                 checked += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets as random_ids
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from finetune.utils.secrets import redact
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = re.compile(r"\w[\w.+-]{0,200}")
 IDENTITY = "tracking.json"  # next to the checkpoints: the curves continue with them
 REACH_SECONDS = 3.0
 WANDB_URL = "https://api.wandb.ai"
@@ -123,9 +125,11 @@ def identify(name: str, beside: Path | None) -> Identity:
     record = beside / IDENTITY if beside else None
     if record and record.is_file():
         try:
-            return Identity(**read_json(record))
+            kept = Identity(**read_json(record))
+            if all(isinstance(text, str) and PLAIN.fullmatch(text) for text in (kept.wandb_id, kept.name)):
+                return kept
         except (ValueError, TypeError):
-            pass  # truncated by a kill
+            pass  # truncated by a kill, or edited: the name becomes a folder's
     made = Identity(random_ids.token_hex(8), name)
     if record:
         record.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
-    """Return the JSON value in `path`. Raises OSError if it is not a regular file, ValueError if it is not JSON."""
+    """Return the JSON value in `path`. Raises OSError as `read_regular` does, ValueError if it is not JSON."""
     try:
         return json.loads(read_regular(path).decode())
     except RecursionError:

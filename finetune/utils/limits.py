@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from finetune.errors import MACHINE, FinetuneError, InputError
 from finetune.utils.format import clipped, visible
 
 SHORT_BYTES = 1 << 25
+WATCH_SECONDS = 0.1  # between two looks at what native code has used
+T = TypeVar("T")
 
 
 class OutOfTime(BaseException):
@@ -75,11 +80,17 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
 
 
 def memory_is_short() -> bool:
-    """Whether this process cannot have SHORT_BYTES more: some libraries lose the error that says so."""
+    """Whether this process cannot have SHORT_BYTES more. Takes 10 µs.
+
+    Some libraries lose the error that says so, and C++ ones end the process by it: ask before they are called.
+    """
     try:
-        return not bytearray(SHORT_BYTES)
-    except MemoryError:
+        if sys.platform == "win32":
+            return not bytearray(SHORT_BYTES)
+        mmap.mmap(-1, SHORT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (MemoryError, OSError):
         return True
+    return False
 
 
 @contextmanager
@@ -94,17 +105,62 @@ def memory(more_bytes: int) -> Iterator[None]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-    except (OSError, ValueError, IndexError):
+    used = _data_bytes()
+    if not used:
         yield
         return
-    wanted = pages * resource.getpagesize() + more_bytes
+    wanted = used + more_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft < 0 else min(wanted, soft), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def watched(work: Callable[[], T], *, seconds: float, memory_bytes: int) -> T:
+    """Return what `work` returns. For native code that gives the interpreter free and that no signal interrupts.
+
+    It runs in a thread of its own. Raises TimeoutError once it has taken more than `seconds`, both by the clock and in
+    CPU time (a process that was stopped, or waits for a busy machine, is not blamed), and MemoryError once this process
+    has grown by more than `memory_bytes` (Linux only): the thread is then left to itself, and the program should end.
+    A panic of a Rust library is raised as RuntimeError. Takes 0.1 ms.
+    """
+    ended: list[tuple[T | None, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            ended.append((work(), None))
+        except BaseException as error:  # a panic is no Exception
+            ended.append((None, error))
+
+    clock, cpu, data = time.monotonic(), time.process_time(), _data_bytes()
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while not ended:
+        thread.join(WATCH_SECONDS)
+        if ended:
+            break
+        if min(time.monotonic() - clock, time.process_time() - cpu) > seconds:
+            raise TimeoutError(f"it does not end within {seconds:.0f} s")
+        if _data_bytes() - data > memory_bytes:
+            raise MemoryError(f"it takes more than {memory_bytes / 1e9:.1f} GB of memory")
+    done, error = ended[0]
+    if error is not None and not isinstance(error, Exception):
+        raise RuntimeError(first_line(error)) from error
+    if error is not None:
+        raise error
+    return done  # type: ignore[return-value]  # T may be Optional itself
+
+
+def _data_bytes() -> int:
+    """The private writable memory of this process; 0 where /proc does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    except (OSError, ValueError, IndexError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 from finetune.errors import InputError
 
 MOST_ENTRIES = 200_000  # in one folder that is scanned
+MOST_BYTES = 128 << 20  # of a file that is read whole: settings, records; the largest tokenizer.json has 35 MB
 SPECIAL = "a pipe, a socket or a device, not a regular file"
 
 
@@ -129,15 +131,17 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def read_regular(path: Path, most: int = -1) -> bytes:
-    """The bytes of a regular file, at most `most`.
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a regular file: the first `most`, or all of a file of up to MOST_BYTES.
 
-    Raises OSError for anything else, also for a pipe, which would be waited for.
+    Raises OSError for a larger one, and for anything else, also for a pipe, which would be waited for.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(22, SPECIAL, str(path))
+        raise OSError(errno.EINVAL, SPECIAL, str(path))
     with path.open("rb") as file:
-        return file.read(most)
+        if most is None and os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MOST_BYTES >> 20} MB; is it the right file?", str(path))
+        return file.read() if most is None else file.read(most)
 
 
 def size_of(folder: Path) -> int:

@@ -29,7 +29,6 @@ class Way:
     varlen: bool = False
     large: bool = False  # micro-batches of 16,384 tokens instead of one row, where attention allows
     compile: bool = False
-    cache: bool = False
     liger: bool = False
     fused: bool = False  # adapters
 
@@ -157,7 +156,6 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
         micro_batch_rows=task.micro,
         save_steps=task.steps,
         compile=task.way.compile,
-        cache_dequantized=task.way.cache,
     )
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=task.device)
     if task.way.liger:

@@ -48,11 +48,10 @@ LADDER = {
     "I": FUSED,
     "J": dataclasses.replace(FUSED, meaning="I + compiled layers", compile=True),
     "K": dataclasses.replace(FUSED, meaning="I + Liger's norms, SwiGLU and RoPE", liger=True),
-    "L": dataclasses.replace(FUSED, meaning="everything: J + dequantised weights kept", compile=True, cache=True),
     "M": dataclasses.replace(FREE, meaning="Unsloth under TRL's trainer", path="unsloth"),
     "N": dataclasses.replace(FREE, meaning="H + compiled layers (adapters not fused)", compile=True),
 }
-FIRST = "ABCHIJLKNGDEFM"  # where time is short
+FIRST = "ABCHIJKNGDEFM"  # where time is short
 COLUMNS = (
     "tokens_per_second", "supervised_tokens_per_second", "step_seconds_median", "step_seconds_p95",
     "before_first_step_seconds", "allocated_peak_bytes", "reserved_peak_bytes", "mfu", "grad_norm", "loss_error",

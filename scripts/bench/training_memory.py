@@ -50,7 +50,6 @@ class Way:
     share: float = 1.0
     packed: bool = True
     varlen: bool = True
-    cache: bool = False
     fused: bool = False
 
 
@@ -75,7 +74,7 @@ WAYS = {
     "8 rows, nothing recomputed, not fused": Way(8, "none"),
     "the reference's adapter with dropout, 4 rows, not fused": Way(4, "selective", 2, REFERENCE, "paged_adamw_32bit"),
     "one row under SDPA with a dense mask, not fused": Way(1, "none", 2, varlen=False),
-    "4 rows of twice the length, all recomputed, weights kept": Way(4, "full", share=2, cache=True, fused=True),
+    "4 rows of twice the length, all recomputed": Way(4, "full", share=2, fused=True),
 }
 
 
@@ -107,7 +106,7 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
         pq.write_table(table, folder / "packed.parquet")
         rows = folder / "packed.parquet"
     fused: Any = "on" if way.fused else "off"
-    runtime = Runtime(micro_batch_rows=way.rows, save_steps=STEPS, cache_dequantized=way.cache, fused_adapters=fused)
+    runtime = Runtime(micro_batch_rows=way.rows, save_steps=STEPS, fused_adapters=fused)
     train = Train(learning_rate=1e-5, warmup_fraction=0, max_steps=STEPS, batch_rows=size.rows, optimizer=way.optimizer)
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=device)
     base.activation_checkpointing_disable()  # the way before may have recomputed
@@ -169,8 +168,7 @@ def main() -> None:
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
     base = parts.base(size, asked.device, dtype, "sdpa")
     found: dict[str, dict[str, Any]] = {}
-    # the one that changes the base comes last
-    for name, way in sorted(WAYS.items(), key=lambda item: item[1].cache):
+    for name, way in WAYS.items():
         if way.policy == "offload" and asked.device == "cpu":
             continue
         if time.monotonic() - begun > asked.budget:

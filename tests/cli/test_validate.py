@@ -47,7 +47,7 @@ def test_validate_exits_2_without_a_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("finetune validate tiny", ["tiny-preference", "tiny-pydoc"]),
+        ("finetune validate tiny", ["tiny-evol", "tiny-preference", "tiny-pydoc"]),
         ("finetune run mistral", ["mistral-guanaco", "mistral-platypus"]),
         ("finetune validate tiny-pydoc zep", ["zephyr-7b-dpo", "zephyr-7b-qlora"]),
         ("finetune show llama", ["llama2-alpaca"]),

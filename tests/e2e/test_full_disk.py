@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -19,6 +21,8 @@ from finetune.pipeline.store import Store
 from finetune.recipe.load import load_recipe
 from finetune.utils.files import replace_bytes
 from tests.e2e.conftest import Workspace
+from tests.e2e.forked import alive, committed, state, undisturbed
+from tests.e2e.forked import forked as forked
 
 ROOM = 200_000_000
 
@@ -80,6 +84,38 @@ def test_every_stage_that_meets_a_full_disk_says_so_and_goes_on_later(share, sma
         done = build(pristine_whole, store, stage)[-1]
         assert done.manifest is not None and store.verify(done.folder, done.manifest) == []
         assert (done.key, done.manifest.digest) == (expected.key, expected.digest)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_training_is_named_by_the_command(small_disk, forked, pristine, tmp_path):
+    """`finetune run`, as a person reads it: full as the training begins, and within its first checkpoint."""
+    disk, _ = small_disk
+
+    def leave(free):
+        size = 2_000_000_000 if free is None else shutil.disk_usage(disk).used + free
+        subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+
+    leave(None)
+    expected = committed(undisturbed(forked, pristine, tmp_path / "whole", "--until", "train"))
+    work = Workspace(shutil.copytree(pristine.folder, tmp_path / "work"))  # its log is not on the full disk
+    (disk / "artifacts").mkdir()
+    (work.folder / "artifacts").symlink_to(disk / "artifacts")
+    for free in (0, 60_000):
+        pid = forked.start(work, "--until", "train", stop_at="train …")
+        while state(pid) != "T":
+            assert alive(pid), (work.folder / "log").read_text()
+            time.sleep(0.01)
+        leave(free)
+        os.kill(pid, signal.SIGCONT)
+        status = forked.wait(pid)
+        leave(None)
+        said = (work.folder / "log").read_text()
+        assert status == 1 and "Traceback" not in said, said
+        line = next(line for line in said.splitlines() if "no space left on this disk" in line)
+        assert line.startswith("train: ") and str(work.folder) in line and "run the same command again" in line
+        assert not any(work.folder.glob("artifacts/train/*/manifest.json"))
+    assert forked.wait(forked.start(work, "--until", "train")) == 0, (work.folder / "log").read_text()
+    assert committed(work) == expected
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])

@@ -165,10 +165,10 @@ def test_without_a_gpu_it_is_sdpa_and_says_so(tmp_path):
     name, lines = said(tmp_path, "cpu", True, "fp32")
     assert name == "sdpa" and not attention.is_varlen(name)
     assert lines == [
-        "train: attention sdpa: one packed row at a time with a dense mask, for a variable-length kernel needs a GPU "
+        "attention sdpa: one packed row at a time with a dense mask, for a variable-length kernel needs a GPU "
         "of sm80 or newer"
     ]
-    assert said(tmp_path, "cpu", False, "fp32") == ("sdpa", ["train: attention sdpa: the rows are not packed"])
+    assert said(tmp_path, "cpu", False, "fp32") == ("sdpa", ["attention sdpa: the rows are not packed"])
 
 
 def test_capped_scores_take_eager(tmp_path):

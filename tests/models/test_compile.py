@@ -1,4 +1,4 @@
-"""Compiled layers and kept 16-bit weights train what the plain layers train, with every proof on."""
+"""Compiled layers and kept dequantised weights train what the plain layers train, with every proof on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from finetune.errors import InputError
 from finetune.models import compile as models_compile
 from finetune.models import loading
 from finetune.recipe import Lora, Quantization, Runtime
@@ -23,15 +22,30 @@ def asked(ctx, **runtime):
     return dataclasses.replace(ctx, runtime=Runtime(save_steps=100, **runtime), say=lines.append), lines
 
 
+@pytest.fixture
+def plain(load, monkeypatch):
+    """A function that loads the base as a machine without free memory does."""
+
+    def loaded(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "available_memory", lambda: None)
+            return load(*given)
+
+    return loaded
+
+
+def kept_layers(model):
+    return [n for n, m in model.named_modules() if isinstance(m, models_compile.KeptLinear4bit)]
+
+
 @pytest.mark.parametrize("double", [False, True])
-def test_kept_weights_give_the_same_bits_forwards_and_backwards(load, double):
-    plain, kept = load(Quantization(double=double)), load(Quantization(double=double))
-    layers = [n for n, m in kept.named_modules() if isinstance(m, Linear4bit)]
-    taken = models_compile.keep_dequantized(kept)
-    assert taken == 4 * sum(plain.get_submodule(n).in_features * plain.get_submodule(n).out_features for n in layers)
+def test_kept_weights_give_the_same_bits_forwards_and_backwards(load, plain, double):
+    without, kept = plain(Quantization(double=double)), load(Quantization(double=double))
+    layers = [n for n, m in without.named_modules() if isinstance(m, Linear4bit)]
+    assert kept_layers(kept) == layers and kept_layers(without) == []
     assert loading.quantized_modules(kept) == set(layers)
     for name in layers:
-        first, second = plain.get_submodule(name), kept.get_submodule(name)
+        first, second = without.get_submodule(name), kept.get_submodule(name)
         assert torch.equal(loading.dequantized_weight(first), loading.dequantized_weight(second))
         given = torch.randn(7, first.in_features, requires_grad=True)
         outputs = [layer(given) for layer in (first, second)]
@@ -40,26 +54,29 @@ def test_kept_weights_give_the_same_bits_forwards_and_backwards(load, double):
         assert torch.equal(*gradients)
 
 
-def test_a_training_with_kept_weights_is_the_plain_one_bit_by_bit_and_saves_no_more(load, base, ctx, tmp_path):
+def test_a_training_with_kept_weights_is_the_plain_one_bit_by_bit_and_saves_no_more(load, plain, base, ctx, tmp_path):
     rows = packed(documents(), tmp_path)
-    kept, (own, lines) = load(), asked(ctx, cache_dequantized=True)
-    before = list(kept.state_dict())
-    models_compile.speed_up(kept, own)
-    assert list(kept.state_dict()) == before and "kept in 16 bits" in lines[0]
+    kept, without = load(), plain()
+    assert list(kept.state_dict()) == list(without.state_dict())
     settings = {"lora": Lora(r=4, dropout=0.1)}
-    one = trained(dataclasses.replace(job(tmp_path, "plain"), **settings), load(), base, rows, ctx)[1]
+    one = trained(dataclasses.replace(job(tmp_path, "plain"), **settings), without, base, rows, ctx)[1]
     two = trained(dataclasses.replace(job(tmp_path, "kept"), **settings), kept, base, rows, ctx)[1]
     assert all(torch.equal(one[n], two[n]) for n in one)
     oom.undress(kept)  # which puts back what was below the adapter
-    assert any(isinstance(m, models_compile.KeptLinear4bit) for m in kept.modules())
+    assert kept_layers(kept)
 
 
-def test_weights_of_another_type_than_the_computation_are_refused(load):
-    model = load()
-    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
-    layer.compute_dtype = torch.bfloat16
-    with pytest.raises(InputError, match="leave it out"):
-        models_compile.keep_dequantized(model)
+def test_weights_are_kept_within_a_share_of_the_free_memory_and_in_their_own_dtype(plain):
+    model = plain()
+    sizes = [m.in_features * m.out_features for _, m in model.named_modules() if isinstance(m, Linear4bit)]
+    enough = int(4 * sum(sizes) / models_compile.KEPT_SHARE) + 4
+    for memory in (None, 0, enough - 8):
+        assert models_compile.keep_dequantized(model, memory) == 0 and kept_layers(model) == []
+    other = next(m for m in model.modules() if isinstance(m, Linear4bit))
+    other.compute_dtype = torch.bfloat16  # would be rounded
+    size = other.in_features * other.out_features
+    assert models_compile.keep_dequantized(model, enough) == 4 * (sum(sizes) - size)
+    assert len(kept_layers(model)) == len(sizes) - 1
 
 
 def test_nothing_is_done_that_was_not_asked_for(load, ctx):

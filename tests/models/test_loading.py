@@ -73,7 +73,11 @@ def test_nothing_is_quantised_unless_asked(base: Base) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_gradients_after_an_evaluation_are_the_gradients_before(base: Base) -> None:
+@pytest.mark.parametrize("memory", [None, 1 << 40])
+def test_gradients_after_an_evaluation_are_the_gradients_before(
+    base: Base, memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda: memory)
     model = adapted(loading.load_base(*base, NF4, "fp32", "cpu"))
     before = gradients(model)
     evaluate(model)
@@ -83,12 +87,13 @@ def test_gradients_after_an_evaluation_are_the_gradients_before(base: Base) -> N
         assert torch.equal(gradient, after[name]), name
 
 
-def test_bitsandbytes_still_repacks_weights_on_this_cpu(base: Base) -> None:
+def test_bitsandbytes_still_repacks_weights_on_this_cpu(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """When this fails on a CPU with AVX512-BF16, `_keep_weights_unpacked` is no longer needed."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("only CPUs with AVX512-BF16 repack")
+    monkeypatch.setattr(loading, "available_memory", lambda: None)
     model = loading.load_base(*base, NF4, "fp32", "cpu")
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -77,3 +77,24 @@ def test_a_configuration_that_cannot_be_built_is_not_packed(tmp_path: Path) -> N
     write_json(path, {**read_json(path), "hidden_act": "no such function"})
     why = trial.try_architecture(tmp_path).packing
     assert why is not None and "cannot be tried" in why
+
+
+def test_memory_that_runs_out_is_no_verdict_on_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trial finds is kept with the base: every later run would believe it."""
+    folder = config_of("llama", tmp_path)
+
+    def refuse(*given: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(trial, "_logits", refuse)
+    for work in (trial._attention, lambda *given: trial._packing(given[0], "sdpa", given[1])):
+        with pytest.raises(MemoryError):
+            work(folder, False)
+
+
+def test_the_trial_needs_no_temporary_folder_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = config_of("llama", tmp_path)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    assert trial._quantized(folder, "sdpa", False) is None
+    assert sorted(folder.iterdir()) == before

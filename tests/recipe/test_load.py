@@ -78,7 +78,6 @@ BAD = {
     "a list of languages with none in it": (GOOD + "filter: {rules: [{rule: language, languages: [none]}]}\n", "r:6: filter.rules.0.languages.0: found 'none'; allowed: a language's code, as in en"),
     "a phrase that is a truth": (GOOD + "filter: {rules: [{rule: refusals, phrases: [off, false]}]}\n", "r:6: filter.rules.0.phrases.1: found false; allowed: text"),
     "a copy of what is not quantised": (GOOD + "quantization: null\nruntime: {keep_quantized: always}\n", "r:7: runtime.keep_quantized: quantization is null, so there is no 4-bit copy"),
-    "16-bit weights of what is not quantised": (GOOD + "quantization: null\nruntime: {cache_dequantized: true}\n", "r:7: runtime.cache_dequantized: quantization is null, so there are no 4-bit weights"),
     "an internal field of dedup": (GOOD + "dedup: {embedding_folder: /etc}\n", "r:6: dedup.embedding_folder: unknown field; write the folder as embedding"),
     "a static embedding without a name": (GOOD + "dedup: {embedding: 'model2vec:'}\n", "r:6: dedup.embedding: found 'model2vec:'; write a Hub model"),
     "an unsupported export": (GOOD + "export: {gguf: [q9]}\n", "r:6: export.gguf.0: found 'q9'"),
@@ -351,7 +350,7 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "tiny-pydoc.yaml").write_text(GOOD)
     (tmp_path / "recipes" / "tiny-mine.yaml").write_text(GOOD)
-    assert complete_recipe("tiny") == ["tiny-mine", "tiny-preference", "tiny-pydoc"]
+    assert complete_recipe("tiny") == ["tiny-evol", "tiny-mine", "tiny-preference", "tiny-pydoc"]
     assert known_recipes()["tiny-pydoc"] == Path("recipes/tiny-pydoc.yaml")
 
 
@@ -377,6 +376,14 @@ def test_an_old_name_is_read_with_one_note(tmp_path, sets):
     assert "dedup.minhash is now called dedup.jaccard" in loaded.notes[0]
     path.write_text(GOOD + "dedup: {jaccard: {ngram: 3}}\n")
     assert load_recipe(str(path)).notes == () and load_recipe(str(path)).recipe == loaded.recipe
+
+
+@pytest.mark.parametrize("sets", [[], ["runtime.cache_dequantized=true"]])
+def test_a_field_that_is_gone_is_ignored_with_one_note(tmp_path, sets):
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD + ("" if sets else "runtime: {cache_dequantized: true}\n"))
+    loaded = load_recipe(str(path), sets)
+    assert len(loaded.notes) == 1 and "runtime.cache_dequantized is no longer offered" in loaded.notes[0]
 
 
 def test_errors_in_a_field_under_its_old_name_have_its_line(tmp_path):

@@ -29,7 +29,8 @@ def finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """`finetune WORDS…` in this process. An exception that `main` lets through, which would be a traceback, fails."""
     from finetune.cli.main import main
 
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # `main` sets it for its children: not for the tests after this one
+    for name, value in (("PYTHONSAFEPATH", "1"), ("RUST_BACKTRACE", "0")):  # `main` sets them for its children:
+        monkeypatch.setenv(name, value)  # not for the tests after this one
 
     def run(*words: object, status: int | None = None) -> Ended:
         monkeypatch.setattr(sys, "argv", ["finetune", *map(str, words)])

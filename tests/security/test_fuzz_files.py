@@ -15,15 +15,20 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, GateRefused
 from finetune.lora import resume
-from finetune.recipe import Lora
+from finetune.pipeline.runner import Step, _refuse_stale_partials
+from finetune.pipeline.stage_list import spec_of, stage_named
+from finetune.pipeline.store import BUILDING, Store
+from finetune.recipe import Lora, Recipe
 from finetune.tokenization.template_sandbox import check_template
+from finetune.train.tracking import IDENTITY, identify
 from tests.helpers.tiny_models import save_adapter
 from tests.report.made_run import RUN, MadeRun
 from tests.security.conftest import Command, roots
 from tests.security.test_untrusted_base import plain as plain
 from tests.security.test_untrusted_base import run as run_base
+from tests.stages.finished import context
 
 TIMES = int(os.environ.get("FINETUNE_FUZZ", "1"))
 ODD: tuple[Any, ...] = (
@@ -131,6 +136,9 @@ def test_a_mutated_record_of_a_run(seed: int, made: MadeRun, finetune: Command) 
         spoil(folder / name, chance)
     if chance.random() < 0.3:
         spoil(chance.choice(sorted(made.store.artifacts.glob("*/*/manifest.json"))), chance)
+    if chance.random() < 0.5:  # figures, rows and samples that a report shows
+        files = [p for p in made.store.artifacts.glob("*/*/**/*") if p.is_file() and "runs" not in p.parts]
+        spoil(chance.choice(sorted(files)), chance)
     for words in ("show made", "show made --json", f"show made@{RUN} made@{RUN}", "show made --verify", "report made",
                   "publish made --dry-run", "clean"):  # fmt: skip
         ended = finetune(*words.split(), *roots(made))
@@ -157,3 +165,30 @@ def test_a_mutated_template(seed: int) -> None:
         check_template("".join(text), {"bos_token": "<s>", "eos_token": "</s>"}, "template")
     except FinetuneError as error:
         told(error)
+
+
+@pytest.mark.parametrize("seed", range(24 * TIMES))
+def test_a_mutated_record_of_an_unfinished_training(seed: int, tmp_path: Path) -> None:
+    """It is gone on with, refused by what differs, or passed over as nobody's."""
+    chance = random.Random(seed)
+    recipe = Recipe.model_validate({"name": "x", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]})
+    stage, store = stage_named("train"), Store(tmp_path / "artifacts", tmp_path / "scratch")
+    folder = store.folder("train", "0" * 16)
+    (folder / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-4" / "COMPLETE").touch()
+    record = {"recipe": "x", "spec": {"lora": {"r": 1}, "seed": 3}, "inputs": {"pack": "ab"}, "fingerprint": {"a": "b"}}
+    (folder / BUILDING).write_text(json.dumps({**record, "stage": "train", "launch": ""}))
+    step = Step(stage, "missing", spec_of(stage, recipe), "1" * 16, folder.with_name("1" * 16))
+    with pytest.raises(GateRefused, match="unfinished training"):
+        _refuse_stale_partials(step, recipe, store, context(tmp_path), fresh=False)
+    spoil(folder / BUILDING, chance)
+    for fresh in (False, True):
+        try:
+            _refuse_stale_partials(step, recipe, store, context(tmp_path), fresh)
+        except FinetuneError as error:
+            told(error)
+    (folder / IDENTITY).write_text('{"name": "x-1", "wandb_id": "0123"}')
+    assert identify("y", folder).name == "x-1"
+    for name in ("../../x", "/etc", ".", "", "a/b", ["x"], 3, None, "x" * 5000, "\x1b[31m"):
+        (folder / IDENTITY).write_text(json.dumps({"name": name, "wandb_id": "0123"}))
+        assert identify("y", folder).name == "y"

@@ -69,7 +69,8 @@ def test_a_recipes_name_is_no_path(name: str, recipe: Path, finetune: Command) -
     ["a.b.c.d" * 2000 + "=1", f"{'k' * 90_000}=1", "=1", ".=1", f"model={ESCAPES}", "seed=" + "9" * 4000,
      "train.learning_rate=.nan", "dedup.threshold=.nan", "lora.r=" + "9" * 25,
      f"publish.repo={ESCAPES}/x", "lora.start_from=r@../../x", "model={id: a/b, revision: ../../x}",
-     f'data.0.columns={{"{"x" * 5000}": 3}}', "render.template=/dev/zero", 'export.gguf=["../../x"]'],
+     f'data.0.columns={{"{"x" * 5000}": 3}}', "render.template=/dev/zero", "tracking.wandb_project=../../x",
+     'tracking.wandb_project="\\e[31m"', 'export.gguf=["../../x"]'],
     ids=lambda o: o[:20],
 )  # fmt: skip
 def test_a_hostile_set_is_one_short_sentence(option: str, recipe: Path, finetune: Command) -> None:

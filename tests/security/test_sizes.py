@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +23,14 @@ from finetune.data.text_files import ZstdStream
 from finetune.errors import InputError
 from finetune.recipe.load import load_recipe
 from finetune.utils import limits
+from finetune.utils.safetensors_io import read_file
+from tests.report.made_run import RUN, MadeRun
+from tests.security.conftest import Command, roots
+from tests.security.test_untrusted_base import plain as plain
+from tests.security.test_untrusted_base import refused
 
 SECONDS = 20.0
+Pack = Callable[[bytes], bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +122,6 @@ def test_repetitive_rows_of_a_usual_size_are_read(ending: str, tmp_path: Path) -
 
 def test_a_zstd_file_is_unpacked_in_pieces(tmp_path: Path) -> None:
     """Given at once, 128 kB of it may become 4 GB."""
-    tracemalloc = pytest.importorskip("tracemalloc")
     path = packed(tmp_path / "a.zst", bytes(400_000_000))
     buffer = memoryview(bytearray(1 << 20))
     tracemalloc.start()
@@ -161,6 +171,46 @@ def test_a_recipe_that_is_a_device_is_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "r.yaml"), [])
 
 
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "../latest", "manifest"])
+def test_a_record_of_hundreds_of_megabytes_is_not_read(name: str, made: MadeRun, finetune: Command) -> None:
+    folder = made.store.artifacts / "runs" / "made" / RUN
+    path = made.folder("dedup") / "manifest.json" if name == "manifest" else folder / name
+    with path.open("r+b") as file:
+        file.truncate(1 << 28)
+    for words in ("show made", "report made", "clean", "runs"):
+        with limits.memory(1 << 29):
+            ended = finetune(*words.split(), *roots(made))
+        assert ended.status in (0, 2) and "Traceback" not in ended.err and len(ended.err) < 3000, ended
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json",
+                                  "model.safetensors.index.json", "tokenizer.model", "model.safetensors"])  # fmt: skip
+def test_a_file_of_a_base_of_hundreds_of_megabytes_is_one_sentence(name: str, plain: Path, tmp_path: Path) -> None:
+    """model.safetensors says that its header has 10⁹ bytes."""
+    model = Path(shutil.copytree(plain, tmp_path / "model"))
+    with (model / name).open("r+b" if (model / name).exists() else "wb") as file:
+        if name == "model.safetensors":
+            file.write((10**9).to_bytes(8, "little"))
+        file.truncate(2 << 30 if name == "model.safetensors" else 1 << 28)
+    if name == "model.safetensors":
+        with pytest.raises(InputError, match="not a safetensors file"):
+            read_file(model / name)
+    else:
+        with limits.memory(1 << 30):
+            refused(model, tmp_path, name)
+
+
+@pytest.mark.parametrize("ending", [".xz", ".bz2", ".zip", ".gz", ".zst", ""])
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress, lambda b: gzip.compress(gzip.compress(b))])
+def test_rows_packed_otherwise_or_twice_are_one_sentence(ending: str, pack: Pack, tmp_path: Path) -> None:
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(b'{"text": "a"}\n' * 3000))
+    with pytest.raises(InputError) as caught:
+        for row in local_rows(tmp_path / f"a.jsonl{ending}"):
+            assert row.row is None
+        raise InputError("every row is left out, with a reason")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
 def limited(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, which may use 2 GB."""
     head = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2 << 30,) * 2)\n"
@@ -192,6 +242,29 @@ def test_work_that_takes_too_long_is_stopped() -> None:
 def test_work_within_its_bounds_is_left_alone() -> None:
     with limits.bounded("x", cpu_seconds=5, memory_bytes=10**9):
         assert len("a" * 10**6) == 10**6
+
+
+def test_native_work_that_ends_is_left_alone_and_its_errors_are_its_own() -> None:
+    assert limits.watched(lambda: 3, seconds=5, memory_bytes=10**9) == 3
+    with pytest.raises(KeyError, match="a"):
+        limits.watched(lambda: {}["a"], seconds=5, memory_bytes=10**9)
+
+
+def test_native_work_without_end_is_left_to_itself() -> None:
+    """It counts the lesser of clock and CPU time: one that only waits is waited for."""
+    end = time.monotonic() + 1.5
+    with pytest.raises(TimeoutError, match="within 0 s"):
+        limits.watched(lambda: [hashlib.sha256(bytes(10**7)) for _ in iter(lambda: time.monotonic() < end, False)],
+                       seconds=0.2, memory_bytes=10**9)  # fmt: skip
+    while time.monotonic() < end + 0.2:
+        time.sleep(0.05)
+    assert limits.watched(lambda: time.sleep(0.4), seconds=0.2, memory_bytes=10**9) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_native_work_that_takes_all_memory_is_left_to_itself() -> None:
+    with pytest.raises(MemoryError, match=r"more than 0\.1 GB"):
+        limits.watched(lambda: (bytes(200_000_000), time.sleep(0.5)), seconds=5, memory_bytes=10**8)
 
 
 def test_the_disk_and_signals_are_no_fault_of_a_file() -> None:

@@ -234,7 +234,7 @@ def test_a_tokenizer_that_grows_by_a_pattern_is_refused(model: Path, tmp_path: P
     refused(model, tmp_path, "tokenizer.json")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(x+x+)+y", "^(([a-z])+.)+[A-Z]([a-z])+$"])
+@pytest.mark.parametrize("pattern", ["(q+)+z", "(\u017f+)+z", "(a+)+$", "(x+x+)+y", "^(([a-z])+.)+[A-Z]([a-z])+$"])
 def test_a_tokenizer_that_matches_without_end_is_refused(pattern: str, model: Path, tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     replaced(model, pre_tokenizer=split)
@@ -248,6 +248,23 @@ def test_a_tokenizer_that_takes_all_memory_ends_in_its_own_process(
     monkeypatch.setattr(base_limits, "MEMORY_BYTES", 200_000_000)
     replaced(model, normalizer=doubling(40))
     refused(model, tmp_path, "tokenizer.json", "GB")
+
+
+def test_an_encoder_is_tried_out_as_a_base_is(model: Path, tmp_path: Path) -> None:
+    from finetune.dedup import encoders
+
+    replaced(model, normalizer=doubling(40))
+    ctx = Context(scratch=tmp_path / "scratch", runtime=Runtime(), tracking=Tracking(), device="cpu")
+    with pytest.raises(InputError, match=r"tokenizer\.json: its replacements"):
+        encoders._load("x", ctx, model, "cpu")
+
+
+def test_a_tokenizer_with_a_table_that_makes_a_page_of_one_character_is_refused(model: Path, tmp_path: Path) -> None:
+    import base64
+
+    table = (0).to_bytes(4, "little") + b"x" * 10**5 + b"\0"
+    replaced(model, normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()})
+    refused(model, tmp_path, "tokenizer.json", "times as long")
 
 
 @pytest.mark.parametrize("kind", ["header", "cut", "fp8", "integers", "nan", "empty"])

@@ -40,6 +40,17 @@ def test_python_m_finetune_runs_no_module_of_the_working_folder(folder: Path) ->
     assert not (folder / "executed").exists()
 
 
+def test_site_modules_of_the_working_folder_are_not_run_but_by_the_users_own_path(folder: Path) -> None:
+    """Python runs them before any code of ours where PYTHONPATH has an empty entry: SECURITY.md says so."""
+    for name in ("sitecustomize", "usercustomize"):
+        (folder / f"{name}.py").write_text("open('executed', 'a').write(__file__)\n")
+    assert run(folder, sys.executable, "-m", "finetune", "validate", "r.yaml").returncode == 0
+    assert not (folder / "executed").exists()
+    run(folder, sys.executable, "-P", "-c", "pass", PYTHONPATH=":/nowhere")
+    assert "sitecustomize" in (folder / "executed").read_text()
+    assert "`:/x`" in (ROOT / "SECURITY.md").read_text()
+
+
 def test_the_test_itself_can_fail(folder: Path) -> None:
     run(folder, sys.executable, "-c", "import json")
     assert (folder / "executed").exists()
@@ -57,7 +68,8 @@ def test_what_a_command_starts_has_a_safe_path(folder: Path) -> None:
     code = (
         "import subprocess, sys; sys.argv = ['finetune', 'validate', 'r.yaml']\n"
         "from finetune.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
-        "subprocess.run([sys.executable, '-c', 'import json'], check=True)"
+        "subprocess.run([sys.executable, '-c', 'import json'], check=True)\n"
+        "import os; assert os.environ['RUST_BACKTRACE'] == '0'  # which Rust reads at its first panic\n"
     )
     done = run(folder, sys.executable, "-P", "-c", code)
     assert done.returncode == 0, done.stderr

@@ -272,3 +272,41 @@ def test_a_missing_package_stops_it_before_a_model_is_loaded(
     monkeypatch.setattr(loading, "load_base", None)
     with pytest.raises(InputError, match="rouge_l needs rouge-score"):
         run(inputs, tmp_path / "out", metrics=["rouge_l"])
+
+
+def test_a_judge_compares_base_and_adapter_in_both_orders(inputs: dict[str, Path], tmp_path: Path) -> None:
+    from tests.helpers.chat_server import chat_server
+
+    def second_is_better(body: dict[str, Any]) -> str:
+        text = body["messages"][-1]["content"]
+        return f"Verdict: {2 if len(text.split('[Answer 2]')[1]) % 2 else 1}"
+
+    with chat_server(second_is_better) as server:
+        model = {"endpoint": server.url, "name": "m", "concurrency": 3}
+        judge = {"model": model, "rows": 10}
+        raw = {"name": "a", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
+        asked = Recipe.model_validate({**raw, "evaluate": {"generations": 4, "judge": judge}})
+        spec = evaluate.spec(asked)
+        assert spec is not None and spec.evaluate.judge is not None and spec.judge is not None
+        assert (spec.evaluate.judge.model.concurrency, spec.judge.model.concurrency) == (8, 3)
+        out = tmp_path / "out"
+        out.mkdir()
+        result = evaluate.run(spec, inputs, out, context(tmp_path))
+        lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        equal = sum(line["base"]["text"].strip() == line["adapter"]["text"].strip() for line in lines)
+        assert len(server.requests) == 2 * (10 - equal) and len(lines) == 10 == result["generations"]
+        judged: Any = result["judge"]
+        assert judged["model"] == "m" and judged["wins"] + judged["ties"] + judged["losses"] == judged["rows"] == 10
+        assert judged["win_rate"] == pytest.approx(np.mean([sum(line["judge"]) / 2 for line in lines]))
+        assert any("judge m: the adapter wins" in value for _, value in _evaluation_figures(result))
+        evaluate.run(spec, inputs, out, context(tmp_path))
+        assert len(server.requests) == 2 * (10 - equal)  # verdicts are kept
+
+
+def test_without_a_judge_samples_and_key_are_what_they_were(inputs: dict[str, Path], tmp_path: Path) -> None:
+    raw = {"name": "a", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}], "evaluate": {"generations": 2}}
+    spec = evaluate.spec(Recipe.model_validate(raw))
+    assert spec is not None and evaluate.fingerprint(spec) == {}
+    evaluate.run(spec, inputs, tmp_path, context(tmp_path))
+    line = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"id", "prompt", "reference", "adapter", "base"}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
-from finetune.errors import FinetuneError, GateRefused
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.tokenization import encoder as encoder_module
 from finetune.tokenization.chat import turn
 from finetune.tokenization.chat_template import JinjaRenderer, named_templates, template_text
 from finetune.tokenization.encoder import Encoder, choose_pad
@@ -79,6 +84,44 @@ def test_a_tokenizer_that_needs_its_control_names_is_refused() -> None:
     assert encoder.encode_rendered([Rendered("the sea")])
     with pytest.raises(FinetuneError, match="control tokens"):
         encoder.encode_rendered([Rendered("H H"), sealed])
+
+
+class Slow:
+    """A tokenizer that does not end, or fails, on texts that hold `q`."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.asked = fault, []
+
+    def encode(self, texts: list[str]) -> list[str]:
+        self.asked.append(len(texts))
+        end = time.monotonic() + 0.6
+        while self.fault == "time" and "q" in "".join(texts) and time.monotonic() < end:
+            hashlib.sha256(bytes(10**6))
+        if self.fault == "panic" and "q" in "".join(texts):
+            raise type("PanicException", (BaseException,), {})("retry-limit-in-match over")
+        return texts
+
+
+@pytest.mark.parametrize(("fault", "words"), [("time", "does not end within 0 s"), ("panic", "retry-limit")])
+def test_a_row_on_which_the_tokenizer_fails_is_named(fault, words, monkeypatch) -> None:
+    monkeypatch.setattr(encoder_module, "SECONDS", 0.15)
+    slow, texts = Slow(fault), ["a", "b", "cq", "d"]
+    with pytest.raises(InputError, match=f"row 2: the tokenizer fails on its 2 characters: .*{words}"):
+        encoder_module.watched_batch(slow.encode, texts, [f"row {i}" for i in range(4)])
+    with pytest.raises(InputError, match=r"^'cq': the tokenizer fails"):
+        encoder_module.watched_batch(slow.encode, texts)
+    assert slow.asked == [4, 1, 1, 1] * 2
+    assert encoder_module.watched_batch(slow.encode, texts[:2]) == texts[:2]
+
+
+def test_a_true_tokenizer_whose_pattern_gives_up_on_a_row_is_one_sentence() -> None:
+    """Oniguruma's own limit is a panic of the Rust library, which is no Exception."""
+    tokenizer = build("byte_level")
+    split = pre_tokenizers.Split(Regex("(q+)+z"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel()])
+    rows = [Rendered("fine"), Rendered("q" * 30)]
+    with pytest.raises(InputError, match="row b: the tokenizer fails on its 30 characters: PanicException"):
+        Encoder(tokenizer).encode_rendered(rows, ["row a", "row b"])
 
 
 def test_pad_tokens() -> None:

@@ -180,7 +180,7 @@ def test_report_to_takes_the_names_of_transformers_integrations():
 
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    from finetune.recipe.training import Reporter
+    from finetune.recipe.outlets import Reporter
 
     assert {*get_args(Reporter), "wandb", "tensorboard"} == set(INTEGRATION_TO_CALLBACK)
     with pytest.raises(ValueError, match="report_to"):

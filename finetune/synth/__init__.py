@@ -1,0 +1,1 @@
+"""Rows and verdicts written by a language model."""
