@@ -2,7 +2,10 @@
 
 import ast
 import importlib.metadata
+import itertools
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-DEVELOPMENT = ("test", "check")
+DEVELOPMENT = ("test", "check", "docs", "release")
 
 
 def plain(name):
@@ -44,3 +47,36 @@ def test_the_changelog_names_the_version_of_every_stage_that_was_raised():
 
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [s.name for s in STAGES if s.version > 1 and f"{s.name} {s.version}" not in text] == []
+
+
+def test_the_site_has_every_page_and_every_error_message():
+    done = subprocess.run([sys.executable, ROOT / "scripts/docs_site.py", "--sources"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "build/site-src").glob("*.md")}
+    messages = pages["troubleshooting.md"]
+    assert "- `--grid ⟨field⟩: ⟨value⟩ is in the list twice` exit 2" in messages.replace("⟨…⟩", "⟨value⟩")
+    assert messages.count("exit 2") > 200 and messages.count("exit 3") > 30
+    assert not any(re.search(r"\]\(\.\./", text) for text in pages.values())  # no link leaves the site by a path
+
+
+def test_uv_gets_the_index_settings_of_pip(tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\n")
+    uv.chmod(0o755)
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://one.example/simple\nextra-index-url = https://two.example https://three.example\n"
+        "[install]\nfind-links = /wheels\n"
+    )
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/uv_install.py", "-c", "constraints.txt", "-e", "."],
+        env=kept | settings | {"PIP_INDEX_URL": "https://mine.example/simple"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    words = done.stdout.splitlines()
+    pairs = set(itertools.pairwise(words))
+    assert {("--default-index", "https://mine.example/simple"), ("--index", "https://two.example"),
+            ("--index", "https://three.example"), ("--find-links", "/wheels"), ("-c", "constraints.txt"),
+            ("--python", sys.executable), ("--index-strategy", "unsafe-best-match")} <= pairs  # fmt: skip
+    assert "https://one.example/simple" not in words

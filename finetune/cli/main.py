@@ -26,6 +26,7 @@ from finetune.cli.options import (
     Temperature,
     note,
 )  # fmt: skip
+from finetune.cli.report import report, sweep
 from finetune.cli.serve import serve
 from finetune.errors import FinetuneError, of_the_machine
 from finetune.utils.quiet import silence_libraries
@@ -171,13 +172,8 @@ def inspect(
         print_text(html)
 
 
-@app.command()
-def report(run: RunName, artifacts: Artifacts = ARTIFACTS, scratch: Scratch = SCRATCH) -> None:
-    """Write report.html into the folder of the newest finished run, or of the run named, and print its path."""
-    from finetune.pipeline.store import Store
-    from finetune.report.page import write_report
-
-    print_text(write_report(Store(artifacts, scratch), run, note))
+app.command()(report)
+app.command()(sweep)
 
 
 @app.command()
@@ -270,7 +266,7 @@ def clean(
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Drop what none of the newest runs of any recipe uses, after listing it."""
-    from finetune.cli.clean import clean_store
+    from finetune.cli.runs import clean_store
     from finetune.pipeline.store import Store
 
     clean_store(Store(artifacts, scratch), keep, yes=yes)

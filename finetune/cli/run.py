@@ -22,6 +22,7 @@ from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
 from finetune.pipeline.store import Store, make_key
 from finetune.recipe import Recipe
 from finetune.recipe.load import LoadedRecipe
+from finetune.report.live import Live
 from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
 from finetune.utils.streams import print_text
@@ -57,6 +58,9 @@ def run_recipe(
     start = time.monotonic()
     with signals_handled(screen, launched=world > 1) as stop, ExitStack() as owned:
         ctx = make_context(loaded.recipe, store, screen, stop, record.name, rank, world)
+        live = Live(record, loaded.recipe, store, until)
+        if rank == 0:
+            record.on_change, ctx = live.write, ctx.heard_by(live.heard)
 
         if mirror and rank == 0:
             from finetune.pipeline.mirror import mirrored
@@ -82,6 +86,7 @@ def run_recipe(
             )  # fmt: skip
         finally:
             _save_record(record, screen)
+            live.write(reload=False)  # a page that goes on reloading would pretend that the run does
             if rank == 0 and not stop.signal_number and not record.refused:
                 _write_report(store, record, screen)
     if rank == 0:
@@ -100,7 +105,8 @@ def _save_record(record: Run, screen: Screen) -> None:
 
 def _write_report(store: Store, record: Run, screen: Screen) -> None:
     """Write the run's report unless it exists: a run that builds nothing reads nothing again."""
-    if not (record.folder / "run.json").is_file() or (record.folder / "report.html").exists():
+    there = not record.begun and (record.folder / "report.html").exists()  # of the run whose record equals this one
+    if there or not (record.folder / "run.json").is_file():
         return
     try:
         from finetune.report.page import write_report

@@ -1,19 +1,36 @@
-"""`finetune runs` and `finetune rm`: list the recorded runs, remove some."""
+"""`finetune runs`, `rm` and `clean`: list the recorded runs, remove some, drop what no kept run uses.
+
+`clean` keeps what the newest runs and those that commands choose use, and what a living process builds.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError
+from finetune.models import quantized_cache
 from finetune.pipeline import run_view
-from finetune.pipeline.leases import is_being_built
-from finetune.pipeline.runs import find_run, latest_run, remove_run, run_folders
+from finetune.pipeline.leases import is_being_built, is_running
+from finetune.pipeline.runs import find_run, latest_run, read_record, remove_run, run_folders
+from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
+from finetune.publish.contents import NEEDED
+from finetune.utils import links
 from finetune.utils.console import print_error, print_table
 from finetune.utils.files import tree_bytes
 from finetune.utils.format import NONE, duration, number, size
+from finetune.utils.streams import print_text
+
+ASKED = frozenset({"base", "train", *(stage for stages in NEEDED.values() for stage in stages)})  # by some command
+
+LEFT_BY = re.compile(
+    r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-"
+)  # the process that made a folder of its own
 
 
 def list_runs(store: Store, recipe: str | None = None) -> list[dict[str, Any]]:
@@ -102,3 +119,86 @@ def _remove(folder: Path) -> str:
     newest = latest_run(parent)
     left = f"; the newest run left is {parent.name}@{newest.name}" if newest else f"; {parent.name} has no run left"
     return f"removed {parent.name}@{folder.name}, {count:,} bytes{left}"
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A stage folder or a run folder that can be removed."""
+
+    folder: Path
+    bytes: int
+
+
+def clean_store(store: Store, keep: int, *, yes: bool) -> None:
+    """List what may go, and delete it if `yes`, or if a person on a terminal agrees."""
+    import typer
+
+    found = unused(store, keep)
+    if not found:
+        print_text("nothing to clean")
+        return
+    for item in found:
+        link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
+        print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
+    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(found)} folders?")):
+        still = {item.folder for item in unused(store, keep)}  # a run may have begun while the question stood
+        print_text(f"{remove(store, [item for item in found if item.folder in still]):,} bytes freed")
+    else:
+        print_text("nothing deleted; add --yes")
+
+
+def unused(store: Store, keep: int) -> list[Unused]:
+    """Folders that none of the newest `keep` runs of any recipe names, oldest runs included; none of a live build.
+
+    The runs that commands choose stay too: a finished one is not dropped for a later one that failed.
+    A link in the place of such a folder is listed as itself, never what it names. Raises InputError where runs/, a
+    recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
+    """
+    used: set[Path] = set()
+    old_runs: list[Path] = []
+    for recipe in (store.artifacts / "runs" / name for name in links.names_in(store.artifacts / "runs")):
+        inside = [recipe / name for name in links.names_in(recipe)] if not recipe.is_symlink() else []
+        for run in (recipe, *inside):
+            if run.is_dir():
+                links.require_inside(run, store.artifacts)
+        runs = [p for p in inside if "run.json" in links.names_in(p)]
+        # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
+        kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
+        kept |= run_view.chosen_by_commands(store, run_folders(recipe), ASKED)
+        old_runs += [r for r in runs if r not in kept]
+        for run in (r for r in runs if r in kept):
+            stages = read_record(run)["stages"]
+            used |= {f for n, s in stages.items() if (f := stage_folder(store, n, s)) is not None}
+    folders = []
+    for stage in STAGES:
+        root = store.scratch if stage.large else store.artifacts
+        links.require_inside(root / stage.name, root)
+        places = (root / stage.name / name for name in links.names_in(root / stage.name))
+        for folder in (p for p in places if p.is_dir() or p.is_symlink()):
+            if links.way_out(folder, root) or (folder not in used and not is_being_built(folder)):
+                folders.append(folder)
+    bases = sorted(f for f in used if f.parent.name == "base" and (f / "base.json").is_file())
+    folders += quantized_cache.unneeded(store.scratch, bases)
+    # What a push that was killed had staged (links to a whole model, which keep its bytes on the disk), or a mirror
+    # had fetched.
+    left = [root / name for root in {store.scratch, store.artifacts} for name in links.names_in(root)]
+    staged = [p for p in sorted(left) if p.is_dir()]
+    folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
+    return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]
+
+
+def remove(store: Store, items: list[Unused]) -> int:
+    """Delete the folders; return the bytes freed. Raises FinetuneError if the disk refuses."""
+    freed = 0
+    for item in items:
+        if not item.folder.is_symlink() and is_being_built(item.folder):
+            continue
+        try:
+            store.remove(item.folder)
+        except OSError as error:
+            raise FinetuneError(
+                f"{error.filename or item.folder}: cannot be deleted: {error.strerror or error}; {freed:,} bytes were "
+                "freed before it"
+            ) from None
+        freed += item.bytes
+    return freed

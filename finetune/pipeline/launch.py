@@ -22,6 +22,7 @@ from types import FrameType
 
 from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 from finetune.train.oom import SMALLER
+from finetune.utils.runtime import end_with_parent
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the others after one has failed; after a signal there is no limit, for the checkpoint
@@ -94,6 +95,32 @@ def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
         raise FinetuneError(
             f"process {rank + 1} of {processes} {how}; run the same command to resume from the last checkpoint"
         )
+    return status
+
+
+def run_alone(arguments: Sequence[str]) -> int:
+    """Run `finetune ARGUMENTS` in one child process and return its status; signals are forwarded to it.
+
+    What it prints on stdout goes to stderr: stdout is for the caller's own result.
+
+    Raises Stopped after a forwarded signal.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    with _handing_on(started) as received:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-P", "-m", "finetune", *arguments],
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                stdout=2,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+        )
+        if received:
+            started[0].send_signal(received[0])
+        status = started[0].wait()
+    if received:
+        raise Stopped(received[0])
     return status
 
 

@@ -214,6 +214,8 @@ def _check_training(
         notes += [f"tracking: W&B is {mode}: {why}"] if mode != "online" else []
     if recipe.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)")
+    for name in recipe.tracking.report_to:
+        tracking.integration(name)
     return notes
 
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,10 +66,12 @@ class Run:
         self.begun = False  # whether the folder exists
         self.refused = False  # whether writing the record failed
         self.stages: dict[str, StageRecord] = {}
+        self.on_change: Callable[[], None] = lambda: None  # called when a stage begins or ends
 
     def note(self, record: StageRecord) -> None:
         """Add a stage; `save` writes it."""
         self.stages[record.name] = record
+        self.on_change()
 
     def save(self) -> Path:
         """Write run.json, unless the newest run has an equal record.

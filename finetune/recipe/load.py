@@ -104,6 +104,15 @@ def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
     return _validated(text, path, sets)[0]
 
 
+def parse_value(text: str, name: str) -> Any:  # noqa: ANN401 - YAML
+    """Return a YAML value as a recipe reads it (2e-4 is a number). Raises InputError, which begins with `name`."""
+    problems: list[str] = []
+    value = _parse_yaml(text, name, {}, problems)
+    if problems:
+        raise InputError("\n".join(problems))
+    return value
+
+
 def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where, tuple[str, ...]]:
     problems: list[str] = []
     where: Where = {}

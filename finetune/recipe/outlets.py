@@ -29,6 +29,12 @@ class Publish(Section):
     """Held-out prompts in a model card with both answers; null: 3, but none if any source is a local file."""
 
 
+Reporter = Literal[  # transformers' integrations, without W&B and TensorBoard, which have fields of their own
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "trackio",
+]  # fmt: skip
+
+
 class Tracking(Section):
     """Experiment tracking, in addition to metrics.jsonl, which is always written."""
 
@@ -42,3 +48,5 @@ class Tracking(Section):
     """Send the training rows to W&B as an artifact (packed if pack is on)."""
     tensorboard: bool = False
     """Write TensorBoard event files."""
+    report_to: list[Reporter] = []
+    """Further trackers, by the names of transformers' `report_to`; each needs its own package and settings."""

@@ -50,7 +50,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
     text = read_regular(value["folder"] / "recipe.yaml").decode(errors="replace")
     recipe = _recipe(text, value)
     judged = verdict_of({n: v.metrics for n, v in stages.items()}, {n: v.folder for n, v in stages.items()})
-    predicted = _predicted(recipe, stages)
+    predicted = predicted_memory(recipe, stages)
     return {
         "recipe": value["recipe"],
         "run": value["run"],
@@ -101,7 +101,7 @@ def _recipe(text: str, value: Mapping[str, Any]) -> Recipe | None:
         return None
 
 
-def _predicted(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
+def predicted_memory(recipe: Recipe | None, stages: Stages) -> dict[str, int] | None:
     """Return the plan's bytes in training, by part and in total, for the micro-batch that was used."""
     from finetune.estimate.memory import Attention, Training, training
     from finetune.estimate.shapes import read_shapes

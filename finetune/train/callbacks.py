@@ -18,7 +18,7 @@ from finetune.train import distributed
 from finetune.train.checkpoint import COMPLETE, last_checkpoint, mark_complete
 from finetune.train.divergence import Alarm, MicroBatch, Recorder, Watchdog, name_rows
 from finetune.train.sanity_checks import Movement
-from finetune.train.tracking import Tracker, open_tracker
+from finetune.train.tracking import Tracker, add_integrations, open_tracker
 from finetune.train.validation import HeldOut
 from finetune.utils.progress import Bar
 from finetune.utils.runtime import RandomState, peak_memory_bytes
@@ -255,7 +255,8 @@ def _number(value: Any) -> float | None:  # noqa: ANN401 - a log's value
 
 
 def replace_printers(trainer: SFTTrainer, follower: Follower) -> None:
-    """Print our lines instead of transformers' dictionaries."""
+    """Print our lines instead of transformers' dictionaries; add the trackers of the recipe."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(follower)
+    add_integrations(trainer, follower.ctx, follower.checkpoints)

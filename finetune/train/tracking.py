@@ -1,4 +1,5 @@
-"""Experiment tracking: Weights & Biases (offline without a key) and TensorBoard, each only if configured.
+"""Experiment tracking: Weights & Biases (offline without a key), TensorBoard and transformers' integrations, each only
+if configured.
 
 Nothing here prompts on a terminal, and no failure here stops a training.
 """
@@ -220,6 +221,57 @@ def _open_board(folder: Path, step: int) -> Any:  # noqa: ANN401 - SummaryWriter
     except ImportError:
         raise InputError("tracking.tensorboard: tensorboard is not installed (pip install tensorboard)") from None
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+class Integration:
+    """A callback of transformers that reports to a tracker; on its first error it is dropped and the training goes on.
+
+    Not a subclass of TrainerCallback: every event must reach `__getattr__`.
+    """
+
+    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+        self._name, self._say = name, say
+        self._callback: Any = integration(name)
+
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+
+        def call(*arguments: Any, **named: Any) -> None:  # noqa: ANN401 - as transformers calls its callbacks
+            if self._callback is None:
+                return
+            try:
+                getattr(self._callback, event)(*arguments, **named)
+            except Exception as error:  # of the tracker's client, its server or its login
+                self._callback = None
+                self._say(
+                    f"tracking: {self._name} failed ({_words(error)}); the training continues without it; "
+                    "metrics.jsonl has all metrics"
+                )
+
+        return call
+
+
+def integration(name: str) -> Any:  # noqa: ANN401 - a TrainerCallback
+    """Return a new callback of transformers' integration `name`. Raises InputError with what it lacks."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    try:
+        return INTEGRATION_TO_CALLBACK[name]()
+    except Exception as error:  # each integration has its own: RuntimeError, ImportError, ValueError
+        raise InputError(f"tracking.report_to: {name}: {_words(error)}") from None
+
+
+def add_integrations(trainer: Any, ctx: Context, beside: Path) -> None:  # noqa: ANN401 - transformers' Trainer
+    """Add the callbacks of tracking.report_to to `trainer`, as a run of the name recorded in `beside`."""
+    if not ctx.tracking.report_to or ctx.rank != 0:
+        return
+    trainer.args.run_name, trainer.args.project = identify(ctx.run_name, beside).name, ctx.tracking.wandb_project
+    for name in dict.fromkeys(ctx.tracking.report_to):
+        own_class = type(f"Integration_{name}", (Integration,), {})  # transformers warns of two of one class
+        added = own_class(name, ctx.say)
+        added.on_init_end(trainer.args, trainer.state, trainer.control)  # an event of the past by now
+        trainer.add_callback(added)
 
 
 def show_data(

@@ -7,11 +7,9 @@ import random
 import pytest
 from typer.testing import CliRunner
 
-from finetune.cli import clean
 from finetune.cli import runs as cli_runs
-from finetune.cli.clean import unused
 from finetune.cli.main import app
-from finetune.cli.runs import remove_runs
+from finetune.cli.runs import remove_runs, unused
 from finetune.errors import InputError
 from finetune.pipeline import preflight, run_view
 from finetune.pipeline.runner import Step
@@ -162,7 +160,7 @@ def test_clean_keeps_every_run_that_a_command_chooses(made, seed):
     before = [run_view.finished(made.store, "made", lambda _, n=n: n) for n in needs]
     listed = unused(made.store, 1)
     assert listed
-    clean.remove(made.store, listed)
+    cli_runs.remove(made.store, listed)
     for asked, was in zip(needs, before, strict=True):
         now = run_view.finished(made.store, "made", lambda _, n=asked: n)
         if all(was["stages"][stage]["status"] == "done" for stage in asked):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli.clean import unused
+from finetune.cli.runs import unused
 from finetune.pipeline.store import Store
 from tests.helpers.hub_server import LoopbackHub
 from tests.helpers.publishing import Act, recipe

@@ -61,7 +61,7 @@ def test_a_root_that_is_a_link_itself_is_a_persons_choice(made: MadeRun, tmp_pat
 
 
 def test_two_cleans_at_once_both_end(made: MadeRun) -> None:
-    from finetune.cli.clean import remove, unused
+    from finetune.cli.runs import remove, unused
 
     for number in range(40):
         folder = made.store.artifacts / "dedup" / f"old{number}"
@@ -238,7 +238,7 @@ def test_a_lease_goes_on_as_before(made: MadeRun) -> None:
 
 
 def test_a_disk_that_refuses_a_deletion_is_one_sentence(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.cli.clean import Unused, remove
+    from finetune.cli.runs import Unused, remove
 
     def refuse(*words: object) -> None:
         raise PermissionError(13, "Permission denied", "here")

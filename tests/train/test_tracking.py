@@ -9,6 +9,7 @@ from itertools import pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import TrainerCallback
 
 from finetune.errors import InputError
 from finetune.models import loading
@@ -172,3 +173,64 @@ def test_rows_are_shown_as_a_person_reads_them(base, ctx):
     (row,) = tracker.rows
     assert (row["id"], row["tokens"]) == ("0", len(ids))
     assert row["text"].endswith(row["learned"]) and row["learned"]
+
+
+def test_report_to_takes_the_names_of_transformers_integrations():
+    from typing import get_args
+
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from finetune.recipe.outlets import Reporter
+
+    assert {*get_args(Reporter), "wandb", "tensorboard"} == set(INTEGRATION_TO_CALLBACK)
+    with pytest.raises(ValueError, match="report_to"):
+        Tracking(report_to=["wandb"])
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(InputError, match=r"tracking.report_to: trackio: .*pip install trackio"):
+        tracking.integration("trackio")
+
+
+class Reports(TrainerCallback):
+    """Stands for a tracker's callback."""
+
+    seen: list = []
+    fails_at = 0
+
+    def on_init_end(self, args, state, control, **_):
+        self.seen.append("init")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.global_step == self.fails_at:
+            raise ConnectionError("the server is gone")
+        self.seen.append((args.project, args.run_name, state.global_step, logs["loss"]))
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Reports)
+    monkeypatch.setattr(Reports, "seen", [])
+    return Reports
+
+
+def test_an_integration_gets_every_step_and_its_failure_ends_no_training(load, base, ctx, tmp_path, reports):
+    said = []
+    own = replace(
+        ctx, say=said.append, run_name="small-one", runtime=Runtime(save_steps=2),
+        tracking=Tracking(report_to=["trackio", "trackio"], wandb_project="mine"),
+    )  # fmt: skip
+    values = job(tmp_path, max_steps=2)
+    trained(values, load(), base, unpacked(documents()), own)
+    reports.fails_at = 4
+    longer = replace(values, train=values.train.model_copy(update={"max_steps": 5}))
+    trained(longer, load(), base, unpacked(documents()), replace(own, run_name="small-two"))
+    logged = [json.loads(line) for line in values.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]
+    steps = [seen for seen in reports.seen if seen != "init"]
+    assert steps == [("mine", "small-one", line["step"], pytest.approx(line["loss"])) for line in logged[:3]]
+    assert reports.seen.count("init") == 2  # once a process
+    assert sum("trackio failed (the server is gone); the training continues" in line for line in said) == 1
