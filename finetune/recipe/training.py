@@ -340,6 +340,8 @@ class Runtime(Section):
     """Also keep 4-bit weights in 16 bits: 2 more bytes per parameter; faster for small micro-batches."""
     fused_adapters: Literal["auto", "on", "off"] = "auto"
     """Fuse adapters with their 4-bit layers: faster for large micro-batches; auto decides."""
+    workers: Count | Literal["auto"] = "auto"
+    """Processes that filter, embed (lsa) and render; auto: one for each processor from 50,000 rows on, else one."""
     memory_budget_gb: Positive | None = None
     """GPU memory assumed by `finetune plan`, in 10⁹ bytes; null: all of the device."""
 
