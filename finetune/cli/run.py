@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.cli.options import ARTIFACTS, SCRATCH
@@ -37,6 +38,8 @@ def run_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> Run:
     """Load, check, build the missing stages, and print all folders; return the run's record.
 
@@ -44,6 +47,7 @@ def run_recipe(
     """
     if until is not None:
         stage_named(until)
+    _check_engine(engine, ray_address)
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
     # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -58,6 +62,12 @@ def run_recipe(
     with signals_handled(screen, launched=world > 1) as stop, ExitStack() as owned:
         ctx = make_context(loaded.recipe, store, screen, stop, record.name, rank, world)
 
+        if engine == "ray":
+            from finetune.engine import ray
+
+            store.artifacts.mkdir(parents=True, exist_ok=True)
+            folders = [store.artifacts, store.scratch] if ray_address else []
+            ctx = replace(ctx, engine=owned.enter_context(ray.started(ray_address, folders, screen.say)))
         if mirror and rank == 0:
             from finetune.pipeline.mirror import mirrored
 
@@ -87,6 +97,13 @@ def run_recipe(
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start, until, store)
     return record
+
+
+def _check_engine(engine: str, ray_address: str | None) -> None:
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine: found {engine!r}; allowed: local, ray")
+    if ray_address and engine != "ray":
+        raise InputError("--ray-address names a Ray cluster: add --engine ray")
 
 
 def _save_record(record: Run, screen: Screen) -> None:
@@ -121,10 +138,15 @@ def launch_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Run in several processes: each trains its share of every batch, the first runs the other stages."""
     if launch.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts its own processes: remove it under accelerate launch or torchrun")
+    _check_engine(engine, ray_address)
+    if engine != "local":
+        raise InputError("--engine ray runs the data stages: run with --until pack first, then with --processes alone")
     load_recipe(name, sets, artifacts)  # its errors are printed once, here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
