@@ -17,6 +17,9 @@ from finetune.eval.copies import Copies, kept_copies
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
 BARELY = 0.97  # ratio of perplexities: a smaller change is significant but has little effect
+NARROW = 0.1  # width of the ratio's interval up to which 'no difference' is itself a finding
+WIDE = 0.5  # width of the ratio's interval above which the size of a gain is not known
+SAME_TOKENS = 0.97  # agreement below which the merged model is not what the other figures were measured on
 FEW_ROWS = 30  # held-out rows: fewer cannot show a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
@@ -207,10 +210,15 @@ def _enough(evaluate: Metrics) -> Line:
     if not ends or rows < FEW_ROWS:
         return Line(question, "NO", f"{words}, {FEW_ROWS} or more are needed; raise split.eval_fraction", UNSURE)
     width = ends[1] / ends[0] - 1 if ends[0] > 0 else math.inf
-    words += f"; the 95 % interval of the ratio is {width:.0%} wide"
-    if ends[0] <= 1 <= ends[1] and width > 0.1:
-        return Line(question, "NO", f"{words}; raise split.eval_fraction", UNSURE)
-    return Line(question, "yes", words, GOOD)
+    if ends[0] <= 1 <= ends[1]:
+        words += f"; the 95 % interval of the ratio holds 1 and is {width:.0%} wide"
+        if width > NARROW:
+            return Line(question, "NO", f"{words}; raise split.eval_fraction", UNSURE)
+        return Line(question, "yes", words, GOOD)
+    if width > WIDE:
+        words += f"; enough to know the direction, not the size: the ratio is between {ends[0]:.3g} and {ends[1]:.3g}"
+        return Line(question, "FOR THE DIRECTION", f"{words}; raise split.eval_fraction", UNSURE)
+    return Line(question, "yes", f"{words}; the 95 % interval of the ratio is {width:.0%} wide", GOOD)
 
 
 def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str) -> Line:
@@ -218,8 +226,13 @@ def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str) -> 
     if "agreement" in certify:
         few = f", on {certify['tokens']:,} tokens only" if certify.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""
         same = f"{certify['agreement']:.1%} of next tokens as trained, mean KL {certify['mean_kl']:.2g} nats{few}"
-        answer = "either" if merged else "the adapter"
-        words = f"the merged model gives {same}" if merged else f"a merge would give {same}, and none was written"
+        close = certify["agreement"] >= SAME_TOKENS
+        answer = "either" if merged and close else "the adapter"
+        words = (
+            f"the merged model gives {same}{'' if close else ' (certify.base: dequantized may be nearer)'}"
+            if merged
+            else f"a merge would give {same}, and none was written"
+        )
     elif merged:
         answer, words = "the adapter", "the merged model was not certified"
     else:

@@ -285,7 +285,7 @@ def test_files_of_a_folder_are_read_each_in_its_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(b'{"prompt": "q", "completion": "a"}'), "gzip; name it .gz"),
+        (gzip.compress(b'{"prompt": "q", "completion": "a"}', mtime=0), "gzip; name it .gz"),
         (b"PK\x03\x04rest", "a ZIP archive or an Excel sheet"),
         (b"PAR1\x15\x04", "Parquet; name it .parquet"),
     ],
