@@ -11,6 +11,7 @@ from finetune.dedup import embed
 from finetune.engine.local import Local
 from finetune.errors import InputError
 from finetune.recipe import Render
+from finetune.recipe.filters import Own
 from finetune.stages import filter as filtering
 from finetune.stages import render
 from tests.helpers.base_templates import MISTRAL_LATER
@@ -55,6 +56,9 @@ def built(folders, tmp_path, engine, name):
     """The bytes and metrics of filter and render."""
     found = {}
     asked = recipe(filter={"max_length_tokens": 60, "min_user_characters": 11})
+    own = Own(rule="own", function="mine:odd", folder=tmp_path)  # a user's module has to reach the workers
+    (tmp_path / "mine.py").write_text("def odd(row):\n    return 'ends in 9' if row.id.endswith('9') else None\n")
+    asked = asked.model_copy(update={"filter": asked.filter.model_copy(update={"rules": [own]})})
     ctx = replace(context(tmp_path), engine=engine)
     for stage, spec in (
         (filtering, filtering.spec(asked)),
@@ -73,7 +77,8 @@ def test_partitions_and_workers_change_no_byte(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(render, "PART_ROWS", 512)
     assert built(folders, tmp_path, Apart(), "two") == one
     kept = one["finetune.stages.filter"][1]
-    assert 0 < kept["rows_out"] < 3000 and one["finetune.stages.render"][1]["truncated"] > 0
+    assert 0 < kept["rows_out"] < 3000 and len(kept["rejected"]) == 3, kept["rejected"]
+    assert one["finetune.stages.render"][1]["truncated"] > 0
 
 
 @pytest.mark.slow
