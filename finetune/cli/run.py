@@ -258,6 +258,16 @@ def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, s
     return f"next: finetune chat {name}{roots}"
 
 
+def _larger(loaded: LoadedRecipe) -> str:
+    """Return the way to a 7B on the same rows, or the example's command if the rows are the built-in ones."""
+    if any(source.source == "pydoc" for source in loaded.recipe.data):
+        return "make sft RECIPE=mistral-guanaco"
+    return (
+        f"the same `finetune init` as for {loaded.recipe.name}, with --name {loaded.recipe.name}-7b "
+        "--model mistralai/Mistral-7B-Instruct-v0.2 --device t4"
+    )
+
+
 def _rejecting(steps: list[runner.Step]) -> list[str]:
     """Return the stages that dropped rows, which are listed in their rejects.parquet."""
     files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
@@ -299,4 +309,4 @@ def _print_result(
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
     print_text(f"\n{next_step(loaded, judged, until, store)}")
     if loaded.recipe.model.kind == "builtin":
-        print_text("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")
+        print_text(f"A 7B, on a machine with a GPU: {_larger(loaded)}")
