@@ -104,9 +104,9 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
     sample = [r.row for r in islice(found_rows, SAMPLE_ROWS) if r.row is not None]
     columns = describe(sample)
     notes = [f"{file.name}: columns, each with a sample value:\n{table(columns)}"] if columns else []
-    named = [("--ignore", c) for c in chosen.ignore] + [("--keep", parse_condition(c)[0]) for c in chosen.keep]
+    asked = [("--ignore", c) for c in chosen.ignore] + [("--keep", parse_condition(c)[0]) for c in chosen.keep]
     there = {column.name for column in columns}
-    if absent := [f"{option} {c}" for option, c in named if columns and c not in there]:
+    if absent := [f"{option} {c}" for option, c in asked if columns and c not in there]:
         raise InputError(f"{absent[0]}: no column of that name. The columns are:\n{table(columns)}")
     if not chosen.given:
         try:
