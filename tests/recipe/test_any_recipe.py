@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
@@ -43,17 +43,20 @@ def valid_or_refused(text, sets=()):
         assert str(error).startswith(("r.yaml:", "--set "))
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_any_tree_is_a_recipe_or_is_refused_cleanly(tree):
     valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(written_fields(Recipe))), TREES, max_size=3))
 def test_a_recipe_with_any_tree_for_a_section_is_fine_or_refused_cleanly(sections):
     tree = {"name": "a", "model": "a/b", "data": [{"source": "pydoc"}], **sections}
     valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_shipped_recipe_with_one_change_is_fine_or_refused_cleanly(data):
     """A tree of a real recipe in which one value, at any depth, is another, is gone, or has another name."""
@@ -73,6 +76,7 @@ def test_a_shipped_recipe_with_one_change_is_fine_or_refused_cleanly(data):
     valid_or_refused(yaml.safe_dump(tree, allow_unicode=True))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(SHIPPED),
     st.integers(0, 2000),
@@ -86,6 +90,7 @@ def test_a_shipped_recipe_with_any_text_in_it_is_fine_or_refused_cleanly(text, s
 STEPS = st.lists(st.sampled_from([*NAMES, "0", "1", "²", "", " "]) | st.text(max_size=4), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30) | st.tuples(STEPS, st.text(max_size=10) | SCALARS.map(str)), max_size=3))
 def test_any_set_is_applied_or_refused_cleanly(options):
     sets = [o if isinstance(o, str) else f"{'.'.join(o[0])}={o[1]}" for o in options]
