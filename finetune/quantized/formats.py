@@ -47,10 +47,14 @@ def problem(config: Mapping[str, Any], kinds: Sequence[HfKind]) -> str | None:
         return f"{config.get('model_type')} is a wrapper around a text model; only text models are written"
     if config.get("auto_map"):
         return "the base brings its own code; only architectures of transformers are written"
-    if experts := [n for n in EXPERTS if (config.get(n) or 0) > 1]:
+    if experts := [n for n in EXPERTS if config.get(n) not in (None, 0, 1)]:
         return f"a mixture of experts ({experts[0]}: {config[experts[0]]}) is not written; ask for none of them"
     if "hidden_size" not in config or "num_attention_heads" not in config:
         return f"{config.get('model_type')} has no hidden_size in its config.json; its layers are not known here"
+    needed = ("hidden_size", "num_attention_heads")
+    sizes = {n: config.get(n) for n in (*needed, "head_dim", "intermediate_size") if n in needed or config.get(n)}
+    if odd := [n for n, size in sizes.items() if type(size) is not int or size < 1]:
+        return f"config.json has {odd[0]}: {sizes[odd[0]]!r}; only models with a positive integer there are written"
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     widths = {"hidden_size": hidden, "heads together": heads * (config.get("head_dim") or hidden // heads)}
     widths |= {"intermediate_size": config["intermediate_size"]} if config.get("intermediate_size") else {}

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune.errors import FinetuneError, InputError
 from finetune.quantized import formats, writer
 from finetune.quantized.reader import QuantizedWeights
+from finetune.utils.files import write_json
 from finetune.utils.safetensors_io import read_folder
 from tests.helpers.exported import merged
 from tests.stages.finished import context
@@ -49,12 +51,22 @@ def test_a_reading_that_differs_from_transformers_is_found(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_of_zeros_and_a_large_one_stay_what_they_are(kind):
+def test_a_weight_of_zeros_and_a_large_one_stay_what_they_are(kind, tmp_path):
     rows = torch.zeros(4, 128, dtype=torch.float16)
     rows[1] = 60000.0
-    for suffix in {"fp8": ("", "_scale"), "w4a16": ("_packed", "_scale"), "nf4": ("", ".absmax")}[kind]:
-        made = {"fp8": writer._fp8, "w4a16": writer._int4, "nf4": writer._nf4}[kind](rows, suffix)
-        assert made.float().isfinite().all()
+    save_file({"w.weight": rows}, tmp_path / "source.safetensors")
+    ref = read_folder(tmp_path)["w.weight"]
+    (tmp_path / "out").mkdir()
+    parts = {
+        f"w.weight{part.suffix}": torch.cat(list(writer._pieces(kind, ref, part))).view(part.shape)
+        for part in formats.stored(kind, (4, 128), ref.dtype)
+    }
+    save_file(parts, tmp_path / "out" / "model.safetensors")
+    write_json(tmp_path / "out" / "config.json", {"quantization_config": formats.settings(kind, [], "float16")})
+    found = QuantizedWeights(tmp_path / "out")("w.weight")
+    assert (found[[0, 2, 3]] == 0).all()
+    step = {"fp8": 1 / 1024, "w4a16": 1 / 15, "nf4": 0.0}[kind]  # fp8: a scale in fp16; 4 bits: 7 of 7.5 steps
+    torch.testing.assert_close(found[1], rows[1].float(), rtol=step + 1e-3, atol=0)
 
 
 def test_the_same_model_is_the_same_bytes(tmp_path):
@@ -93,6 +105,15 @@ LLAMA = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "i
         ({"num_experts": 1}, ["fp8"], None),
         ({"text_config": {"a": 1}}, ["fp8"], "wrapper"),
         ({"auto_map": {"a": "b"}}, ["nf4"], "its own code"),
+        ({"intermediate_size": None, "head_dim": None}, KINDS, None),
+        ({"hidden_size": 0}, KINDS, "hidden_size: 0"),
+        *(
+            ({name: value}, KINDS, name)
+            for name in ("hidden_size", "num_attention_heads", "intermediate_size", "head_dim")
+            for value in ([512, 512], "512", -64, 64.0, True)
+        ),
+        *(({name: value}, KINDS, name) for name in ("hidden_size", "num_attention_heads") for value in (None, 0)),
+        ({"num_experts": [8, 8]}, ["fp8"], "mixture of experts"),
     ],
 )
 def test_which_models_have_the_formats(config, kinds, words):
