@@ -22,11 +22,11 @@ def loading(kind: Kind, repo: str, facts: Facts) -> list[Block]:
         return [_adapter(repo, facts)]
     whole = f'model = AutoModelForCausalLM.from_pretrained({repo!r}, dtype="auto", device_map="auto")'
     if kind in HF_KINDS:
-        extra = [] if kind == "nf4" else ["pip install compressed-tensors"]
+        reader = "bitsandbytes" if kind == "nf4" else "compressed-tensors"
         served = f"pip install vllm\nvllm serve {repo} --served-model-name {facts.recipe.name}"
-        own = "\n".join(["pip install 'transformers[serving]'", *extra, f"transformers serve {repo}"])
+        own = f"pip install 'transformers[serving]' {reader}\ntransformers serve {repo}"
         return [
-            ("", "python", _python(repo, facts, [], [whole])),
+            ("", "python", _python(repo, facts, [reader], [whole])),
             ("An OpenAI-compatible server on a GPU:", "sh", served),
             ("The same without vLLM:", "sh", own),
         ]
@@ -41,9 +41,12 @@ def loading(kind: Kind, repo: str, facts: Facts) -> list[Block]:
 
 
 def _imports(extra: list[str]) -> list[str]:
+    """Return the first lines; `extra`: packages, and "four" for a model that is loaded in 4 bits."""
+    packages = " ".join("bitsandbytes" if name == "four" else name for name in extra)
     names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if "four" in extra else "")
     peft = ["from peft import PeftModel"] if "peft" in extra else []
-    return ["import torch", f"from transformers import {names}", *peft]
+    install = f"# pip install transformers accelerate {packages}".rstrip()
+    return [install, "import torch", f"from transformers import {names}", *peft]
 
 
 def _adapter(repo: str, facts: Facts) -> Block:

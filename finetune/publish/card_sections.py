@@ -121,7 +121,8 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     first = {k: both[k] for k in EVALUATION if k in both}
     files = {f"perplexity_{_file(k)}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
     if files:
-        first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
+        beside = "as_gguf" if any(name.startswith("perplexity_gguf_") for name in files) else "beside_files"
+        first[f"perplexity_merged_{beside}"] = export["perplexity"]["merged"]
         files |= {f"agreement_{_file(k)}": v for k, v in export.get("agreement", {}).items()}
         files |= {f"mean_kl_{k}": v for k, v in export.get("mean_kl", {}).items() if k in HF_KINDS}
         files |= {f"bytes_{k}": v for k, v in export.get("bytes", {}).items() if k in HF_KINDS}

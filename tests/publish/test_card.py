@@ -198,10 +198,19 @@ def test_the_card_of_a_quantised_folder_says_what_it_cost_and_how_to_serve_it() 
     )
     results = loaded["model-index"][0]["results"][0]["metrics"]
     assert [(r["name"], r["value"]) for r in results] == [("Perplexity (fp8)", 4.05)]
-    for words in ("vllm serve me/x", "transformers serve me/x", "pip install compressed-tensors", "float8_e4m3fn"):
+    for words in ("vllm serve me/x", "transformers serve me/x", "float8_e4m3fn"):
         assert words in text, words
     for words in ("| `perplexity_fp8` | 4.05 |", "| `agreement_fp8` | 0.98 |", "| `mean_kl_fp8` |", "| `bytes_fp8` |"):
         assert words in text, words
+
+
+@pytest.mark.parametrize(("kind", "reader"), [("fp8", "compressed-tensors"), ("nf4", "bitsandbytes")])
+def test_a_card_without_gguf_names_none_and_every_way_to_load_names_its_packages(kind: str, reader: str) -> None:
+    found = {"perplexity": {"merged": 4.02, kind: 4.05}, "perplexity_rows": 24}
+    text = card(kind, recipe=recipe(export={"hf": [kind]}), metrics={**METRICS, "export": found})
+    assert "| `perplexity_merged_beside_files` | 4.02 |" in text and "as_gguf" not in text
+    assert f"# pip install transformers accelerate {reader}\nimport torch\n" in text
+    assert f"pip install 'transformers[serving]' {reader}\n" in text
 
 
 def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
