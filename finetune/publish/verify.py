@@ -90,8 +90,10 @@ def _differences(kind: Kind, pulled: Path, staged: Path, template: Path | None) 
 def _tokenizer(pulled: Path, staged: Path, facts: Mapping[str, Any], trained: str | None) -> Iterator[str]:
     from transformers import AutoTokenizer
 
+    from finetune.tokenization.chat_template import default_template
+
     there, here = (AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (pulled, staged))
-    if trained is not None and there.chat_template != trained:
+    if trained is not None and default_template(there) != trained:
         yield "the chat template is another"
         return
     if facts and there.pad_token != facts["pad_token"]:

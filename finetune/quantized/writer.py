@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
+from finetune.models.loading import copy_clean, more_templates
 from finetune.quantized import formats
 from finetune.quantized.formats import GROUP, Stored
 from finetune.recipe.outlets import HfKind
@@ -112,6 +113,8 @@ def write(folder: Path, out: Path, planned: Plan, ctx: Context) -> int:
         weights = path.suffix == ".safetensors" or path.name.startswith("lease.")
         if path.is_file() and not weights and path.name not in (*NOT_COPIED, "config.json"):
             shutil.copyfile(path, out / path.name)
+    for name in more_templates(folder):
+        copy_clean(folder / name, out / name)
     return shards.file_bytes
 
 

@@ -281,6 +281,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
 
     from finetune.gguf.vocabulary import read_vocabulary
     from finetune.gguf.writer import Header
+    from finetune.tokenization.chat_template import default_template
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: GGUF needs a tokenizer.json, and this tokenizer has none; set export: null")
@@ -297,7 +298,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
         vocabulary=read_vocabulary(folder, content, config["vocab_size"], bos if isinstance(bos, str) else None),
         special={name: i for name, i in ids.items() if isinstance(i, int)},
         terminators=terminators,
-        template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        template=default_template(tokenizer),
     )
 
 

@@ -152,6 +152,12 @@ def base_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
     return own["default"], own.get(TOOL_USE)
 
 
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that `apply_chat_template` uses for a conversation without tools, or None."""
+    own: Any = tokenizer.chat_template  # transformers returns a mapping if the folder has additional_chat_templates
+    return own.get("default") if isinstance(own, dict) else own
+
+
 def stop_strings(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> frozenset[str]:
     """The tokens that end generation by the base's own configuration: the tokenizer's EOS and, from
     generation_config.json or config.json in the folder `base`, every eos_token_id.

@@ -50,6 +50,14 @@ def test_a_model_that_was_wrong_before_the_push_is_found_after_it(hub: LoopbackH
         act(recipe(what=["merged"]))
 
 
+def test_a_template_for_tools_beside_the_trained_one_is_no_difference(hub: LoopbackHub, act: Act) -> None:
+    for folder in (act.folders["merge"], act.folders["train"] / "adapter"):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert all(push["loaded"] for push in act(recipe(what=["adapter", "merged"]))["pushes"])
+    assert "additional_chat_templates/tool_use.jinja" in hub.files("me/tiny")
+
+
 def test_only_the_small_files_are_downloaded(hub: LoopbackHub, act: Act) -> None:
     pushes = act(recipe(what=["adapter", "merged"]))["pushes"]
     assert pushes[0]["loaded"] == ["tokenizer", "chat template", "config"]

@@ -19,6 +19,7 @@ from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.scoring import row_nll
 from finetune.gguf import reader as gguf_reader
 from finetune.gguf import scoring
+from finetune.gguf import writer as gguf_writer
 from finetune.gguf.ollama import Pieces, modelfile, read_pieces
 from finetune.gguf.writer import TYPES
 from finetune.recipe import Export, Recipe
@@ -374,6 +375,16 @@ def test_quantised_folders_are_scored_beside_the_gguf_files(tmp_path: Path) -> N
     assert 1 > metrics["agreement"]["fp8"] > metrics["agreement"]["w4a16"]
     bits = metrics["bits_per_weight"]
     assert bits["merged"] == pytest.approx(16, abs=0.01) and bits["fp8"] > bits["nf4"] > bits["w4a16"]
+
+
+def test_templates_beside_the_default_one_are_no_other_template_and_travel(tmp_path: Path) -> None:
+    folder = merged(tmp_path / "merge", "mistral", "float16", **WIDE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    run(folder, tmp_path / "out", "f16", hf=["nf4"])
+    facts = gguf_writer.read_facts(tmp_path / "out" / "model-f16.gguf")
+    assert facts["template"] == (folder / "chat_template.jinja").read_text()
+    assert (tmp_path / "out" / "nf4" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_folders_alone_need_no_gguf_and_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
