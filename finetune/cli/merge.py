@@ -162,20 +162,24 @@ def _model_of(base: str, revision: Any, own: Recipe | None) -> Any:  # noqa: ANN
     return {"id": base, "revision": revision} if revision and not base.startswith("builtin:") else base
 
 
-def write_out(store: Store, name: str, out: Path, screen: Screen) -> None:
+def write_out(store: Store, run: str, out: Path, screen: Screen) -> None:
     """Write the merged model of a run, its GGUF files and its card to the folder `out`."""
-    value = run_view.read(store, name)
+    from finetune.models.loading import more_templates
+
+    value = run_view.read(store, run)
     sources = [Path(value["stages"][s]["path"]) for s in ("merge", "export") if value["stages"][s]["status"] == "done"]
     card = publish_run(
-        name, repo=f"OWNER/{value['recipe']}", dry_run=True, sets=["publish.what=[merged]"], artifacts=store.artifacts,
+        run, repo=f"OWNER/{value['recipe']}", dry_run=True, sets=["publish.what=[merged]"], artifacts=store.artifacts,
         scratch=store.scratch, quiet=True,
     )["pushes"][0]["card"]  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
         for source in sources:
-            for path in sorted(p for p in source.iterdir() if p.is_file()):
-                if path.name not in ("manifest.json",) and not path.name.startswith("lease."):
-                    _place(path, out / path.name)
+            files = [p.name for p in source.iterdir() if p.is_file()]
+            for name in sorted([*files, *more_templates(source)]):
+                if name != "manifest.json" and not name.startswith("lease."):
+                    (out / name).parent.mkdir(exist_ok=True)
+                    _place(source / name, out / name)
         (out / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise FinetuneError(f"--out {out}: {error.strerror or error}; the merged model is in {sources[0]}") from None
