@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.gguf.writer import read_facts
 from finetune.tokenization.chat_template import TEMPLATE_FAULTS
+from finetune.tokenization.template_sandbox import RenderingTooLong, limited
 
 Chat = Sequence[dict[str, Any]]
 Render = Callable[[Chat], str]  # raises ValueError if the template refuses the conversation
@@ -56,25 +57,42 @@ def _near(text: str, other: str) -> str:
 
 
 def _renderer(facts: dict[str, Any]) -> Render:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The marker of answers: its content is written as if it had no marker."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def as_json(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def as_json(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     jinja.filters["tojson"] = as_json
     jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
 
     def render(chat: Chat) -> str:
         try:
-            made = jinja.from_string(facts["template"])
-            return made.render(messages=list(chat), add_generation_prompt=True, tools=None, **facts["strings"])
-        except TemplateError as error:
+            with limited(len(chat)):
+                made = jinja.from_string(facts["template"])
+                return made.render(messages=list(chat), add_generation_prompt=True, tools=None, **facts["strings"])
+        except (TemplateError, RenderingTooLong) as error:
             raise ValueError(str(error)) from error
 
     return render

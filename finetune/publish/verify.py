@@ -108,10 +108,14 @@ def _probe(tokenizer: Any) -> list[int]:  # noqa: ANN401 - PreTrainedTokenizerBa
     """Return a question's tokens with the template, or without it if the template refuses a single question."""
     from jinja2 import TemplateError
 
+    from finetune.tokenization.template_sandbox import RenderingTooLong, limited
+
     if tokenizer.chat_template is not None:
         try:
-            return list(tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)["input_ids"])
-        except TemplateError:
+            with limited(len(PROBE)):
+                found = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)
+            return list(found["input_ids"])
+        except (TemplateError, RenderingTooLong):
             pass
     return list(tokenizer(PROBE[0]["content"])["input_ids"])
 

@@ -282,6 +282,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
     from finetune.gguf.vocabulary import read_vocabulary
     from finetune.gguf.writer import Header
     from finetune.tokenization.chat_template import default_template
+    from finetune.tokenization.template_sandbox import check_template
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: GGUF needs a tokenizer.json, and this tokenizer has none; set export: null")
@@ -293,12 +294,14 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     ids["unk"] = tokenizer.unk_token_id
     bos = tokenizer.bos_token
+    if template := default_template(tokenizer):
+        check_template(template, tokenizer.special_tokens_map, "export: the model's chat template")
     return Header(
         config=config,
         vocabulary=read_vocabulary(folder, content, config["vocab_size"], bos if isinstance(bos, str) else None),
         special={name: i for name, i in ids.items() if isinstance(i, int)},
         terminators=terminators,
-        template=default_template(tokenizer),
+        template=template,
     )
 
 
@@ -334,14 +337,19 @@ def _refuse_other_chats(
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, template: str | None = None) -> str:
     from jinja2 import TemplateError
 
+    from finetune.tokenization.template_sandbox import RenderingTooLong, limited
+
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template}
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(chat), tokenize=False, add_generation_prompt=prompt, chat_template=template
-            )
-        )
+        with limited(len(chat)):
+            return str(tokenizer.apply_chat_template(list(chat), **options))
     except TemplateError as error:
         raise ValueError(str(error)) from error
+    except RenderingTooLong:
+        raise InputError(
+            f"export: the chat template does not come to an end on a conversation of {len(chat)} turns; fix it, or "
+            "choose another by render.template"
+        ) from None
 
 
 def _require_space(out: Path, needed: int) -> None:

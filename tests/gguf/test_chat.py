@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.errors import GateRefused
+from finetune.errors import GateRefused, InputError
 from finetune.gguf import writer as gguf_writer
+from finetune.gguf.chat import differences
 from finetune.gguf.ollama import Pieces, modelfile, read_pieces
 from finetune.stages import export
+from finetune.tokenization import template_sandbox
 from finetune.utils.files import write_json
 from tests.helpers import ollama
 from tests.helpers.base_templates import ALL, CHATML, kind_of
@@ -88,3 +90,48 @@ def test_the_template_that_was_trained_decides(tmp_path):
 
     with pytest.raises(GateRefused, match="does not write conversations as they were trained"):
         export.run(spec, {"merge": folder, "render": tmp_path / "render"}, tmp_path / "out", context(tmp_path / "out"))
+
+
+ASKED = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration %}\n{% endfor %}",
+        "{% for m in messages %}\n  {% generation %}\n  {{ m.content }}\n  {% endgeneration %}\n{% endfor %}",
+        *(
+            "{{ {'b': '\u65e5', 'a': [1]}|tojson(%s) }}%s" % (options, ASKED)  # noqa: UP031 - braces
+            for options in ("", "true", "indent=2", "sort_keys=true, ensure_ascii=true", "separators=(',', ':')")
+        ),
+    ],
+)
+def test_every_part_of_a_template_that_transformers_takes_is_taken(tmp_path, template, monkeypatch):
+    folder = merged(tmp_path / "merge")
+    (folder / "chat_template.jinja").write_text(template)
+    run(folder, tmp_path / "fine", "f16")
+    right = gguf_writer.read_facts
+    other = template.replace("m.content", "m.content + '!'")
+    monkeypatch.setattr("finetune.gguf.chat.read_facts", lambda path: {**right(path), "template": other})
+    with pytest.raises(GateRefused, match="its chat template writes"):
+        run(folder, tmp_path / "other", "f16")
+
+
+LOOPS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("condition", ["true", "'Be brief.' in messages|string"], ids=["always", "once"])
+def test_a_template_without_end_is_refused(tmp_path, condition, monkeypatch):
+    """One trial finds it before anything is written; the other needs a conversation that the trial does not have."""
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
+    monkeypatch.setattr(template_sandbox, "ROW_SECONDS", 0.2)
+    folder = merged(tmp_path / "merge")
+    template = f"{{% if {condition} %}}{LOOPS}{{% endif %}}{{{{ messages[0].content }}}}"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=r"does not (end within|come to an end)"):
+        run(folder, tmp_path / "out", "f16")
+    assert any((tmp_path / "out").iterdir()) == (condition != "true")
+    facts = {"template": template, "strings": {}, "terminators": []}
+    monkeypatch.setattr("finetune.gguf.chat.read_facts", lambda path: facts)
+    (found,) = differences(tmp_path, lambda chat: chat[0]["content"], [])
+    assert "its chat template writes 'nothing (it refuses" in found
