@@ -19,7 +19,7 @@ from finetune.lora import config as lora_config
 from finetune.lora import start as lora_start
 from finetune.models import loading, quantized_cache
 from finetune.models.device import pick_device
-from finetune.models.inventory import why_not_trained
+from finetune.models.inventory import read_inventory, why_not_trained
 from finetune.pipeline import run_view
 from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer, rule_problem
 from finetune.pipeline.runner import Step
@@ -102,6 +102,10 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
         raise InputError(why)
     refuse_tokenizer(recipe, base)
     refuse_start(recipe, base, scratch)
+    if base is not None and recipe.export and recipe.merge and (found := read_inventory(base)):
+        widths = {f"{name}.weight": inner for name, (inner, _) in found.quantized.items()}
+        if why := next(formats.width_problems(widths, recipe.export.hf), None):
+            raise InputError(f"export.hf: {why}")
     if recipe.train is None and recipe.preference is None:
         return
     if base is not None and (why := why_not_trained(base, quantized=recipe.quantization is not None)):

@@ -13,11 +13,14 @@ from finetune.cli import run as cli_run
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.estimate import memory as estimate_memory
 from finetune.estimate.shapes import read_shapes
+from finetune.models import inventory
+from finetune.models.layerwise import empty_model
 from finetune.pipeline import plan as pipeline_plan
 from finetune.pipeline import preflight, runner
 from finetune.pipeline.stage_list import STAGE_NAMES
 from finetune.pipeline.store import Store
 from finetune.recipe.load import load_recipe
+from finetune.utils.files import write_json
 from tests.helpers.tiny_models import save_tiny
 
 GB = 10**9
@@ -160,6 +163,20 @@ def test_an_adapter_that_a_known_base_cannot_have_is_refused_before_the_first_st
     recipe, steps, _ = planned(name, tmp_path, "lora.targets=[q_proj]", "lora.last_layers=2", "lora.dora=true")
     preflight.check_adapter(recipe, None)
     pipeline_plan.predict(recipe, steps)
+
+
+def test_a_width_that_config_json_does_not_name_is_refused_once_the_base_is_there(tmp_path):
+    sets = ("model=owner/base", "lora.targets=all-linear", "export.gguf=[]", "export.hf=[fp8,w4a16]")
+    recipe, steps, _ = planned("tiny-pydoc", tmp_path, *sets)
+    base = save_tiny(tmp_path / "base", "llama", hidden_size=128, head_dim=32, intermediate_size=256)
+    step = dataclasses.replace(steps[0], folder=base)
+    made = inventory.require_inventory(empty_model(base, trust_remote_code=False), "owner/base").as_json()
+    write_json(base / inventory.FILE, {"inventory": made})
+    cli_run._check_on_base(recipe, step, None)
+    made["quantized"]["model.layers.1.extra"] = [208, 128]
+    write_json(base / inventory.FILE, {"inventory": made})
+    with pytest.raises(InputError, match=r"w4a16 needs .* found model\.layers\.1\.extra\.weight 208; take fp8"):
+        cli_run._check_on_base(recipe, step, None)
 
 
 def test_only_a_run_that_trains_is_refused_for_its_adapter(tmp_path):
