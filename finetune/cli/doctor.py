@@ -31,6 +31,7 @@ OPTIONAL = {  # required by one setting
     "tensorboard": "tracking.tensorboard",
     "zstandard": "data files that end in .zst",
     "gguf": "export.gguf",
+    "compressed-tensors": "export.hf: [fp8], [w4a16]",
     "lm-eval": "evaluate.tasks",
     "py3langid": "the filter rule language",
     "model2vec": "a dedup.embedding of model2vec:…",

@@ -84,6 +84,8 @@ def _serve(
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
     chosen = engines.choose(engine, served, engines.installed())
+    if chosen == "llama-server" and served.gguf is not None:
+        _refuse_older(served.gguf, served, screen)
     child_environment = engines.environment(chosen, key, os.environ, loopback=engines.is_loopback(host))
     require_port(host, port)
     command = engines.command(chosen, served, host, port)
@@ -157,6 +159,26 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
         dtype=_dtype(),
         limits=(*engines.adapter_limits(config), *more),
     )
+
+
+def _refuse_older(gguf: Path, served: engines.Served, screen: Screen) -> None:
+    """Raise InputError if a GGUF was made with another chat template than the one that is served."""
+    from finetune.gguf.writer import read_facts
+
+    if served.template is None:
+        return
+    try:
+        found = read_facts(gguf)["template"]
+    except ImportError:
+        screen.say("serve: the template in the GGUF is not compared: pip install gguf")
+        return
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{gguf}: no GGUF that can be read: {error}") from None
+    if found != served.template.read_text(encoding="utf-8"):
+        raise InputError(
+            f"{gguf} was made with another chat template than {served.template}: run the recipe again, which writes it "
+            "again, or delete the file"
+        )
 
 
 def _base(value: dict[str, Any], name: str, folder: Path, scratch: Path) -> tuple[str | None, list[str]]:

@@ -12,6 +12,7 @@ from finetune.gguf.writer import ENDS, bytes_of_kinds, bytes_with_metadata, data
 from finetune.lora.config import is_saved
 from finetune.models.inventory import why_not_packed
 from finetune.models.quantized_cache import wanted
+from finetune.quantized.formats import bytes_of
 from finetune.recipe import Export, Lora, Merge, Quantization, Recipe, Runtime, Train
 
 GIB = 1 << 30
@@ -242,9 +243,13 @@ def _bytes_of(dtype: str) -> int:
 
 
 def _export_bytes(shapes: Shapes, merge: Merge, export: Export) -> int:
-    """Return the bytes of the GGUF files, as gguf/writer plans them from the merged weights."""
-    exact = {"bfloat16": "bf16", "float16": "f16"}.get(_merged_dtype(shapes, merge), "f32")
-    return bytes_of_kinds(export.gguf, exact, shapes.parameters, lambda kind: _gguf_bytes(shapes, kind))
+    """Return the bytes of the GGUF files and quantised folders, as their writers plan them from the merged weights."""
+    dtype = _merged_dtype(shapes, merge)
+    exact = {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")
+    matrices = [(inner, outer) for _, inner, outer in shapes.matrices]
+    folders = (bytes_of(kind, matrices, shapes.other_parameters, _bytes_of(dtype)) for kind in set(export.hf))
+    files = bytes_of_kinds(export.gguf, exact, shapes.parameters, lambda kind: _gguf_bytes(shapes, kind))
+    return files + sum(folders)
 
 
 def _gguf_bytes(shapes: Shapes, kind: str) -> int:

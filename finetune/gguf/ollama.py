@@ -6,7 +6,6 @@ is rendered for a few conversations, the text between the messages is taken, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from posixpath import commonprefix
@@ -82,7 +81,8 @@ def modelfile(weights: str, pieces: Pieces | None, stops: Sequence[str], bos: st
         lines.append("# the chat template in the GGUF has no plain form; Ollama takes the one it knows that is nearest")
     else:
         lines.append(f'TEMPLATE """{_go(pieces, bos or "")}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    # Ollama's parser reads no escapes and drops what Go calls unprintable (parser/parser.go: unquote, IsPrint)
+    lines += [f'PARAMETER stop """{stop}"""' if '"' in stop else f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 
@@ -109,9 +109,16 @@ def _go(pieces: Pieces, bos: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """`text` as a Go string in an action, so that no space or line end of it is lost; quotes are escaped for Ollama."""
+    """`text` as a Go string in an action, so that no space or line end of it is lost.
+
+    Quotes are escaped, since three in a row end the TEMPLATE; so are unprintable characters, which Ollama drops.
+    """
     if not text:
         return ""
-    # JSON's escapes are Go's; \u0022 keeps three quotes in a row from ending the TEMPLATE
-    inner = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022")
+    inner = "".join(c if c.isprintable() and c not in '"\\' else _escaped(c) for c in text)
     return f'{{{{ "{inner}" }}}}'
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return {"\n": "\\n", "\t": "\\t"}.get(character, f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}")

@@ -19,11 +19,14 @@ ROUNDED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # the kinds 
 class GgufWeights:
     """The tensors of one file, by their transformers names; the file is mapped, and one tensor read at a time."""
 
-    def __init__(self, path: Path, planned: Sequence[Planned]) -> None:
-        """Open `path`, which holds the tensors of `planned`, in whatever kind each. Raises FinetuneError otherwise."""
+    def __init__(self, path: Path, planned: Sequence[Planned], stored: Sequence[Planned] | None = None) -> None:
+        """Open `path`, which holds the tensors of `planned`, in whatever kind each; those of `stored` if it was written
+        here. Raises FinetuneError if one is missing.
+        """
         import gguf
 
         self.path = path
+        self.written = planned if stored is None else stored
         self.planned: Mapping[str, Planned] = {p.source.name: p for p in planned}
         self._stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
         if lost := sorted({p.name for p in planned} - set(self._stored)):
@@ -66,11 +69,11 @@ class GgufWeights:
             largest = max(largest, float((found - source.float()).abs().max()))
         return largest
 
-    def require_finite(self, planned: Sequence[Planned]) -> None:
+    def require_finite(self) -> None:
         """Read every tensor in blocks, which nothing else has read. Raises FinetuneError where one is not finite."""
         import torch
 
-        for one in planned:
+        for one in self.written:
             if one.kind not in ROUNDED and not torch.isfinite(self(one.source.name)).all():
                 raise FinetuneError(f"{self.path.name}: {one.name} holds values that are not finite")
 

@@ -1,10 +1,10 @@
-"""Every GGUF file beside the merged model on the same held-out tokens, with one decoder layer in memory at a time."""
+"""Every exported file beside the merged model on the same held-out tokens, one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,21 @@ from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from finetune.eval.compare import HeldOut
     from finetune.models.layerwise import StreamedModel, Weights
     from finetune.tokenization.token_rows import TokenRow
 
 WORTH_SAYING_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Weights of an exported file by their names in the merged model, and a change of the model that computes."""
+
+    weights: Weights
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Scores:
     tokens: int
 
 
-def score(merged: Path, files: Mapping[str, Weights], rows: Sequence[TokenRow], device: str, ctx: Context) -> Scores:
+def score(merged: Path, files: Mapping[str, Kind], rows: Sequence[TokenRow], device: str, ctx: Context) -> Scores:
     """Score the model in the folder `merged`, and the same model with the weights of each of `files`, in fp32.
 
     Held in memory are two layers, the hidden states of `rows`, and two heads.
@@ -51,15 +60,16 @@ def score(merged: Path, files: Mapping[str, Weights], rows: Sequence[TokenRow], 
     own = _streamed(merged, lambda name: refs[name].load(), device)
     expected = _hidden(own, held_out, "merged", ctx, models=1 + len(files))
     scores = Scores({}, {}, {}, held_out.rows, len(held_out.labels))
-    for kind, weights in files.items():
-        model = _streamed(merged, weights, device)
+    for kind, file in files.items():
+        model = _streamed(merged, file.weights, device)
+        file.prepare(model.model)
         found = _hidden(model, held_out, kind, ctx)
         with own.head() as first, model.head() as second:
             compared = compare(expected, first, found, second, held_out.labels)
         scores.perplexity.setdefault("merged", perplexity(per_row(compared.nll_first, held_out), counts))
         scores.perplexity[kind] = perplexity(per_row(compared.nll_second, held_out), counts)
         if not math.isfinite(scores.perplexity[kind]):
-            raise FinetuneError(f"model-{kind}.gguf: its perplexity is {scores.perplexity[kind]}; take another kind")
+            raise FinetuneError(f"export: the perplexity of {kind} is {scores.perplexity[kind]}; take another kind")
         scores.agreement[kind] = agreement(compared.greedy_first, compared.greedy_second)
         scores.mean_kl[kind] = float(compared.kl.mean())
     return scores

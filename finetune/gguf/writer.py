@@ -32,6 +32,7 @@ TYPES = {
 }  # fmt: skip
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 ENDS = ("token_embd.weight", "output.weight")
+TEMPLATE_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # jinja's word → GGUF's
 METADATA_BYTES = 8_000_000
 ALIGNMENT = 32
 
@@ -111,17 +112,22 @@ def exact_kind_of(planned: Sequence[Planned]) -> str:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Facts read from a finished file: `tensors` (name → shape), `template`, `terminators` (token ids)."""
+    """Facts read from a finished file: `tensors` (name → shape), `template`, `terminators` (token ids), `strings` (text
+    of the tokens that a template may name: bos_token, eos_token, …, as far as the file has them).
+    """
     import gguf
 
     reader = gguf.GGUFReader(path)
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     ends = [reader.get_field(f"tokenizer.ggml.{name}") for name in names]
     template = reader.get_field("tokenizer.chat_template")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    named = {f"{n}_token": reader.get_field(f"tokenizer.ggml.{k}_token_id") for n, k in TEMPLATE_TOKENS.items()}
     return {
         "tensors": {t.name: [int(n) for n in t.shape] for t in reader.tensors},
         "template": template.contents() if template else None,
         "terminators": [int(end.contents()) for end in ends if end],
+        "strings": {n: tokens.contents(int(i.contents())) for n, i in named.items() if i and tokens},
     }
 
 

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RepoType = Literal["model", "dataset"]
-Kind = Literal["adapter", "merged", "gguf", "dataset"]
+Kind = Literal["adapter", "merged", "gguf", "fp8", "w4a16", "nf4", "dataset"]
+HF_KINDS: tuple[Kind, ...] = ("fp8", "w4a16", "nf4")  # quantised folders of the export stage
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ASK_SECONDS = 10.0  # huggingface_hub's client has no time limit of its own
+WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Files that a loader would read from a repository, by the kind of push they belong to.
 OWN = {
     "adapter": re.compile(r"adapter_model\.(safetensors|bin)"),
-    "merged": re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"),
+    **dict.fromkeys(("merged", *HF_KINDS), WEIGHTS),
     "gguf": re.compile(r"model-\w+\.gguf"),
     "dataset": re.compile(r"data/(train|eval)\.parquet"),
 }

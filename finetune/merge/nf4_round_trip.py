@@ -69,7 +69,7 @@ class RoundTrip:
         from bitsandbytes.functional import quantize_4bit
 
         if self.type == "nf4" and values.device.type == "cpu" and values.shape[-1] % BLOCK == 0:
-            return _quantize_nf4(values)
+            return quantize_nf4(values)
         packed, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type=self.type)
         return packed, state.absmax
 
@@ -92,8 +92,11 @@ class RoundTrip:
         return dequantize_4bit(packed, state).reshape(like.shape)
 
 
-def _quantize_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise whole blocks bit for bit like bitsandbytes' CPU kernel (0.50.2), several times faster.
+
+    Returns the packed codes (elements / 2, 1) uint8, the first value of a pair in the high half, and the largest
+    magnitude of each block, fp32.
 
     The kernel finds each value among the 15 midpoints by bisection, which branches; counting midpoints does not.
     """

@@ -147,7 +147,12 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
         )
     if limits := _not_served(recipe):
         found.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
-    if recipe.export and recipe.merge and (note := window_note(read_config(recipe, pinned) or {})):
+    if (
+        recipe.export
+        and recipe.export.gguf
+        and recipe.merge
+        and (note := window_note(read_config(recipe, pinned) or {}))
+    ):
         found.append(f"export.gguf: {note}")
     return [*found, *machine_notes()]
 

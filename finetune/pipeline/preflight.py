@@ -24,6 +24,7 @@ from finetune.pipeline import run_view
 from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer, rule_problem
 from finetune.pipeline.runner import Step
 from finetune.pipeline.store import Store
+from finetune.quantized import formats
 from finetune.recipe import HubSource, Recipe
 from finetune.recipe.keys import key_form
 from finetune.recipe.load import LoadedRecipe
@@ -56,6 +57,8 @@ def check(
             raise InputError(f"filter.rules: {lack}")
     if "export" in to_build and recipe.export:
         llama_cpp.require_quantizer(recipe.export.gguf)
+        if why := formats.missing(recipe.export.hf):
+            raise InputError(f"export.hf: {why}")
     if "evaluate" in to_build and recipe.evaluate and recipe.evaluate.tasks:
         lm_eval.check(recipe.evaluate.tasks, recipe.evaluate.task_path)
     if "evaluate" in to_build and recipe.evaluate and (lacks := answer_metrics.missing(recipe.evaluate.metrics)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
+from finetune.quantized import formats
 from finetune.recipe import LocalSource, Recipe, Source
 from finetune.recipe.data import glob_parts
 from finetune.recipe.filters import LanguageRule, Own, Rule, parse_condition
@@ -59,6 +60,8 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
 
         yield from ((("evaluate", "metrics"), why) for why in missing(recipe.evaluate.metrics))
     yield from _writers(recipe)
+    if recipe.export and (why := formats.missing(recipe.export.hf)):
+        yield ("export", "hf"), why
     start = recipe.lora.start_folder
     if start is not None and not (start / "adapter_config.json").is_file():
         yield (
@@ -182,6 +185,10 @@ def base_problem(recipe: Recipe, config: Mapping[str, Any]) -> str | None:
         return why
     if recipe.export is None or not merges:
         return None
+    if recipe.export.hf and (why := formats.problem(config, recipe.export.hf)):
+        return f"export.hf: {why}"
+    if not recipe.export.gguf:
+        return None
     why = support.problem(config) or support.untied_problem(config, recipe.lora.modules_to_save)
     return f"export.gguf: {why}; set export: null" if why else None
 
@@ -192,7 +199,7 @@ def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
     `base`: the folder of the finished base stage, which has been given the recipe's new tokens.
     """
     folder = base or recipe.model.folder
-    if folder is not None and recipe.export is not None and (why := _gguf_problem(folder)):
+    if folder is not None and recipe.export and recipe.export.gguf and (why := _gguf_problem(folder)):
         raise InputError(f"export.gguf: {why}")
     if folder is not None and (found := list(_tokenizer_problems(recipe, folder, given=base is not None))):
         raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
-from finetune.hub.client import Kind
+from finetune.hub.client import HF_KINDS, Kind
 from finetune.preference.words import figures_of
 from finetune.publish import card_sections as sections
 from finetune.publish.adapter_summary import trained
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     import jinja2
 
 # A model merged into one base is a finetune of it; the Hub's "merge" means a merge of several models.
-RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
-LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+RELATION = {"adapter": "adapter", "merged": "finetune", **dict.fromkeys(("gguf", *HF_KINDS), "quantized")}
+LIBRARY = {"adapter": "peft", "gguf": "gguf", **dict.fromkeys(("merged", *HF_KINDS), "transformers")}
+HF_WORDS = {
+    "fp8": "linear weights in float8_e4m3fn with a scale per output channel, inputs rounded to the same per token "
+    "(compressed-tensors)",
+    "w4a16": "linear weights in 4-bit integers with a scale per 128, rounded to nearest (compressed-tensors)",
+    "nf4": "linear weights in NF4 with a scale per 64 (bitsandbytes)",
+}
 CURVE = "assets/training.svg"
 
 _MODEL = """\
@@ -281,8 +287,8 @@ def _metadata(kind: Kind, repo: str, facts: Facts) -> str:
     from huggingface_hub import ModelCardData
 
     recipe, on_hub = facts.recipe, facts.base["kind"] == "hub"
-    merged = facts.siblings.get("merged") if kind == "gguf" else None
-    base = merged or (facts.base["id"] if on_hub else None)  # a GGUF is a quantisation of the merged model
+    merged = facts.siblings.get("merged") if RELATION[kind] == "quantized" else None
+    base = merged or (facts.base["id"] if on_hub else None)  # it is a quantisation of the merged model
     methods = [*(["sft"] if recipe.train else []), *([recipe.preference.method] if recipe.preference else [])]
     tags = ["lora", *(methods or ["sft"]), "text-generation"] + (["qlora"] if recipe.quantization else [])
     results = sections.results(kind, facts)
@@ -329,13 +335,16 @@ def _datasets(recipe: Recipe) -> list[str]:
 def _summary(kind: Kind, facts: Facts) -> str:
     trained = "QLoRA" if facts.recipe.quantization else "LoRA"
     what = "adapter for" if kind == "adapter" else "fine-tune of"
-    form = ", as GGUF files for llama.cpp and Ollama" if kind == "gguf" else ""
+    forms = {"gguf": ", as GGUF files for llama.cpp and Ollama"} | {k: f", quantised to {k}" for k in HF_KINDS}
+    form = forms.get(kind, "")
     return f"{facts.recipe.name}: a {trained} {what} {facts.base['id']}, trained by supervised fine-tuning{form}."
 
 
 def _kind_words(kind: Kind, recipe: Recipe) -> str:
     if kind == "merged":
         return "the whole model, the adapter merged into its weights"
+    if kind in HF_WORDS:
+        return f"the merged model, {HF_WORDS[kind]}; embeddings and head are not quantised"
     if kind == "gguf":
         kinds: list[str] = list(recipe.export.gguf) if recipe.export else []
         return f"the merged model as {', '.join(kinds)}, with an Ollama Modelfile for the first"

@@ -16,7 +16,7 @@ STYLE = (
     "text{font:11px sans-serif;fill:#555}"
     ".grid{stroke:#ddd;stroke-width:1}.base{stroke:#555;stroke-width:1}"
     ".curve{fill:none;stroke:#1a5fb4;stroke-width:2.2;stroke-linejoin:round}.curve.faint{stroke:#9dbfe6;stroke-width:1}"
-    ".dots circle{fill:#fff;stroke:#b3541e;stroke-width:2}"
+    ".dot{fill:#1a5fb4}.dots circle{fill:#fff;stroke:#b3541e;stroke-width:2}"
     ".dashed{fill:none;stroke:#b3541e;stroke-width:1.2;stroke-dasharray:4 3}"
 )
 HELD_OUT = ("held_out_loss", "eval_loss")
@@ -31,13 +31,17 @@ def training_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[bytes, str]:
     lines = [plots.Line(loss, "faint"), plots.Line(plots.smoothed(loss, window))]
     lines += [plots.Line(held, "dots")] if held else []
     words = f"Loss over {len(loss)} logged steps: first {loss[0][1]:.4g}, last {loss[-1][1]:.4g}"
-    drawn = str(plots.lines(words, lines, "optimiser step", "loss, nats per token"))
+    svg = standalone(str(plots.lines(words, lines, "optimiser step", "loss, nats per token")))
+    note = f"{words}. Thin: as logged; bold: the mean of the last {window}." + (" Dots: held-out rows." if held else "")
+    return svg.encode(), note
+
+
+def standalone(drawn: str) -> str:
+    """Return a chart of utils/svg.py as a file of its own, with style and background."""
     head, _, body = drawn.partition(">")
     size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * plots.WIDTH:.0f}" height="{2 * plots.HEIGHT:.0f}"'
     ground = '<rect width="100%" height="100%" fill="#fff"/>'
-    svg = f"{head.replace('<svg', f'<svg {size}', 1)}><style>{STYLE}</style>{ground}{body}\n"
-    note = f"{words}. Thin: as logged; bold: the mean of the last {window}." + (" Dots: held-out rows." if held else "")
-    return svg.encode(), note
+    return f"{head.replace('<svg', f'<svg {size}', 1)}><style>{STYLE}</style>{ground}{body}\n"
 
 
 def _points(steps: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[float, float]]:

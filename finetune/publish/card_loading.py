@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.hub.client import Kind
+from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts
 
 QUESTION = "What is a file descriptor?"
@@ -21,6 +21,15 @@ def loading(kind: Kind, repo: str, facts: Facts) -> list[Block]:
     if kind == "adapter":
         return [_adapter(repo, facts)]
     whole = f'model = AutoModelForCausalLM.from_pretrained({repo!r}, dtype="auto", device_map="auto")'
+    if kind in HF_KINDS:
+        extra = [] if kind == "nf4" else ["pip install compressed-tensors"]
+        served = f"pip install vllm\nvllm serve {repo} --served-model-name {facts.recipe.name}"
+        own = "\n".join(["pip install 'transformers[serving]'", *extra, f"transformers serve {repo}"])
+        return [
+            ("", "python", _python(repo, facts, [], [whole])),
+            ("An OpenAI-compatible server on a GPU:", "sh", served),
+            ("The same without vLLM:", "sh", own),
+        ]
     small = [
         FOUR_BITS.format(type="nf4", double=True),
         f'model = AutoModelForCausalLM.from_pretrained({repo!r}, device_map="auto", quantization_config=four_bit)',
@@ -73,7 +82,11 @@ def _python(repo: str, facts: Facts, extra: list[str], model: list[str]) -> str:
 
 
 def _gguf(repo: str, facts: Facts) -> list[Block]:
-    first = f"model-{facts.recipe.export.gguf[0]}.gguf" if facts.recipe.export else "model.gguf"
+    first = (
+        f"model-{facts.recipe.export.gguf[0]}.gguf"
+        if facts.recipe.export and facts.recipe.export.gguf
+        else "model.gguf"
+    )
     llama = f"hf download {repo} {first} --local-dir .\nllama-cli -m {first} --jinja -p '{QUESTION}'"
     name = facts.recipe.name
     ollama = f"hf download {repo} {first} Modelfile --local-dir .\nollama create {name} -f Modelfile\nollama run {name}"

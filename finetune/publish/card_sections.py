@@ -10,7 +10,7 @@ from typing import Any
 from finetune.eval.answer_metrics import words_of
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
-from finetune.hub.client import Kind
+from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped, number
 from finetune.recipe import Generate, HubSource, LocalSource, Recipe
@@ -119,10 +119,12 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
     certify, evaluate, export = (metrics.get(stage) or {} for stage in ("certify", "evaluate", "export"))
     both = {**certify, **evaluate}
     first = {k: both[k] for k in EVALUATION if k in both}
-    files = {f"perplexity_gguf_{k}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
+    files = {f"perplexity_{_file(k)}": v for k, v in export.get("perplexity", {}).items() if k != "merged"}
     if files:
         first["perplexity_merged_as_gguf"] = export["perplexity"]["merged"]
-        files |= {f"agreement_gguf_{k}": v for k, v in export.get("agreement", {}).items()}
+        files |= {f"agreement_{_file(k)}": v for k, v in export.get("agreement", {}).items()}
+        files |= {f"mean_kl_{k}": v for k, v in export.get("mean_kl", {}).items() if k in HF_KINDS}
+        files |= {f"bytes_{k}": v for k, v in export.get("bytes", {}).items() if k in HF_KINDS}
     rest = {k: v for k, v in evaluate.items() if k not in first and k not in ("tasks", "metrics", "judge")}
     answers = [
         (name, words_of(name, f).removeprefix(name).lstrip(": ")) for name, f in evaluate.get("metrics", {}).items()
@@ -136,13 +138,19 @@ def evaluation(metrics: Mapping[str, Json]) -> tuple[list[tuple[str, str]], str]
         on.append(f"`perplexity_merged` on the {number(certify.get('tokens', 'chosen'))} tokens of the certificate")
     if files:
         on.append(
-            f"the GGUF files, and the merged model once more beside them, on {number(export['perplexity_rows'])} rows"
+            "the exported files, and the merged model once more beside them, on "
+            f"{number(export['perplexity_rows'])} rows"
         )
     if files and "agreement" in export:
-        on.append("`agreement_gguf_…`: the share of those rows' next tokens on which file and merged model agree")
+        on.append("`agreement_…`: the share of those rows' next tokens on which file and merged model agree")
     if answers:
         on.append(f"the measures of answers on {number(evaluate['generations'])} greedy answers, base → adapter")
     return figures({**first, **files, **rest}) + answers + judged + tasks, "; ".join(on)
+
+
+def _file(kind: str) -> str:
+    """Return the name of an exported file in a card's figures."""
+    return kind if kind in HF_KINDS else f"gguf_{kind}"
 
 
 def figures(values: Json) -> list[tuple[str, str]]:
@@ -247,10 +255,10 @@ def limits(kind: Kind, facts: Facts) -> list[str]:
         found.append("Nothing was measured on held-out rows.")
     if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
         found.insert(0, words)
-    if kind in ("merged", "gguf") and facts.certificate is None:
+    if kind != "adapter" and facts.certificate is None:
         found.append("The merge is not certified.")
-    exported = (facts.metrics.get("export") or {}) if kind == "gguf" else {}
-    if not exported.get("tokenizer_exact", True):
+    exported = (facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {}
+    if kind == "gguf" and not exported.get("tokenizer_exact", True):
         text = exported.get("tokenizer_differs", "some text")
         found.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
     if why := exported.get("perplexity_unknown"):
@@ -305,9 +313,10 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
         found.append(("stop_rate", "Share of greedy answers that end", evaluate.get("stop_rate")))
     elif kind == "merged":
         found.append(("perplexity", "Perplexity", certify.get("perplexity_merged")))
-    elif kind == "gguf":
+    else:
         files = (facts.metrics.get("export") or {}).get("perplexity", {})
-        found += [("perplexity", f"Perplexity ({name})", value) for name, value in files.items() if name != "merged"]
+        own = [n for n in files if n == kind or (kind == "gguf" and n not in ("merged", *HF_KINDS))]
+        found += [("perplexity", f"Perplexity ({name})", files[name]) for name in own]
     return [
         EvalResult(**where, metric_type=metric, metric_name=name, metric_value=value)
         for metric, name, value in found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.hub.client import Kind
+from finetune.hub.client import HF_KINDS, Kind
 from finetune.utils.files import read_json
 from finetune.utils.secrets import find_secrets
 
@@ -16,7 +16,7 @@ CARD, MODELFILE = "README.md", "Modelfile"
 NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "adapter": ("base", "train"),
     "merged": ("base", "merge"),
-    "gguf": ("base", "merge", "export"),
+    **dict.fromkeys(("gguf", *HF_KINDS), ("base", "merge", "export")),
     "dataset": ("base", "render"),  # render is finished, so the last of the stages below is too
 }
 ROW_STAGES = ("split", "sample", "decontaminate", "dedup", "filter", "ingest")  # the last that ran has the rows
@@ -43,11 +43,14 @@ def collect(kind: Kind, folders: Mapping[str, Path], made: Path) -> tuple[dict[s
     if kind == "dataset":
         return _rows(folders, made)
     trained = folders.get("align") or folders.get("train") or Path()
-    folder = trained / "adapter" if kind == "adapter" else folders["merge" if kind == "merged" else "export"]
+    if kind in HF_KINDS:
+        folder = folders["export"] / kind
+    else:
+        folder = trained / "adapter" if kind == "adapter" else folders["merge" if kind == "merged" else "export"]
     ending = "*.gguf" if kind == "gguf" else "*.safetensors"
     if not any(folder.glob(ending)):
         raise InputError(f"cannot publish the {kind}: no {ending} in {folder}; run the recipe again")
-    contents = _files(folder)
+    contents = {n: p for n, p in _files(folder).items() if kind != "gguf" or "/" not in n}  # no quantised folder
     _refuse_leaks(kind, contents, folders)
     if kind == "gguf":
         _check_gguf(contents, folders)

@@ -70,7 +70,7 @@ def check_loaded(
         )
     if kind == "gguf":
         return ["Modelfile"]
-    return ["tokenizer", "chat template", "config", *(["generation config"] if kind == "merged" else [])]
+    return ["tokenizer", "chat template", "config", *(["generation config"] if kind != "adapter" else [])]
 
 
 def _differences(kind: Kind, pulled: Path, staged: Path, template: Path | None) -> Iterator[str]:
@@ -81,7 +81,7 @@ def _differences(kind: Kind, pulled: Path, staged: Path, template: Path | None) 
     facts = json.loads((template / "template.json").read_text(encoding="utf-8")) if template else {}
     trained = (template / "inference.jinja").read_text(encoding="utf-8") if template else None
     yield from _tokenizer(pulled, staged, facts, trained)
-    if kind == "merged":
+    if kind != "adapter":
         yield from _config(pulled, staged, facts)
     else:
         yield from _adapter_config(pulled, staged, facts)

@@ -17,7 +17,9 @@ class Publish(Section):
 
     repo: Annotated[str, Field(pattern=REPOSITORY, max_length=200)] | None = None
     """OWNER/NAME of the repository; null requires --repo."""
-    what: Annotated[list[Literal["adapter", "merged", "gguf", "dataset"]], Field(min_length=1)] = ["adapter"]
+    what: Annotated[
+        list[Literal["adapter", "merged", "gguf", "fp8", "w4a16", "nf4", "dataset"]], Field(min_length=1)
+    ] = ["adapter"]
     """Kinds to push: the first to `repo`, each other one to the same name with its kind appended."""
     private: bool = True
     """Create the repository as private."""

@@ -200,14 +200,15 @@ class Recipe(Section):
 
     def _asked_and_not_made(self) -> Iterator[Contradiction]:
         if self.merge is None and self.export is not None:
-            yield ("export",), "GGUF needs the merged model, but merge is null; set export: null, or merge: {}"
+            yield ("export",), "it needs the merged model, but merge is null; set export: null, or merge: {}"
         if self.merge is None and "merged" in self.publish.what:
             yield ("publish", "what"), "found merged, but merge is null; publish the adapter, or set merge: {}"
-        if self.export is None and "gguf" in self.publish.what:
-            yield (
-                ("publish", "what"),
-                "found gguf, but export is null; set export: {gguf: [q8_0]}, or remove gguf",
-            )
+        made = ["gguf"] * bool(self.export and self.export.gguf) + list[str](self.export.hf if self.export else [])
+        for kind in self.publish.what:
+            if kind not in ("adapter", "merged", "dataset", *made):
+                asked = "gguf: [q8_0]" if kind == "gguf" else f"hf: [{kind}]"
+                why = "export is null" if self.export is None else "export does not name it"
+                yield ("publish", "what"), f"found {kind}, but {why}; set export: {{{asked}}}, or remove {kind}"
         if self.quantization is None and self.certify and self.certify.base == "dequantized":
             yield ("certify", "base"), "quantization is null, so nothing is dequantized; set it to original"
         if self.quantization is None and self.runtime.keep_quantized == "always":

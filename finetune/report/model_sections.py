@@ -321,15 +321,30 @@ def merge_section(view: StageView) -> dict[str, Any]:
 
 
 def export_section(view: StageView) -> dict[str, Any]:
-    """Return for each GGUF file the error against the merged weights, and its perplexity next to theirs."""
+    """Return for each exported file its size, and its perplexity next to the merged model's; bits against perplexity as
+    a plot.
+    """
     m = view.metrics
-    apart, scores, same = (m.get(key, {}) for key in ("reload_difference", "perplexity", "agreement"))
+    apart, scores, same, kl, bits = (
+        m.get(key, {}) for key in ("reload_difference", "perplexity", "agreement", "mean_kl", "bits_per_weight")
+    )
     rows = []
     for name, count in m.get("bytes", {}).items():
         kind = name.removeprefix("model-").removesuffix(".gguf")
         difference = number(apart[name]) if name in apart else "in blocks"
         measured = number(scores[kind]) if kind in scores else NONE
-        rows.append((name, size(count), difference, measured, percent(same[kind]) if kind in same else NONE))
+        agreed, divergence = (values.get(kind) for values in (same, kl))
+        rows.append(
+            (
+                name,
+                size(count),
+                number(bits[kind]) if kind in bits else NONE,
+                difference,
+                measured,
+                NONE if agreed is None else percent(agreed),
+                NONE if divergence is None else f"{divergence:.2g}",
+            )
+        )
     notes = []
     if not m.get("tokenizer_exact", True):
         text = m.get("tokenizer_differs", "some text")
@@ -341,4 +356,6 @@ def export_section(view: StageView) -> dict[str, Any]:
         notes.append(f"Read again a tensor at a time, and not by transformers as well: {m['not_loaded']}.")
     if m.get("perplexity_unknown"):
         notes.append(f"Perplexity not measured: {m['perplexity_unknown']}.")
-    return {"absent": "" if m else view.absence, "rows": rows, "note": " ".join(notes)}
+    points = [(kind, bits[kind], scores[kind]) for kind in scores if kind in bits]
+    plot = svg.points("perplexity against bits per weight", points, "bits per weight", "perplexity")
+    return {"absent": "" if m else view.absence, "rows": rows, "note": " ".join(notes), "plot": plot}

@@ -1,16 +1,17 @@
-"""The merged model as GGUF files, each read again, compared and scored, with an Ollama Modelfile."""
+"""The merged model as GGUF files and quantised folders, each read again, compared and scored."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.utils.files import read_json, write_bytes
 from finetune.utils.upstream import no_gguf_bar
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.gguf.ollama import Chat
+    from finetune.gguf.chat import Chat
+    from finetune.gguf.reader import GgufWeights
     from finetune.gguf.writer import Header, Planned
+    from finetune.quantized.reader import QuantizedWeights
     from finetune.tokenization.token_rows import TokenRow
 
 MAX_LOADED_PARAMETERS = 200_000_000  # transformers takes 4 bytes for each
@@ -51,15 +54,81 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
-    """Write model-KIND.gguf for every kind, and a Modelfile for the first.
+    """Write model-KIND.gguf for every kind with a Modelfile for the first, and a folder for every kind of `hf`.
 
     Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
     weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
     each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
     reads small models too, and must find the same weights; `not_loaded` says why it did not. Raises InputError where
-    the gguf package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
-    llama.cpp; FinetuneError where the weights in a file are others.
+    a package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
+    llama.cpp; FinetuneError where the weights in a file are others; GateRefused where a file's perplexity or template
+    is not the merged model's.
     """
+    from finetune.gguf.scoring import Kind, score
+    from finetune.models.device import pick_device
+    from finetune.utils.safetensors_io import read_folder
+
+    folder = inputs["merge"]
+    refs = read_folder(folder).values()
+    parameters = sum(prod(ref.shape) for ref in refs)
+    kinds, metrics = _write_gguf(spec, inputs, out, ctx) if spec.export.gguf else ({}, {})
+    folders = _write_hf(spec, folder, out, ctx)
+    sizes = metrics.setdefault("bytes", {})
+    assert isinstance(sizes, dict)  # noqa: S101
+    sizes |= {kind: sum(p.stat().st_size for p in w.folder.glob("*.safetensors")) for kind, w in folders.items()}
+    bits = {_kind(name): round(8 * size / parameters, 3) for name, size in sizes.items()}
+    metrics["bits_per_weight"] = {"merged": round(8 * sum(r.size_bytes for r in refs) / parameters, 3)} | bits
+    rows = _rows(spec, inputs["render"] / "eval.parquet", parameters, ctx) if "render" in inputs else []
+    small = parameters < MAX_LOADED_PARAMETERS
+    if not rows:
+        for weights in kinds.values():
+            weights.require_finite()
+        for quantized in folders.values():
+            quantized.require_finite()
+            if small:
+                quantized.require_loaded([], None, ctx)
+        why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
+        return metrics | {"perplexity_unknown": why}
+    files = {kind: Kind(w) for kind, w in kinds.items()} | {k: Kind(w, w.prepare) for k, w in folders.items()}
+    scores = score(folder, files, rows, pick_device(ctx.device), ctx)
+    for kind, quantized in folders.items() if small else ():
+        quantized.require_loaded(rows, scores.perplexity[kind], ctx)
+    _refuse_ruined(scores.perplexity, spec.export.max_perplexity_ratio)
+    measured = {"perplexity": scores.perplexity, "agreement": scores.agreement, "mean_kl": scores.mean_kl}
+    return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
+
+
+def _kind(file: str) -> str:
+    return file.removeprefix("model-").removesuffix(".gguf")
+
+
+def _refuse_ruined(perplexity: Mapping[str, float], most: float) -> None:
+    """Raise GateRefused if a file's perplexity is more than `most` times the merged model's."""
+    ratios = {kind: value / perplexity["merged"] for kind, value in perplexity.items()}
+    if ruined := [f"{kind} ({ratio:.2f})" for kind, ratio in ratios.items() if ratio > most]:
+        raise GateRefused(
+            f"export: perplexity / the merged model's is above export.max_perplexity_ratio {most:g} in "
+            f"{', '.join(ruined)}; ask for more bits, or raise export.max_perplexity_ratio"
+        )
+
+
+def _write_hf(spec: Spec, folder: Path, out: Path, ctx: Context) -> dict[str, QuantizedWeights]:
+    """Write the quantised folders; return their weights by format."""
+    from finetune.quantized import formats, reader, writer
+
+    if why := formats.missing(spec.export.hf):
+        raise InputError(f"export.hf: {why}")
+    found: dict[str, QuantizedWeights] = {}
+    for kind in dict.fromkeys(spec.export.hf):
+        writer.write(folder, out / kind, writer.plan(folder, kind), ctx)
+        found[kind] = reader.QuantizedWeights(out / kind)
+    return found
+
+
+def _write_gguf(
+    spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context
+) -> tuple[dict[str, GgufWeights], Metrics]:
+    """Write the GGUF files and the Modelfile and compare their weights; return these by kind, and metrics."""
     from finetune.gguf import llama_cpp
     from finetune.gguf import writer as gguf_writer
     from finetune.gguf.support import window_note
@@ -89,10 +158,12 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     if others := [kind for kind in kinds if kind not in plans]:
         _quantize(quantizer, others, out, header, exact, ctx)
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
+    _refuse_other_chats([out / name for name in sizes], header, tokenizer, inputs)
     template = _write_modelfile(out, f"model-{kinds[0]}.gguf", header, tokenizer)
     metrics: Metrics = {"bytes": sizes, "tokenizer_exact": not differs, "ollama_template": template}
     metrics |= {"tokenizer_differs": differs} if differs else {}
-    return metrics | _read_again(spec, inputs, out, kinds, plans, exact, config, ctx)
+    files, read = _read_again(folder, out, kinds, plans, exact, config, ctx)
+    return files, metrics | read
 
 
 def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: list[Planned]) -> int:
@@ -130,43 +201,31 @@ def _quantize(
 
 
 def _read_again(
-    spec: Spec,
-    inputs: Mapping[str, Path],
+    folder: Path,
     out: Path,
     kinds: Sequence[str],
     plans: Mapping[str, list[Planned]],
     exact: list[Planned],
     config: Mapping[str, Any],
     ctx: Context,
-) -> Metrics:
-    """How far the weights in each file are from the merged ones, and what that costs on held-out rows."""
-    from finetune.gguf import scoring
+) -> tuple[dict[str, GgufWeights], Metrics]:
+    """The weights in each file, and how far they are from the merged ones."""
     from finetune.gguf.reader import ROUNDED, GgufWeights
-    from finetune.models.device import pick_device
 
-    files = {kind: GgufWeights(out / f"model-{kind}.gguf", exact) for kind in kinds}
+    files = {kind: GgufWeights(out / f"model-{kind}.gguf", exact, plans.get(kind)) for kind in kinds}
     differences = {}
     not_loaded = _not_loaded(exact, config)
     for kind, weights in files.items():
         if not not_loaded:
-            weights.require_same(_loaded(weights.path, inputs["merge"]))
+            weights.require_same(_loaded(weights.path, folder))
         if kind in ROUNDED:
             tracked = ctx.track(plans[kind], f"reading {weights.path.name}", len(exact))
             differences[weights.path.name] = max(weights.difference(p) for p in tracked)
     metrics: Metrics = {"reload_difference": differences} if differences else {}
-    metrics |= {"not_loaded": not_loaded} if not_loaded else {}
-    rows = _rows(spec, inputs["render"] / "eval.parquet", exact, ctx) if "render" in inputs else []
-    if not rows:
-        for kind in kinds:
-            files[kind].require_finite(plans.get(kind, exact))
-        why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
-        return metrics | {"perplexity_unknown": why}
-    scores = scoring.score(inputs["merge"], files, rows, pick_device(ctx.device), ctx)
-    measured = {"perplexity": scores.perplexity, "agreement": scores.agreement, "mean_kl": scores.mean_kl}
-    return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
+    return files, metrics | ({"not_loaded": not_loaded} if not_loaded else {})
 
 
-def _rows(spec: Spec, path: Path, exact: list[Planned], ctx: Context) -> list[TokenRow]:
+def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
     """The held-out rows to score, of so many tokens as a model of its size can be scored on."""
     from finetune.eval.compare import first_rows
     from finetune.tokenization.token_rows import read_token_rows
@@ -174,7 +233,7 @@ def _rows(spec: Spec, path: Path, exact: list[Planned], ctx: Context) -> list[To
     if not spec.export.perplexity_rows:
         return []
     rows = [row for row in read_token_rows(path, spec.export.perplexity_rows) if row.mask[1:].any()]
-    most = spec.tokens if _parameters(exact) >= MAX_LOADED_PARAMETERS else MANY_TOKENS
+    most = spec.tokens if parameters >= MAX_LOADED_PARAMETERS else MANY_TOKENS
     chosen = first_rows(rows, most)
     if len(chosen) < len(rows):
         ctx.say(f"export: {len(chosen)} of {len(rows)} held-out rows are scored, {most:,} tokens at most")
@@ -254,11 +313,32 @@ def _write_modelfile(out: Path, weights: str, header: Header, tokenizer: PreTrai
     return "gguf" if pieces is None else "modelfile"
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool) -> str:
+def _refuse_other_chats(
+    paths: Sequence[Path], header: Header, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Path]
+) -> None:
+    """Raise GateRefused if a file's chat template or terminators are not those that were trained."""
+    from finetune.gguf.chat import differences
+
+    trained = inputs.get("render", Path()) / "template"
+    text, ends = header.template, header.terminators
+    if (trained / "template.json").exists():
+        text = (trained / "inference.jinja").read_text(encoding="utf-8")
+        ends = tuple(read_json(trained / "template.json")["terminators"])
+    for path in paths:
+        ours = partial(_rendered, tokenizer, prompt=True, template=text) if text else None
+        if found := list(differences(path, ours, ends)):
+            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {found[0]}")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, template: str | None = None) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                list(chat), tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
+        )
     except TemplateError as error:
         raise ValueError(str(error)) from error
 

@@ -121,6 +121,27 @@ def lines(
     return _drawing(label, HEIGHT, parts)
 
 
+def points(label: str, named: Sequence[tuple[str, float, float]], x_label: str, y_label: str) -> Markup:
+    """Draw a named dot for each (name, x, y), x from 0 on; one that is not finite is left out."""
+    drawn = [(name, x, y) for name, x, y in named if math.isfinite(x) and math.isfinite(y)]
+    if not drawn:
+        return Markup("")
+    ys = [y for _, _, y in drawn]
+    frame = _Frame(0.0, 1.08 * max(x for _, x, _ in drawn), *_widened(min(ys), max(ys), False))
+    parts = [frame.axes(x_label, y_label, short)]
+    placed: list[tuple[float, float]] = []
+    for name, x, y in sorted(drawn, key=lambda point: point[1:]):
+        across, down = frame.x(x), frame.y(y) - 7
+        while any(abs(across - a) < 60 and abs(down - b) < 11 for a, b in placed):  # a name over another
+            down -= 11
+        placed.append((across, down))
+        parts.append(
+            f'<circle class="dot" cx="{across:.1f}" cy="{frame.y(y):.1f}" r="4"/>'
+            f'<text class="note" x="{across:.1f}" y="{down:.1f}" text-anchor="middle">{_text(name)}</text>'
+        )
+    return _drawing(label, HEIGHT, parts)
+
+
 def _curve(frame: _Frame, curve: Line) -> str:
     places = [(frame.x(x), frame.y(y)) for x, y in curve.points]
     if len(places) == 1 or curve.look == "dots":

@@ -61,6 +61,6 @@ def test_the_quick_quantiser_is_bitsandbytes_own(dtype: torch.dtype) -> None:
     values[2, 15:64] = 1
     values[3] = -values[2]
     expected, state = quantize_4bit(values.to(dtype), blocksize=64, compress_statistics=False, quant_type="nf4")
-    packed, absmax = nf4_round_trip._quantize_nf4(values.to(dtype))
+    packed, absmax = nf4_round_trip.quantize_nf4(values.to(dtype))
     assert torch.equal(packed, expected)
     assert torch.equal(absmax, state.absmax)

@@ -102,6 +102,8 @@ QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
         (QUANTIZED, "", r"stored quantised \(gptq\)"),
         ({"quantization_config": {"load_in_4bit": True}}, "", "quantization: null and merge: null"),
         ({"architectures": ["OlmoForCausalLM"]}, "export: {gguf: [q8_0]}\n", "no GGUF of OlmoForCausalLM"),
+        ({"hidden_size": 72}, "export: {hf: [fp8]}\n", r"export\.hf: fp8 needs widths divisible by 16"),
+        ({"num_local_experts": 4}, "export: {hf: [fp8]}\n", "a mixture of experts"),
     ],
 )
 def test_a_base_that_cannot_come_to_the_end_is_refused_everywhere(

@@ -180,6 +180,30 @@ def test_nested_counts_and_intervals_have_a_short_form() -> None:
     assert "curve" not in text and "`none`" not in text
 
 
+def test_the_card_of_a_quantised_folder_says_what_it_cost_and_how_to_serve_it() -> None:
+    found = {
+        "perplexity": {"merged": 4.02, "q8_0": 4.03, "fp8": 4.05},
+        "agreement": {"q8_0": 0.99, "fp8": 0.98},
+        "mean_kl": {"q8_0": 0.001, "fp8": 0.002},
+        "bytes": {"model-q8_0.gguf": 10, "fp8": 12345},
+        "perplexity_rows": 24,
+    }
+    asked = recipe(export={"gguf": ["q8_0"], "hf": ["fp8"]})
+    text = card("fp8", recipe=asked, metrics={**METRICS, "export": found}, siblings={"fp8": "me/x", "merged": "me/y"})
+    loaded = metadata(text)
+    assert (loaded["base_model"], loaded["base_model_relation"], loaded["library_name"]) == (
+        "me/y",
+        "quantized",
+        "transformers",
+    )
+    results = loaded["model-index"][0]["results"][0]["metrics"]
+    assert [(r["name"], r["value"]) for r in results] == [("Perplexity (fp8)", 4.05)]
+    for words in ("vllm serve me/x", "transformers serve me/x", "pip install compressed-tensors", "float8_e4m3fn"):
+        assert words in text, words
+    for words in ("| `perplexity_fp8` | 4.05 |", "| `agreement_fp8` | 0.98 |", "| `mean_kl_fp8` |", "| `bytes_fp8` |"):
+        assert words in text, words
+
+
 def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
     asked = recipe(export={"gguf": ["q8_0", "q2_k"]})
     found = {

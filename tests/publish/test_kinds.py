@@ -62,6 +62,21 @@ def test_gguf_is_pushed_pushed_again_pulled_and_loaded(
     assert AutoTokenizer.from_pretrained(pulled, gguf_file="model-f16.gguf").chat_template == CHATML
 
 
+def test_a_quantised_folder_is_not_pushed_with_the_gguf_files(hub: LoopbackHub, act: Act, exported: Path) -> None:
+    shutil.copytree(act.folders["merge"], exported / "nf4")
+    act(recipe(what=["gguf"], **GGUF))
+    assert not [name for name in hub.files("me/tiny") if "nf4" in name or name.endswith(".safetensors")]
+
+
+def test_a_quantised_folder_is_pushed_and_read_back(hub: LoopbackHub, act: Act, tmp_path: Path) -> None:
+    act.folders["export"] = tmp_path / "artifacts" / "export"
+    shutil.copytree(act.folders["merge"], act.folders["export"] / "nf4")
+    (act.folders["export"] / "manifest.json").write_text("{}")
+    pushed = act(recipe(what=["nf4"], export={"hf": ["nf4"]}))["pushes"][0]
+    assert pushed["loaded"] == ["tokenizer", "chat template", "config", "generation config"]
+    assert {"model.safetensors", "config.json"} <= set(hub.files("me/tiny"))
+
+
 def test_a_kind_that_is_no_longer_exported_goes(hub: LoopbackHub, act: Act, exported: Path) -> None:
     act(recipe(what=["gguf"], **GGUF))
     (exported / "model-f16.gguf").unlink()

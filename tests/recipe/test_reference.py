@@ -119,6 +119,7 @@ BAD = {
     "a model that is a number": {"model": 5},
     "an unknown export": {"export": {"gguf": ["q9"]}},
     "an export of nothing": {"export": {"gguf": []}},
+    "an export of an unknown folder": {"export": {"hf": ["int3"]}},
     "a repository without an owner": {"publish": {"repo": "me"}},
     "a threshold above one": {"dedup": {"threshold": 1.5}},
     "an unknown keep": {"dedup": {"keep": "shortest"}},

@@ -138,5 +138,6 @@ def made_run(root: Path, text: str = "A plain text.", label: str = "rows", recip
     run.done(
         "export", bytes={text: 10**6}, reload_difference={text: 0.0}, tokenizer_exact=False,
         perplexity={"merged": 3.0, text: 3.5}, agreement={text: 0.97}, perplexity_rows=7, not_loaded=text,
+        mean_kl={text: 0.01}, bits_per_weight={"merged": 16.0, text: 4.5},
     )  # fmt: skip
     return run

@@ -1,5 +1,6 @@
 """Which engine serves which files, and with which words."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,38 @@ def test_what_vllm_cannot_apply(config, reason):
 )
 def test_loopback(host, here):
     assert engines.is_loopback(host) is here
+
+
+def vllm_parsed(words):
+    """What vLLM's own parser makes of a command. It is imported without its compiled parts, as on a CPU."""
+    platforms = pytest.importorskip("vllm.platforms")
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    platforms._current_platform = CpuPlatform()
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("served", [MERGED, ADAPTER])
+def test_every_word_for_vllm_is_one_of_its_parser(served):
+    known = json.loads((Path(__file__).parent / "vllm_flags.json").read_text())
+    words = command("vllm", served, "127.0.0.1", 8000)
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        if flag.startswith("--"):
+            choices = known["flags"][flag]
+            assert choices is None or value in choices
+    assert tuple(map(int, known["flags"]["--max-lora-rank"])) == engines.VLLM_RANKS
+    assert set(known["environment"]) & set(engines.environment("vllm", "k", {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("served", [MERGED, ADAPTER])
+def test_vllms_own_parser_takes_the_command(served):
+    found = vllm_parsed(command("vllm", served, "127.0.0.1", 8000))
+    assert found.model_tag == str(served.merged or served.base) and found.dtype == served.dtype
+    assert found.chat_template == str(served.template) and (found.host, found.port) == ("127.0.0.1", 8000)
+    assert found.max_model_len == served.context
+    if served is ADAPTER:
+        assert found.enable_lora and found.max_lora_rank == 32
+        assert [(m.name, m.path) for m in found.lora_modules] == [("mine", "/a")]

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.context import Metrics
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.scoring import row_nll
 from finetune.gguf import reader as gguf_reader
 from finetune.gguf import scoring
@@ -31,10 +31,17 @@ from tests.helpers.tiny_tokenizers import build
 from tests.stages.finished import context, write_rows
 
 pytest.importorskip("gguf")
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 def run(
-    folder: Path, out: Path, *kinds: str, rows: int = 0, tokens: int = 8192, say: Callable[[str], None] = lambda _: None
+    folder: Path,
+    out: Path,
+    *kinds: str,
+    rows: int = 0,
+    tokens: int = 8192,
+    say: Callable[[str], None] = lambda _: None,
+    **fields: object,
 ) -> Metrics:
     """Export a merged folder; with `rows`, random held-out rows of its vocabulary are scored."""
     out.mkdir()
@@ -43,7 +50,7 @@ def run(
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(0)
     write_rows(render / "eval.parquet", [rng.integers(3, size, 20 + i).tolist() for i in range(rows)])
-    asked = Export.model_validate({"gguf": kinds, "perplexity_rows": rows})
+    asked = Export.model_validate({"gguf": kinds, "perplexity_rows": rows, **fields})
     return export.run(
         export.Spec(export=asked, tokens=tokens),
         {"merge": folder, "render": render},
@@ -268,7 +275,7 @@ def test_a_block_that_is_not_finite_is_found_where_nothing_is_scored(
     monkeypatch.setattr(export, "MAX_LOADED_PARAMETERS", 1000)  # transformers does not read it first
     with pytest.raises(FinetuneError, match=r"model-q8_0\.gguf: .* holds values that are not finite"):
         run(folder, tmp_path / "broken", "q8_0")
-    with pytest.raises(FinetuneError, match=r"model-q8_0\.gguf: its perplexity is nan"):
+    with pytest.raises(FinetuneError, match="perplexity of q8_0 is nan"):
         run(folder, tmp_path / "scored", "q8_0", rows=4)
 
 
@@ -354,3 +361,46 @@ def test_it_is_off_unless_asked_for() -> None:
     assert export.spec(asked) == export.Spec(export=Export(gguf=["f16"]), tokens=8192)
     assert export.spec(asked.model_copy(update={"certify": None})) == export.spec(asked)
     assert export.spec(asked.model_copy(update={"merge": None})) is None
+
+
+def test_quantised_folders_are_scored_beside_the_gguf_files(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = merged(tmp_path / "merge", "mistral", "bfloat16", **WIDE)
+    metrics: dict[str, Any] = run(
+        folder, tmp_path / "out", "q8_0", rows=8, hf=["fp8", "w4a16", "nf4"], max_perplexity_ratio=1000
+    )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model-q8_0.gguf", "Modelfile", "fp8", "w4a16", "nf4"}
+    assert list(metrics["perplexity"]) == ["merged", "q8_0", "fp8", "w4a16", "nf4"]
+    assert 1 > metrics["agreement"]["fp8"] > metrics["agreement"]["w4a16"]
+    bits = metrics["bits_per_weight"]
+    assert bits["merged"] == pytest.approx(16, abs=0.01) and bits["fp8"] > bits["nf4"] > bits["w4a16"]
+
+
+def test_folders_alone_need_no_gguf_and_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    folder = merged(tmp_path / "merge", "mistral", "float16", **WIDE)
+    metrics: dict[str, Any] = run(folder, tmp_path / "out", hf=["nf4"])
+    assert set(metrics) == {"bytes", "bits_per_weight", "perplexity_unknown"}
+
+
+def test_a_file_that_costs_too_much_is_refused(tmp_path: Path) -> None:
+    folder = merged(tmp_path / "merge", "mistral", "bfloat16", **WIDE)
+    fine: dict[str, Any] = run(folder, tmp_path / "fine", "q8_0", rows=4, max_perplexity_ratio=1.5)
+    assert fine["perplexity"]["q8_0"] < 1.5 * fine["perplexity"]["merged"]
+    scores = {"merged": 10.0, "q8_0": 10.2, "w4a16": 15.1, "q2_k": 40.0}
+    with pytest.raises(GateRefused, match=r"max_perplexity_ratio 1\.5 in w4a16 \(1\.51\), q2_k \(4\.00\)"):
+        export._refuse_ruined(scores, 1.5)
+    export._refuse_ruined(scores, 4.0)
+
+
+def test_a_layer_that_transformers_runs_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rounding of inputs, fp8's perplexity is not the one that transformers computes."""
+    from finetune.quantized import reader
+
+    pytest.importorskip("compressed_tensors")
+    folder = merged(tmp_path / "merge", "mistral", "bfloat16", **WIDE)
+    monkeypatch.setattr(reader, "NEAR", 1e-6)
+    run(folder, tmp_path / "right", rows=6, hf=["fp8"], max_perplexity_ratio=1000)
+    monkeypatch.setattr(reader.QuantizedWeights, "prepare", lambda self, model: None)
+    with pytest.raises(FinetuneError, match="transformers computes perplexity"):
+        run(folder, tmp_path / "wrong", rows=6, hf=["fp8"], max_perplexity_ratio=1000)

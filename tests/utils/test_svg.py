@@ -113,3 +113,9 @@ def test_a_number_at_the_edge_is_not_cut() -> None:
     for x, anchor in re.findall(r'class="tick" x="([\d.]+)"[^>]*text-anchor="(\w+)"', svg):
         assert anchor == ("end" if float(x) > plots.WIDTH - 20 else "start" if float(x) < 20 else "middle")
     assert 'text-anchor="end">400<' in svg
+
+
+def test_points_have_their_names_and_none_that_is_not_finite():
+    drawn = str(plots.points("a", [("<q8>", 8.5, 4.0), ("nf4", 4.5, math.inf), ("w4", 4.1, 4.0)], "bits", "perplexity"))
+    assert "&lt;q8&gt;" in drawn and "w4" in drawn and "nf4" not in drawn and drawn.count("<circle") == 2
+    assert plots.points("a", [("x", math.nan, 1.0)], "x", "y") == ""

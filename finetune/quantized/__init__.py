@@ -1,0 +1,1 @@
+"""Write quantised Hugging Face folders of a model, read them back and compare."""
