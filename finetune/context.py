@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from finetune.engine.local import Local
 from finetune.errors import FinetuneError, Stopped
 from finetune.utils.limits import memory_is_short
 from finetune.utils.progress import Bar, HeardBar, SilentBar
 
 if TYPE_CHECKING:
+    from finetune.engine.interface import Engine
     from finetune.recipe import Runtime, Tracking
 
 T = TypeVar("T")
@@ -78,6 +80,7 @@ class Context:
     rank: int = 0
     world: int = 1
     launch: str = ""  # tells the processes of one launch from those of another
+    engine: Engine = field(default_factory=Local)  # runs the partitions of data stages
     environment: Mapping[str, str] = field(default_factory=dict)  # recorded by the tracker; never a secret
     artifacts: Path | None = None  # the durable root; None: scratch holds what is kept between stages as well
 

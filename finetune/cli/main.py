@@ -16,7 +16,10 @@ from finetune.cli.options import (
     SCRATCH,
     Artifacts,
     AsJson,
+    EngineName,
     MaxNewTokens,
+    Mirror,
+    RayAddress,
     RecipeName,
     RunName,
     Scratch,
@@ -95,12 +98,9 @@ def run(
     fresh: Annotated[bool, typer.Option(help="Leave an unfinished training behind and start again.")] = False,
     processes: Annotated[int, typer.Option(min=1, max=128, help="Train in this many processes, one a GPU.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Go on although the GPU seems too small.")] = False,
-    mirror: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME", help="Keep what is finished in this private Hub repository, and go on from it."
-        ),
-    ] = MIRROR,
+    mirror: Mirror = MIRROR,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
 ) -> None:
     """Run a recipe: every stage that is not there yet, or whose inputs changed.
 
@@ -109,7 +109,7 @@ def run(
     from finetune.cli.run import launch_recipe, run_recipe
 
     asked: dict[str, Any] = {"until": until, "sets": sets or [], "artifacts": artifacts, "scratch": scratch}
-    asked |= {"fresh": fresh, "force": force, "mirror": mirror}
+    asked |= {"fresh": fresh, "force": force, "mirror": mirror, "engine": engine, "ray_address": ray_address}
     if processes > 1:
         launch_recipe(recipe, processes, **asked)
     else:

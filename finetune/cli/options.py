@@ -32,6 +32,17 @@ ServerUrl = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 Temperature = Annotated[float, typer.Option(min=0, max=10, help="0 always takes the most likely token.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
+Mirror = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Keep what is finished in this private Hub repository, and go on from it."),
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", metavar="local|ray", help="Run the data stages here, or on a Ray cluster.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="HOST:PORT", help="A running cluster; else one is started here and stopped."),
+]
 ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 

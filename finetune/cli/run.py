@@ -6,12 +6,14 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.cli.options import ARTIFACTS, SCRATCH
 from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
+from finetune.engine.interface import Engine
 from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
@@ -38,6 +40,8 @@ def run_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> Run:
     """Load, check, build the missing stages, and print all folders; return the run's record.
 
@@ -45,6 +49,7 @@ def run_recipe(
     """
     if until is not None:
         stage_named(until)
+    _check_engine(engine, ray_address)
     # Threads that spin while they wait make a step many times slower when another process wants the same core; to spin
     # less costs nothing on a quiet machine (docs/lab-notes.md). libgomp reads this when torch is loaded, later on.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -61,7 +66,7 @@ def run_recipe(
         live = Live(record, loaded.recipe, store, until)
         if rank == 0:
             record.on_change, ctx = live.write, ctx.heard_by(live.heard)
-
+        ctx = replace(ctx, engine=owned.enter_context(_engine(engine, ray_address, ctx, store, screen)))
         if mirror and rank == 0:
             from finetune.pipeline.mirror import mirrored
 
@@ -92,6 +97,25 @@ def run_recipe(
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start, until, store)
     return record
+
+
+def _check_engine(engine: str, ray_address: str | None) -> None:
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine: found {engine!r}; allowed: local, ray")
+    if ray_address and engine != "ray":
+        raise InputError("--ray-address names a Ray cluster: add --engine ray")
+
+
+def _engine(
+    name: str, address: str | None, ctx: Context, store: Store, screen: Screen
+) -> AbstractContextManager[Engine]:
+    """Return a context with the engine: this process's own, a local Ray cluster, or the one at `address`."""
+    if name == "local":
+        return nullcontext(ctx.engine)
+    from finetune.engine import ray
+
+    store.artifacts.mkdir(parents=True, exist_ok=True)
+    return ray.started(address, [store.artifacts, store.scratch] if address else [], screen.say)
 
 
 def _save_record(record: Run, screen: Screen) -> None:
@@ -127,10 +151,15 @@ def launch_recipe(
     fresh: bool,
     force: bool = False,
     mirror: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Run in several processes: each trains its share of every batch, the first runs the other stages."""
     if launch.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts its own processes: remove it under accelerate launch or torchrun")
+    _check_engine(engine, ray_address)
+    if engine != "local":
+        raise InputError("--engine ray runs the data stages: run with --until pack first, then with --processes alone")
     load_recipe(name, sets, artifacts)  # its errors are printed once, here
     arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
     arguments += ["--until", until] if until else []
@@ -229,6 +258,16 @@ def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, s
     return f"next: finetune chat {name}{roots}"
 
 
+def _larger(loaded: LoadedRecipe) -> str:
+    """Return the way to a 7B on the same rows, or the example's command if the rows are the built-in ones."""
+    if any(source.source == "pydoc" for source in loaded.recipe.data):
+        return "make sft RECIPE=mistral-guanaco"
+    return (
+        f"the same `finetune init` as for {loaded.recipe.name}, with --name {loaded.recipe.name}-7b "
+        "--model mistralai/Mistral-7B-Instruct-v0.2 --device t4"
+    )
+
+
 def _rejecting(steps: list[runner.Step]) -> list[str]:
     """Return the stages that dropped rows, which are listed in their rejects.parquet."""
     files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
@@ -270,4 +309,4 @@ def _print_result(
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
     print_text(f"\n{next_step(loaded, judged, until, store)}")
     if loaded.recipe.model.kind == "builtin":
-        print_text("A real 7B, on a machine with a GPU:  make sft RECIPE=mistral-guanaco")
+        print_text(f"A 7B, on a machine with a GPU: {_larger(loaded)}")

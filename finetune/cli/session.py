@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from finetune.context import Context, StopFlag
+from finetune.engine.local import Local
 from finetune.errors import Stopped
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -38,6 +39,7 @@ def make_context(
         rank=rank,
         world=world,
         launch=os.environ.get("MASTER_PORT", ""),
+        engine=Local(recipe.runtime.workers),
         environment=recorded,
         artifacts=store.artifacts,
     )

@@ -128,6 +128,40 @@ def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
             yield from examples_of(batch)
 
 
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """The rows `start` to `stop` (exclusive) of a file that `write_rows` wrote."""
+
+    path: Path
+    start: int
+    stop: int
+
+    def read(self) -> list[Example]:
+        """The rows, reading only the row groups that hold them."""
+        import pyarrow.parquet as pq
+
+        found: list[Example] = []
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if first < self.stop and self.start < first + count:
+                    low, high = max(self.start - first, 0), min(self.stop - first, count)
+                    table = file.read_row_group(group).slice(low, high - low)
+                    for batch in table.combine_chunks().to_batches():
+                        found += examples_of(batch)
+                first += count
+        return found
+
+
+def row_ranges(path: Path, size: int) -> list[RowRange]:
+    """A file of rows in ranges of `size` rows, the last one shorter."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_metadata(path).num_rows
+    return [RowRange(path, start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def examples_of(batch: pa.RecordBatch) -> Iterator[Example]:
     """The rows of a batch of such a file; whole columns are converted at once, which takes a third of the time."""
     messages = batch.column("messages")

@@ -27,6 +27,7 @@ class Names:
     instead: str = "or write `split: null` to train without held-out rows"
 
 
+PART_ROWS = 65_536  # compared together, so that their vectors are not copied whole
 SHARE_OF_ONE_GROUP = 0.1  # no group fills more of the held-out rows while smaller ones are to be had
 
 
@@ -96,14 +97,30 @@ def count_leaks(
     threshold: float,
 ) -> int:
     """How many of the rows `train` share a key with one of `held` or reach `threshold` with it; searched again."""
-    from finetune.dedup.index import FlatIndex
-    from finetune.dedup.select import links_between
-
-    leaking: set[int] = set()
+    leaking = {i for i, _ in near_links(vectors, train, held, threshold)}
     for column in keys:
         known = {column[i] for i in held if column[i]}
         leaking.update(i for i in train if column[i] in known)
-    if vectors is not None:
-        found, _, _ = links_between(vectors[train], vectors[held], threshold, FlatIndex)
-        leaking.update(train[i] for i in found.tolist())
     return len(leaking)
+
+
+def near_links(
+    vectors: NDArray[np.float32] | None, train: Sequence[int], held: Sequence[int], threshold: float
+) -> list[tuple[int, int]]:
+    """Each of the rows `train` that reaches `threshold` with one of `held`, and the nearest of these: every pair is
+    compared, PART_ROWS rows of `train` at a time.
+    """
+    import numpy as np
+
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.select import links_between
+
+    found: list[tuple[int, int]] = []
+    if vectors is None:
+        return found
+    there = vectors[np.asarray(held, np.int64)]
+    for start in range(0, len(train), PART_ROWS):
+        part = train[start : start + PART_ROWS]
+        rows, partners, _ = links_between(vectors[np.asarray(part, np.int64)], there, threshold, FlatIndex)
+        found += [(part[i], held[j]) for i, j in zip(rows.tolist(), partners.tolist(), strict=True)]
+    return found

@@ -33,14 +33,14 @@ def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchInd
     return FlatIndex if found == "cpu" else lambda dimension: TorchIndex(dimension, found)
 
 
-class _Queries:
+class Queries:
     """Adaptive number of queries per chunk: few at first, more after few hits, fewer after many hits.
 
     A chunk of 128 queries with 60,000 hits each is as large as one of 4,096 with 2,000 each.
     """
 
-    def __init__(self) -> None:
-        self._size = MIN_QUERIES
+    def __init__(self, first: int = MIN_QUERIES, most: int = MAX_QUERIES) -> None:
+        self._size, self._most = first, most
 
     def parts(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of one chunk after another; call `report` after each."""
@@ -53,7 +53,7 @@ class _Queries:
     def report(self, queries: int, pairs: int) -> None:
         """Set the size of the next chunk from the pairs of the last one."""
         room = MAX_PAIRS * queries // (2 * max(1, pairs))  # the next may be twice as full
-        self._size = max(MIN_QUERIES, min(4 * self._size, room, MAX_QUERIES))
+        self._size = max(MIN_QUERIES, min(4 * self._size, room, self._most))
 
 
 class FlatIndex:
@@ -68,7 +68,7 @@ class FlatIndex:
         import faiss
 
         self._index: faiss.IndexFlatIP = faiss.IndexFlatIP(dimension)
-        self._queries = _Queries()
+        self._queries = Queries()
 
     def __len__(self) -> int:
         """How many vectors it holds."""
@@ -90,7 +90,12 @@ class FlatIndex:
             limits, scores, found = self._index.range_search(block, score)
             counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
             self._queries.report(stop - start, len(found))
-            yield _in_order([(np.repeat(np.arange(start, stop), counts), found, scores)])
+            yield sorted_pairs([(np.repeat(np.arange(start, stop), counts), found, scores)])
+
+    def vectors(self) -> NDArray[np.float32]:
+        """Return a copy of the vectors (N, d)."""
+        found: NDArray[np.float32] = self._index.reconstruct_n(0, len(self))
+        return found
 
 
 class TorchIndex:
@@ -103,7 +108,7 @@ class TorchIndex:
         self._device = device
         self._parts = [torch.empty((0, dimension), device=device)]
         self._count = 0
-        self._queries = _Queries()
+        self._queries = Queries()
 
     def __len__(self) -> int:
         """How many vectors it holds."""
@@ -129,7 +134,7 @@ class TorchIndex:
                     found += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
                 first += len(part)
             self._queries.report(stop - start, sum(len(i) for i, _, _ in found))
-            yield _in_order(found)
+            yield sorted_pairs(found)
 
     def _above(self, block: torch.Tensor, part: torch.Tensor, score: float, start: int, first: int) -> list[Pairs]:
         import torch
@@ -158,7 +163,7 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _in_order(found: list[Pairs]) -> Pairs:
+def sorted_pairs(found: list[Pairs]) -> Pairs:
     """Return the pairs of one chunk, sorted by query and then by row."""
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)

@@ -21,6 +21,7 @@ from finetune.dedup.measures import Rows, Scores
 
 WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")  # punctuation counts: `a < b` and `a <= b` are two different answers
 CHUNK_WORDS = 1 << 20
+SHARD_NGRAMS = 1 << 24  # sorted together: 0.7 GB
 MAX_CANDIDATES = 4_000_000  # per batch; 16 bytes each
 SLACK = 1e-9  # rounding of t·|x| in float64 must not shorten a prefix
 Tokens = NDArray[np.int32]
@@ -241,7 +242,7 @@ def _add_runs(
 
 def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) -> Sets:
     sizes = np.bincount(owners, minlength=rows).astype(np.int64)
-    _, kind, frequency = np.unique(hashes, return_inverse=True, return_counts=True)
+    kind, frequency = _kinds(hashes)
     rank = np.empty(len(frequency), np.int32)
     rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
     alone = int((frequency == 1).sum())
@@ -250,6 +251,25 @@ def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) 
     tokens = tokens[np.lexsort((tokens, owners))]
     starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=rows))]).astype(np.int64)
     return Sets(tokens, starts, sizes, len(frequency) - alone)
+
+
+def _kinds(hashes: NDArray[np.uint64]) -> tuple[Tokens, Rows]:
+    """Return for each of `hashes` (M,) its place among the different ones, sorted, and how often each of those occurs.
+
+    Hashes are sorted SHARD_NGRAMS at a time, by ranges of their values: sorting all at once takes 40 bytes for each.
+    """
+    shards = -(-len(hashes) // SHARD_NGRAMS) or 1
+    shard = (hashes >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)
+    kind = np.empty(len(hashes), np.int32)
+    frequencies = [np.zeros(0, np.int64)]
+    before = 0
+    for number in range(shards):
+        here = np.flatnonzero(shard == number)
+        _, inverse, counts = np.unique(hashes[here], return_inverse=True, return_counts=True)
+        kind[here] = inverse + before
+        before += len(counts)
+        frequencies.append(counts)
+    return kind, np.concatenate(frequencies)
 
 
 def ranges(starts: Rows, lengths: Rows) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ def groups(
     measure = Cosine(vectors, threshold, new_search)
     alive = np.flatnonzero(nonzero(vectors))
     # Rows with identical vectors are one node: otherwise a group of 50,000 copies would have 1.25 billion links.
-    same = exact_duplicates([vectors[r].tobytes() for r in alive], range(len(alive)))
+    digests = [hashlib.blake2b(vectors[r].tobytes(), digest_size=16).digest() for r in alive]
+    same = exact_duplicates(digests, range(len(alive)))
     copies = _numbers(p.dropped for p in same)
     forest.join(alive[copies], alive[_numbers(p.kept for p in same)])
     nodes = np.delete(alive, copies)
@@ -164,6 +166,14 @@ def groups(
         for i, j, scores in search.pairs(vectors[block], threshold - measure.band):
             forest.join_similar(measure, block[i], nodes[j], scores)
     return forest.roots()
+
+
+def joined(group: Sequence[int], links: Iterable[tuple[int, int]]) -> list[int]:
+    """Return the group of every row as `groups` does, after linking further pairs of rows."""
+    forest = _Forest(len(group))
+    pairs = [*enumerate(group), *links]
+    forest.join(_numbers(a for a, _ in pairs), _numbers(b for _, b in pairs))
+    return [int(root) for root in forest.roots()]
 
 
 def links_between(left: Vectors, right: Vectors, threshold: float, new_search: NewSearch) -> tuple[Rows, Rows, Scores]:

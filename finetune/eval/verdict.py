@@ -20,6 +20,7 @@ BARELY = 0.97  # ratio of perplexities: a smaller change is significant but has 
 NARROW = 0.1  # width of the ratio's interval up to which 'no difference' is itself a finding
 WIDE = 0.5  # width of the ratio's interval above which the size of a gain is not known
 SAME_TOKENS = 0.97  # agreement below which the merged model is not what the other figures were measured on
+PRACTICE_PARAMETERS = 20_000_000  # a smaller base answers fluently at best, not correctly
 FEW_ROWS = 30  # held-out rows: fewer cannot show a change of some per cent
 MEMORISED_SHARE, MEMORISED_NATS = 0.5, 0.5  # training loss under half of the held-out one, and this much lower
 COPIED_MORE = 0.2  # share of sampled answers that repeat a training answer, beyond that of the references
@@ -65,7 +66,13 @@ class Verdict:
 
 
 def verdict(
-    train: Metrics, evaluate: Metrics, certify: Metrics, *, merged: bool, copies: Copies | None = None
+    train: Metrics,
+    evaluate: Metrics,
+    certify: Metrics,
+    *,
+    merged: bool,
+    copies: Copies | None = None,
+    parameters: int | None = None,
 ) -> Verdict | None:
     """Return the verdict of a run whose training is done, else None. An empty mapping stands for a stage that is off.
 
@@ -75,6 +82,7 @@ def verdict(
         certify: metrics of the stage.
         merged: whether there is a merged model.
         copies: counts of sampled answers that repeat training answers; None if not counted.
+        parameters: of the base; None if unknown.
     """
     if not train:
         return None
@@ -87,7 +95,8 @@ def verdict(
     refusal = no_difference(evaluate) or _worse(evaluate)
     if not refusal and memorised(train, evaluate, copies):
         refusal = f"{REPEATS} ({lines[1].words.partition(':')[0]})"
-    lines.append(_use(lines, certify, merged=merged, refusal=refusal))
+    small = parameters is not None and parameters < PRACTICE_PARAMETERS
+    lines.append(_use(lines, certify, merged=merged, refusal=refusal, practice=small))
     return Verdict(tuple(lines), refusal)
 
 
@@ -101,7 +110,9 @@ def verdict_of(
     sampled, rows = folders.get("evaluate"), folders.get("split")
     copies = kept_copies(sampled / "samples.jsonl", rows / "train.parquet", kept) if sampled and rows else None
     train, evaluate, certify = (metrics.get(stage) or {} for stage in ("train", "evaluate", "certify"))
-    return verdict(train, evaluate, certify, merged=bool(metrics.get("merge")), copies=copies)
+    size = (metrics.get("base") or {}).get("parameters")
+    known = size if isinstance(size, int) else None
+    return verdict(train, evaluate, certify, merged=bool(metrics.get("merge")), copies=copies, parameters=known)
 
 
 def few_steps(steps: int, to_set: str = "") -> str:
@@ -180,6 +191,8 @@ def _memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> Line
     words = "; ".join(parts)
     if memorised(train, evaluate, copies):
         return Line(question, "YES", f"{words}: take fewer train.epochs, more rows or train.keep_best", BAD)
+    if copies is not None and copies.answers > copies.references and "loss" in words:
+        words += "; rows of one form repeat without being memorised, and held-out rows are about as likely"
     return Line(question, "no", words, GOOD)
 
 
@@ -221,7 +234,7 @@ def _enough(evaluate: Metrics) -> Line:
     return Line(question, "yes", f"{words}; the 95 % interval of the ratio is {width:.0%} wide", GOOD)
 
 
-def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str) -> Line:
+def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str, practice: bool) -> Line:
     question = "Adapter or merged model?"
     if "agreement" in certify:
         few = f", on {certify['tokens']:,} tokens only" if certify.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""
@@ -243,6 +256,9 @@ def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str) -> 
     if bad:
         why = ", ".join(f"{line.question.rstrip('?').lower()}: {line.answer.lower()}" for line in bad)
         return Line(question, answer, f"{words}. Not ready to publish ({why})", BAD)
+    if practice:
+        why = "A base of this size is for practice: its answers are not usable, whatever the figures"
+        return Line(question, answer, f"{words}. {why}", UNSURE)
     if any(line.level == UNSURE for line in lines):
         return Line(question, answer, f"{words}. Publish only after reading its answers", UNSURE)
     return Line(question, answer, f"{words}. Fit to publish, by what was measured", GOOD)

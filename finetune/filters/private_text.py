@@ -56,8 +56,8 @@ def warning(counts: dict[str, int], before: str) -> str:
         return ""
     return (
         f"PRIVATE TEXT? before {before}: of {counts['rows']:,} rows {', '.join(found)} (by pattern, counts only). "
-        "A model can repeat what it was trained on: remove them from the file, or drop such rows with "
-        "filter.drop_matching"
+        "A model can repeat what it was trained on: remove them from the file, or drop such rows, for e-mail addresses "
+        r"with filter: {drop_matching: ['\S+@\S+\.\w+']}"
     )
 
 

@@ -226,12 +226,18 @@ def _checked(action: str, repo_id: str, repo_type: RepoType, check: Callable[[],
     return None
 
 
-def _require_write(repo_id: str) -> None:
+def require_token(repo_id: str) -> None:
+    """Raise InputError if there is no Hub token to push with; no network."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
         raise InputError(f"cannot push to {repo_id}: no Hub token found; {LOG_IN}")
+
+
+def _require_write(repo_id: str) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    require_token(repo_id)
     account = _ask("/api/whoami-v2")
     namespace = repo_id.split("/")[0] if "/" in repo_id else account["name"]
     token = (account.get("auth") or {}).get("accessToken") or {}

@@ -42,11 +42,11 @@ def retried(call: Callable[[], T], say: Callable[[str], None], wait: Callable[[f
             seconds = float(asked) if asked.isdecimal() else seconds
             reason = f"status {error.response.status_code}"
         except httpx2.TransportError:
-            reason = "dropped connection"
+            reason = "a dropped connection"
         except json.JSONDecodeError:
             reason = "an error page"  # the client parses the body as JSON before it checks the status
         seconds = min(seconds, LONGEST_WAIT_SECONDS)
-        say(f"the Hub answered with {reason}; trying again in {seconds:.0f} s ({attempt} of {ATTEMPTS - 1})")
+        say(f"the Hub: {reason}; trying again in {seconds:.0f} s ({attempt} of {ATTEMPTS - 1})")
         wait(seconds)
     with _unwrapped():
         return call()

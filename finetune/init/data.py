@@ -104,8 +104,10 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
     sample = [r.row for r in islice(found_rows, SAMPLE_ROWS) if r.row is not None]
     columns = describe(sample)
     notes = [f"{file.name}: columns, each with a sample value:\n{table(columns)}"] if columns else []
-    if absent := [c for c in chosen.ignore if columns and c not in {column.name for column in columns}]:
-        raise InputError(f"--ignore {absent[0]}: no column of that name. The columns are:\n{table(columns)}")
+    asked = [("--ignore", c) for c in chosen.ignore] + [("--keep", parse_condition(c)[0]) for c in chosen.keep]
+    there = {column.name for column in columns}
+    if absent := [f"{option} {c}" for option, c in asked if columns and c not in there]:
+        raise InputError(f"{absent[0]}: no column of that name. The columns are:\n{table(columns)}")
     if not chosen.given:
         try:
             decision, rows, chosen = open_source(fields, file.name, chosen, columns, ask)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
 from finetune.errors import MACHINE, FinetuneError, InputError
@@ -195,9 +195,10 @@ def load_base(
     """
     import transformers
 
+    from finetune.models.compile import keep_dequantized
+
     # transformers' own annotations know neither the report nor these constructors
-    auto: Any = transformers.AutoModelForCausalLM
-    quantize: Any = transformers.BitsAndBytesConfig
+    auto, quantize = cast("Any", transformers.AutoModelForCausalLM), cast("Any", transformers.BitsAndBytesConfig)
     dtype = _torch_dtype(compute_dtype)
     options: dict[str, Any] = {}
     copy = _copy_of(model, base, ctx, quantization, compute_dtype)
@@ -238,15 +239,11 @@ def load_base(
             quantized_cache.write(loaded, *copy, loaded.get_memory_footprint(), ctx)
     if quantization is not None or getattr(loaded, "is_loaded_in_4bit", False):  # by the recipe, or as it is stored
         _keep_weights_unpacked(loaded)
-        if device == "cpu":
-            from finetune.models.compile import keep_dequantized
-
-            # a CPU dequantises a layer more slowly than it multiplies by it
+        if device == "cpu":  # where dequantising a layer takes longer than its product
             keep_dequantized(loaded, available_memory())
     if tokens:
         new_tokens.grow(loaded, tokens)
-    frozen: PreTrainedModel = loaded.requires_grad_(False).eval()
-    return frozen
+    return cast("PreTrainedModel", loaded.requires_grad_(False).eval())
 
 
 def _stored_config(folder: Path, model: recipe.Model, tokens: new_tokens.NewTokens | None) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import re
 import shutil
@@ -164,10 +165,12 @@ def named_run(artifacts: Path, recipe: str, run: str | None) -> Path:
         links.require_plain(folder, artifacts)
     if folder is None:
         there = sorted(f.name for f in folders)
-        what = f"no run {run!r} of {recipe}" if run else f"{recipe} has not run yet"
-        raise InputError(
-            f"{what} under {artifacts} ({'there is ' + ', '.join(there[-5:]) if there else 'no run there'})"
-        )
+        if there:
+            raise InputError(f"no run {run!r} of {recipe} under {artifacts} (there is {', '.join(there[-5:])})")
+        ran = sorted(p.name for p in (artifacts / "runs").glob("*") if p.is_dir())
+        near = difflib.get_close_matches(recipe, ran, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]}?" if near else f"`finetune run {recipe}` runs it"
+        raise InputError(f"{recipe} has not run yet under {artifacts}; {fix}")
     return folder
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from finetune.context import Context, Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.verdict import REPEATS, verdict_of
-from finetune.hub.client import Kind
+from finetune.hub.client import Kind, require_token
 from finetune.publish import private_rows
 from finetune.publish.contents import CARD, collect
 from finetune.publish.facts import CardWriter, Facts
@@ -102,6 +102,8 @@ def publish(
         FinetuneError: other errors of the Hub; the disk is too small for a copy.
     """
     targets = repositories(recipe, repo)
+    if not dry_run:
+        require_token(next(iter(targets.values())))
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     with _folder(ctx, "publish-made-") as made:
         facts = _facts(recipe, run, folders, targets)

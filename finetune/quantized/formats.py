@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from finetune.recipe.training import HfKind
+from finetune.recipe.outlets import HfKind
 
 GROUP, BLOCK = 128, 64  # weights per scale: w4a16, nf4
 MULTIPLE: Mapping[HfKind, int] = {"fp8": 16, "w4a16": GROUP, "nf4": BLOCK}  # of every input width

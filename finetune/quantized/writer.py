@@ -17,7 +17,7 @@ from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.quantized import formats
 from finetune.quantized.formats import GROUP, Stored
-from finetune.recipe.training import HfKind
+from finetune.recipe.outlets import HfKind
 from finetune.utils.files import read_json, write_json
 from finetune.utils.safetensors_io import ITEM_BYTES, TensorRef, TensorShape, plan_shards, read_folder, write_shards
 

@@ -17,7 +17,7 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
-from finetune.recipe.outlets import Publish, Tracking
+from finetune.recipe.outlets import Export, Publish, Tracking
 from finetune.recipe.preference import Preference
 from finetune.recipe.schema import Recipe
 from finetune.recipe.synthetic import Generate
@@ -25,7 +25,6 @@ from finetune.recipe.training import (
     BUILTIN_MODELS,
     Certify,
     Evaluate,
-    Export,
     Judge,
     LanguageModel,
     Merge,

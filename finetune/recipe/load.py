@@ -82,6 +82,8 @@ def find_recipe(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
+        if path.name == name and (found := known_recipes().get(path.stem)) and found.name == name:
+            return found  # `init` writes into recipes/ and the commands are typed above it
         raise InputError(f"{name}: {'a folder, not a recipe file' if path.is_dir() else 'no such recipe file'}")
     known = known_recipes()
     if name in known:

@@ -1,4 +1,4 @@
-"""Recipe sections about where results go: publication, experiment tracking.
+"""Recipe sections about where results go: exported formats, publication, experiment tracking.
 
 The string below a field is its documentation, as in recipe/data.py.
 """
@@ -7,9 +7,37 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from finetune.recipe.data import REPOSITORY, Section
+
+GgufKind = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
+HfKind = Literal["fp8", "w4a16", "nf4"]
+
+
+class Export(Section):
+    """Other formats of the merged model: at least one of gguf and hf."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [n], "properties": {n: {"minItems": 1}}} for n in ("gguf", "hf")]}
+    )
+    gguf: list[GgufKind] = []
+    """GGUF files for llama.cpp and Ollama, one per kind; the Modelfile names the first. q…_k… need llama-quantize."""
+    hf: list[HfKind] = []
+    """Quantised folders for vLLM and transformers: fp8 and w4a16 (compressed-tensors), nf4 (bitsandbytes)."""
+    perplexity_rows: Annotated[int, Field(ge=0)] = 256
+    """Held-out rows to score merged model and files on, at most (0: none); from 200 M parameters on, certify.tokens."""
+    max_perplexity_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.5
+    """Stop (exit 3) if a file's perplexity / the merged model's is larger; 1000 lets every finite one pass."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> Export:
+        if not self.gguf and not self.hf:
+            raise ValueError("names no format; write gguf: [q8_0], hf: [fp8], or set export: null")
+        return self
 
 
 class Publish(Section):

@@ -27,13 +27,12 @@ from finetune.recipe.data import (
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
-from finetune.recipe.outlets import Publish, Tracking
+from finetune.recipe.outlets import Export, Publish, Tracking
 from finetune.recipe.preference import Preference
 from finetune.recipe.synthetic import Generate
 from finetune.recipe.training import (
     Certify,
     Evaluate,
-    Export,
     Merge,
     Model,
     Pack,

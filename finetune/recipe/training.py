@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import (
@@ -29,11 +29,6 @@ from finetune.recipe.data import (
 
 BUILTIN_MODELS = ("builtin:tiny-mistral",)
 AnswerMetric = Literal["exact_match", "f1", "rouge_l", "bleu", "chrf", "json_valid", "tool_call_match"]
-GgufKind = Literal[
-    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
-    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
-]  # fmt: skip
-HfKind = Literal["fp8", "w4a16", "nf4"]
 
 
 def _known_rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -354,28 +349,6 @@ class Merge(Section):
     """Maximum bytes of a safetensors file (one tensor may be larger)."""
 
 
-class Export(Section):
-    """Other formats of the merged model: at least one of gguf and hf."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": [n], "properties": {n: {"minItems": 1}}} for n in ("gguf", "hf")]}
-    )
-    gguf: list[GgufKind] = []
-    """GGUF files for llama.cpp and Ollama, one per kind; the Modelfile names the first. q…_k… need llama-quantize."""
-    hf: list[HfKind] = []
-    """Quantised folders for vLLM and transformers: fp8 and w4a16 (compressed-tensors), nf4 (bitsandbytes)."""
-    perplexity_rows: Annotated[int, Field(ge=0)] = 256
-    """Held-out rows to score merged model and files on, at most (0: none); from 200 M parameters on, certify.tokens."""
-    max_perplexity_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.5
-    """Stop (exit 3) if a file's perplexity / the merged model's is larger; 1000 lets every finite one pass."""
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> Export:
-        if not self.gguf and not self.hf:
-            raise ValueError("names no format; write gguf: [q8_0], hf: [fp8], or set export: null")
-        return self
-
-
 class Runtime(Section):
     """Settings for this machine. They change no result, so they are not part of a key."""
 
@@ -397,6 +370,8 @@ class Runtime(Section):
     """Compile each decoder layer: 30 s at the start, steps a fifth shorter (7B on an H200)."""
     fused_adapters: Literal["auto", "on", "off"] = "auto"
     """Fuse adapters with their 4-bit layers: faster for large micro-batches; auto decides."""
+    workers: Count | Literal["auto"] = "auto"
+    """Processes that filter, embed (lsa) and render; auto: one for each processor from 50,000 rows on, else one."""
     memory_budget_gb: Positive | None = None
     """GPU memory assumed by `finetune plan`, in 10⁹ bytes; null: all of the device."""
 

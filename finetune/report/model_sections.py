@@ -212,8 +212,8 @@ def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[
             low, high = c.get("perplexity_interval") or (None, None)
             rows.append((f"certificate's rows: merged, {name} base", float(c["perplexity"]), low, high))
         note = (
-            f"The certificate is measured on {number(found.get('rows'))} of the held-out rows, so its perplexities "
-            "compare with each other, not with the two above. Whiskers: 95 % of bootstrap samples of rows."
+            f"The certificate reads {number(found.get('rows'))} held-out rows layer by layer: compare its perplexities "
+            "with each other, not with the two above. Whiskers: 95 % of bootstrap samples of rows."
         )
     rows = [r for r in rows if math.isfinite(r[1])]
     if not rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
 from finetune.data.records import Example, read_rows, write_rows, write_table
@@ -15,7 +15,6 @@ from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     from finetune.dedup.jaccard import Jaccard
-    from finetune.dedup.measures import Cosine
 
 MEASURED_FROM = 100_000  # rows; tests compare fewer with brute force
 
@@ -29,6 +28,7 @@ class Spec(Section):
     threshold: float
     keep: str
     max_dropped_fraction: float = 1.0
+    exhaustive: bool = False
 
 
 def spec(recipe: Recipe) -> Spec | None:
@@ -51,12 +51,17 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     whitespace collapsed), and an empty text repeats nothing; the others reach their thresholds. Rows are taken the
     preferred first, and one is dropped exactly when a kept row repeats it by any method: no two rows that stay repeat
     each other, and `kept_id` always names a row that stays and reaches the method's threshold with that score. Of
-    more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics tell the recall.
+    more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics tell the recall; of more than
+    LARGE_ROWS the cosine pairs are searched by cells (dedup/large.py) on a CPU, unless the recipe asks for every pair.
     """
+    import numpy as np
     import pyarrow as pa
 
     from finetune.data.text import field_text, text_key
     from finetune.dedup.answers import AnswerCheck
+    from finetune.dedup.index import exact_search
+    from finetune.dedup.large import searched_by_cells, select_measured
+    from finetune.dedup.measures import Cosine
     from finetune.dedup.recall import measured_recall
     from finetune.dedup.select import select
 
@@ -76,8 +81,20 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         name = spec.keep.removeprefix("column:")
         raise InputError(f"dedup.keep: no row has a column {name!r} that the format left over; use longest or first")
     order = sorted(range(len(ids)), key=lambda i: (-ranks[i], i))
-    measures = _measures(spec, source, inputs["embed"] / "vectors.npy", len(ids), ctx)
-    pairs = select(order, keys if spec.exact else None, measures, check=ctx.stop.check)
+    known = keys if spec.exact else None
+    words = _jaccard(spec, source, ctx)
+    vectors = inputs["embed"] / "vectors.npy"
+    measures: list[Cosine | Jaccard] = [*words]
+    figures: dict[str, Any] = {}
+    if vectors.exists() and searched_by_cells(len(ids), ctx.device, spec.exhaustive):
+        mapped = np.load(vectors, mmap_mode="r", allow_pickle=False)
+        pairs, recall = select_measured(order, known, words, mapped, spec.threshold, ctx.say, ctx.stop.check)
+        figures["recall"] = {"embedding": recall}
+    else:
+        if vectors.exists():
+            search = exact_search(ctx.device, len(ids))
+            measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, search))
+        pairs = select(order, known, measures, check=ctx.stop.check)
     found = {pair.dropped: pair for pair in pairs}
     if len(found) > spec.max_dropped_fraction * len(ids):
         raise GateRefused(
@@ -97,31 +114,22 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         },
         {"dropped_id": pa.string(), "kept_id": pa.string(), "method": pa.string(), "score": pa.float64()},
     )
-    figures: Metrics = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
+    counts = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
     if len(ids) > MEASURED_FROM:
-        known = keys if spec.exact else None
-        figures["recall"] = measured_recall(order, set(found), known, measures, check=ctx.stop.check)
-    return {"rows_in": len(ids), "rows_out": rows_out, **figures}
+        by_sample = measured_recall(order, set(found), known, measures, check=ctx.stop.check)
+        figures["recall"] = by_sample | figures.get("recall", {})
+    return {"rows_in": len(ids), "rows_out": rows_out, **counts, **figures}
 
 
-def _measures(spec: Spec, source: Path, vectors: Path, rows: int, ctx: Context) -> list[Cosine | Jaccard]:
-    """Return the similarity measures in the order in which a dropped row's method is named."""
-    measures: list[Cosine | Jaccard] = []
-    if spec.minhash is not None:
-        from finetune.data.text import field_text
-        from finetune.dedup.jaccard import Jaccard, word_sets
+def _jaccard(spec: Spec, source: Path, ctx: Context) -> list[Jaccard]:
+    """Return the similarity by wording, if the recipe asks for it."""
+    if spec.minhash is None:
+        return []
+    from finetune.data.text import field_text
+    from finetune.dedup.jaccard import Jaccard, word_sets
 
-        texts = (field_text(row, spec.field) for row in ctx.track(read_rows(source), "read words"))
-        measures.append(Jaccard(word_sets(texts, spec.minhash.ngram), spec.minhash.threshold))
-    if vectors.exists():
-        import numpy as np
-
-        from finetune.dedup.index import exact_search
-        from finetune.dedup.measures import Cosine
-
-        new_search = exact_search(ctx.device, rows)
-        measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, new_search))
-    return measures
+    texts = (field_text(row, spec.field) for row in ctx.track(read_rows(source), "read words"))
+    return [Jaccard(word_sets(texts, spec.minhash.ngram), spec.minhash.threshold)]
 
 
 def _rank(row: Example, keep: str) -> float:

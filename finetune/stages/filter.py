@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.context import Context, Metrics
-from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
+from finetune.data.records import Example, Reject, RowRange, reject_writer, row_ranges, write_rows
 from finetune.errors import GateRefused, InputError
 from finetune.filters import basic
 from finetune.filters.section import rules_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000  # tokenised at once
+PART_ROWS = 4000  # judged by one worker at a time
 
 Count = Callable[[Sequence[Example]], list[int | basic.Verdict]]
 """For each row its tokens, or why it has no count."""
@@ -77,30 +79,20 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Write rows.parquet and rejects.parquet. Raises GateRefused where no row is left."""
-    rows = read_rows(inputs["ingest"] / "rows.parquet")
-    judge = rules_of(spec.rules)
-    least, most = spec.rules.min_length_tokens, spec.rules.max_length_tokens
-    count = None if least is None and most is None else counter(spec, inputs["base"])
+    parts = row_ranges(inputs["ingest"] / "rows.parquet", PART_ROWS)
+    seen = parts[-1].stop if parts else 0
     rejected: Counter[str] = Counter()
     first = ""
-    seen = 0
 
     def kept(reject: Callable[[Reject], None]) -> Iterator[Example]:
-        nonlocal seen, first
-        for batch in _batches(ctx.track(rows, "filtering"), BATCH_ROWS):
-            seen += len(batch)
-            verdicts = [judge(row) for row in batch]
-            if count is not None:
-                open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
-                for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
-                    verdicts[i] = basic.tokens_outside(found, least, most) if isinstance(found, int) else found
-            for row, verdict in zip(batch, verdicts, strict=True):
-                if verdict is None:
-                    yield row
-                    continue
-                reject(Reject.of(row, verdict.reason, verdict.detail, verdict.value, verdict.limit))
-                rejected[verdict.reason] += 1
-                first = first or f"; the first is {row.id}: {verdict.detail}"
+        nonlocal first
+        judged = ctx.engine.map(partial(judge_of, spec, inputs.get("base")), parts, seen)
+        for rows, rejects in ctx.track(judged, "filtering", len(parts)):
+            yield from rows
+            for found in rejects:
+                reject(found)
+                rejected[found.reason] += 1
+                first = first or f"; the first is {found.id}: {found.detail}"
 
     with reject_writer(out / "rejects.parquet") as reject:
         rows_out = write_rows(out / "rows.parquet", kept(reject))
@@ -111,6 +103,31 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         )
     ctx.say(f"filter keeps {rows_out:,} of {seen:,} rows")
     return {"rows_in": seen, "rows_out": rows_out, "rejected": dict(sorted(rejected.items()))}
+
+
+def judge_of(spec: Spec, base: Path | None) -> Callable[[RowRange], tuple[list[Example], list[Reject]]]:
+    """Return the function from a range of rows to those that stay and those that do not, in their order."""
+    judge = rules_of(spec.rules)
+    least, most = spec.rules.min_length_tokens, spec.rules.max_length_tokens
+    count = None if base is None or (least is None and most is None) else counter(spec, base)
+
+    def judged(part: RowRange) -> tuple[list[Example], list[Reject]]:
+        kept: list[Example] = []
+        rejects: list[Reject] = []
+        for batch in _batches(part.read(), BATCH_ROWS):
+            verdicts = [judge(row) for row in batch]
+            if count is not None:
+                open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
+                for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
+                    verdicts[i] = basic.tokens_outside(found, least, most) if isinstance(found, int) else found
+            for row, verdict in zip(batch, verdicts, strict=True):
+                if verdict is None:
+                    kept.append(row)
+                else:
+                    rejects.append(Reject.of(row, verdict.reason, verdict.detail, verdict.value, verdict.limit))
+        return kept, rejects
+
+    return judged
 
 
 def counter(spec: Spec, base: Path) -> Count:

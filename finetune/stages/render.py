@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +12,17 @@ from finetune.context import Context, Metrics
 from finetune.recipe import Recipe, Render
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.data.records import Example, Reject
+    from finetune.data.records import Example, Reject, RowRange
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.chat_template import Template
     from finetune.tokenization.id_check import IdCheck
     from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 
 SAMPLE = 200  # rows that a template is tried on, and whose ids are compared with the base's own
+PART_ROWS = 4096  # rendered by one worker at a time: whole batches
 BATCH = 512  # rows rendered and tokenised together: enough to keep the tokenizer's threads busy
 
 
@@ -45,10 +49,9 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     from finetune.models.new_tokens import meant
     from finetune.tokenization.audit import check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
-    from finetune.tokenization.chat_template import choose_template, write_template
-    from finetune.tokenization.encoder import Encoder, choose_pad
+    from finetune.tokenization.chat_template import write_template
+    from finetune.tokenization.encoder import choose_pad
     from finetune.tokenization.id_check import IdCheck
-    from finetune.tokenization.row_tokenizer import RowTokenizer
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
@@ -58,20 +61,17 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
     asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
     proof = read_rows(held_out if only_held_out else train)
     sample = verification_sample(ctx.track(proof, "choose rows to prove the template on"), asked)
-    template = choose_template(
-        spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, inputs["base"]
-    )
-    own_special = meant(inputs["base"])
-    encoder = Encoder(tokenizer, own_special)
-    worker = RowTokenizer(template, encoder, _rules(spec, tokenizer, template))
+    worker = _worker(spec, inputs["base"], sample)
+    template, own_special = worker.template, meant(inputs["base"])
     check = IdCheck(tokenizer, template, own_special)
     for row in sample:
         check.compare(row, worker)
     proved = worker.check_prompts(sample)
     with reject_writer(out / "rejects.parquet") as reject:
+        build = _Renderer(spec, inputs["base"], sample, worker)
         tallies = {
-            "train": _write(worker, train, out / "train.parquet", ctx, reject),
-            "eval": _write(worker, held_out, out / "eval.parquet", ctx, reject),
+            "train": _write(worker, build, train, out / "train.parquet", ctx, reject),
+            "eval": _write(worker, build, held_out, out / "eval.parquet", ctx, reject),
         }
     check_shares(
         [tallies["eval"]] if only_held_out else list(tallies.values()),
@@ -110,6 +110,60 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         "template": template.name,
         "terminator": ", ".join(tokenizer.convert_ids_to_tokens(terminators)),
     }
+
+
+def _worker(spec: Render, base: Path, sample: Sequence[Example]) -> RowTokenizer:
+    """The rows' tokenizer with the template that is proved on `sample`."""
+    from finetune.models.loading import load_tokenizer
+    from finetune.models.new_tokens import meant
+    from finetune.tokenization.chat_template import choose_template
+    from finetune.tokenization.encoder import Encoder
+    from finetune.tokenization.row_tokenizer import RowTokenizer
+
+    tokenizer = load_tokenizer(base)
+    template = choose_template(spec.template, spec.template_file, tokenizer, sample, spec.system, spec.reasoning, base)
+    return RowTokenizer(template, Encoder(tokenizer, meant(base)), _rules(spec, tokenizer, template))
+
+
+@dataclass
+class _Rendered:
+    """A rendered range of rows: tables as they are written, what was left out, counts, and what the worker has seen."""
+
+    tables: list[pa.Table]
+    rejects: list[Reject]
+    tally: Tally
+    terminators: set[int]
+    labels: set[int]
+    starts_with_bos: bool
+
+
+@dataclass(frozen=True)
+class _Renderer:
+    """Builds the function that renders a range of rows; other processes make a tokenizer of their own."""
+
+    spec: Render
+    base: Path
+    sample: Sequence[Example]
+    here: RowTokenizer | None = None
+
+    def __call__(self) -> Callable[[RowRange], _Rendered]:
+        return partial(_rendered, self.here or _worker(self.spec, self.base, self.sample))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Renderer, (self.spec, self.base, self.sample)
+
+
+def _rendered(worker: RowTokenizer, part: RowRange) -> _Rendered:
+    from finetune.tokenization.audit import Tally
+    from finetune.tokenization.row_tokenizer import table
+
+    tally, rejects, tables = Tally(), [], []
+    rows = part.read()
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        tables.append(table(worker.batch(batch, tally)))
+        rejects += [_reject(r, *tally.left_out.pop(r.id), worker.rules) for r in batch if r.id in tally.left_out]
+    return _Rendered(tables, rejects, tally, worker.terminators, worker.labels, worker.starts_with_bos)
 
 
 def _rules(spec: Render, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rules:
@@ -197,25 +251,38 @@ def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
 
 
 def _write(
-    worker: RowTokenizer, source: Path, target: Path, ctx: Context, reject: Callable[[Reject], None] = lambda _: None
+    worker: RowTokenizer,
+    build: _Renderer,
+    source: Path,
+    target: Path,
+    ctx: Context,
+    reject: Callable[[Reject], None] = lambda _: None,
 ) -> Tally:
-    """Render one split to Parquet, a batch at a time; an absent split gives an empty file."""
+    """Render one split to Parquet, a range of rows at a time; an absent split gives an empty file.
+
+    What the workers saw of terminators and labels is added to `worker`, which the proofs were made with.
+    """
     import pyarrow.parquet as pq
 
+    from finetune.data.records import row_ranges
     from finetune.errors import FinetuneError
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.row_tokenizer import table
 
     tally = Tally()
     with pq.ParquetWriter(target, table([]).schema, compression="zstd") as writer:
-        if source.exists():
-            total = -(-pq.read_metadata(source).num_rows // BATCH)
-            for batch in ctx.track(_batches(source), f"render {target.stem}", total):
-                writer.write_table(table(worker.batch(batch, tally)))
-                _note_masked(target.with_name("masked.jsonl"), tally)
-                for row in batch:
-                    if row.id in tally.left_out:
-                        reject(_reject(row, *tally.left_out.pop(row.id), worker.rules))
+        parts = row_ranges(source, PART_ROWS) if source.exists() else []
+        rows = parts[-1].stop if parts else 0
+        for done in ctx.track(ctx.engine.map(build, parts, rows), f"render {target.stem}", len(parts)):
+            for each in done.tables:
+                writer.write_table(each)
+            tally.add(done.tally)
+            _note_masked(target.with_name("masked.jsonl"), tally)
+            worker.terminators |= done.terminators
+            worker.labels |= done.labels
+            worker.starts_with_bos |= done.starts_with_bos
+            for row in done.rejects:
+                reject(row)
     written = pq.read_table(target, columns=["length", "supervised"])  # count the rows on disk
     found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
     if found != [tally.rows, tally.tokens, tally.supervised]:
@@ -244,19 +311,6 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
     detail = f"{counted.removeprefix(', ')}: {reason}" if counted else reason
     limit = None if length is None else rules.max_length
     return Reject.of(row, reason, detail, length, limit)
-
-
-def _batches(source: Path) -> Iterator[list[Example]]:
-    from finetune.data.records import read_rows
-
-    batch: list[Example] = []
-    for row in read_rows(source):
-        batch.append(row)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _write_audit(path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, proved: int, check: IdCheck) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context, Metrics
 from finetune.data.records import Example, read_rows, write_rows
-from finetune.dedup.holdout import choose, count_leaks
+from finetune.dedup.holdout import choose, count_leaks, near_links
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe, Section, Split
 
@@ -26,13 +26,15 @@ class Spec(Section):
     seed: int
     split: Split | None
     eval_data: bool = False
+    exhaustive: bool = False
 
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off when the recipe holds nothing out."""
     if not recipe.holds_out:
         return None
-    return Spec(seed=recipe.seed, split=recipe.split, eval_data=bool(recipe.eval_data))
+    exhaustive = recipe.dedup is not None and recipe.dedup.exhaustive and recipe.split is not None
+    return Spec(seed=recipe.seed, split=recipe.split, eval_data=bool(recipe.eval_data), exhaustive=exhaustive)
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
@@ -57,7 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     held: Sequence[int] = ()
     figures: dict[str, Any] = {"rows_in": len(train)}
     if spec.split is not None:
-        train, held, figures = _divided(spec.split, spec.seed, source, inputs["embed"], ctx)
+        train, held, figures = _divided(spec.split, spec, source, inputs["embed"], ctx)
     theirs = inputs["ingest"] / "eval.parquet" if spec.eval_data else None
     write_rows(out / "train.parquet", _picked(source, set(train)))
     write_rows(out / "eval.parquet", chain(read_rows(theirs) if theirs else (), _picked(source, set(held))))
@@ -82,13 +84,14 @@ def _check_apart(train: Path, theirs: Path) -> tuple[int, int]:
 
 
 def _divided(
-    split: Split, seed: int, source: Path, embedded: Path, ctx: Context
+    split: Split, spec: Spec, source: Path, embedded: Path, ctx: Context
 ) -> tuple[list[int], list[int], dict[str, Any]]:
     """The numbers of the training and of the held-out rows, by whole groups, and the figures."""
     from finetune.data.text import text_key
     from finetune.dedup.clusters import vectors_of
     from finetune.dedup.index import FlatIndex
-    from finetune.dedup.select import groups, original_id
+    from finetune.dedup.large import cell_search, searched_by_cells
+    from finetune.dedup.select import groups, joined, original_id
 
     ids: list[str] = []
     keys: list[bytes] = []
@@ -97,12 +100,18 @@ def _divided(
         keys.append(text_key(row.joined(*ALL_ROLES)))
     vectors = vectors_of(embedded, ids)
     threshold = split.group_threshold
-    group = groups(vectors, [ids, keys], threshold, FlatIndex, check=ctx.stop.check).tolist()
+    by_cells = vectors is not None and searched_by_cells(len(ids), ctx.device, spec.exhaustive)
+    new_search = cell_search(vectors) if vectors is not None and by_cells else FlatIndex
+    group = groups(vectors, [ids, keys], threshold, new_search, check=ctx.stop.check).tolist()
     names = [k or i.encode() for i, k in zip(ids, keys, strict=True)]
-    held_out = choose(group, names, split, seed)
-
-    train = [i for i in range(len(ids)) if group[i] not in held_out]
-    held = [i for i in range(len(ids)) if group[i] in held_out]
+    while True:
+        held_out = choose(group, names, split, spec.seed)
+        train = [i for i in range(len(ids)) if group[i] not in held_out]
+        held = [i for i in range(len(ids)) if group[i] in held_out]
+        missed = near_links(vectors, train, held, threshold) if by_cells else []
+        if not missed:
+            break
+        group = joined(group, missed)  # every held-out row is compared with all others, so no missed pair is left
     leaks = count_leaks(vectors, [ids, keys], train, held, threshold)
     if leaks:
         raise FinetuneError(

@@ -65,6 +65,23 @@ class Tally:
         self.left_out[row_id] = (reason, length)
         self._remember(reason, row_id)
 
+    def add(self, later: Tally) -> None:
+        """Add the counts of the rows that come after these."""
+        for name in ("rows_in", "rows", "tokens", "supervised", "truncated", "unterminated", "answers", "open_ends"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.longest = max(self.longest, later.longest)
+        for counts, more in ((self.masked, later.masked), (self.dropped, later.dropped)):
+            for reason, count in more.items():
+                counts[reason] = counts.get(reason, 0) + count
+        for string, (text, ids) in later.special_text.items():
+            found = self.special_text.setdefault(string, [0, 0])
+            self.special_text[string] = [found[0] + text, found[1] + ids]
+        for reason, names in later.examples.items():
+            for name in names:
+                self._remember(reason, name)
+        self.masked_turns += later.masked_turns
+        self.left_out |= later.left_out
+
     def as_json(self) -> dict[str, object]:
         """Every figure, for audit.json."""
         return {

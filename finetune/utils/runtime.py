@@ -70,6 +70,13 @@ def _cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def usable_cpus() -> int:
+    """Return the number of processors that this process may use, at least 1."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cpu_count()
+
+
 def _git() -> tuple[str | None, bool | None]:
     root = Path(__file__).parents[2]
 

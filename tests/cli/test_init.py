@@ -122,6 +122,7 @@ def test_on_a_terminal_only_what_is_missing_is_asked(folder):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_the_length_is_the_longest_that_fits_the_device(folder, monkeypatch):
     roomy = load_length(device="h100")
     monkeypatch.setitem(DEVICES, "t4", replace(DEVICES["t4"], memory_bytes=int(5.8e9)))

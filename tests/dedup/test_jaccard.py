@@ -105,6 +105,15 @@ def test_chunks_of_words_change_nothing(monkeypatch):
     assert all(np.array_equal(getattr(whole, n), getattr(cut, n)) for n in ("tokens", "starts", "sizes", "kinds"))
 
 
+def test_shards_of_ngrams_change_nothing(monkeypatch):
+    texts = [f"word{i % 9} and {i % 7} or sea {i} blue" for i in range(200)]
+    whole = word_sets(texts, 2)
+    monkeypatch.setattr("finetune.dedup.jaccard.SHARD_NGRAMS", 100)
+    shards = word_sets(texts, 2)
+    assert all(np.array_equal(getattr(whole, f), getattr(shards, f)) for f in ("tokens", "starts", "sizes"))
+    assert whole.kinds == shards.kinds > 0
+
+
 def test_many_rows_against_a_count_by_dictionary():
     generator = np.random.default_rng(0)
     words = np.array([f"w{k}" for k in range(400)])

@@ -173,7 +173,8 @@ def test_kill_9_loses_nothing(stage, clean_work, finished):
     assert outputs(clean_work) == outputs(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_training_leaves_a_checkpoint_and_says_so(number, clean_work, finished):
     process = clean_work.start("run", "small.yaml", "--set", "runtime.save_steps=100")
     wait_for(clean_work, process, "artifacts/train/*/metrics.jsonl")

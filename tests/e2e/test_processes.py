@@ -86,6 +86,7 @@ def assert_same_training(works, processes, atol):
         np.testing.assert_allclose(losses(works[0]), losses(work), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(fresh):
     one, two = fresh("one"), fresh("two")
     one.run("run", "small.yaml", *NO_DROPOUT)
@@ -250,6 +251,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(curated):
     assert launches.complete(curated)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_names_the_numbers_that_do(curated):
     text = launches.finish(curated, launches.ours(curated, 2, *TRAIN, "--set", "train.batch_rows=15"), status=2)
     assert text.strip() == (
@@ -257,6 +259,7 @@ def test_a_batch_that_does_not_divide_names_the_numbers_that_do(curated):
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_is_told_once(curated):
     mistake = ("--set", "train.batch_row=2")
     text = launches.finish(curated, launches.ours(curated, 2, *mistake), status=2)

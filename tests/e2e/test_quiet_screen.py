@@ -36,6 +36,7 @@ def foreign(command, workspace, name, **environment):
     return lines, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_with_every_stage_and_export(workspace):
     workspace.recipe.write_text(EVERY_STAGE + "tracking: {wandb: true}\n")
     lines, printed = foreign(workspace.command("run", workspace.recipe), workspace, "every")
@@ -50,6 +51,7 @@ def test_the_default_recipe(workspace):
     assert "base: reading documentation" in printed
 
 
+@pytest.mark.slow
 def test_it_finds_a_line_of_somebody_else(workspace):
     (workspace.folder / "mine.py").write_text("print('a line of mine')\ndef keep(row): return None\n")
     recipe = EVERY_STAGE.replace("max_length_tokens: 100", "max_length_tokens: 100, rules: [{rule: 'mine:keep'}]")

@@ -86,6 +86,7 @@ def test_a_model_that_never_stops_is_told_at_the_end_of_every_run(finished):
     assert again.stderr.count("NO ANSWER ENDED BY ITSELF (0 of 2,") == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_a_report_and_its_rows_stay_text(hostile):
     path = newest(hostile) / "report.html"
     before = path.read_bytes()

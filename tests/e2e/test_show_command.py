@@ -59,6 +59,7 @@ def copy(finished, tmp_path):
     return dataclasses.replace(finished, folder=tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_two_real_runs(copy):
     first = copy.show()["run"]
     copy.run("run", "small.yaml", "--set", "evaluate.max_rows=6", "--set", "evaluate.generations=0")

@@ -58,6 +58,8 @@ def test_no_training_no_verdict():
         (3, {"measured": evaluate(0.9, 0.7, 1.2)}, UNSURE, "raise split.eval_fraction"),
         (3, {"measured": evaluate(0.118, 0.0587, 0.235)}, UNSURE, "FOR THE DIRECTION: 256 rows"),
         (3, {"measured": evaluate(1.0, 0.99, 1.01)}, GOOD, "yes: 256 rows"),
+        (4, {"parameters": 1_311_872}, UNSURE, "for practice"),
+        (4, {"parameters": 134_515_008}, GOOD, "Fit to publish"),
         (4, {"certify": {**CERTIFY, "agreement": 0.879}}, GOOD, "the adapter: the merged model gives 87.9%"),
         (4, {"measured": evaluate(0.99, 0.95, 1.03)}, BAD, "DO NOT PUBLISH"),
         (4, {"certify": {}, "merged": False}, GOOD, "the adapter: there is no merged model"),

@@ -69,6 +69,7 @@ def test_a_person_is_asked_with_the_likeliest_columns_as_defaults(tickets):
         (Chosen("customer_message"), "--answer COLUMN is missing"),
         (Chosen("ticket", "ticket"), "give each its own"),
         (Chosen("customer_message", "agent_reply", None, ("rating>=9",)), "keeps none"),
+        (Chosen("customer_message", "agent_reply", None, ("ratings>=4",)), "--keep ratings: no column of that name"),
         (Chosen("customer_message", "agent_reply", None, ("rating",)), "--keep 'rating'"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from finetune.errors import InputError
 from finetune.pipeline.recipe_checks import absent
 from finetune.recipe import Recipe
-from finetune.recipe.load import load_recipe, parse_recipe
+from finetune.recipe.load import find_recipe, load_recipe, parse_recipe
 from finetune.recipe.reference import _models
 from finetune.utils.resources import complete_recipe, known_recipes
 
@@ -307,6 +307,13 @@ def test_an_unknown_name_suggests_the_nearest():
         load_recipe("tiny-pydok")
     with pytest.raises(InputError, match="no such recipe file"):
         load_recipe("nowhere.yaml")
+
+
+def test_a_files_name_is_found_in_recipes_unless_it_is_here(tmp_path, monkeypatch):
+    assert find_recipe("tiny-pydoc.yaml") == find_recipe("tiny-pydoc")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-pydoc.yaml").write_text(GOOD)
+    assert find_recipe("tiny-pydoc.yaml") == Path("tiny-pydoc.yaml")
 
 
 @pytest.mark.parametrize("name", ["~nobody-here", "~nobody-here/x.yaml", "x" * 5000, "", ".", "/", "a\0b", "recipes"])

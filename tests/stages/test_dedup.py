@@ -150,3 +150,15 @@ def test_a_field_that_nearly_every_row_shares_is_refused(tmp_path):
     with pytest.raises(GateRefused, match=r"dedup\.field=both"):
         built(tmp_path, rows, None)
     assert built(tmp_path, rows, None, field="both")[1]["rows_out"] == 40
+
+
+def test_many_rows_are_searched_by_cells_unless_every_pair_is_asked_for(tmp_path, monkeypatch):
+    from finetune.dedup import large
+
+    rows = [chat(i, "q", t + " end" * (i % 3)) for i, t in enumerate([s for s in sentences(20) for _ in range(2)], 1)]
+    small = built(tmp_path / "small", rows)
+    monkeypatch.setattr(large, "LARGE_ROWS", 20)
+    monkeypatch.setattr(dedup, "MEASURED_FROM", 20)
+    cells, every = built(tmp_path / "cells", rows), built(tmp_path / "every", rows, exhaustive=True)
+    assert cells[1]["recall"]["embedding"]["low"] == 1.0 and every[1]["recall"]["embedding"]["recall"] == 1.0
+    assert "sampled" in every[1]["recall"]["embedding"] and cells[2] == every[2] == small[2]

@@ -22,7 +22,7 @@ from finetune.gguf import scoring
 from finetune.gguf.ollama import Pieces, modelfile, read_pieces
 from finetune.gguf.writer import TYPES
 from finetune.recipe import Export, Recipe
-from finetune.recipe.training import GgufKind
+from finetune.recipe.outlets import GgufKind
 from finetune.stages import export
 from finetune.tokenization.token_rows import read_token_rows
 from tests.helpers.base_templates import ALL, kind_of

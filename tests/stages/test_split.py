@@ -147,3 +147,23 @@ def test_the_rows_are_unchanged(tmp_path):
     built(tmp_path, rows)
     found = [*read_rows(tmp_path / "out" / "train.parquet"), *read_rows(tmp_path / "out" / "eval.parquet")]
     assert sorted(found, key=lambda r: int(r.id[2:])) == rows
+
+
+def test_a_pair_that_a_search_by_cells_missed_is_found_before_rows_are_held_out(tmp_path, monkeypatch):
+    """Of many rows, groups come from a search that may miss; what is held out is compared with every other row."""
+    from finetune.dedup import large
+
+    class Blind:
+        def __init__(self, dimension): ...
+        def add(self, vectors): ...
+        def pairs(self, queries, score):
+            return iter(())
+
+    texts = [s for s in sentences(40) for _ in range(2)]
+    rows = [chat(i, f"{t} {'x' * (i % 2)}", t) for i, t in enumerate(texts, 1)]
+    monkeypatch.setattr(large, "LARGE_ROWS", 20)
+    monkeypatch.setattr(large, "cell_search", lambda vectors: Blind)
+    _, held, metrics = built(tmp_path, rows, eval_fraction=0.2, group_threshold=0.8)
+    assert metrics["leaks"] == 0 and held
+    numbers = {int(i.partition(":")[2]) for i in held}
+    assert all((n + 1 if n % 2 else n - 1) in numbers for n in numbers)  # both of each pair

@@ -1,0 +1,128 @@
+"""Search by cells: every pair is true, recall is measured, a search that misses too much is widened."""
+
+import numpy as np
+import pytest
+
+from finetune.dedup import cells, large
+from finetune.dedup.cells import CellIndex, Cells
+from finetune.dedup.index import FlatIndex
+from finetune.dedup.measures import Cosine
+from finetune.dedup.recall import missed_twins, wilson
+from finetune.dedup.select import Pair, groups, joined, select
+
+THRESHOLD = 0.9
+
+
+def corpus(rows=600, twins=0.6, dimension=24, seed=0, noise=0.4):
+    """Unit vectors, a share of which repeat an earlier one almost."""
+    rng = np.random.default_rng(seed)
+    made = rng.standard_normal((rows, dimension))
+    for i in range(1, rows):
+        if rng.random() < twins:
+            made[i] = made[rng.integers(i)] + noise * rng.standard_normal(dimension)
+    return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Cells of few rows, and few rows that are compared without them."""
+    monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cells, "FLAT_ROWS", 8)
+    monkeypatch.setattr(cells, "FIRST_QUERIES", 50)
+
+
+def found(index, queries):
+    chunks = list(index.pairs(queries, THRESHOLD))
+    return {(i, j): s for chunk in chunks for i, j, s in zip(*(c.tolist() for c in chunk), strict=True)}
+
+
+@pytest.mark.parametrize("probes", [1, 3, 10**6])
+def test_every_pair_is_a_true_one_and_all_are_found_in_all_cells(small, probes):
+    vectors = corpus()
+    division = Cells.of(vectors)
+    index = CellIndex(24, Cells(division.directions, division.centres, probes))
+    for start in range(0, 600, 150):
+        index.add(vectors[start : start + 150])
+    got, table = found(index, vectors), vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    true = set(zip(*(x.tolist() for x in np.nonzero(table >= THRESHOLD)), strict=True))
+    assert len(index) == 600 and set(got) <= true
+    assert all(abs(score - table[pair]) < 1e-5 for pair, score in got.items())
+    assert (set(got) == true) == (probes > 3) or probes == 3
+
+
+def test_few_rows_miss_nothing_and_the_cells_depend_on_no_thread(small):
+    import faiss
+
+    vectors = corpus(8)
+    index = CellIndex(24, Cells.of(vectors))
+    index.add(vectors)
+    assert set(found(index, vectors)) == {(i, j) for i, j in zip(*np.nonzero(vectors @ vectors.T > 0.9), strict=True)}
+    many, before = corpus(), faiss.omp_get_max_threads()
+    one = Cells.of(many)
+    faiss.omp_set_num_threads(3)
+    other = Cells.of(many)
+    assert faiss.omp_get_max_threads() == 3
+    faiss.omp_set_num_threads(before)
+    assert np.array_equal(one.centres, other.centres) and np.array_equal(one.nearest(many, 4), other.nearest(many, 4))
+
+
+def test_a_search_that_misses_too_much_is_widened_and_the_result_holds(small, monkeypatch):
+    monkeypatch.setattr(cells, "PROBES", 1)
+    monkeypatch.setattr(large, "SAMPLED_PER_DROPPED", 100)
+    monkeypatch.setattr(large, "MOST_SAMPLED", 1.0)
+    monkeypatch.setattr(large, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(large, "LOW", 0.9)
+    vectors, said = corpus(2000, noise=0.3), []
+    pairs, recall = large.select_measured(range(2000), None, [], vectors, THRESHOLD, said.append)
+    assert any("searching more" in line for line in said)
+    assert recall["recall"] >= 0.999
+    dropped = {p.dropped for p in pairs}
+    wide = vectors.astype(np.float64)
+    for pair in pairs:  # always: a kept twin that reaches the threshold
+        assert pair.kept not in dropped and wide[pair.dropped] @ wide[pair.kept] >= THRESHOLD - 1e-6
+    exact = {p.dropped for p in select(range(2000), None, [Cosine(vectors, THRESHOLD, FlatIndex)])}
+    assert len(exact ^ dropped) <= 0.01 * len(exact)
+
+
+def test_a_search_that_is_good_enough_is_not_widened(small, monkeypatch):
+    monkeypatch.setattr(large, "SAMPLED_PER_DROPPED", 100)
+    monkeypatch.setattr(large, "MOST_SAMPLED", 1.0)
+    monkeypatch.setattr(large, "LOW", 0.9)
+    said = []
+    pairs, recall = large.select_measured(range(2000), None, [], corpus(2000, noise=0.1), THRESHOLD, said.append)
+    assert (said, recall["missed"]) == ([], 0) and 0 < recall["probed"] < 1 and pairs
+
+
+def test_few_repeats_are_compared_with_every_pair(small):
+    vectors, said = corpus(2000, twins=0.01), []
+    pairs, recall = large.select_measured(range(2000), None, [], vectors, THRESHOLD, said.append)
+    assert "every pair" in said[0] and recall["probed"] == 1.0
+    assert pairs == select(range(2000), None, [Cosine(vectors, THRESHOLD, FlatIndex)])
+
+
+def test_misses_are_counted_against_a_table():
+    vectors = corpus(500)
+    kept = np.random.default_rng(1).permutation(500)[:400].astype(np.int64)
+    table = vectors[kept].astype(np.float64) @ vectors[kept].T.astype(np.float64)
+    true = int((np.tril(table, -1) >= THRESHOLD).any(1).sum())
+    measure = Cosine(vectors, THRESHOLD, FlatIndex)
+    assert missed_twins(measure, kept, 400) == true > 0
+    exact = select(kept, None, [measure])
+    rest = kept[~np.isin(kept, [p.dropped for p in exact])]
+    assert missed_twins(measure, rest, len(rest)) == 0
+    assert large.measured(measure, kept, [Pair(int(kept[0]), int(kept[1]), 1.0)]) is None  # one is too few
+
+
+def test_the_interval_is_wilsons():
+    assert wilson(0, 1000) == pytest.approx((0.0, 0.003827), abs=1e-6)  # textbook values
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_groups_are_joined_by_links_that_were_missed():
+    vectors = corpus(300)
+    whole = groups(vectors, [[None] * 300], THRESHOLD, FlatIndex).tolist()
+    table = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    links = list(zip(*(x.tolist() for x in np.nonzero(table >= THRESHOLD)), strict=True))
+    assert joined(list(range(300)), links) == whole
+    half = joined(list(range(300)), links[::2])
+    assert joined(half, links[1::2]) == whole

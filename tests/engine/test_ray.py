@@ -1,0 +1,98 @@
+"""A Ray cluster gives the bytes of one process; workers, actors and nodes may be lost."""
+
+import importlib.util
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import run as cli_run
+from finetune.engine import ray as engine
+from finetune.engine.local import Local
+from finetune.errors import InputError
+from tests.engine.test_local import squares
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install .*\[ray\]"), engine.started(None, [], print):
+        pass
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "head", "head:x", ":6379", "127.0.0.1:99999"])
+def test_an_address_without_a_cluster_is_refused_at_once(address):
+    with pytest.raises(InputError, match="--ray-address"), engine.started(address, [], print):
+        pass
+
+
+@pytest.mark.parametrize(("name", "address", "words"), [("dask", None, "allowed: local, ray"), ("local", "a:1", "add")])
+def test_other_engines_are_refused(name, address, words):
+    with pytest.raises(InputError, match=words):
+        cli_run._check_engine(name, address)
+
+
+def dying(folder):
+    """Build a worker that is killed at part 3, once."""
+
+    def function(part):
+        mark = Path(folder) / f"died-{part}"
+        if part == 3 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return part * 10, os.getpid()
+
+    return function
+
+
+@needs_ray
+@pytest.mark.slow
+def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_path):
+    parts = [1, 2, 3, 4, 5, 6, 9]
+    with engine.started(None, [tmp_path], lambda line: None) as cluster:
+        assert list(cluster.map(partial(squares, 1), parts, 7)) == list(Local(1).map(partial(squares, 1), parts, 7))
+        with pytest.raises(InputError, match="row 7 is wrong"):
+            list(cluster.map(partial(squares, 0), [1, 7, 2], 3))
+        done = list(cluster.map(partial(dying, str(tmp_path)), range(8), 8))
+    assert [value for value, _ in done] == [10 * part for part in range(8)]
+    assert (tmp_path / "died-3").exists() and len({pid for _, pid in done}) >= 2
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
+    """Two nodes; the second is removed while its worker computes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = nodes.add_node(num_cpus=1)
+        with engine.started(nodes.address, [tmp_path], lambda line: None) as started:
+            assert started._workers == 2
+            found = []
+            for number, value in enumerate(started.map(partial(slow, 0.3), range(10), 10)):
+                found.append(value)
+                if number == 1:
+                    nodes.remove_node(second, allow_graceful=False)
+            assert found == list(range(10))
+            with pytest.raises(InputError, match="does not see"):
+                engine._check_nodes([tmp_path / "elsewhere"])
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def slow(seconds):
+    """Build a worker that takes its time."""
+
+    def function(part):
+        time.sleep(seconds)
+        return part
+
+    return function
