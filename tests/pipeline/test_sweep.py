@@ -80,6 +80,8 @@ def folders(folder, stage):
         ("train.learning_rate=[1e-4", "--grid train.learning_rate"),
         ("train.learning_rate=[1e-4, 0.0001]", "0.0001 is in the list twice"),
         ("name=[a, b]", "a run's name is no setting"),
+        ("runtime.micro_batch_rows=[1, 2]", "changes no result"),
+        ("tracking=[null]", "changes no result"),
         ("seed=[" + ",".join(map(str, range(1001))) + "]", "1,001 runs; at most 1,000"),
     ],
 )
@@ -111,7 +113,8 @@ def test_points_share_stages_and_a_stopped_sweep_goes_on(folder):
     with pytest.raises(Stopped):
         swept(folder, stopped)
     # lora.r changes nothing before training: the first run has built what the second point reads
-    assert [r.status for r in stopped.results] == ["done", "done", "not run", "not run"]
+    same = "same as render.max_length_tokens=100 lora.r=2"
+    assert [r.status for r in stopped.results] == ["done", same, "not run", "not run"]
     rest = Starts()
     planned, results, store = swept(folder, rest)
     assert (len(stopped.calls), len(rest.calls)) == (2, 1)
@@ -147,3 +150,30 @@ def test_wrong_input_stops_the_sweep(folder):
 def test_an_unknown_metric_lists_the_numbers_of_its_stage(folder):
     with pytest.raises(InputError, match=r"render has no such number; it has share\.kept, tokens\. Finished"):
         swept(folder, Starts(), metric="render.token")
+
+
+@pytest.mark.parametrize("odd", [None, float("inf"), float("nan")])
+def test_a_point_without_the_number_does_not_stop_the_others_wherever_it_is(folder, monkeypatch, odd):
+    for value, grid in ((100, [100, 128]), (128, [100, 128])):
+
+        def diverged(spec, inputs, folder, ctx, value=value):
+            metrics = stub(spec, inputs, folder, ctx)
+            return metrics | {"tokens": odd} if metrics["tokens"] == value else metrics
+
+        monkeypatch.setattr(
+            runner, "STAGES", tuple(dataclasses.replace(s, run=diverged, version=value) for s in runner.STAGES)
+        )
+        for calls in (2, 0):
+            starts = Starts()
+            with pytest.raises(FinetuneError, match=rf"1 of 2 runs have no .*={value} \(no such number\)"):
+                swept(folder, starts, grid=[f"render.max_length_tokens={grid}"])
+            assert len(starts.calls) == calls
+        assert [r.status for r in starts.results].count("done") == 1
+
+
+def test_no_section_in_a_stages_key_is_refused_in_a_grid(folder):
+    """Each of the sections that a grid refuses reaches no stage's spec, other sections do."""
+    recipe = load_recipe(str(folder / "small.yaml"), [], folder / "artifacts").recipe
+    for section in sweeps.KEYLESS:
+        changed = recipe.model_copy(update={section: object()})
+        assert all(s.spec(changed) == s.spec(recipe) for s in runner.STAGES), section
