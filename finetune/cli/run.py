@@ -91,9 +91,7 @@ def run_recipe(
             )  # fmt: skip
         finally:
             _save_record(record, screen)
-            live.write(reload=False)  # a page that goes on reloading would pretend that the run does
-            if rank == 0 and not stop.signal_number and not record.refused:
-                _write_report(store, record, screen)
+            _end_page(live, store, record, screen, report=rank == 0 and not stop.signal_number)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start, until, store)
     return record
@@ -127,17 +125,32 @@ def _save_record(record: Run, screen: Screen) -> None:
         screen.say(f"the run's record was not written: {error}")
 
 
-def _write_report(store: Store, record: Run, screen: Screen) -> None:
-    """Write the run's report unless it exists: a run that builds nothing reads nothing again."""
+def _end_page(live: Live, store: Store, record: Run, screen: Screen, *, report: bool) -> None:
+    """Replace the live page by the report, or else by a last live page: one that reloads looks like a run."""
+    live.end()  # first: a line of the mirror's thread must not overwrite the report
+    reported = False
+    try:
+        reported = report and not record.refused and _write_report(store, record, screen)
+    finally:  # also after a signal while the report was written
+        if not reported:
+            live.write(reload=False)
+
+
+def _write_report(store: Store, record: Run, screen: Screen) -> bool:
+    """Write the run's report unless it exists: a run that builds nothing reads nothing again. Return whether it is
+    there.
+    """
     there = not record.begun and (record.folder / "report.html").exists()  # of the run whose record equals this one
     if there or not (record.folder / "run.json").is_file():
-        return
+        return there
     try:
         from finetune.report.page import write_report
 
         write_report(store, f"{record.recipe}@{record.name}")
+        return True
     except Exception as error:  # no failure here may affect the run
         screen.say(f"the report could not be written: {error} (`finetune report {record.recipe}` tries again)")
+        return False
 
 
 def launch_recipe(
