@@ -259,7 +259,7 @@ def rm(
 @app.command()
 def clean(
     keep: Annotated[
-        int, typer.Option(min=1, help="Newest runs of each recipe that stay; so do those that commands use.")
+        int, typer.Option(min=1, help="Newest runs and sweeps of each recipe that stay; so do runs that commands use.")
     ] = 1,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     artifacts: Artifacts = ARTIFACTS,
