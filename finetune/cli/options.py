@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.utils.format import visible
 from finetune.utils.resources import complete_recipe
+
+if TYPE_CHECKING:
+    from finetune.pipeline.store import Store
 
 RecipeName = Annotated[
     str,
@@ -47,6 +50,12 @@ ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 
 MIRROR = os.environ.get("FINETUNE_MIRROR") or None
+
+
+def root_options(store: Store) -> list[str]:
+    """Return the options for a command on this store; none for roots that are the default ones."""
+    named = (("--artifacts", store.artifacts, ARTIFACTS), ("--scratch", store.scratch, SCRATCH))
+    return [word for option, root, default in named if root != default.absolute() for word in (option, str(root))]
 
 
 def note(line: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.cli.options import ARTIFACTS, SCRATCH
+from finetune.cli.options import root_options
 from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.engine.interface import Engine
@@ -258,12 +258,7 @@ def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None
 
 def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, store: Store | None = None) -> str:
     """Return the command that mostly comes next for this recipe; it names roots that are not the default ones."""
-    name, roots = loaded.recipe.name, ""
-    if store is not None:
-        named = (("--artifacts", store.artifacts, ARTIFACTS), ("--scratch", store.scratch, SCRATCH))
-        roots = "".join(
-            f" {option} {shlex.quote(str(root))}" for option, root, default in named if root != default.absolute()
-        )
+    name, roots = loaded.recipe.name, "".join(f" {shlex.quote(w)}" for w in (root_options(store) if store else []))
     if judged is None:
         return f"next: finetune run {loaded.path}{roots}" if until else f"next: finetune show {name}{roots}"
     if judged.refusal:

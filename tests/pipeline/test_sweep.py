@@ -9,10 +9,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from finetune.cli.main import app
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError, Stopped
-from finetune.pipeline import runner
+from finetune.pipeline import launch, runner
 from finetune.pipeline import sweep as sweeps
 from finetune.pipeline.recipe_names import load_recipe
 from finetune.pipeline.runs import Run
@@ -53,7 +55,8 @@ class Starts:
         if outcome == 0:
             _, path, _, until, _, artifacts, _, scratch, *options = arguments
             store = Store(Path(artifacts), Path(scratch))
-            recipe = load_recipe(path, [o.removeprefix("--set=") for o in options], store.artifacts).recipe
+            sets = [o.removeprefix("--set=") for o in options if o.startswith("--set=")]
+            recipe = load_recipe(path, sets, store.artifacts).recipe
             ctx = Context(store.scratch, recipe.runtime, recipe.tracking)
             runner.run(recipe, store, ctx, Run(store.artifacts, recipe.name, "", (), "0", write=False), until=until)
         return outcome
@@ -145,6 +148,16 @@ def test_wrong_input_stops_the_sweep(folder):
     with pytest.raises(InputError, match="the run was refused"):
         swept(folder, starts)
     assert len(starts.calls) == 1
+
+
+def test_the_next_command_names_roots_and_processes(folder, monkeypatch):
+    monkeypatch.setattr(launch, "run_alone", Starts())
+    monkeypatch.chdir(folder)
+    command = ["sweep", "small.yaml", "--grid", "seed=[1]", "--metric", "render.tokens"]
+    assert "next  finetune run small.yaml --set=seed=1\n" in CliRunner().invoke(app, command).stdout
+    command += ["--processes", "2", "--artifacts", "my rows", "--scratch", "scratch"]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert f"next  finetune run small.yaml --set=seed=1 --processes 2 --artifacts '{folder}/my rows'\n" in shown
 
 
 def test_an_unknown_metric_lists_the_numbers_of_its_stage(folder):
