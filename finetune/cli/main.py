@@ -27,6 +27,7 @@ from finetune.cli.options import (
     ServerUrl,
     Sets,
     Temperature,
+    before_commands,
     note,
 )  # fmt: skip
 from finetune.cli.report import report, sweep
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(before_commands)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune import __version__
 from finetune.utils.format import visible
 from finetune.utils.resources import complete_recipe
 
@@ -50,6 +51,20 @@ ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 
 MIRROR = os.environ.get("FINETUNE_MIRROR") or None
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"finetune {__version__}")
+        raise typer.Exit
+
+
+def before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 def root_options(store: Store) -> list[str]:
