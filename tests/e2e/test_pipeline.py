@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 STAGES = (
-    "base ingest filter embed dedup decontaminate sample split render pack pairs train align evaluate certify merge "
-    "export".split()
+    "base generate ingest filter embed dedup decontaminate sample split render pack pairs train align evaluate certify "
+    "merge export".split()
 )
-OFF = {"decontaminate", "sample", "pairs", "align", "export"}
+OFF = {"generate", "decontaminate", "sample", "pairs", "align", "export"}
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_a_data_file_edited_while_it_is_read_is_not_built_from(clean_work):
                 file.write('{"instruction": "q", "output": "a"}\n')
 
     ctx = Context(scratch=store.scratch, runtime=recipe.runtime, tracking=recipe.tracking, say=edit, device="cpu")
-    step = runner.plan(recipe, store)[1]
+    step = next(s for s in runner.plan(recipe, store) if s.stage.name == "ingest")
     with pytest.raises(FinetuneError, match="changed meanwhile"):
         runner.build(step, recipe, store, ctx)
     assert store.find(step.folder) is None

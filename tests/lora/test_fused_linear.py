@@ -41,7 +41,7 @@ def adapted(fused, *, double=False, bias=False, dtype=torch.float32, kept=False,
     """The block with an adapter whose matrices are not zero."""
     block = Block(double=double, bias=bias, dtype=dtype).to(device)
     if kept:
-        models_compile.keep_dequantized(block)
+        models_compile.keep_dequantized(block, 1 << 40)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj"], **lora)
     if fused:
         fused_linear.use(config)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune.errors import GateRefused
+from finetune.models import loading
 from finetune.recipe import Lora
 from finetune.train import sanity_checks
 from finetune.utils.runtime import RandomState
@@ -97,11 +98,13 @@ def test_a_base_that_an_evaluation_changes_is_refused(trainer):
         sanity_checks.prove_gradients(trainer.model, batch_of(trainer), 1e-3)
 
 
-def test_the_repacking_of_bitsandbytes_is_refused(trainer):
+def test_the_repacking_of_bitsandbytes_is_refused(load, base, tmp_path, monkeypatch):
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("only CPUs with AVX512-BF16 repack")
+    monkeypatch.setattr(loading, "available_memory", lambda: None)  # with dequantised weights nothing is repacked
+    trainer = build_trainer(load(), base, pq.read_table(packed(documents(), tmp_path)), tmp_path, DROPOUT)
     for module in trainer.model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = True
