@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 
-OPTIONS = {
-    "index-url": "--default-index",
-    "extra-index-url": "--index",
-    "find-links": "--find-links",
-    "constraint": "--constraint",
-    "trusted-host": "--allow-insecure-host",
+OPTIONS = {"constraint": "--constraint", "trusted-host": "--allow-insecure-host"}
+# Addresses may contain user:token@, and `ps` shows the command line to every user: option -> (variable, separator).
+VARIABLES = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
 }
 ORDER = ("global", "install", ":env:")  # a later one replaces the same setting of an earlier one
 
@@ -43,7 +43,8 @@ def main() -> None:
         command += [part for value in settings.get(option, "").split() for part in (word, value)]
     if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         command.append("--no-index")
-    environment = dict(os.environ)
+    named = {name: by.join(settings[o].split()) for o, (name, by) in VARIABLES.items() if settings.get(o, "").strip()}
+    environment = os.environ | named
     if "cert" in settings:
         environment.setdefault("SSL_CERT_FILE", settings["cert"])
     os.execvpe(command[0], [*command, *sys.argv[1:]], environment)

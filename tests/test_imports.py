@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import finetune
+
 ROOT = Path(__file__).parent.parent / "finetune"
 ORDER = (  # parts of the package; each may import itself and what is above it
     "errors", "utils", "engine", "recipe", "context", "hub", "models", "data", "dedup", "filters", "tokenization",
@@ -93,3 +95,12 @@ def test_the_command_line_starts_without_a_training_library(module):
     code = f"import sys, finetune.{module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_version_is_printed_without_a_training_library():
+    code = (
+        "import sys; from finetune.cli.main import main; sys.argv[1:] = ['--version']\n"
+        f"try: main()\nfinally: print(*sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["finetune", finetune.__version__]

@@ -27,6 +27,7 @@ from finetune.cli.options import (
     ServerUrl,
     Sets,
     Temperature,
+    before_commands,
     note,
 )  # fmt: skip
 from finetune.cli.report import report, sweep
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(before_commands)
 
 
 @app.command()
@@ -259,7 +261,7 @@ def rm(
 @app.command()
 def clean(
     keep: Annotated[
-        int, typer.Option(min=1, help="Newest runs of each recipe that stay; so do those that commands use.")
+        int, typer.Option(min=1, help="Newest runs and sweeps of each recipe that stay; so do runs that commands use.")
     ] = 1,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     artifacts: Artifacts = ARTIFACTS,

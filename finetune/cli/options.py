@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune import __version__
 from finetune.utils.format import visible
 from finetune.utils.resources import complete_recipe
+
+if TYPE_CHECKING:
+    from finetune.pipeline.store import Store
 
 RecipeName = Annotated[
     str,
@@ -47,6 +51,26 @@ ARTIFACTS = Path(os.environ.get("FINETUNE_ARTIFACTS", "artifacts"))
 SCRATCH = Path(os.environ.get("FINETUNE_SCRATCH", "scratch"))
 
 MIRROR = os.environ.get("FINETUNE_MIRROR") or None
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"finetune {__version__}")
+        raise typer.Exit
+
+
+def before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+def root_options(store: Store) -> list[str]:
+    """Return the options for a command on this store; none for roots that are the default ones."""
+    named = (("--artifacts", store.artifacts, ARTIFACTS), ("--scratch", store.scratch, SCRATCH))
+    return [word for option, root, default in named if root != default.absolute() for word in (option, str(root))]
 
 
 def note(line: str) -> None:

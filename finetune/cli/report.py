@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import ARTIFACTS, SCRATCH, Artifacts, AsJson, RecipeName, RunName, Scratch, Sets, note
+from finetune.cli.options import (
+    ARTIFACTS,
+    SCRATCH,
+    Artifacts,
+    AsJson,
+    RecipeName,
+    RunName,
+    Scratch,
+    Sets,
+    note,
+    root_options,
+)
 from finetune.utils.streams import print_text
 
 
@@ -71,7 +82,8 @@ def sweep(
     try:
         for results in sweeps.run_points(planned, store, note, launch.run_alone, options):
             if found := planned.best(results):
-                best = shlex.join(["finetune", "run", recipe, *(f"--set={text}" for text in found.point.sets)])
+                values = [f"--set={text}" for text in found.point.sets]
+                best = shlex.join(["finetune", "run", recipe, *values, *options, *root_options(store)])
             page = sweep_page.write_page(store, planned, results, best)
     finally:
         if results and as_json:

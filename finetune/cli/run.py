@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.cli.options import ARTIFACTS, SCRATCH
+from finetune.cli.options import root_options
 from finetune.cli.session import make_context, signals_handled
 from finetune.context import Context
 from finetune.engine.interface import Engine
@@ -91,9 +91,7 @@ def run_recipe(
             )  # fmt: skip
         finally:
             _save_record(record, screen)
-            live.write(reload=False)  # a page that goes on reloading would pretend that the run does
-            if rank == 0 and not stop.signal_number and not record.refused:
-                _write_report(store, record, screen)
+            _end_page(live, store, record, screen, report=rank == 0 and not stop.signal_number)
     if rank == 0:
         _print_result(loaded, steps, record, time.monotonic() - start, until, store)
     return record
@@ -127,17 +125,32 @@ def _save_record(record: Run, screen: Screen) -> None:
         screen.say(f"the run's record was not written: {error}")
 
 
-def _write_report(store: Store, record: Run, screen: Screen) -> None:
-    """Write the run's report unless it exists: a run that builds nothing reads nothing again."""
+def _end_page(live: Live, store: Store, record: Run, screen: Screen, *, report: bool) -> None:
+    """Replace the live page by the report, or else by a last live page: one that reloads looks like a run."""
+    live.end()  # first: a line of the mirror's thread must not overwrite the report
+    reported = False
+    try:
+        reported = report and not record.refused and _write_report(store, record, screen)
+    finally:  # also after a signal while the report was written
+        if not reported:
+            live.write(reload=False)
+
+
+def _write_report(store: Store, record: Run, screen: Screen) -> bool:
+    """Write the run's report unless it exists: a run that builds nothing reads nothing again. Return whether it is
+    there.
+    """
     there = not record.begun and (record.folder / "report.html").exists()  # of the run whose record equals this one
     if there or not (record.folder / "run.json").is_file():
-        return
+        return there
     try:
         from finetune.report.page import write_report
 
         write_report(store, f"{record.recipe}@{record.name}")
+        return True
     except Exception as error:  # no failure here may affect the run
         screen.say(f"the report could not be written: {error} (`finetune report {record.recipe}` tries again)")
+        return False
 
 
 def launch_recipe(
@@ -245,12 +258,7 @@ def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None
 
 def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, store: Store | None = None) -> str:
     """Return the command that mostly comes next for this recipe; it names roots that are not the default ones."""
-    name, roots = loaded.recipe.name, ""
-    if store is not None:
-        named = (("--artifacts", store.artifacts, ARTIFACTS), ("--scratch", store.scratch, SCRATCH))
-        roots = "".join(
-            f" {option} {shlex.quote(str(root))}" for option, root, default in named if root != default.absolute()
-        )
+    name, roots = loaded.recipe.name, "".join(f" {shlex.quote(w)}" for w in (root_options(store) if store else []))
     if judged is None:
         return f"next: finetune run {loaded.path}{roots}" if until else f"next: finetune show {name}{roots}"
     if judged.refusal:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -150,12 +151,14 @@ def clean_store(store: Store, keep: int, *, yes: bool) -> None:
 def unused(store: Store, keep: int) -> list[Unused]:
     """Folders that none of the newest `keep` runs of any recipe names, oldest runs included; none of a live build.
 
-    The runs that commands choose stay too: a finished one is not dropped for a later one that failed.
+    The runs that commands choose stay too: a finished one is not dropped for a later one that failed. The points of a
+    sweep, which are recipes, stay or go together: those of the newest `keep` sweeps of a recipe stay.
     A link in the place of such a folder is listed as itself, never what it names. Raises InputError where runs/, a
     recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
     """
     used: set[Path] = set()
     old_runs: list[Path] = []
+    old_points = _points_of_older_sweeps(store, keep)
     for recipe in (store.artifacts / "runs" / name for name in links.names_in(store.artifacts / "runs")):
         inside = [recipe / name for name in links.names_in(recipe)] if not recipe.is_symlink() else []
         for run in (recipe, *inside):
@@ -163,8 +166,10 @@ def unused(store: Store, keep: int) -> list[Unused]:
                 links.require_inside(run, store.artifacts)
         runs = [p for p in inside if "run.json" in links.names_in(p)]
         # `latest` and a run that goes on stay whatever their names say: a clock may have been set back.
-        kept = {*runs[-keep:], latest_run(recipe), *(r for r in runs if is_being_built(r))}
-        kept |= run_view.chosen_by_commands(store, run_folders(recipe), ASKED)
+        kept = {r for r in runs if is_being_built(r)}
+        if recipe.name not in old_points:
+            kept |= {*runs[-keep:], *filter(None, [latest_run(recipe)])}
+            kept |= run_view.chosen_by_commands(store, run_folders(recipe), ASKED)
         old_runs += [r for r in runs if r not in kept]
         for run in (r for r in runs if r in kept):
             stages = read_record(run)["stages"]
@@ -185,6 +190,26 @@ def unused(store: Store, keep: int) -> list[Unused]:
     staged = [p for p in sorted(left) if p.is_dir()]
     folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
     return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]
+
+
+def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:
+    """Return the recipes that are points of a sweep, but of none of the newest `keep` sweeps of the swept recipe.
+
+    The files in artifacts/sweeps name them; if one cannot be read, no sweep counts as older.
+    """
+    root = store.artifacts / "sweeps"
+    points: dict[str, list[set[str]]] = {}
+    try:
+        files = [root / name for name in links.names_in(root) if name.endswith(".json")]
+        for path in sorted(files, key=lambda p: p.lstat().st_mtime_ns, reverse=True):
+            value = json.loads(links.read_regular(path))
+            pattern = re.compile(re.escape(value["recipe"][:60]) + r"-sweep-[0-9a-f]{8}")
+            named = {str(run["name"]) for run in value["runs"]}
+            points.setdefault(value["recipe"], []).append({name for name in named if pattern.fullmatch(name)})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    newest = {name for sweeps in points.values() for sweep in sweeps[:keep] for name in sweep}
+    return {name for sweeps in points.values() for sweep in sweeps for name in sweep} - newest
 
 
 def remove(store: Store, items: list[Unused]) -> int:

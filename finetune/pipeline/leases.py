@@ -23,6 +23,7 @@ from finetune.utils.links import names_in, read_regular
 
 LEASE_SECONDS = 60.0  # a lease of another machine without a heartbeat for this long is dead
 BEAT_SECONDS = 5.0
+ABANDONED_SECONDS = 600.0  # the same by the file's time and this machine's clock, which may differ by minutes
 LEASE_BYTES = 2048
 SOMEBODY = "another run"  # owner of an unreadable lease
 WAIT_SECONDS = 15.0  # interval at which a waiting run prints the owner's progress
@@ -139,6 +140,12 @@ def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]])
     now = time.monotonic()  # not the wall clock: it may jump, and differs between machines
     if path not in watch or watch[path][0] != content:
         watch[path] = (content, now)
+    ended = _ended_here(content)
+    return now - watch[path][1] > LEASE_SECONDS if ended is None else ended
+
+
+def _ended_here(content: bytes) -> bool | None:
+    """Return whether the owner, a process of this machine, has ended; None for an owner elsewhere."""
     try:
         owner = json.loads(content)
         me = _identity()
@@ -146,7 +153,7 @@ def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]])
             return bool(_process_start(int(owner["pid"])) != owner["start"])
     except (ValueError, KeyError, TypeError):
         pass  # incomplete: judged by whether it still changes
-    return now - watch[path][1] > LEASE_SECONDS
+    return None
 
 
 def _create(path: Path, token: str) -> bool:
@@ -246,6 +253,16 @@ def _process_start(pid: int) -> str:
 
 
 def is_being_built(folder: Path) -> bool:
-    """Return whether a lease in the folder may belong to a live process; one of another machine counts as live."""
+    """Return whether a lease in the folder may belong to a live process: one of this machine that runs, or one of
+    another (or of this one before a reboot) with a heartbeat in the last ABANDONED_SECONDS.
+    """
     held = sorted(_leases(folder))
-    return bool(held) and not _is_dead(held[-1], _read(held[-1]), {})
+    if not held:
+        return False
+    ended = _ended_here(_read(held[-1]))
+    if ended is not None:
+        return not ended
+    try:
+        return time.time() - held[-1].lstat().st_mtime < ABANDONED_SECONDS
+    except OSError:
+        return True  # not known: remove nothing

@@ -25,6 +25,8 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import LoadedRecipe, parse_value
 
 MOST_POINTS = 1000
+KEYLESS = ("runtime", "tracking", "publish")  # sections that enter no stage's key: one result serves all their values
+NO_NUMBER = "no such number"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Result:
     """What the store has of a point. `seconds` are those of the stages that no other point uses."""
 
     point: Point
-    status: str  # done, not run, or how the run ended
+    status: str  # done, same as POINT (one result serves both), no such number, not run, or how the run ended
     value: float | None = None
     interval: tuple[float, float] | None = None  # 95 %
     seconds: float = 0.0
@@ -86,8 +88,10 @@ def read_grid(options: Sequence[str]) -> dict[str, list[str]]:
         values = parse_value(text, f"--grid {field}") if equals else None
         if not field or not isinstance(values, list) or not values:
             raise InputError(f"--grid {option}: write FIELD=[VALUE, …], as in train.learning_rate='[1e-4, 2e-4]'")
-        if field in grid or field == "name":
-            why = "given twice; write all values in one list" if field in grid else "a run's name is no setting"
+        if field in grid:
+            raise InputError(f"--grid {field}: given twice; write all values in one list")
+        if field == "name" or field.partition(".")[0] in KEYLESS:
+            why = "a run's name is no setting" if field == "name" else "changes no result, so it cannot be compared"
             raise InputError(f"--grid {field}: {why}")
         grid[field] = [json.dumps(value, ensure_ascii=False) for value in values]
         if repeated := [value for value, count in Counter(grid[field]).items() if count > 1]:
@@ -133,14 +137,14 @@ def run_points(
     """Run the points that have no metric yet, one after the other; yield the results before the first and after each.
 
     `start` runs `finetune ARGUMENTS` and returns the exit status; `options` are added to them. A point that fails or is
-    refused does not stop the others. Raises InputError if a run refuses its input, or if the stage has no such metric,
-    FinetuneError at the end if a point has no value.
+    refused does not stop the others. Raises InputError if a run refuses its input, or if the stage of no finished point
+    has such a metric, FinetuneError at the end if a point has no value.
     """
     ended: dict[str, str] = {}
     yield (results := read_results(sweep, store, ended))
     for number, point in enumerate(sweep.points, 1):
         where = f"sweep {number}/{len(sweep.points)}: {point.label} ({point.recipe.name})"
-        if results[number - 1].value is not None:
+        if results[number - 1].value is not None or results[number - 1].status == NO_NUMBER:
             say(f"{where}: is there already")
             continue
         say(where)
@@ -166,42 +170,48 @@ def _how(store: Store, point: Point, status: int) -> str:
 def read_results(sweep: Sweep, store: Store, ended: Mapping[str, str] | None = None) -> list[Result]:
     """Return the result of every point, from the manifests in the store. `ended`: how runs failed, by recipe name.
 
-    Raises InputError with the numbers that the stage has if the metric is not one of them.
+    Raises InputError with the numbers that the stage has if the metric is one of them in no finished point.
     """
     steps = [[s for s in runner.plan(point.recipe, store) if s.manifest] for point in sweep.points]
     uses = Counter(step.folder for of_point in steps for step in of_point)
-    results = []
+    results: list[Result] = []
+    first: dict[Path | None, Point] = {}
+    there: set[str] = set()
+    figure = sweep.metric.partition(".")[2]
     for point, of_point in zip(sweep.points, steps, strict=True):
         seconds = sum(s.manifest.seconds for s in of_point if s.manifest and uses[s.folder] == 1)
-        manifest = next((s.manifest for s in of_point if s.stage.name == sweep.stage), None)
-        if manifest is None:
+        step = next((s for s in of_point if s.stage.name == sweep.stage), None)
+        if step is None or step.manifest is None:
             results.append(Result(point, (ended or {}).get(point.recipe.name, "not run"), seconds=seconds))
             continue
-        value, ends = _metric(manifest.metrics, sweep.metric)
-        results.append(Result(point, "done", value, ends, seconds))
+        metrics, same = step.manifest.metrics, first.setdefault(step.folder, point)
+        numbers = dict(_numbers(metrics))
+        there |= numbers.keys()
+        value = numbers.get(figure)
+        status = NO_NUMBER if value is None else "done" if same is point else f"same as {same.label}"
+        results.append(Result(point, status, value, _interval(metrics, figure), seconds))
+    if first and figure not in there:
+        raise InputError(
+            f"--metric {sweep.metric}: {sweep.stage} has no such number; it has {', '.join(sorted(there))}. Finished "
+            "runs are kept: the same command with another --metric reads them"
+        )
     return results
 
 
-def _metric(metrics: Mapping[str, Any], name: str) -> tuple[float, tuple[float, float] | None]:
-    """Return a number of a stage's metrics and its 95 % interval, if the stage recorded one."""
-    numbers = dict(_numbers(metrics))
-    stage, _, figure = name.partition(".")
-    if figure not in numbers:
-        raise InputError(
-            f"--metric {name}: {stage} has no such number; it has {', '.join(sorted(numbers))}. Finished runs are "
-            "kept: the same command with another --metric reads them"
-        )
+def _interval(metrics: Mapping[str, Any], figure: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a number, if the stage recorded one."""
     ends = metrics.get(f"{figure}_interval")
     known = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
-    return numbers[figure], (float(ends[0]), float(ends[1])) if known and ends else None
+    return (float(ends[0]), float(ends[1])) if known and ends else None
 
 
-def _numbers(metrics: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(metrics: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float | None]]:
+    """Yield name and value; None for a value that is null or not finite, as of a training that diverged."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{at}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            yield f"{at}{name}", float(value)
+        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            yield f"{at}{name}", float(value) if value is not None and math.isfinite(value) else None
 
 
 def as_json(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:

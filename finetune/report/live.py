@@ -36,6 +36,7 @@ class Live:
         self._written = time.monotonic()
         self._predicted: dict[str, int] | None = None
         self._lock = threading.Lock()
+        self._ended = False
 
     def heard(self, line: str) -> None:
         """Take a line or the position of a bar; called at every step, so that most calls do nothing."""
@@ -43,11 +44,19 @@ class Live:
         if time.monotonic() - self._written >= EVERY_SECONDS:
             self.write()
 
+    def end(self) -> None:
+        """Write no further page that reloads; wait for one that another thread (the mirror's) is writing."""
+        with self._lock:
+            self._ended = True
+
     def write(self, *, reload: bool = True) -> None:
-        """Write the page if the run's folder exists; without `reload` it is the last one."""
-        if not self._record.begun or not self._lock.acquire(blocking=False):
+        """Write the page if the run's folder exists; without `reload` it is the last one, also after `end`."""
+        if not self._record.begun or not self._lock.acquire(blocking=not reload):
             return
         try:
+            if self._ended and reload:
+                return
+            self._ended = self._ended or not reload
             from finetune.report.html import render_page  # a run that builds nothing needs no jinja
             from finetune.report.page import REPORT
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from finetune.context import StopFlag
 from finetune.errors import FinetuneError
+from finetune.pipeline import leases
 from finetune.pipeline.store import Store
 
 
@@ -82,6 +83,22 @@ def test_a_reused_process_number_does_not_keep_a_lease_alive(store, tmp_path):
     (folder / "lease.000001.json").write_text(json.dumps({**lease, "start": "1"}))
     with store.lease(folder, lambda line: None, lambda: None):
         pass
+
+
+@pytest.mark.parametrize("field", ["host", "boot", "namespace", None])
+def test_a_lease_of_another_machine_without_a_heartbeat_is_no_build(store, tmp_path, field):
+    folder = tmp_path / "x"
+    with store.lease(folder, lambda line: None, lambda: None):
+        path = folder / "lease.000001.json"
+        text, long_ago = path.read_text(), time.time() - leases.ABANDONED_SECONDS - 1
+        os.utime(path, (long_ago, long_ago))
+        assert leases.is_being_built(folder)  # of this machine: the process decides
+    path.write_text(json.dumps({**json.loads(text), field: "another"}) if field else text[:20])
+    assert leases.is_being_built(folder)
+    os.utime(path, (long_ago + 60, long_ago + 60))
+    assert leases.is_being_built(folder)
+    os.utime(path, (long_ago, long_ago))
+    assert not leases.is_being_built(folder)
 
 
 @settings(max_examples=5, deadline=None)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 
 import pytest
@@ -177,6 +178,45 @@ def test_clean_drops_an_earlier_run_of_the_same_stages_and_keeps_it_for_a_failed
     gone = {u.folder for u in unused(made.store, 1)}
     assert {old, made.store.folder("merge", f"merge{'b':0<20}", large=True)} <= gone
     assert old not in {u.folder for u in unused(made.store, 4)}
+
+
+def swept(made, name, at, points):
+    """Write the results of a sweep, as sweep_page does; points are digests and seconds."""
+    for digest, second in points.items():
+        if not (made.store.artifacts / "runs" / f"made-sweep-{digest}").exists():
+            made.run(second, recipe=f"made-sweep-{digest}", key=digest, base="done", train="done")
+    path = made.store.artifacts / "sweeps" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    value = {"recipe": "made", "runs": [{"name": f"made-sweep-{digest}"} for digest in points]}
+    path.write_text(json.dumps(value))
+    os.utime(path, (at, at))
+    return path
+
+
+def test_clean_frees_all_sweeps_of_a_recipe_but_the_newest(made):
+    made.run(1, key="a", base="done", train="done")
+    swept(made, "made-1", 1000, {"0000000a": 2, "0000000b": 3})
+    swept(made, "made-2", 2000, {"0000000b": 3, "0000000c": 4})
+    gone = {u.folder for u in unused(made.store, 1)}
+    runs = made.store.artifacts / "runs"
+    assert gone == {
+        runs / "made-sweep-0000000a" / name_of(2), *(made.store.folder(s, f"{s}{'0000000a':0<20}") for s in BASE_TRAIN)
+    }  # fmt: skip
+    assert unused(made.store, 2) == []
+    with made.store.lease(runs / "made-sweep-0000000a" / name_of(2), lambda line: None, lambda: None):
+        assert unused(made.store, 1) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": "made", "runs": [{"name": "made"}]}'])
+def test_a_file_of_a_sweep_that_is_damaged_or_names_other_runs_frees_nothing(made, content):
+    made.run(1, key="a", base="done", train="done")
+    swept(made, "made-1", 1000, {"0000000a": 2})
+    swept(made, "made-2", 3000, {"0000000c": 4})
+    damaged = swept(made, "made-0", 500, {})
+    damaged.write_text(content)
+    os.utime(damaged, (500, 500))
+    gone = {u.folder.parent.name for u in unused(made.store, 1)}
+    assert "made" not in gone and ("made-sweep-0000000a" in gone) == content.endswith("]}")
 
 
 @pytest.mark.parametrize(

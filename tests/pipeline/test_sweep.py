@@ -9,10 +9,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from finetune.cli.main import app
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError, Stopped
-from finetune.pipeline import runner
+from finetune.pipeline import launch, runner
 from finetune.pipeline import sweep as sweeps
 from finetune.pipeline.recipe_names import load_recipe
 from finetune.pipeline.runs import Run
@@ -53,7 +55,8 @@ class Starts:
         if outcome == 0:
             _, path, _, until, _, artifacts, _, scratch, *options = arguments
             store = Store(Path(artifacts), Path(scratch))
-            recipe = load_recipe(path, [o.removeprefix("--set=") for o in options], store.artifacts).recipe
+            sets = [o.removeprefix("--set=") for o in options if o.startswith("--set=")]
+            recipe = load_recipe(path, sets, store.artifacts).recipe
             ctx = Context(store.scratch, recipe.runtime, recipe.tracking)
             runner.run(recipe, store, ctx, Run(store.artifacts, recipe.name, "", (), "0", write=False), until=until)
         return outcome
@@ -80,6 +83,8 @@ def folders(folder, stage):
         ("train.learning_rate=[1e-4", "--grid train.learning_rate"),
         ("train.learning_rate=[1e-4, 0.0001]", "0.0001 is in the list twice"),
         ("name=[a, b]", "a run's name is no setting"),
+        ("runtime.micro_batch_rows=[1, 2]", "changes no result"),
+        ("tracking=[null]", "changes no result"),
         ("seed=[" + ",".join(map(str, range(1001))) + "]", "1,001 runs; at most 1,000"),
     ],
 )
@@ -111,7 +116,8 @@ def test_points_share_stages_and_a_stopped_sweep_goes_on(folder):
     with pytest.raises(Stopped):
         swept(folder, stopped)
     # lora.r changes nothing before training: the first run has built what the second point reads
-    assert [r.status for r in stopped.results] == ["done", "done", "not run", "not run"]
+    same = "same as render.max_length_tokens=100 lora.r=2"
+    assert [r.status for r in stopped.results] == ["done", same, "not run", "not run"]
     rest = Starts()
     planned, results, store = swept(folder, rest)
     assert (len(stopped.calls), len(rest.calls)) == (2, 1)
@@ -144,6 +150,43 @@ def test_wrong_input_stops_the_sweep(folder):
     assert len(starts.calls) == 1
 
 
+def test_the_next_command_names_roots_and_processes(folder, monkeypatch):
+    monkeypatch.setattr(launch, "run_alone", Starts())
+    monkeypatch.chdir(folder)
+    command = ["sweep", "small.yaml", "--grid", "seed=[1]", "--metric", "render.tokens"]
+    assert "next  finetune run small.yaml --set=seed=1\n" in CliRunner().invoke(app, command).stdout
+    command += ["--processes", "2", "--artifacts", "my rows", "--scratch", "scratch"]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert f"next  finetune run small.yaml --set=seed=1 --processes 2 --artifacts '{folder}/my rows'\n" in shown
+
+
 def test_an_unknown_metric_lists_the_numbers_of_its_stage(folder):
     with pytest.raises(InputError, match=r"render has no such number; it has share\.kept, tokens\. Finished"):
         swept(folder, Starts(), metric="render.token")
+
+
+@pytest.mark.parametrize("odd", [None, float("inf"), float("nan")])
+def test_a_point_without_the_number_does_not_stop_the_others_wherever_it_is(folder, monkeypatch, odd):
+    for value, grid in ((100, [100, 128]), (128, [100, 128])):
+
+        def diverged(spec, inputs, folder, ctx, value=value):
+            metrics = stub(spec, inputs, folder, ctx)
+            return metrics | {"tokens": odd} if metrics["tokens"] == value else metrics
+
+        monkeypatch.setattr(
+            runner, "STAGES", tuple(dataclasses.replace(s, run=diverged, version=value) for s in runner.STAGES)
+        )
+        for calls in (2, 0):
+            starts = Starts()
+            with pytest.raises(FinetuneError, match=rf"1 of 2 runs have no .*={value} \(no such number\)"):
+                swept(folder, starts, grid=[f"render.max_length_tokens={grid}"])
+            assert len(starts.calls) == calls
+        assert [r.status for r in starts.results].count("done") == 1
+
+
+def test_no_section_in_a_stages_key_is_refused_in_a_grid(folder):
+    """Each of the sections that a grid refuses reaches no stage's spec, other sections do."""
+    recipe = load_recipe(str(folder / "small.yaml"), [], folder / "artifacts").recipe
+    for section in sweeps.KEYLESS:
+        changed = recipe.model_copy(update={section: object()})
+        assert all(s.spec(changed) == s.spec(recipe) for s in runner.STAGES), section

@@ -4,6 +4,8 @@ import dataclasses
 import html
 import json
 import re
+import threading
+import time
 
 import pytest
 import typer
@@ -17,6 +19,7 @@ from finetune.pipeline.runs import Run, StageRecord
 from finetune.pipeline.store import Store
 from finetune.recipe.load import parse_recipe
 from finetune.report import live as live_page
+from finetune.report import page as page_module
 from finetune.report.page import REPORT
 from tests.report.made_run import RECIPE
 from tests.report.test_page import HOSTILE, assert_only_ours
@@ -86,6 +89,32 @@ def test_a_page_that_cannot_be_written_stops_no_run(begun, monkeypatch):
     assert not list(record.folder.glob(f".{REPORT}*"))
 
 
+@pytest.mark.parametrize("end", [live_page.Live.end, lambda live: live.write(reload=False)])
+def test_a_line_of_another_thread_after_the_end_writes_nothing(begun, monkeypatch, end):
+    _, record, live = begun
+    live.write()
+    page, inside = record.folder / REPORT, threading.Event()
+
+    def slow(path, content):
+        inside.set()
+        time.sleep(0.2)
+        path.write_bytes(b"of the thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_page, "replace_bytes", slow)
+        thread = threading.Thread(target=live.write)
+        thread.start()
+        assert inside.wait(10)
+        patched.setattr(live_page, "replace_bytes", lambda path, content: path.write_bytes(b"the last"))
+        end(live)
+    page.write_text("the report")  # the write that was in progress is over
+    thread.join()
+    monkeypatch.setattr(live_page, "EVERY_SECONDS", -1.0)
+    live.heard("OWNER/NAME has train")
+    live.write()
+    assert page.read_text() == "the report"
+
+
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """A recipe whose stages are stubs; the pages that they see are in `seen`."""
@@ -135,6 +164,28 @@ def test_a_run_that_ends_early_does_not_reload_for_ever(recipe, tmp_path, error)
     (page,) = (tmp_path / "artifacts" / "runs" / "made").glob(f"*/{REPORT}")
     assert not REFRESH.search(page.read_text())
     assert ("Stopped in ingest" if isinstance(error, Stopped) else str(error)) in page.read_text()
+
+
+@pytest.mark.parametrize("failing", [None, RuntimeError("no"), KeyboardInterrupt()])
+def test_the_page_of_a_finished_run_is_live_until_the_report_replaces_it(recipe, tmp_path, monkeypatch, failing):
+    """While the report is written the page is that of a run in progress; if the report fails, it is the last one."""
+    written, seen = page_module.write_report, []
+
+    def write(*arguments):
+        (page,) = (tmp_path / "artifacts" / "runs" / "made").glob(f"*/{REPORT}")
+        seen.append(page.read_text())
+        if failing:
+            raise failing
+        return written(*arguments)
+
+    monkeypatch.setattr(page_module, "write_report", write)
+    try:
+        go(tmp_path)
+    except Stopped:
+        assert isinstance(failing, KeyboardInterrupt)
+    (page,) = (tmp_path / "artifacts" / "runs" / "made").glob(f"*/{REPORT}")
+    assert REFRESH.search(seen[0]) and not REFRESH.search(page.read_text())
+    assert ("Report of a run" in page.read_text()) == (failing is None)
 
 
 def test_open_shows_the_live_page_of_a_run_in_progress(begun, monkeypatch):
