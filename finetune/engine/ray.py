@@ -50,7 +50,7 @@ class RayEngine:
         waiting: deque[tuple[Any, str]] = deque()
         try:
             for number, part in enumerate(parts, 1):
-                waiting.append((task.remote(self._calls, built, part), f"partition {number} of {len(parts)} ({part})"))
+                waiting.append((task.remote(self._calls, built, part), f"partition {number} of {len(parts)}"))
                 if len(waiting) > AHEAD * self._workers:
                     yield _taken(*waiting.popleft())
             while waiting:
