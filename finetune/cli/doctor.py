@@ -17,7 +17,7 @@ from pathlib import Path
 from finetune.errors import FinetuneError
 from finetune.utils.console import print_table
 from finetune.utils.format import first_line
-from finetune.utils.runtime import available_memory
+from finetune.utils.runtime import available_memory, usable_cpus
 
 PYTHON = (3, 11)
 DISTRIBUTION = "finetune-recipes"  # the name in pyproject.toml
@@ -170,8 +170,8 @@ def _quantises(device: str) -> Finding:
 
 
 def memory() -> Finding:
-    """Return cores and RAM, or the limit of the container."""
-    cores = os.cpu_count() or 1
+    """Return cores and RAM, or the limits of the container."""
+    cores = usable_cpus()
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no cgroup, or the word max
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

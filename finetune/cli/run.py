@@ -66,7 +66,7 @@ def run_recipe(
         live = Live(record, loaded.recipe, store, until)
         if rank == 0:
             record.on_change, ctx = live.write, ctx.heard_by(live.heard)
-        ctx = replace(ctx, engine=owned.enter_context(_engine(engine, ray_address, ctx, store, screen)))
+        ctx = replace(ctx, engine=owned.enter_context(_engine(engine, ray_address, ctx, store, loaded.recipe)))
         if mirror and rank == 0:
             from finetune.pipeline.mirror import mirrored
 
@@ -105,15 +105,20 @@ def _check_engine(engine: str, ray_address: str | None) -> None:
 
 
 def _engine(
-    name: str, address: str | None, ctx: Context, store: Store, screen: Screen
+    name: str, address: str | None, ctx: Context, store: Store, recipe: Recipe
 ) -> AbstractContextManager[Engine]:
-    """Return a context with the engine: this process's own, a local Ray cluster, or the one at `address`."""
-    if name == "local":
+    """Return a context with the engine: this process's own, a local Ray cluster, or the one at `address`.
+
+    Data stages run on rank 0, so the other ranks start none.
+    """
+    if name == "local" or ctx.rank:
         return nullcontext(ctx.engine)
     from finetune.engine import ray
 
-    store.artifacts.mkdir(parents=True, exist_ok=True)
-    return ray.started(address, [store.artifacts, store.scratch] if address else [], screen.say)
+    folders = [store.artifacts, store.scratch] if address else []
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return ray.started(address, folders, ctx.say, [recipe.render.template_file] if recipe.render.template_file else [])
 
 
 def _save_record(record: Run, screen: Screen) -> None:

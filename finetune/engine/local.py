@@ -13,23 +13,24 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from finetune.errors import FinetuneError
-from finetune.utils.runtime import end_with_parent, usable_cpus
+from finetune.utils.runtime import available_memory, end_with_parent, usable_cpus
 
 T = TypeVar("T")
 R = TypeVar("R")
 PAYS_FROM_ROWS = 50_000  # a worker needs about 6 s to import the libraries
 AHEAD = 2  # partitions per worker that are computed before they are taken
+WORKER_BYTES = 1_000_000_000  # memory of a worker with the libraries
 
 
 @dataclass(frozen=True)
 class Local:
-    """Engine of one machine; `workers` processes, auto: one for each processor if there are many rows."""
+    """Engine of one machine; `workers` processes, auto: one for each processor if there are many rows, and memory."""
 
     workers: int | Literal["auto"] = "auto"
 
     def map(self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int) -> Iterator[R]:
         """As `Engine.map`. The workers use one thread each: processes or threads, never both."""
-        wanted = self.workers if self.workers != "auto" else usable_cpus() if rows >= PAYS_FROM_ROWS else 1
+        wanted = self.workers if self.workers != "auto" else _affordable() if rows >= PAYS_FROM_ROWS else 1
         workers = min(wanted, len(parts))
         if workers <= 1:
             function = build()
@@ -51,6 +52,12 @@ class Local:
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _affordable() -> int:
+    """Return the number of workers that processors and free memory allow; 0 if memory is short."""
+    free = available_memory()
+    return usable_cpus() if free is None else min(usable_cpus(), free // WORKER_BYTES)
 
 
 _state: dict[str, Any] = {}  # of a worker process: how its function is built, and the function

@@ -5,20 +5,27 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
+
+from finetune import __version__
 from finetune.errors import FinetuneError, InputError
+from finetune.utils.files import canonical_json, hash_file
 
 T = TypeVar("T")
 R = TypeVar("R")
 AHEAD = 2  # partitions per processor that are computed before they are taken
 CONNECT_SECONDS = 10.0
+CHECK_SECONDS = 60.0  # for a node to import the package and answer
+RETRIES = 10  # of a partition whose worker or node was lost
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
@@ -38,18 +45,18 @@ class RayEngine:
         import ray
 
         self._calls += 1
-        task: Any = ray.remote(num_cpus=1, max_retries=-1)(_work)
+        task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
         built = ray.put(build)
-        waiting: deque[Any] = deque()
+        waiting: deque[tuple[Any, str]] = deque()
         try:
-            for part in parts:
-                waiting.append(task.remote(self._calls, built, part))
+            for number, part in enumerate(parts, 1):
+                waiting.append((task.remote(self._calls, built, part), f"partition {number} of {len(parts)}"))
                 if len(waiting) > AHEAD * self._workers:
-                    yield _taken(waiting.popleft())
+                    yield _taken(*waiting.popleft())
             while waiting:
-                yield _taken(waiting.popleft())
+                yield _taken(*waiting.popleft())
         finally:
-            for one in waiting:
+            for one, _ in waiting:
                 ray.cancel(one, force=True)
 
 
@@ -74,33 +81,47 @@ class _Raised:
         self.error = error
 
 
-def _taken(reference: Any) -> Any:  # noqa: ANN401
-    import ray
+def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401
+    from ray import exceptions, get
 
     try:
-        found = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+        found = get(reference)
+    except exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
-    except ray.exceptions.RayError as error:
-        raise FinetuneError(f"the Ray cluster lost a partition for good: {str(error).splitlines()[0]}") from None
+    except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
+        raise FinetuneError(
+            f"a worker process ended unexpectedly (out of memory?) {RETRIES + 1} times at {which}: {_line(error)}; run "
+            "again, with --engine local --set runtime.workers=1 if it repeats"
+        ) from None
+    except exceptions.RayError as error:
+        raise FinetuneError(f"the Ray cluster lost {which}: {_line(error)}") from None
     if isinstance(found, _Raised):
         raise found.error
     return found
 
 
+def _line(error: Exception) -> str:
+    """Return the first line of a Ray error, which may be empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
-def started(address: str | None, folders: Sequence[Path], say: Callable[[str], None]) -> Iterator[RayEngine]:
+def started(
+    address: str | None, folders: Sequence[Path], say: Callable[[str], None], files: Sequence[Path] = ()
+) -> Iterator[RayEngine]:
     """Within this block the engine of the cluster at `address` (HOST:PORT); without one, of a cluster of this machine
     that is stopped at the end.
 
     Raises:
-        InputError: Ray is not installed, no cluster is there, a node has other versions, or does not see `folders`.
+        InputError: Ray is not installed, no cluster is there, it has no processors, a node has other versions, does
+            not share `folders`, or has not the same `files`.
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError("--engine ray needs Ray, which is not installed: pip install 'finetune-recipes[ray]'")
     if address:
         _check_address(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray's default is without end
     import ray
 
     try:
@@ -114,70 +135,127 @@ def started(address: str | None, folders: Sequence[Path], say: Callable[[str], N
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"no Ray cluster could be joined at {address}" if address else "Ray could not start on this machine"
-        raise InputError(f"--engine ray: {where}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--engine ray: {where}: {_line(error)}") from None
     try:
         if context.dashboard_url:
             say(f"Ray's dashboard: http://{context.dashboard_url}")
-        _check_nodes(folders)
-        yield RayEngine(max(1, int(ray.cluster_resources().get("CPU", 1))))
+        workers = _processors(ray.cluster_resources())
+        _check_nodes(folders, files)
+        yield RayEngine(workers)
     finally:
         ray.shutdown()
+
+
+def _processors(resources: Mapping[str, float]) -> int:
+    """Return the cluster's processors. A partition needs a whole one, and would wait for it without end."""
+    if (found := int(resources.get("CPU", 0))) < 1:
+        raise InputError("--engine ray: the cluster has no processors: start a node with `ray start --num-cpus N`")
+    return found
 
 
 def _check_address(address: str) -> None:
     """Refuse an address where nothing listens: Ray would try it again for minutes, with log lines of its own."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise InputError(f"--ray-address: found {address!r}; write HOST:PORT, as `ray start --head` prints it")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: a host that is no name, a port of 5000 digits
         raise InputError(
             f"--ray-address: nothing answers at {address} ({error}); start the cluster with `ray start --head --port "
             f"{port}` on {host}"
         ) from None
 
 
-def _check_nodes(folders: Sequence[Path]) -> None:
-    """Ask every node for its versions and whether it sees the folders."""
+def _check_nodes(folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
+    """Ask every node for its versions, for `files`, and for a new file in each of `folders`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = _versions()
     asked = ray.remote(num_cpus=0, max_retries=2)(_node_facts)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    paths = [str(folder.absolute()) for folder in folders]
-    waiting = [
-        asked.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths)
-        for node in nodes
-    ]
-    for reference in waiting:
-        try:
-            host, versions, absent = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            words = str(error).strip().splitlines()[-1]
-            raise InputError(f"--engine ray: a node cannot run this package; install it there: {words}") from None
-        for name, version in here.items():
-            if versions.get(name) != version:
+    nodes = [(node["NodeID"], node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]]
+    with ExitStack() as written:
+        probes = [written.enter_context(_probe(folder)) for folder in folders]
+        paths = [str(path.absolute()) for path in (*probes, *files)]
+        here = _node_facts(paths)
+        waiting = [
+            asked.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths)
+            for node, _ in nodes
+        ]
+        for reference, (_, host) in zip(waiting, nodes, strict=True):
+            try:
+                there = ray.get(reference, timeout=CHECK_SECONDS)
+            except ray.exceptions.GetTimeoutError:
                 raise InputError(
-                    f"--engine ray: node {host} has {name} {versions.get(name)}, this machine {version}; install the "
-                    "same versions on every node (constraints.txt)"
-                )
-        if absent:
+                    f"--engine ray: node {host} did not answer within {CHECK_SECONDS:.0f} s; look at it with "
+                    "`ray status`, or remove it from the cluster"
+                ) from None
+            except ray.exceptions.RayError as error:
+                words = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+                raise InputError(f"--engine ray: node {host} cannot run this package: {words[0]}") from None
+            _require_equal(host, here, there)
+
+
+@contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    """Within this block a file with a random name and content in `folder`."""
+    name = secrets.token_hex(16)
+    path = folder / f".shared-{name}"
+    try:
+        try:
+            path.write_text(secrets.token_hex(16), encoding="ascii")
+        except OSError as error:
+            raise InputError(f"--engine ray: {folder} cannot be written: {error.strerror}") from None
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+Facts = tuple[Mapping[str, object], Mapping[str, object]]
+"""Versions of packages; digests of files, None for one that cannot be read."""
+
+
+def _require_equal(host: str, here: Facts, there: Facts) -> None:
+    """Raise InputError if the node `host` has other versions or files."""
+    for name, version in here[0].items():
+        if there[0].get(name) != version:
             raise InputError(
-                f"--engine ray: node {host} does not see {absent[0]}; --artifacts and --scratch must be on a folder "
-                "that every node shares"
+                f"--engine ray: node {host} has {name} {there[0].get(name)}, this machine {version}; install the "
+                "same versions on every node (constraints.txt)"
             )
+    for path, digest in here[1].items():
+        if there[1].get(path) == digest:
+            continue
+        if Path(path).name.startswith(".shared-"):
+            raise InputError(
+                f"--engine ray: node {host} does not see the same {Path(path).parent}; --artifacts and --scratch must "
+                "be on a folder that every node shares"
+            )
+        raise InputError(f"--engine ray: {path} is missing or different on node {host}; copy it there")
 
 
 def _versions() -> Mapping[str, object]:
+    """Return the versions of what a worker imports; of this package also a digest of its files."""
     from finetune.utils.runtime import describe_environment
 
     facts = describe_environment()
     versions = facts["versions"]
     found = dict(versions) if isinstance(versions, Mapping) else {}
-    return {**found, "python": ".".join(map(str, sys.version_info[:2]))}
+    code = Path(__file__).parents[1]
+    files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}
+    digest = xxhash.xxh3_64(canonical_json(files).encode()).hexdigest()
+    return {
+        "finetune": f"{__version__} (files {digest})",
+        **found,
+        "python": ".".join(map(str, sys.version_info[:2])),
+    }
 
 
-def _node_facts(paths: Sequence[str]) -> tuple[str, Mapping[str, object], list[str]]:
-    return socket.gethostname(), _versions(), [path for path in paths if not Path(path).is_dir()]
+def _node_facts(paths: Sequence[str]) -> Facts:
+    digests: dict[str, object] = {}
+    for path in paths:
+        try:
+            digests[path] = hash_file(Path(path))
+        except OSError:
+            digests[path] = None
+    return _versions(), digests

@@ -240,7 +240,7 @@ def load_base(
     if quantization is not None or getattr(loaded, "is_loaded_in_4bit", False):  # by the recipe, or as it is stored
         _keep_weights_unpacked(loaded)
         if device == "cpu":  # where dequantising a layer takes longer than its product
-            keep_dequantized(loaded, available_memory())
+            keep_dequantized(loaded, available_memory(ctx.world))
     if tokens:
         new_tokens.grow(loaded, tokens)
     return cast("PreTrainedModel", loaded.requires_grad_(False).eval())

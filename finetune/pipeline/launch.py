@@ -22,7 +22,7 @@ from types import FrameType
 
 from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 from finetune.train.oom import SMALLER
-from finetune.utils.runtime import end_with_parent
+from finetune.utils.runtime import end_with_parent, usable_cpus
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the others after one has failed; after a signal there is no limit, for the checkpoint
@@ -65,7 +65,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
     """Return the status of the process that failed first; 0 if none failed."""
     port = free_port()
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = str(max(1, usable_cpus() // processes))
     started: list[subprocess.Popen[bytes]] = []
     with _handing_on(started) as received:
         for rank in range(processes):

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from finetune.context import Context, Metrics
 from finetune.data.records import Example, Reject, RowRange, reject_writer, row_ranges, write_rows
+from finetune.engine.local import Local
 from finetune.errors import GateRefused, InputError
 from finetune.filters import basic
 from finetune.filters.section import rules_of
@@ -86,7 +87,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     def kept(reject: Callable[[Reject], None]) -> Iterator[Example]:
         nonlocal first
-        judged = ctx.engine.map(partial(judge_of, spec, inputs.get("base")), parts, seen)
+        own = any(isinstance(rule, Own) for rule in spec.rules.rules)  # may keep state from row to row
+        engine = Local(1) if own else ctx.engine
+        judged = engine.map(partial(judge_of, spec, inputs.get("base")), parts, seen)
         for rows, rejects in ctx.track(judged, "filtering", len(parts)):
             yield from rows
             for found in rejects:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+CGROUP = Path("/sys/fs/cgroup")  # version 2, of the container
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -71,10 +72,14 @@ def _cpu_count() -> int:
 
 
 def usable_cpus() -> int:
-    """Return the number of processors that this process may use, at least 1."""
+    """Return the number of processors that this process may use, at least 1: its affinity and the container's quota."""
     import os
 
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cpu_count()
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cpu_count()
+    with suppress(OSError, ValueError):  # no cgroup v2, or the word max
+        quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="ascii").split())
+        count = min(count, quota // period)
+    return max(1, count)
 
 
 def _git() -> tuple[str | None, bool | None]:
@@ -152,16 +157,21 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def available_memory() -> int | None:
-    """Return the bytes of RAM that new allocations can take, at most the container's limit; None: unknown."""
+def available_memory(processes: int = 1) -> int | None:
+    """Return the bytes of RAM that new allocations can take, at most what the container has left (cgroup v2: limit,
+    less what is in use except for files not used lately), divided by `processes` of this machine; None: unknown.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
     with suppress(OSError, ValueError):  # no cgroup, or the word max
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return free
+        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        free = min(free, max(0, limit - used + int(stat.get("inactive_file", 0))))
+    return free // processes
 
 
 def give_back() -> None:

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import signal
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import pytest
 from finetune.cli import run as cli_run
 from finetune.engine import ray as engine
 from finetune.engine.local import Local
-from finetune.errors import InputError
+from finetune.errors import FinetuneError, InputError
+from finetune.pipeline.store import Store
 from tests.engine.test_local import squares
+from tests.stages.rows import context, recipe
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 
@@ -25,7 +29,11 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch):
 
 
 @needs_ray
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "head", "head:x", ":6379", "127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:1", "head", "head:x", ":6379", "127.0.0.1:99999", "a..b:6379", f"{'a' * 70}:1", "host:²", "a\0:1",
+     f"127.0.0.1:{'1' * 5000}"],
+)  # fmt: skip
 def test_an_address_without_a_cluster_is_refused_at_once(address):
     with pytest.raises(InputError, match="--ray-address"), engine.started(address, [], print):
         pass
@@ -35,6 +43,50 @@ def test_an_address_without_a_cluster_is_refused_at_once(address):
 def test_other_engines_are_refused(name, address, words):
     with pytest.raises(InputError, match=words):
         cli_run._check_engine(name, address)
+
+
+def test_a_cluster_without_processors_is_refused():
+    assert engine._processors({"CPU": 3.0, "memory": 1.0}) == 3
+    for resources in ({}, {"CPU": 0.0}, {"CPU": 0.5}):
+        with pytest.raises(InputError, match="no processors"):
+            engine._processors(resources)
+
+
+def test_a_node_needs_the_same_package_files_and_folders(tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("one")
+    with engine._probe(tmp_path) as probe:
+        here = engine._node_facts([str(probe), str(template)])
+        engine._require_equal("node", here, engine._node_facts([str(probe), str(template)]))
+        versions, files = here
+        for there, words in (
+            (({**versions, "finetune": "0.1.0 (files 1)"}, files), "has finetune 0.1.0 .files 1"),
+            (({**versions, "python": "3.1"}, files), "has python 3.1"),
+            ((versions, {**files, str(template): "1"}), "chat.jinja is missing or different"),
+            ((versions, {**files, str(probe): None}), f"does not see the same {tmp_path};"),
+        ):
+            with pytest.raises(InputError, match=words):
+                engine._require_equal("node", here, there)
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.jinja"]
+
+
+def test_only_rank_0_starts_a_cluster_and_both_roots_are_there_before(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "started", lambda address, folders, say, files: seen.extend(folders) or nullcontext(1))
+    store = Store(tmp_path / "artifacts", tmp_path / "scratch")
+    ctx = context(tmp_path)
+    with cli_run._engine("ray", "a:1", replace(ctx, rank=1, world=2), store, recipe()) as found:
+        assert found is ctx.engine and not seen
+    with cli_run._engine("ray", "a:1", replace(ctx, world=2), store, recipe()):
+        assert len(seen) == 2 and all(folder.is_dir() for folder in seen)
+
+
+def killed(part):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def always_killed():
+    return killed
 
 
 def dying(folder):
@@ -52,13 +104,16 @@ def dying(folder):
 
 @needs_ray
 @pytest.mark.slow
-def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_path):
+def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "RETRIES", 2)
     parts = [1, 2, 3, 4, 5, 6, 9]
     with engine.started(None, [tmp_path], lambda line: None) as cluster:
         assert list(cluster.map(partial(squares, 1), parts, 7)) == list(Local(1).map(partial(squares, 1), parts, 7))
         with pytest.raises(InputError, match="row 7 is wrong"):
             list(cluster.map(partial(squares, 0), [1, 7, 2], 3))
         done = list(cluster.map(partial(dying, str(tmp_path)), range(8), 8))
+        with pytest.raises(FinetuneError, match=r"ended unexpectedly .* 3 times at partition 1 of 1"):
+            list(cluster.map(always_killed, [0], 1))
     assert [value for value, _ in done] == [10 * part for part in range(8)]
     assert (tmp_path / "died-3").exists() and len({pid for _, pid in done}) >= 2
 
@@ -81,7 +136,7 @@ def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
                 if number == 1:
                     nodes.remove_node(second, allow_graceful=False)
             assert found == list(range(10))
-            with pytest.raises(InputError, match="does not see"):
+            with pytest.raises(InputError, match="cannot be written"):
                 engine._check_nodes([tmp_path / "elsewhere"])
     finally:
         ray.shutdown()

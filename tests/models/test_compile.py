@@ -28,7 +28,7 @@ def plain(load, monkeypatch):
 
     def loaded(*given):
         with monkeypatch.context() as patch:
-            patch.setattr(loading, "available_memory", lambda: None)
+            patch.setattr(loading, "available_memory", lambda world: None)
             return load(*given)
 
     return loaded

@@ -77,7 +77,7 @@ def test_nothing_is_quantised_unless_asked(base: Base) -> None:
 def test_gradients_after_an_evaluation_are_the_gradients_before(
     base: Base, memory: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda: memory)
+    monkeypatch.setattr(loading, "available_memory", lambda world: memory)
     model = adapted(loading.load_base(*base, NF4, "fp32", "cpu"))
     before = gradients(model)
     evaluate(model)
@@ -93,7 +93,7 @@ def test_bitsandbytes_still_repacks_weights_on_this_cpu(base: Base, monkeypatch:
 
     if not has_avx512bf16():
         pytest.skip("only CPUs with AVX512-BF16 repack")
-    monkeypatch.setattr(loading, "available_memory", lambda: None)
+    monkeypatch.setattr(loading, "available_memory", lambda world: None)
     model = loading.load_base(*base, NF4, "fp32", "cpu")
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -153,12 +153,19 @@ def test_a_field_that_nearly_every_row_shares_is_refused(tmp_path):
 
 
 def test_many_rows_are_searched_by_cells_unless_every_pair_is_asked_for(tmp_path, monkeypatch):
-    from finetune.dedup import large
+    from finetune.dedup import cells, large
 
-    rows = [chat(i, "q", t + " end" * (i % 3)) for i, t in enumerate([s for s in sentences(20) for _ in range(2)], 1)]
+    rows = [chat(i, "q", t + " end" * (i % 3)) for i, t in enumerate([s for s in sentences(40) for _ in range(2)], 1)]
     small = built(tmp_path / "small", rows)
     monkeypatch.setattr(large, "LARGE_ROWS", 20)
     monkeypatch.setattr(dedup, "MEASURED_FROM", 20)
-    cells, every = built(tmp_path / "cells", rows), built(tmp_path / "every", rows, exhaustive=True)
-    assert cells[1]["recall"]["embedding"]["low"] == 1.0 and every[1]["recall"]["embedding"]["recall"] == 1.0
-    assert "sampled" in every[1]["recall"]["embedding"] and cells[2] == every[2] == small[2]
+    for module, name, value in (
+        (cells, "ROWS_PER_CELL", 8), (cells, "FLAT_ROWS", 8), (cells, "PROBES", 3), (large, "LOW", 0.5),
+        (large, "BLOCK_ROWS", 16), (large, "SAMPLED_PER_DROPPED", 1), (large, "MOST_SAMPLED", 1.0),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    by_cells, every = built(tmp_path / "cells", rows), built(tmp_path / "every", rows, exhaustive=True)
+    found = by_cells[1]["recall"]["embedding"]
+    assert 0 < found["probed"] < 1 and found["sampled"] and found["missed"] == 0, found
+    assert every[1]["recall"]["embedding"]["recall"] == 1.0 and "probed" not in every[1]["recall"]["embedding"]
+    assert by_cells[2] == every[2] == small[2]

@@ -56,9 +56,6 @@ def built(folders, tmp_path, engine, name):
     """The bytes and metrics of filter and render."""
     found = {}
     asked = recipe(filter={"max_length_tokens": 60, "min_user_characters": 11})
-    own = Own(rule="own", function="mine:odd", folder=tmp_path)  # a user's module has to reach the workers
-    (tmp_path / "mine.py").write_text("def odd(row):\n    return 'ends in 9' if row.id.endswith('9') else None\n")
-    asked = asked.model_copy(update={"filter": asked.filter.model_copy(update={"rules": [own]})})
     ctx = replace(context(tmp_path), engine=engine)
     for stage, spec in (
         (filtering, filtering.spec(asked)),
@@ -77,8 +74,22 @@ def test_partitions_and_workers_change_no_byte(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(render, "PART_ROWS", 512)
     assert built(folders, tmp_path, Apart(), "two") == one
     kept = one["finetune.stages.filter"][1]
-    assert 0 < kept["rows_out"] < 3000 and len(kept["rejected"]) == 3, kept["rejected"]
+    assert 0 < kept["rows_out"] < 3000 and len(kept["rejected"]) == 2, kept["rejected"]
     assert one["finetune.stages.render"][1]["truncated"] > 0
+
+
+def test_an_own_rule_that_remembers_rows_sees_all_of_them_with_any_engine(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(filtering, "PART_ROWS", 1000)
+    (tmp_path / "mine.py").write_text(
+        "seen = set()\n\n\ndef again(row):\n    key = int(row.id[2:]) % 1500\n"
+        "    if key in seen:\n        return 'seen before'\n    seen.add(key)\n"
+    )
+    own = Own(rule="own", function="mine:again", folder=tmp_path)
+    asked = recipe(filter={})
+    asked = asked.model_copy(update={"filter": asked.filter.model_copy(update={"rules": [own]})})
+    (tmp_path / "out").mkdir()
+    ctx = replace(context(tmp_path), engine=Apart())
+    assert filtering.run(filtering.spec(asked), folders, tmp_path / "out", ctx)["rows_out"] == 1500
 
 
 @pytest.mark.slow
