@@ -114,6 +114,11 @@ def write_recipe(
     measured = data_found.measured
     if store is not None and measured is not None and measured.first is not None:
         notes.append(preview(recipe, measured.first, store))
+    away = [data_found.file] if data_found.file and Path(_written_path(data_found.file, path)).is_absolute() else []
+    if device is not None and away:
+        notes.append(
+            f"{away[0].name}: the recipe names its place on this machine; write another path for one without it"
+        )
     called = path.stem if path.parent == Path("recipes") else path
     lines = [text, *notes, f"wrote {path}", f"next: finetune plan {called}, then finetune run {called}"]
     return "\n".join(lines)

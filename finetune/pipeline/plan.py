@@ -267,7 +267,7 @@ def describe(result: dict[str, Any]) -> str:
         lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
         return "\n".join(lines)
     if result["parameters"] is None:
-        lines.append("  memory      known once the base stage has made the base")
+        lines.append("  base        pre-trained here first, about a minute on two quiet cores; memory is known then")
     else:
         lines.append(f"  parameters  {result['parameters']:,} ({result['trainable_parameters']:,} trained)")
         parts = {k: v for k, v in result["memory_bytes"].items() if k != "total"}

@@ -204,3 +204,11 @@ def test_a_folder_a_pattern_and_rows_to_evaluate_on(folder):
         assert recipe.split is None and recipe.eval_data[0].label == "held.csv"
         assert "held.csv: format prompt_completion" in said and "format prompt_completion, since" in said
         assert len((folder / "many.yaml").read_text().splitlines()) <= 17
+
+
+def test_a_path_of_this_machine_is_named_when_another_is_planned_for(folder, tmp_path_factory):
+    away = tmp_path_factory.mktemp("away") / "rows.csv"
+    away.write_text("question,answer\n" + "".join(f"What is {i}?,It is the number {i}.\n" for i in range(40)))
+    line = "rows.csv: the recipe names its place on this machine"
+    assert line not in write("one", "builtin:tiny-mistral", str(away))
+    assert line in write("two", "builtin:tiny-mistral", str(away), "t4")
