@@ -65,14 +65,11 @@ class Server:
         """Return the answer to a conversation. Raises FinetuneError or InputError with one sentence."""
         with sentences(self):
             made = self.client.chat.completions.create(**self._request(messages, sampling, tools))
-        choices = getattr(made, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            raise NoCompletion(f"{self.url} answered with something else than a chat completion; is it such an API?")
-        message, usage = choices[0].message, made.usage
-        read, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
-        named = str(getattr(made, "model", "") or "")
-        return Reply(message.content or "", choices[0].finish_reason or "", read, written, calls, named)
+        try:
+            return _reply(made)
+        except (AttributeError, LookupError, TypeError):
+            words = "answered with something else than a chat completion; is it such an API?"
+            raise NoCompletion(f"{self.url} {words}") from None
 
     def models(self) -> list[str]:
         """Return the names that the server lists; empty if it cannot list them."""
@@ -104,6 +101,32 @@ class Server:
             "seed": sampling.seed,
         }
         return asked | ({"tools": list(tools)} if tools else {})
+
+
+def _reply(made: Any) -> Reply:  # noqa: ANN401 - the client does not check what the server sent
+    choice, usage = made.choices[0], getattr(made, "usage", None)
+    message = choice.message
+    calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
+    read, written = (token_count(getattr(usage, f"{name}_tokens", 0)) for name in ("prompt", "completion"))
+    finish, named = (
+        str(value or "").encode(errors="replace").decode()
+        for value in (choice.finish_reason, getattr(made, "model", ""))
+    )
+    return Reply(_text(message.content), finish, read, written, calls, named)
+
+
+def _text(content: Any) -> str:  # noqa: ANN401
+    """Return the text of a message; of a list of parts the text parts. Raises TypeError or so for other values."""
+    if isinstance(content, list):
+        return "".join([part["text"] for part in content if part["type"] == "text"])
+    if isinstance(content, str | None):
+        return content or ""
+    raise TypeError
+
+
+def token_count(value: object) -> int:
+    """Return a number of tokens; 0 for anything else, which is not stated."""
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def connect(

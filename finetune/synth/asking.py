@@ -16,7 +16,7 @@ import xxhash
 from finetune.context import Context
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import LanguageModel
-from finetune.serve.client import NoCompletion, Reply, Server, connect, sentences
+from finetune.serve.client import NoCompletion, Reply, Server, connect, sentences, token_count
 from finetune.serve.client import Sampling as ServerSampling
 from finetune.utils import links
 from finetune.utils.files import canonical_json, file_digest, read_json, replace_bytes
@@ -100,6 +100,7 @@ class Kept:
         """Return the response, or None if there is none that can be read."""
         try:
             reply = Reply(**{**read_json(self.path(request)), "calls": ()})
+            reply = replace(reply, **{n: token_count(getattr(reply, n)) for n in ("prompt_tokens", "tokens")})
         except (OSError, ValueError, TypeError):
             return None
         return reply if isinstance(reply.text, str) and isinstance(reply.finish, str) else None

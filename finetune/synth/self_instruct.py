@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.eval.answer_metrics import words
 from finetune.recipe.synthetic import TASKS_A_REQUEST
+from finetune.serve.client import Reply
 from finetune.synth.asking import Ask, ask_user, stream
 from finetune.synth.job import Job
 from finetune.synth.seeds import Seed
@@ -68,8 +69,10 @@ def _tasks(
         tasks = [] if reply is None else read_tasks(reply.text)
         for k, task in enumerate(tasks[:TASKS_A_REQUEST]):
             name = f"{number}/{request}/{k + 1}"
-            cut = reply is not None and reply.finish == "length" and k + 1 == len(tasks)  # those before it are whole
-            if not _fits(job, name, task, cut=cut) or _repeats(job, name, task, [*compared, *new], ids):
+            ended = reply.finish if reply is not None and k + 1 == len(tasks) else "stop"  # those before it are whole
+            if job.unfinished(name, Reply(task, ended)) or not _fits(job, name, task):
+                continue
+            if _repeats(job, name, task, [*compared, *new], ids):
                 continue
             found.append((name, parents, task))
             new.append(words(task))
@@ -92,14 +95,11 @@ def read_tasks(text: str) -> list[str]:
     return [task.strip() for task in tasks if task.strip()]
 
 
-def _fits(job: Job, name: str, task: str, *, cut: bool) -> bool:
+def _fits(job: Job, name: str, task: str) -> bool:
     count = len(words(task))
-    if cut:
-        job.reject(name, "cut_off", f"the response reached {job.section.max_new_tokens} tokens", task)
-    elif not FEWEST_WORDS <= count <= MOST_WORDS:
-        job.reject(name, "length", f"{count} words; allowed are {FEWEST_WORDS} to {MOST_WORDS}", task)
-    else:
+    if FEWEST_WORDS <= count <= MOST_WORDS:
         return True
+    job.reject(name, "length", f"{count} words; allowed are {FEWEST_WORDS} to {MOST_WORDS}", task)
     return False
 
 

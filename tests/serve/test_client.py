@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from finetune.errors import FinetuneError, InputError
-from finetune.serve.client import Sampling, _words, connect
+from finetune.serve.client import NoCompletion, Sampling, _words, connect
 
 pytest.importorskip("openai")
 CALL = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
@@ -133,6 +133,43 @@ def test_a_refusal_is_one_sentence(server, status, body, kind, words):
     server.status, server.body = status, body
     with pytest.raises(kind, match=words):
         ask(server)
+
+
+def completion(message, **more):
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    return json.dumps({**COMPLETION, "choices": choices, **more})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({**COMPLETION, "choices": {"0": 1}}),
+        json.dumps({**COMPLETION, "choices": ["text"]}),
+        completion("text"),
+        completion({"role": "assistant", "content": 5}),
+        completion({"role": "assistant", "content": {"text": "a"}}),
+        completion({"role": "assistant", "content": ["a"]}),
+        completion({"role": "assistant", "content": [{"type": "text", "text": None}]}),
+        completion({"role": "assistant", "content": "a", "tool_calls": ["b"]}),
+        completion({"role": "assistant", "content": "a", "tool_calls": 5}),
+    ],
+)
+def test_a_malformed_completion_is_none(server, body):
+    server.body = body
+    with pytest.raises(NoCompletion, match="than a chat completion"):
+        ask(server)
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"completion_tokens": "7"}, [], "many", 5])
+def test_tokens_that_are_not_stated_are_none(server, usage):
+    server.body = completion({"role": "assistant", "content": ""}, usage=usage)
+    assert (ask(server).prompt_tokens, ask(server).tokens) == (0, 0)
+
+
+def test_parts_of_text_are_joined(server):
+    parts = [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    server.body = completion({"role": "assistant", "content": parts}, model="m\ud800")
+    assert (ask(server).text, ask(server).model) == ("a b", "m?")
 
 
 def test_a_server_that_is_not_there_is_one_sentence(server, monkeypatch):

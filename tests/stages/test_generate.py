@@ -228,6 +228,40 @@ def test_nothing_usable_stops_early_and_shows_the_first_responses(work, server):
         work.run(server.url, "method: answer\ntemperature: 0.1")
 
 
+@pytest.mark.parametrize(
+    ("finish", "text", "reason"),
+    [
+        ("content_filter", "I must", "not_finished"),
+        ("tool_calls", "a b", "not_finished"),
+        ("stop", "a \ud800", "surrogate"),
+    ],
+)
+def test_a_response_that_was_not_finished_or_is_no_text_is_left_out(work, server, finish, text, reason):
+    server.finish, server.answer = finish, lambda body: text
+    with pytest.raises(GateRefused, match=rf"(?s)12 {reason}.*{finish if finish != 'stop' else 'lone surrogate'}"):
+        work.run(server.url)
+
+
+@pytest.mark.parametrize("number", ["not_finished", "surrogate"])
+def test_new_tasks_are_checked_as_answers_are(work, server, number):
+    def answer(body):
+        asks_tasks = "Continue it with" in body["messages"][-1]["content"]
+        server.finish = "content_filter" if asks_tasks and number == "not_finished" else "stop"
+        last = "Draw a \ud800 menu" if number == "surrogate" else "Draw a menu"
+        return f"9. Compare two rivers of Asia\n10. {last}\n" if asks_tasks else model_that_can(body)
+
+    server.answer = answer
+    work.run(server.url, "method: self_instruct\nrows: 2\nrounds: 1", model=", concurrency: 1")
+    assert len(work.rows()) == 1 and [r["reason"] for r in work.rejects()] == [number]
+
+
+def test_a_kept_response_without_token_counts_is_used(work, server):
+    work.run(server.url)
+    for path in (work.folder / "scratch" / "responses").glob("*/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": None, "prompt_tokens": None}))
+    assert work.run(server.url)["rows_out"] == len(TASKS) == len(server.requests)
+
+
 def test_a_budget_used_up_keeps_the_rows_and_goes_on_when_it_is_raised(work, server):
     with pytest.raises(GateRefused, match=r"generate.max_requests 5 is used up after 5 requests") as caught:
         work.run(server.url, "method: answer\nmax_requests: 5")
