@@ -19,6 +19,8 @@ from finetune.recipe import Runtime, Tracking
 from finetune.recipe.load import parse_recipe
 from finetune.stages import generate, ingest
 from finetune.synth.asking import check_endpoint
+from finetune.synth.prompts import Prompts
+from finetune.synth.self_instruct import read_tasks
 from finetune.utils.files import read_json
 from tests.helpers.chat_server import chat_server
 
@@ -441,6 +443,75 @@ def test_own_prompts_replace_ours_and_enter_the_key(work, server):
     (own / "evol_equal.jinja").write_text("{{ nobody }}")
     with pytest.raises(InputError, match=r"evol_equal.jinja: 'nobody' is undefined; it is given first, second"):
         work.run(server.url, section)
+
+
+@pytest.mark.parametrize(
+    ("section", "used"),
+    [
+        ("method: answer", []),
+        ("method: answer\nsamples: 2\nbest: judge", ["judge"]),
+        (
+            "method: evol_instruct\nsamples: 2\nbest: judge\nrounds: 3",
+            ["evol_breadth", "evol_depth", "evol_equal", "judge"],
+        ),
+        ("method: evol_instruct\nrounds: 3\nbest: judge", ["evol_breadth", "evol_depth", "evol_equal"]),
+        ("method: self_instruct\nrows: 16", ["self_input_first", "self_kind", "self_output_first", "self_tasks"]),
+    ],
+)
+def test_only_the_prompts_that_are_used_enter_the_key(work, server, monkeypatch, section, used):
+    rendered, render = set(), Prompts.render
+
+    def answer(body):
+        text = model_that_can(body)
+        return f"{text} {body['seed']}" if text.startswith("Because") else text
+
+    server.answer = answer
+    monkeypatch.setattr(Prompts, "render", lambda self, name, values: rendered.add(name) or render(self, name, values))
+    work.run(server.url, section)
+    assert sorted(generate.fingerprint(generate.spec(work.recipe(server.url, section)))["prompts"]) == used
+    assert sorted(rendered) == used
+
+
+def test_a_folder_of_prompts_may_be_renamed(work, server):
+    for name in ("one", "two"):
+        (work.folder / name).mkdir()
+        (work.folder / name / "judge.jinja").write_text("{{ question }}{{ first }}{{ second }}")
+
+    def key(name):
+        spec = generate.spec(work.recipe(server.url, f"method: answer\nsamples: 2\nbest: judge\nprompts: {name}"))
+        return spec.model_dump(), generate.fingerprint(spec)
+
+    assert key("one") == key("two")
+    (work.folder / "two" / "judge.jinja").write_text("{{ question }}")
+    assert key("one") != key("two")
+
+
+def test_a_reply_that_continues_the_number_of_the_prompt_keeps_its_first_task():
+    prompt = "1. Sing\n\n8. Count\n9."
+    assert read_tasks("Write a poem\nin verse\n10. Draw\n11. Paint", prompt) == [
+        "Write a poem\nin verse",
+        "Draw",
+        "Paint",
+    ]
+    for text, shown in (("Here are two:\n9. Draw\n10. Paint", prompt), ("Here are two:\n10. Draw\n11. Paint", "")):
+        assert read_tasks(text, shown) == ["Draw", "Paint"]
+    assert read_tasks("Draw\nPaint", prompt) == ["Draw", "Paint"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "dropped"),
+    [("Equal", 1), (" **Equal**.", 1), ("They are not really equal", 0), ("Not equal", 0), ("Equally hard? No", 0)],
+)
+def test_only_a_reply_that_begins_with_equal_is_one(work, server, reply, dropped):
+    server.answer = lambda body: (
+        reply if "ask for the same" in body["messages"][-1]["content"] else model_that_can(body)
+    )
+    work.seeds([{"instruction": TASKS[0]}, {"instruction": TASKS[7]}])
+    if dropped:
+        with pytest.raises(GateRefused, match="2 no_gain"):
+            work.run(server.url, "method: evol_instruct\nrounds: 1")
+    else:
+        assert work.run(server.url, "method: evol_instruct\nrounds: 1")["rows_out"] == 2
 
 
 def test_limits_and_speed_are_no_part_of_the_key(work, server):
