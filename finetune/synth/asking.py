@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections import Counter
@@ -100,7 +101,7 @@ class Kept:
         """Return the response, or None if there is none that can be read."""
         try:
             reply = Reply(**{**read_json(self.path(request)), "calls": ()})
-            reply = replace(reply, **{n: token_count(getattr(reply, n)) for n in ("prompt_tokens", "tokens")})
+            reply = replace(reply, prompt_tokens=token_count(reply.prompt_tokens), tokens=token_count(reply.tokens))
         except (OSError, ValueError, TypeError):
             return None
         return reply if isinstance(reply.text, str) and isinstance(reply.finish, str) else None
@@ -297,7 +298,7 @@ def open_asker(model: LanguageModel, base: Path, budget: Budget, ctx: Context, f
         yield Asker(local, identity(model, base), budget, ctx)
     finally:
         local.close()
-        _free_gpu()
+        free_gpu()
 
 
 def server_of(model: LanguageModel, field: str) -> Server:
@@ -328,6 +329,16 @@ def check_endpoint(model: LanguageModel, field: str) -> str:
     return f"{field}.name: {server.url} does not list {model.name}; it lists {', '.join(listed[:10])}"
 
 
+def require_askable(model: LanguageModel, base: Path, ctx: Context, field: str) -> None:
+    """Raise InputError or FinetuneError if the endpoint, or weights or template of a local model, cannot be used."""
+    from finetune.eval.voice import require_voice
+
+    if model.local is None:
+        check_endpoint(model, field)
+    else:
+        require_voice(_local_folder(model, base, ctx))
+
+
 def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object]:
     """Return what tells this model from others: address and name, a commit, or the digests of its files.
 
@@ -337,11 +348,12 @@ def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object
     if local is None:
         return {"endpoint": model.endpoint, "name": model.name}
     if local.folder is not None:
-        from finetune.models.loading import weight_files
+        from finetune.models import loading
 
-        small = [local.folder / n for n in ("config.json", "tokenizer.json", "chat_template.jinja")]
-        named = [p for p in (*small, *weight_files(local.folder)) if p.is_file()]
-        return {"files": {p.name: file_digest(p) for p in named}}
+        names = [*loading.MODEL_FILES, *loading.TOKENIZER_FILES, *loading.more_templates(local.folder), "template.json"]
+        small = [*(local.folder / n for n in names), *local.folder.glob("template/*.jinja")]
+        named = {p for p in (*small, *loading.weight_files(local.folder)) if p.is_file()}
+        return {"files": {p.relative_to(local.folder).as_posix(): file_digest(p) for p in sorted(named)}}
     if local.kind == "hub":
         from finetune.hub.client import resolve_revision
 
@@ -359,8 +371,10 @@ def _local_folder(model: LanguageModel, base: Path, ctx: Context) -> Path:
     return local.folder or base
 
 
-def _free_gpu() -> None:
+def free_gpu() -> None:
+    """Return the memory of models that no variable holds any more to the GPU."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
