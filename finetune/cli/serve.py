@@ -80,7 +80,7 @@ def _serve(
     from finetune.cli.session import signals_handled
     from finetune.serve.process import ended, require_port, running
 
-    key = os.environ.get(engines.KEY, "")
+    key = engines.read_key()
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
     chosen = engines.choose(engine, served, engines.installed())

@@ -41,13 +41,9 @@ def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractCo
     """Load a merged model, in 16 bits on a GPU and in 32 on a CPU."""
     import torch
 
-    from finetune.models import loading
     from finetune.models.device import pick_device, pick_precision
 
-    files = loading.weight_files(folder)
-    loading.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
-    if not files:
-        raise InputError(f"{folder} lacks a shard that {loading.INDEX} names; copy it again")
+    files = require_voice(folder)
     device = pick_device(device)
     precision, why = pick_precision("auto", device)
     needed = sum(p.stat().st_size for p in files)
@@ -66,6 +62,27 @@ def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractCo
     named = files + [f for n in ("config.json", "chat_template.jinja") if (f := folder / n).is_file()]
     identity = f"{sorted(map(file_digest, named))}, {precision}"
     return nullcontext(make_voice(model, folder, folder, stops, facts, identity))
+
+
+def require_voice(folder: Path) -> list[Path]:
+    """Return the weights of a model's folder. Raises InputError if weights or a chat template are missing."""
+    from finetune.models import loading
+
+    files = loading.weight_files(folder)
+    loading.refuse_without_safetensors(str(folder), [p.name for p in folder.iterdir()])
+    if not files:
+        raise InputError(f"{folder} lacks a shard that {loading.INDEX} names; copy it again")
+    if not any(f.is_file() for f in _templates(folder)) and not loading.load_tokenizer(folder).chat_template:
+        raise InputError(_no_template(folder))
+    return files
+
+
+def _templates(folder: Path) -> list[Path]:
+    return [folder / "template" / "inference.jinja", folder / "chat_template.jinja"]
+
+
+def _no_template(folder: Path) -> str:
+    return f"{folder} has no chat template (chat_template.jinja): it was not made to chat"
 
 
 def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], device: str) -> Any:  # noqa: ANN401 - model
@@ -119,10 +136,10 @@ def make_voice(
 
     tokenizer: Any = load_tokenizer(tokenizer_folder)
     special = tokenizer.special_tokens_map
-    files = [template_folder / "template" / "inference.jinja", template_folder / "chat_template.jinja"]
+    files = _templates(template_folder)
     trained = next((f.read_text(encoding="utf-8") for f in files if f.is_file()), None)
     if trained is None and not tokenizer.chat_template:
-        raise InputError(f"{template_folder} has no chat template (chat_template.jinja): it was not made to chat")
+        raise InputError(_no_template(template_folder))
     template, tool_use = (trained, None) if trained else base_template(tokenizer)
     second = files[0].with_name("inference_tool_use.jinja")
     if trained and second.is_file():

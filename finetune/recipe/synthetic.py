@@ -114,6 +114,6 @@ class Generate(Section):
 
     @property
     def unlimited(self) -> Generate:
-        """This section without what changes no row: limits and speed. It enters the stage's key."""
-        quiet = {name: None for name in ("max_requests", "max_tokens")}
+        """This section without what changes no row: limits, speed, the prompts' folder. It enters the key."""
+        quiet = {name: None for name in ("max_requests", "max_tokens", "prompts")}
         return self.model_copy(update={**quiet, "model": self.model.without_speed})

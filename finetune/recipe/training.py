@@ -228,7 +228,7 @@ class LanguageModel(Section):
     """A language model that writes or judges text: one behind an OpenAI-compatible server, or a local one."""
 
     endpoint: Annotated[str, Field(pattern=ENDPOINT, max_length=400)] | None = None
-    """Address of an OpenAI-compatible API, as in http://127.0.0.1:8000/v1; its key is read from FINETUNE_API_KEY."""
+    """Address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1; key: FINETUNE_API_KEY and FINETUNE_API_HOST."""
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """The model's name at the endpoint."""
     local: Model | None = None

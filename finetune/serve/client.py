@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 from finetune.errors import FinetuneError, InputError
-from finetune.serve.engines import KEY
+from finetune.serve.engines import KEY, is_loopback, read_key
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
+KEY_HOST = "FINETUNE_API_HOST"  # environment variable: the host, named by a recipe, that may get the key
 RETRIES = 4  # of the client: on 408, 409, 429, 5xx and broken connections, with back-off
 SECONDS = 600.0
 
@@ -58,19 +59,17 @@ class Server:
     model: str
     client: OpenAI
     seconds: float = SECONDS  # after which a request is given up
+    key_help: str = f"set {KEY} to the server's key"
 
     def ask(self, messages: Sequence[Any], sampling: Sampling, tools: Sequence[Any] | None = None) -> Reply:
         """Return the answer to a conversation. Raises FinetuneError or InputError with one sentence."""
         with sentences(self):
             made = self.client.chat.completions.create(**self._request(messages, sampling, tools))
-        choices = getattr(made, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            raise NoCompletion(f"{self.url} answered with something else than a chat completion; is it such an API?")
-        message, usage = choices[0].message, made.usage
-        read, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
-        named = str(getattr(made, "model", "") or "")
-        return Reply(message.content or "", choices[0].finish_reason or "", read, written, calls, named)
+        try:
+            return _reply(made)
+        except (AttributeError, LookupError, TypeError):
+            words = "answered with something else than a chat completion; is it such an API?"
+            raise NoCompletion(f"{self.url} {words}") from None
 
     def models(self) -> list[str]:
         """Return the names that the server lists; empty if it cannot list them."""
@@ -104,6 +103,32 @@ class Server:
         return asked | ({"tools": list(tools)} if tools else {})
 
 
+def _reply(made: Any) -> Reply:  # noqa: ANN401 - the client does not check what the server sent
+    choice, usage = made.choices[0], getattr(made, "usage", None)
+    message = choice.message
+    calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
+    read, written = (token_count(getattr(usage, f"{name}_tokens", 0)) for name in ("prompt", "completion"))
+    finish, named = (
+        str(value or "").encode(errors="replace").decode()
+        for value in (choice.finish_reason, getattr(made, "model", ""))
+    )
+    return Reply(_text(message.content), finish, read, written, calls, named)
+
+
+def _text(content: Any) -> str:  # noqa: ANN401
+    """Return the text of a message; of a list of parts the text parts. Raises TypeError or so for other values."""
+    if isinstance(content, list):
+        return "".join([part["text"] for part in content if part["type"] == "text"])
+    if isinstance(content, str | None):
+        return content or ""
+    raise TypeError
+
+
+def token_count(value: object) -> int:
+    """Return a number of tokens; 0 for anything else, which is not stated."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 def connect(
     url: str,
     model: str,
@@ -115,9 +140,11 @@ def connect(
 ) -> Server:
     """Return the server at `url` (…/v1, or its root), of which `model` will be asked.
 
-    The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY: to any host if the user typed the address,
-    only to openai.com if it is from a recipe (`typed` False), which a third party may have written. `field` names the
-    option or field in errors. Raises InputError for an address that is no http URL, and for a missing package.
+    The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY: to any host if the user typed the address.
+    If it is from a recipe (`typed` False), which a third party may have written, the first is sent only to this machine
+    and to the host in FINETUNE_API_HOST, the second only to openai.com. OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent
+    only to openai.com. `field` names the option or field in errors. Raises InputError for an address that is no http
+    URL, for a key that no header can hold, and for a missing package.
     """
     parts = parsed_url(url, field)
     try:
@@ -127,22 +154,44 @@ def connect(
     root = url.rstrip("/")
     root = root if parts.path.rstrip("/") else f"{root}/v1"
     host = parts.hostname or ""
-    account = parts.scheme == "https" and (typed or host == "openai.com" or host.endswith(".openai.com"))
-    key = os.environ.get(KEY) or (os.environ.get("OPENAI_API_KEY") if account else None) or "none"
-    client = OpenAI(base_url=root, api_key=key, max_retries=retries, timeout=seconds)
-    return Server(root, model, client, seconds)
+    openai_host = host == "openai.com" or host.endswith(".openai.com")
+    allowed = typed or is_loopback(host) or host == os.environ.get(KEY_HOST, "").strip().lower()
+    key = read_key() if allowed else ""
+    if not key and parts.scheme == "https" and (typed or openai_host):
+        key = read_key("OPENAI_API_KEY")
+    unnamed = None if openai_host else ""  # None: the client reads OPENAI_ORG_ID and OPENAI_PROJECT_ID
+    try:
+        client = OpenAI(
+            base_url=root,
+            api_key=key or "none",
+            organization=unnamed,
+            project=unnamed,
+            max_retries=retries,
+            timeout=seconds,
+        )
+    except Exception:  # InvalidURL of httpx or httpx2, depending on the version of openai
+        raise InputError(_no_address(url, field)) from None
+    if allowed:
+        return Server(root, model, client, seconds)
+    return Server(root, model, client, seconds, f"set {KEY}, and {KEY_HOST}={host} to send the key to this host")
+
+
+def _no_address(url: str, field: str) -> str:
+    return f"{field} {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1"
 
 
 def parsed_url(url: str, field: str) -> SplitResult:
     """Return the parts of an API's address. Raises InputError if it is no http URL, or holds a password."""
-    wrong = f"{field} {url}: give the address of an OpenAI-compatible API, as http://127.0.0.1:8000/v1"
+    wrong = _no_address(url, field)
     try:
         parts = urlsplit(url)
         if parts.username or parts.password:
             raise InputError(f"{field}: no password in the address; put the key into {KEY}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise InputError(wrong)
-    except ValueError:  # a port that is no number, a bracket that is not closed
+        if parts.hostname.isascii():
+            parts.hostname.encode("idna")
+    except ValueError:  # a port that is no number, a bracket that is not closed, an empty or too long part of the host
         raise InputError(wrong) from None
     return parts
 
@@ -158,7 +207,7 @@ def sentences(server: Server) -> Iterator[Server]:
     try:
         yield server
     except openai.AuthenticationError:
-        raise InputError(f"{server.url} refused the key; set {KEY} to the server's key") from None
+        raise InputError(f"{server.url} refused the key; {server.key_help}") from None
     except openai.PermissionDeniedError as error:
         raise InputError(f"{server.url} refused: {words(error)}") from None
     except openai.NotFoundError as error:
@@ -179,4 +228,6 @@ def _words(error: BaseException, key: str) -> str:
     from finetune.utils.secrets import redact
 
     text = " ".join(str(error).split())
-    return redact(text.replace(key, "[hidden]") if len(key) > 4 else text)[:300] or type(error).__name__
+    for shown in (key, repr(key)[1:-1]) if len(key) > 4 else ():
+        text = text.replace(shown, "[hidden]")
+    return redact(text)[:300] or type(error).__name__

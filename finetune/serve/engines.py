@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -118,6 +119,17 @@ def _refusal(engine: Engine, served: Served) -> str:
     if served.limits:
         return f"{'; '.join(served.limits)}; serve the merged model: `finetune run RECIPE --until merge`"
     return ""
+
+
+def read_key(variable: str = KEY) -> str:
+    """Return the key in an environment variable without white space around it; "" if there is none.
+
+    Raises InputError, without the value, for a key that no HTTP header can hold.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{variable}: found characters that are not printable ASCII; set it to the key alone")
+    return key
 
 
 def is_loopback(host: str) -> bool:

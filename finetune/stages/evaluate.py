@@ -16,7 +16,7 @@ from finetune.eval.answer_metrics import words_of as answer_words
 from finetune.eval.metrics import never_stops
 from finetune.recipe import Evaluate, Judge, Model, Quantization, Recipe, Section
 from finetune.synth.judge import words_of as judge_words
-from finetune.utils.files import canonical_json, read_json, write_bytes, write_json
+from finetune.utils.files import canonical_json, read_json, replace_bytes, write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from finetune.eval.generation import Answer
     from finetune.tokenization.token_rows import TokenRow
+
+JUDGE = "evaluate.judge.model.endpoint"
 
 
 class Gates(Section):
@@ -74,25 +76,54 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
         from finetune.synth.asking import identity
         from finetune.synth.prompts import digests as prompt_digests
 
-        found["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"]}
+        found["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"], "reading": 2}
     return found
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
     """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, greedy samples of both, and benchmarks.
 
+    Before a judge is asked, all of it is kept in scratch: if the judge fails, the next run measures nothing again.
+    """
+    from finetune.preference import gates
+    from finetune.synth.asking import free_gpu, require_askable
+
+    if spec.gates is not None:
+        figures = read_json(inputs["train"] / "preference.json")
+        gates.check(figures, spec.gates.min_accuracy, spec.gates.max_perplexity_ratio)
+    if spec.judge is None:
+        result, samples = _measured(spec, inputs, ctx)
+    else:
+        require_askable(spec.judge.model, inputs["base"], ctx, JUDGE)
+        kept = ctx.scratch / f"evaluate-{out.name}.json"  # the folder's name is the stage's key
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(kept, canonical_json(_measured(spec, inputs, ctx)).encode())
+            free_gpu()  # the judge may need the memory
+        result, samples = read_json(kept)
+        questions = [line["question"] for line in samples]
+        result["judge"] = _judge(spec.judge, questions, samples, inputs["base"], spec.seed, ctx)
+    for line in samples:
+        del line["question"]
+    write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
+    write_json(out / "eval.json", result)
+    if spec.judge is not None:
+        kept.unlink(missing_ok=True)
+    _warn(result, ctx)
+    return result
+
+
+def _measured(spec: Spec, inputs: Mapping[str, Path], ctx: Context) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return all figures but the judge's, and a line for each sample.
+
     Base and adapter are one model in memory, the adapter switched on and off.
     """
     from finetune.eval import lm_eval
     from finetune.models import loading
     from finetune.models.device import pick_device, pick_precision
-    from finetune.preference import gates
     from finetune.tokenization.token_rows import read_token_rows
     from finetune.utils import runtime
 
-    if spec.gates is not None:
-        figures = read_json(inputs["train"] / "preference.json")
-        gates.check(figures, spec.gates.min_accuracy, spec.gates.max_perplexity_ratio)
     device = pick_device(ctx.device)
     precision, _ = pick_precision(spec.precision, device)
     rows = read_token_rows(inputs["render"] / "eval.parquet", spec.evaluate.max_rows)
@@ -116,14 +147,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             limit, width = settings.tasks_limit, settings.batch_tokens
             result["tasks_harness"] = lm_eval.version()
             result["tasks"] = lm_eval.score(model, own, tasks, limit, width, spec.seed, ctx)
-    questions = [line.pop("question") for line in samples]
-    if spec.judge is not None:
-        del base, model  # the judge may need the memory
-        result["judge"] = _judge(spec.judge, questions, samples, inputs["base"], spec.seed, ctx)
-    write_bytes(out / "samples.jsonl", "".join(canonical_json(line) + "\n" for line in samples).encode())
-    write_json(out / "eval.json", result)
-    _warn(result, ctx)
-    return result
+    return result, samples
 
 
 def _warn(result: Mapping[str, Any], ctx: Context) -> None:
@@ -200,7 +224,7 @@ def _judge(
     lines = samples[: judge.rows]
     asked = zip(questions, lines, strict=False)
     pairs = [Pair(question, line["base"]["text"], line["adapter"]["text"]) for question, line in asked]
-    with open_asker(judge.model, base, Budget(), ctx, "evaluate.judge.model.endpoint") as asker:
+    with open_asker(judge.model, base, Budget(), ctx, JUDGE) as asker:
         verdicts = compare(asker, Prompts(), pairs, judge.max_new_tokens, "verdicts")
         requests = asker.budget.requests
     for line, verdict in zip(lines, verdicts, strict=True):

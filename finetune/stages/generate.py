@@ -53,9 +53,12 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     from finetune.synth.prompts import digests
 
     section = spec.asked
+    judged = section.best == "judge" and section.samples > 1
+    prefix = section.method.split("_")[0] + "_"  # of the prompts of this method
+    prompts = digests(section.prompts_path).items()
     return {
         "seeds": [source_fingerprint(source) for source in section.seeds],
-        "prompts": digests(section.prompts_path),
+        "prompts": {n: d for n, d in prompts if n.startswith(prefix) or (judged and n == "judge")},
         "model": identity(section.model),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ import xxhash
 from finetune.context import Context
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import LanguageModel
-from finetune.serve.client import NoCompletion, Reply, Server, connect, sentences
+from finetune.serve.client import NoCompletion, Reply, Server, connect, sentences, token_count
 from finetune.serve.client import Sampling as ServerSampling
 from finetune.utils import links
 from finetune.utils.files import canonical_json, file_digest, read_json, replace_bytes
@@ -100,6 +101,7 @@ class Kept:
         """Return the response, or None if there is none that can be read."""
         try:
             reply = Reply(**{**read_json(self.path(request)), "calls": ()})
+            reply = replace(reply, prompt_tokens=token_count(reply.prompt_tokens), tokens=token_count(reply.tokens))
         except (OSError, ValueError, TypeError):
             return None
         return reply if isinstance(reply.text, str) and isinstance(reply.finish, str) else None
@@ -296,7 +298,7 @@ def open_asker(model: LanguageModel, base: Path, budget: Budget, ctx: Context, f
         yield Asker(local, identity(model, base), budget, ctx)
     finally:
         local.close()
-        _free_gpu()
+        free_gpu()
 
 
 def server_of(model: LanguageModel, field: str) -> Server:
@@ -327,6 +329,16 @@ def check_endpoint(model: LanguageModel, field: str) -> str:
     return f"{field}.name: {server.url} does not list {model.name}; it lists {', '.join(listed[:10])}"
 
 
+def require_askable(model: LanguageModel, base: Path, ctx: Context, field: str) -> None:
+    """Raise InputError or FinetuneError if the endpoint, or weights or template of a local model, cannot be used."""
+    from finetune.eval.voice import require_voice
+
+    if model.local is None:
+        check_endpoint(model, field)
+    else:
+        require_voice(_local_folder(model, base, ctx))
+
+
 def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object]:
     """Return what tells this model from others: address and name, a commit, or the digests of its files.
 
@@ -336,11 +348,12 @@ def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object
     if local is None:
         return {"endpoint": model.endpoint, "name": model.name}
     if local.folder is not None:
-        from finetune.models.loading import weight_files
+        from finetune.models import loading
 
-        small = [local.folder / n for n in ("config.json", "tokenizer.json", "chat_template.jinja")]
-        named = [p for p in (*small, *weight_files(local.folder)) if p.is_file()]
-        return {"files": {p.name: file_digest(p) for p in named}}
+        names = [*loading.MODEL_FILES, *loading.TOKENIZER_FILES, *loading.more_templates(local.folder), "template.json"]
+        small = [*(local.folder / n for n in names), *local.folder.glob("template/*.jinja")]
+        named = {p for p in (*small, *loading.weight_files(local.folder)) if p.is_file()}
+        return {"files": {p.relative_to(local.folder).as_posix(): file_digest(p) for p in sorted(named)}}
     if local.kind == "hub":
         from finetune.hub.client import resolve_revision
 
@@ -358,8 +371,10 @@ def _local_folder(model: LanguageModel, base: Path, ctx: Context) -> Path:
     return local.folder or base
 
 
-def _free_gpu() -> None:
+def free_gpu() -> None:
+    """Return the memory of models that no variable holds any more to the GPU."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

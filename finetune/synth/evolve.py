@@ -25,7 +25,7 @@ COPIED_WORDS = 6  # in a row, of the prompt around the instruction
 MARKS = re.compile(
     r"#\s*(given|new|rewritten|created)\s+(prompt|instruction)|\b(given|rewritten|created) prompt\b", re.I
 )
-EQUAL = re.compile(r"(not|un|in)?[\s-]*equal", re.I)
+EQUAL = re.compile(r"[\W_]*equal\b", re.I)  # at the start of the reply; anything else passes
 
 
 @dataclass
@@ -123,8 +123,7 @@ def _no_gain(job: Job, name: str, text: str, reply: Reply | None) -> bool:
     """Leave out an instruction that the model calls equal to its parent (rule 1); a reply without a verdict passes."""
     if reply is None:
         return True
-    verdict = EQUAL.search(reply.text)
-    if verdict is not None and not verdict[1]:
+    if EQUAL.match(reply.text):
         job.reject(name, "no_gain", "the model calls it equal to the instruction it was made from", text)
         return True
     return False

@@ -73,7 +73,10 @@ class Job:
         self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, shown))
 
     def unfinished(self, name: str, reply: Reply | None) -> bool:
-        """Leave a candidate out whose response is empty or cut; True if so, or if there was no budget for it."""
+        """Leave a candidate out whose response cannot be used as it is; True if so, or if there was no budget for it.
+
+        That is a response which is empty, cut, ended by a filter or a tool call, or no Unicode text.
+        """
         if reply is None:
             return True
         if reply.finish == "length":
@@ -82,6 +85,11 @@ class Job:
             self.reject(name, "prompt_too_long", "the prompt leaves the model no room for an answer", "")
         elif reply.finish == "template":
             self.reject(name, "template", "the model's chat template refuses these turns", "")
+        elif reply.finish not in ("stop", ""):
+            detail = f"finish_reason is {clipped(reply.finish, SHOWN_CHARACTERS)}, not stop"
+            self.reject(name, "not_finished", detail, reply.text)
+        elif any("\ud800" <= c <= "\udfff" for c in reply.text):
+            self.reject(name, "surrogate", "the response has a lone surrogate (U+D800–U+DFFF)", reply.text)
         elif not reply.text.strip():
             self.reject(name, "empty", "the response is empty", "")
         else:

@@ -13,7 +13,8 @@ from finetune.eval.metrics import ratio_interval
 from finetune.synth.asking import Ask, Asker, ask_user, stream
 from finetune.synth.prompts import Prompts
 
-VERDICT = re.compile(r"verdict\W{0,10}(1|2|tie)\b", re.IGNORECASE)
+VERDICT = re.compile(r"verdict[^\w\n.,;]*(?:[:=\-–—]|\n)", re.IGNORECASE)
+REST = re.compile(r"[\W_]*(?:answer[\W_]*)?(1|2|tie)(?:[^\w\n]|_)*(?:\n|\Z)", re.IGNORECASE)  # of the line
 ALONE = re.compile(r"\W*(1|2|tie)\W*", re.IGNORECASE)
 
 
@@ -45,12 +46,12 @@ class Verdict:
 def read_verdict(text: str) -> float | None:
     """Return the score of the answer shown second: 1, 0.5 (tie) or 0; None if the reply has no verdict.
 
-    The last `Verdict: 1`, `2` or `tie` counts, or a reply that is nothing else.
+    The last `Verdict:` counts, with nothing on its line after `1`, `2`, `tie` or `answer 1`; or a reply that is nothing
+    but one of the first three.
     """
-    found = [m[1] for m in VERDICT.finditer(text)]
-    if not found and (alone := ALONE.fullmatch(text)):
-        found = [alone[1]]
-    return {"1": 0.0, "2": 1.0}.get(found[-1], 0.5) if found else None
+    ends = [m.end() for m in VERDICT.finditer(text)]
+    found = REST.match(text, ends[-1]) if ends else ALONE.fullmatch(text)
+    return {"1": 0.0, "2": 1.0}.get(found[1], 0.5) if found else None
 
 
 def compare(asker: Asker, prompts: Prompts, pairs: Sequence[Pair], limit: int, label: str) -> list[Verdict]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.eval.answer_metrics import words
 from finetune.recipe.synthetic import TASKS_A_REQUEST
+from finetune.serve.client import Reply
 from finetune.synth.asking import Ask, ask_user, stream
 from finetune.synth.job import Job
 from finetune.synth.seeds import Seed
@@ -18,7 +19,8 @@ from finetune.synth.similarity import nearest
 SHOWN_SEEDS, SHOWN_MADE = 6, 2  # tasks in a prompt: human and generated ones, as in the paper
 FEWEST_WORDS, MOST_WORDS = 3, 150
 KIND_TOKENS = 16
-NUMBERED = re.compile(r"(?m)^\s*(?:task\s*)?\d+\s*[.):]\s*", re.I)
+NUMBERED = re.compile(r"(?m)^\s*(?:task\s*)?(\d+)\s*[.):]\s*", re.I)
+LAST_NUMBER = re.compile(r"(\d+)\s*[.):]\s*\Z")
 CLASSIFICATION = re.compile(r"\byes\b", re.I)
 PARTS = re.compile(r"(?ims)^\s*(input|output|class label)\s*:[ \t]*(.*?)(?=^\s*(?:input|output|class label)\s*:|\Z)")
 NO_INPUT = ("", "none", "n/a", "no input", "<noinput>")
@@ -62,14 +64,18 @@ def _tasks(
         draw = stream(job.seed, "tasks", number, request)
         asks.append(ask_user(text, section.max_new_tokens, section.temperature, section.top_p, draw))
         shown.append(", ".join(ids[i] for i in chosen))
+    prompts = [str(ask.messages[-1]["content"]) for ask in asks]
     found: list[tuple[str, str, str]] = []
     new: list[list[str]] = []  # of this chunk: no instance is asked for that is dropped for sure
-    for request, parents, reply in zip(requests, shown, job.asker.ask_all(asks, f"round {number}: tasks"), strict=True):
-        tasks = [] if reply is None else read_tasks(reply.text)
+    replies = job.asker.ask_all(asks, f"round {number}: tasks")
+    for request, parents, prompt, reply in zip(requests, shown, prompts, replies, strict=True):
+        tasks = [] if reply is None else read_tasks(reply.text, prompt)
         for k, task in enumerate(tasks[:TASKS_A_REQUEST]):
             name = f"{number}/{request}/{k + 1}"
-            cut = reply is not None and reply.finish == "length" and k + 1 == len(tasks)  # those before it are whole
-            if not _fits(job, name, task, cut=cut) or _repeats(job, name, task, [*compared, *new], ids):
+            ended = reply.finish if reply is not None and k + 1 == len(tasks) else "stop"  # those before it are whole
+            if job.unfinished(name, Reply(task, ended)) or not _fits(job, name, task):
+                continue
+            if _repeats(job, name, task, [*compared, *new], ids):
                 continue
             found.append((name, parents, task))
             new.append(words(task))
@@ -85,21 +91,23 @@ def _shown(seed: int, number: int, request: int, seeds: int, all_tasks: int) -> 
     return chosen
 
 
-def read_tasks(text: str) -> list[str]:
-    """Return the tasks of a numbered list; of a text without numbers each line that is not blank."""
-    parts = NUMBERED.split(text)
-    tasks = parts[1:] if len(parts) > 1 else text.splitlines()
+def read_tasks(text: str, prompt: str = "") -> list[str]:
+    """Return the tasks of a numbered list; of a text without numbers each line that is not blank.
+
+    The text before the first number is a task if it continues the last line of `prompt`: this number is the next one.
+    """
+    before, *parts = NUMBERED.split(text)
+    tasks = parts[1::2] if parts else text.splitlines()
+    if parts and (last := LAST_NUMBER.search(prompt)) and parts[0] == str(int(last[1]) + 1):
+        tasks = [before, *tasks]
     return [task.strip() for task in tasks if task.strip()]
 
 
-def _fits(job: Job, name: str, task: str, *, cut: bool) -> bool:
+def _fits(job: Job, name: str, task: str) -> bool:
     count = len(words(task))
-    if cut:
-        job.reject(name, "cut_off", f"the response reached {job.section.max_new_tokens} tokens", task)
-    elif not FEWEST_WORDS <= count <= MOST_WORDS:
-        job.reject(name, "length", f"{count} words; allowed are {FEWEST_WORDS} to {MOST_WORDS}", task)
-    else:
+    if FEWEST_WORDS <= count <= MOST_WORDS:
         return True
+    job.reject(name, "length", f"{count} words; allowed are {FEWEST_WORDS} to {MOST_WORDS}", task)
     return False
 
 

@@ -17,7 +17,7 @@ from finetune.context import StopFlag
 from finetune.errors import FinetuneError, InputError, Stopped
 from finetune.eval import lm_eval
 from finetune.models import loading
-from finetune.recipe import Recipe
+from finetune.recipe import Judge, LanguageModel, Recipe
 from finetune.report.model_sections import _evaluation_figures, metric_rows, moved
 from finetune.stages import evaluate
 from finetune.tiny import model as tiny_model
@@ -301,6 +301,47 @@ def test_a_judge_compares_base_and_adapter_in_both_orders(inputs: dict[str, Path
         assert any("judge m: the adapter wins" in value for _, value in _evaluation_figures(result))
         evaluate.run(spec, inputs, out, context(tmp_path))
         assert len(server.requests) == 2 * (10 - equal)  # verdicts are kept
+
+
+def test_a_judge_that_fails_costs_no_measurement(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.helpers.chat_server import chat_server
+
+    monkeypatch.setattr("finetune.synth.asking.RETRIES", 0)
+    raw = {"name": "a", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
+    outs = [tmp_path / name / "key" for name in ("whole", "first", "second")]
+    for out in outs:
+        out.mkdir(parents=True)
+    with chat_server(lambda body: "Verdict: 1") as server:
+        judge = {"model": {"endpoint": server.url, "name": "m"}, "rows": 4}
+        spec = evaluate.spec(Recipe.model_validate({**raw, "evaluate": {"generations": 6, "judge": judge}}))
+        assert spec is not None
+        evaluate.run(spec, inputs, outs[0], context(tmp_path / "a"))
+        assert not list((tmp_path / "a").glob("evaluate-*"))
+        server.faults = [500] * 99
+        with pytest.raises(FinetuneError, match="failed"):
+            evaluate.run(spec, inputs, outs[1], context(tmp_path / "b"))
+        server.faults = []
+        monkeypatch.setattr(loading, "load_base", None)
+        evaluate.run(spec, inputs, outs[2], context(tmp_path / "b"))
+    for name in ("eval.json", "samples.jsonl"):
+        assert (outs[0] / name).read_bytes() == (outs[2] / name).read_bytes()
+    with pytest.raises(FinetuneError, match="cannot be reached"):  # before a model is loaded
+        evaluate.run(spec, inputs, outs[1], context(tmp_path / "c"))
+    local = tmp_path / "judge"
+    local.mkdir()
+    (local / "config.json").write_text("{}")
+    model = LanguageModel(local=str(local))
+    spec = spec.model_copy(update={"judge": Judge(model=model)})
+    with pytest.raises(InputError, match="safetensors"):
+        evaluate.run(spec, inputs, outs[1], context(tmp_path / "c"))
+    tiny_model.train_tokenizer(["a b c"] * 5, 300).save_pretrained(local)
+    save_tiny(local, vocab_size=300)
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        (local / file).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="has no chat template"):
+        evaluate.run(spec, inputs, outs[1], context(tmp_path / "c"))
 
 
 def test_without_a_judge_samples_and_key_are_what_they_were(inputs: dict[str, Path], tmp_path: Path) -> None:

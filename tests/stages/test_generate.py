@@ -19,6 +19,8 @@ from finetune.recipe import Runtime, Tracking
 from finetune.recipe.load import parse_recipe
 from finetune.stages import generate, ingest
 from finetune.synth.asking import check_endpoint
+from finetune.synth.prompts import Prompts
+from finetune.synth.self_instruct import read_tasks
 from finetune.utils.files import read_json
 from tests.helpers.chat_server import chat_server
 
@@ -228,6 +230,40 @@ def test_nothing_usable_stops_early_and_shows_the_first_responses(work, server):
         work.run(server.url, "method: answer\ntemperature: 0.1")
 
 
+@pytest.mark.parametrize(
+    ("finish", "text", "reason"),
+    [
+        ("content_filter", "I must", "not_finished"),
+        ("tool_calls", "a b", "not_finished"),
+        ("stop", "a \ud800", "surrogate"),
+    ],
+)
+def test_a_response_that_was_not_finished_or_is_no_text_is_left_out(work, server, finish, text, reason):
+    server.finish, server.answer = finish, lambda body: text
+    with pytest.raises(GateRefused, match=rf"(?s)12 {reason}.*{finish if finish != 'stop' else 'lone surrogate'}"):
+        work.run(server.url)
+
+
+@pytest.mark.parametrize("number", ["not_finished", "surrogate"])
+def test_new_tasks_are_checked_as_answers_are(work, server, number):
+    def answer(body):
+        asks_tasks = "Continue it with" in body["messages"][-1]["content"]
+        server.finish = "content_filter" if asks_tasks and number == "not_finished" else "stop"
+        last = "Draw a \ud800 menu" if number == "surrogate" else "Draw a menu"
+        return f"9. Compare two rivers of Asia\n10. {last}\n" if asks_tasks else model_that_can(body)
+
+    server.answer = answer
+    work.run(server.url, "method: self_instruct\nrows: 2\nrounds: 1", model=", concurrency: 1")
+    assert len(work.rows()) == 1 and [r["reason"] for r in work.rejects()] == [number]
+
+
+def test_a_kept_response_without_token_counts_is_used(work, server):
+    work.run(server.url)
+    for path in (work.folder / "scratch" / "responses").glob("*/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": None, "prompt_tokens": None}))
+    assert work.run(server.url)["rows_out"] == len(TASKS) == len(server.requests)
+
+
 def test_a_budget_used_up_keeps_the_rows_and_goes_on_when_it_is_raised(work, server):
     with pytest.raises(GateRefused, match=r"generate.max_requests 5 is used up after 5 requests") as caught:
         work.run(server.url, "method: answer\nmax_requests: 5")
@@ -407,6 +443,75 @@ def test_own_prompts_replace_ours_and_enter_the_key(work, server):
     (own / "evol_equal.jinja").write_text("{{ nobody }}")
     with pytest.raises(InputError, match=r"evol_equal.jinja: 'nobody' is undefined; it is given first, second"):
         work.run(server.url, section)
+
+
+@pytest.mark.parametrize(
+    ("section", "used"),
+    [
+        ("method: answer", []),
+        ("method: answer\nsamples: 2\nbest: judge", ["judge"]),
+        (
+            "method: evol_instruct\nsamples: 2\nbest: judge\nrounds: 3",
+            ["evol_breadth", "evol_depth", "evol_equal", "judge"],
+        ),
+        ("method: evol_instruct\nrounds: 3\nbest: judge", ["evol_breadth", "evol_depth", "evol_equal"]),
+        ("method: self_instruct\nrows: 16", ["self_input_first", "self_kind", "self_output_first", "self_tasks"]),
+    ],
+)
+def test_only_the_prompts_that_are_used_enter_the_key(work, server, monkeypatch, section, used):
+    rendered, render = set(), Prompts.render
+
+    def answer(body):
+        text = model_that_can(body)
+        return f"{text} {body['seed']}" if text.startswith("Because") else text
+
+    server.answer = answer
+    monkeypatch.setattr(Prompts, "render", lambda self, name, values: rendered.add(name) or render(self, name, values))
+    work.run(server.url, section)
+    assert sorted(generate.fingerprint(generate.spec(work.recipe(server.url, section)))["prompts"]) == used
+    assert sorted(rendered) == used
+
+
+def test_a_folder_of_prompts_may_be_renamed(work, server):
+    for name in ("one", "two"):
+        (work.folder / name).mkdir()
+        (work.folder / name / "judge.jinja").write_text("{{ question }}{{ first }}{{ second }}")
+
+    def key(name):
+        spec = generate.spec(work.recipe(server.url, f"method: answer\nsamples: 2\nbest: judge\nprompts: {name}"))
+        return spec.model_dump(), generate.fingerprint(spec)
+
+    assert key("one") == key("two")
+    (work.folder / "two" / "judge.jinja").write_text("{{ question }}")
+    assert key("one") != key("two")
+
+
+def test_a_reply_that_continues_the_number_of_the_prompt_keeps_its_first_task():
+    prompt = "1. Sing\n\n8. Count\n9."
+    assert read_tasks("Write a poem\nin verse\n10. Draw\n11. Paint", prompt) == [
+        "Write a poem\nin verse",
+        "Draw",
+        "Paint",
+    ]
+    for text, shown in (("Here are two:\n9. Draw\n10. Paint", prompt), ("Here are two:\n10. Draw\n11. Paint", "")):
+        assert read_tasks(text, shown) == ["Draw", "Paint"]
+    assert read_tasks("Draw\nPaint", prompt) == ["Draw", "Paint"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "dropped"),
+    [("Equal", 1), (" **Equal**.", 1), ("They are not really equal", 0), ("Not equal", 0), ("Equally hard? No", 0)],
+)
+def test_only_a_reply_that_begins_with_equal_is_one(work, server, reply, dropped):
+    server.answer = lambda body: (
+        reply if "ask for the same" in body["messages"][-1]["content"] else model_that_can(body)
+    )
+    work.seeds([{"instruction": TASKS[0]}, {"instruction": TASKS[7]}])
+    if dropped:
+        with pytest.raises(GateRefused, match="2 no_gain"):
+            work.run(server.url, "method: evol_instruct\nrounds: 1")
+    else:
+        assert work.run(server.url, "method: evol_instruct\nrounds: 1")["rows_out"] == 2
 
 
 def test_limits_and_speed_are_no_part_of_the_key(work, server):

@@ -1,5 +1,7 @@
 """A model of this machine as the writing model: batches, kept responses, prompts that do not fit, signals."""
 
+import shutil
+
 import pytest
 
 from finetune.context import Context, StopFlag
@@ -69,6 +71,22 @@ def test_a_signal_keeps_the_batches_before_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(asking.Kept, "put", put)
     found, asker = answers(folder, tmp_path, asks)
     assert asker.kept == 1 and all(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "template.json", "template/inference.jinja",
+             "additional_chat_templates/tool_use.jinja", "special_tokens_map.json", "model.safetensors"],
+)  # fmt: skip
+def test_every_file_that_is_read_tells_a_model_from_others(folder, tmp_path, name):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    (copied / name).parent.mkdir(exist_ok=True)
+    model, found = LanguageModel(local=str(copied)), []
+    for content in ("{}", "{ }"):
+        (copied / name).write_text(content)
+        found.append(asking.identity(model))
+    assert found[0] != found[1]
+    assert asking.identity(LanguageModel(local=str(folder))) not in found
 
 
 def test_a_broken_file_of_responses_is_asked_again(folder, tmp_path):
