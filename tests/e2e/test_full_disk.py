@@ -60,7 +60,7 @@ def with_room(pristine_whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("with_room")
     steps = build(pristine_whole, Store(folder / "artifacts", folder / "scratch"))
     assert tuple(s.stage.name for s in steps if s.manifest) == IN_EVERY
-    return {s.stage.name: s.manifest for s in steps}
+    return {s.stage.name: s.manifest for s in steps if s.manifest}
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def test_a_disk_that_fills_in_training_is_named_by_the_command(small_disk, forke
         leave(None)
         said = (work.folder / "log").read_text()
         assert status == 1 and "Traceback" not in said, said
-        line = next(line for line in said.splitlines() if "no space left on this disk" in line)
-        assert line.startswith("train: ") and str(work.folder) in line and "run the same command again" in line
+        line = next(line for line in said.splitlines() if line.startswith("train: ") and "no space left" in line)
+        assert str(work.folder) in line and "run the same command again" in line
         assert not any(work.folder.glob("artifacts/train/*/manifest.json"))
     assert forked.wait(forked.start(work, "--until", "train")) == 0, (work.folder / "log").read_text()
     assert committed(work) == expected
