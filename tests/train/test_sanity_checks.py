@@ -103,7 +103,7 @@ def test_the_repacking_of_bitsandbytes_is_refused(load, base, tmp_path, monkeypa
 
     if not has_avx512bf16():
         pytest.skip("only CPUs with AVX512-BF16 repack")
-    monkeypatch.setattr(loading, "available_memory", lambda: None)  # with dequantised weights nothing is repacked
+    monkeypatch.setattr(loading, "available_memory", lambda *_: None)  # with dequantised weights nothing is repacked
     trainer = build_trainer(load(), base, pq.read_table(packed(documents(), tmp_path)), tmp_path, DROPOUT)
     for module in trainer.model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
