@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from finetune.data import pydoc_rows
 from finetune.data.files import data_files, digest, is_one_file, skipped_files
@@ -33,6 +34,21 @@ def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str,
     return {"python": pydoc_rows.fingerprint()}
 
 
+def first_rows(
+    raw: Iterator[tuple[str, RawRow]], name: str, source: Source
+) -> tuple[list[tuple[str, RawRow]], list[dict[str, Any]]]:
+    """Return the first SAMPLE_ROWS items of `raw`, and the rows among them, from which the format is decided.
+
+    Raises InputError, which begins with `name`, if none of them can be read.
+    """
+    head = list(islice(raw, SAMPLE_ROWS))
+    sample = [r.row for _, r in head if r.row is not None]
+    if not sample:
+        found = head[0][1].problem if head else "no row at all"
+        raise InputError(f"{name}: nothing in it can be read as a row: {found}{place_of(source)}")
+    return head, sample
+
+
 def read_source(
     source: Source, label: str, scratch: Path, ignore: Collection[str] = (), *, whole: bool = True
 ) -> tuple[Decision, Iterator[Example | Reject]]:
@@ -45,11 +61,7 @@ def read_source(
     """
     columns_of: dict[str, set[str]] = {}
     raw = raw_rows(source, scratch, columns_of)
-    head = list(islice(raw, SAMPLE_ROWS))
-    sample = [r.row for _, r in head if r.row is not None]
-    if not sample:
-        found = head[0][1].problem if head else "no row at all"
-        raise InputError(f"data source {label}: nothing in it can be read as a row: {found}{place_of(source)}")
+    head, sample = first_rows(raw, f"data source {label}", source)
     try:
         decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
         decision = decision if whole else replace(decision, watched=(), meaningful=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from finetune.data.files import skipped_files
 from finetune.data.formats import FormatError
 from finetune.data.json_files import RawRow
 from finetune.data.records import Reject
-from finetune.data.sources import SAMPLE_ROWS, place_of, printable, raw_rows, row_id, shown
+from finetune.data.sources import first_rows, place_of, printable, raw_rows, row_id, shown
 from finetune.data.values import RowError, listed
 from finetune.errors import InputError
 from finetune.preference.formats import CURATED, Layout, decide_pairs, to_pairs
@@ -36,11 +36,7 @@ def read_pairs(
     """
     builtin: Callable[[], Iterator[dict[str, object]]] = lambda: pydoc_pairs(source.format)  # noqa: E731
     raw = raw_rows(source, scratch, {}, builtin)
-    head = list(islice(raw, SAMPLE_ROWS))
-    sample = [r.row for _, r in head if r.row is not None]
-    if not sample:
-        found = head[0][1].problem if head else "no row at all"
-        raise InputError(f"preference data {label}: nothing in it can be read as a row: {found}{place_of(source)}")
+    head, sample = first_rows(raw, f"preference data {label}", source)
     try:
         layout = decide_pairs(source.format, source.columns, sample, ignore, method)
     except FormatError as error:

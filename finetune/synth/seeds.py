@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.formats import FormatError, decide, to_example, unique_labels
 from finetune.data.records import Example, Reject
-from finetune.data.sources import SAMPLE_ROWS, place_of, printable, raw_rows, row_id, shown
+from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, shown
 from finetune.data.values import RowError
 from finetune.errors import InputError
 from finetune.eval.prompts import prompt_of, with_answer
@@ -50,11 +50,7 @@ def read_seeds(
     for label, source in zip(labels, sources, strict=True):
         raw = raw_rows(source, scratch, {})
         rows = ((file, r if r.row is None else replace(r, row=with_answer(r.row, source.columns))) for file, r in raw)
-        head = list(islice(rows, SAMPLE_ROWS))
-        sample = [r.row for _, r in head if r.row is not None]
-        if not sample:
-            found = head[0][1].problem if head else "no row at all"
-            raise InputError(f"generate.seeds {label}: nothing in it can be read as a row: {found}{place_of(source)}")
+        head, sample = first_rows(rows, f"generate.seeds {label}", source)
         try:
             decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
         except FormatError as error:
