@@ -18,6 +18,7 @@ from finetune.pipeline.store import Manifest
 from finetune.utils import links
 from finetune.utils.files import replace_bytes
 from finetune.utils.limits import reading
+from finetune.utils.resources import known_recipes
 
 PLAIN = re.compile(r"\w[\w.+-]*")  # name of a recipe's or a run's folder, below artifacts/runs
 
@@ -168,7 +169,8 @@ def named_run(artifacts: Path, recipe: str, run: str | None) -> Path:
         if there:
             raise InputError(f"no run {run!r} of {recipe} under {artifacts} (there is {', '.join(there[-5:])})")
         ran = sorted(p.name for p in (artifacts / "runs").glob("*") if p.is_dir())
-        near = difflib.get_close_matches(recipe, ran, n=1, cutoff=0.5)
+        known = known_recipes()
+        near = [] if recipe in known else difflib.get_close_matches(recipe, [*ran, *known], n=1, cutoff=0.5)
         fix = f"did you mean {near[0]}?" if near else f"`finetune run {recipe}` runs it"
         raise InputError(f"{recipe} has not run yet under {artifacts}; {fix}")
     return folder
