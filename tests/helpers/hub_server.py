@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -85,7 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.drop == "during":
             self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0) // 2))
             return self._drop()
-        self.body = self._read_body()
+        body = self._read_body()
+        if body is None:  # the client is gone: as on a real server, half a request changes nothing
+            return self._drop()
+        self.body = body
         with self.hub.lock:
             if fault and fault.drop == "before":
                 return self._drop()
@@ -104,14 +107,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def _read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        chunks = b""
-        while size := int(self.rfile.readline(), 16):
-            chunks += self.rfile.read(size)
+    def _read_body(self) -> bytes | None:
+        """The whole body of the request; None where the connection ended before it."""
+        try:
+            if self.headers.get("Transfer-Encoding", "") != "chunked":
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                return body if len(body) == length else None
+            chunks = b""
+            while size := int(self.rfile.readline(), 16):
+                chunk = self.rfile.read(size)
+                if len(chunk) < size:
+                    return None
+                chunks += chunk
+                self.rfile.readline()
             self.rfile.readline()
-        self.rfile.readline()
+        except (ConnectionError, ValueError):  # ValueError: the line with a chunk's size is empty
+            return None
         return chunks
 
     def _fault(self) -> Fault | None:
@@ -123,7 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drop(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the client closed it before
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, status: int, value: object, headers: dict[str, str]) -> None:
         raw = value if isinstance(value, bytes) else json.dumps(value).encode()
