@@ -31,7 +31,7 @@ from finetune.utils.files import read_json, replace_bytes, write_json
 
 POLL_SECONDS, AFTER_FAILURE_SECONDS = 1.0, 60.0
 STAGE_SECONDS = 10.0  # stages that finish within this time are sent together
-CHECKPOINT_SECONDS = 600.0  # between two checkpoints sent: gb that the repository's history keeps
+CHECKPOINT_SECONDS = 600.0  # between two checkpoints sent: gigabytes that the repository's history keeps
 FINISH_SECONDS = 900.0  # for the rest at the end of the run
 ANNOUNCED_BYTES = 50_000_000  # larger downloads are announced
 SMALL = tuple(stage.name for stage in STAGES if not stage.large)

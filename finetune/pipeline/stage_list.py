@@ -50,7 +50,7 @@ class Stage:
     run: Callable[[Spec, Mapping[str, Path], Path, Context], Mapping[str, Any]]
     headline: Callable[[Any], Headline]  # of the metrics that `run` returned
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
-    large: bool = False  # is in scratch: many gb that can be made again
+    large: bool = False  # is in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
     rows: Literal["", "training", "any"] = ""  # the rows without which it is off; any: held-out ones are enough
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec

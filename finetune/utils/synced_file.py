@@ -1,6 +1,6 @@
 """Write a large file at disk speed: synced and hashed while it is written, then dropped from the page cache.
 
-By default the kernel collects gb of dirty pages, blocks the writer while it flushes them, and keeps the clean
+By default the kernel collects gigabytes of dirty pages, blocks the writer while it flushes them, and keeps the clean
 pages in place of more useful ones. On a virtual machine 4 GB take a fifth of the time this way
 (docs/lab-notes.md), because the same few pages are reused.
 """
