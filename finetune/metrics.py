@@ -117,11 +117,11 @@ class DecontaminateMetrics(TypedDict, total=False):
 
 
 class SampleMetrics(TypedDict, total=False):
-    """Rows kept, by rule."""
+    """Rows kept; `kept_by`: what each rule kept, a count or counts by source."""
 
     rows_in: int
     rows_out: int
-    kept_by: Mapping[str, int]
+    kept_by: Mapping[str, object]
 
 
 class SplitMetrics(TypedDict, total=False):
@@ -286,7 +286,7 @@ class MergeMetrics(TypedDict, total=False):
     changed_tensors: int
     bytes: int
     files: int
-    peak_anon_bytes: int
+    peak_anon_bytes: int | None
     seconds: float
 
 
