@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-Metrics = dict[str, object]
-"""Metrics of a stage: JSON scalars, lists and mappings; bytes are integers, seconds floats."""
-
-
 @dataclass
 class StopFlag:
     """Set by a signal handler, which also interrupts the work immediately: a stage is complete only with its manifest,

@@ -11,9 +11,9 @@ import finetune
 
 ROOT = Path(__file__).parent.parent / "finetune"
 ORDER = (  # parts of the package; each may import itself and what is above it
-    "errors", "utils", "engine", "recipe", "context", "hub", "models", "data", "dedup", "filters", "tokenization",
-    "lora", "merge", "eval", "gguf", "quantized", "serve", "synth", "tiny", "estimate", "train", "preference",
-    "publish", "stages", "pipeline", "report", "init", "cli", "__main__",
+    "errors", "metrics", "utils", "engine", "recipe", "context", "hub", "models", "data", "dedup", "filters",
+    "tokenization", "lora", "merge", "eval", "gguf", "quantized", "serve", "synth", "tiny", "estimate", "train",
+    "preference", "publish", "stages", "pipeline", "report", "init", "cli", "__main__",
 )  # fmt: skip
 PURE = ("data/formats", "data/records", "data/text", "dedup/jaccard", "dedup/measures", "dedup/recall", "dedup/select",
         "filters/basic", "filters/endings", "filters/quality", "filters/registry", "tokenization/audit",

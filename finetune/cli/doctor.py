@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune.errors import FinetuneError
 from finetune.utils.console import print_table
-from finetune.utils.format import first_line
+from finetune.utils.format import first_line, gb
 from finetune.utils.runtime import available_memory, usable_cpus
 
 PYTHON = (3, 11)
@@ -29,7 +29,7 @@ CORE = (  # required by `finetune run`
 OPTIONAL = {  # required by one setting
     "wandb": "tracking.wandb",
     "tensorboard": "tracking.tensorboard",
-    "zstandard": "data files that end in .zst",
+    "backports.zstd": "data files that end in .zst",
     "gguf": "export.gguf",
     "compressed-tensors": "export.hf: [fp8], [w4a16]",
     "lm-eval": "evaluate.tasks",
@@ -130,7 +130,7 @@ def devices() -> list[Finding]:
         properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
         precision, _ = pick_precision("auto", f"cuda:{i}")
         about = (
-            f"{properties.name}, {_gb(free)} of {_gb(total)} free, compute capability {properties.major}."
+            f"{properties.name}, {gb(free)} of {gb(total)} free, compute capability {properties.major}."
             f"{properties.minor}, trains in {precision}"
         )
         found.append(Finding(f"GPU {i}", about))
@@ -176,8 +176,8 @@ def memory() -> Finding:
     with suppress(OSError, ValueError):  # no cgroup, or the word max
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     available = available_memory()
-    free = "" if available is None else f"{_gb(available)} of "
-    return Finding("memory", f"{free}{_gb(total)}{' free' if free else ''}, {cores} cores")
+    free = "" if available is None else f"{gb(available)} of "
+    return Finding("memory", f"{free}{gb(total)}{' free' if free else ''}, {cores} cores")
 
 
 def disk(what: str, root: Path, option: str, wanted: int = 0) -> Finding:
@@ -187,8 +187,8 @@ def disk(what: str, root: Path, option: str, wanted: int = 0) -> Finding:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(what, f"{root} cannot be written", f"{option} FOLDER")
     free = shutil.disk_usage(there).free
-    fix = f"{option} FOLDER, for a 7B: {_gb(wanted)}" if free < wanted else ""
-    return Finding(what, f"{_gb(free)} free in {root}", fix)
+    fix = f"{option} FOLDER, for a 7B: {gb(wanted)}" if free < wanted else ""
+    return Finding(what, f"{gb(free)} free in {root}", fix)
 
 
 def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
@@ -241,7 +241,3 @@ def wandb_key(environment: Mapping[str, str] = os.environ) -> Finding:
         if netrc.netrc(file).authenticators(host):
             return Finding("W&B", f"key present ({file})")
     return Finding("W&B", "no key: tracking.wandb: true records offline", "wandb login")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

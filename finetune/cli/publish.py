@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.cli.session import make_context, signals_handled
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline import run_view
-from finetune.pipeline.runs import recipe_text
+from finetune.pipeline.runs import recipe_text, recorded_recipe
 from finetune.pipeline.store import Store
 from finetune.publish.contents import NEEDED
-from finetune.recipe import Recipe
-from finetune.recipe.load import parse_recipe
 from finetune.utils.console import Screen
 from finetune.utils.streams import print_text
 
@@ -38,13 +36,13 @@ def publish_run(
     store, screen = Store(artifacts, scratch), Screen(silent=quiet)
 
     def needs(value: dict[str, Any]) -> set[str]:
-        wanted = {stage for kind in _recipe(value, sets).publish.what for stage in NEEDED[kind]}
+        wanted = {stage for kind in recorded_recipe(value, sets).publish.what for stage in NEEDED[kind]}
         return {run_view.adapter_stage(value["stages"]) if stage == "train" else stage for stage in wanted}
 
     value = run_view.finished(store, name, needs, screen.say)
     short = value["recipe"]
     text = recipe_text(value["folder"])
-    recipe = _recipe(value, sets)
+    recipe = recorded_recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
     stage = run_view.adapter_stage(value["stages"])
     if stage == "align" and value["stages"][stage]["status"] != "done":  # the adapter before it would be pushed
@@ -94,9 +92,3 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
             print_text(f"\n{push['card']}")
         else:
             print_text(f"{push['repo']} at {push['commit']}: {len(push['files'])} files verified")
-
-
-def _recipe(value: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
-    """Return the recipe as that run read it, with further `--set`."""
-    path = value["folder"] / "recipe.yaml"
-    return parse_recipe(recipe_text(path.parent), path, [*value["sets"], *sets])

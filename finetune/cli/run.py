@@ -20,12 +20,11 @@ from finetune.eval.verdict import DEFINITIONS, Verdict, few_steps, verdict_of
 from finetune.pipeline import launch, run_view, runner
 from finetune.pipeline.recipe_names import load_recipe
 from finetune.pipeline.runs import Run
-from finetune.pipeline.stage_list import STAGE_NAMES, stage_named
+from finetune.pipeline.stage_list import STAGE_NAMES, headline_of, stage_named
 from finetune.pipeline.store import Store, make_key
 from finetune.recipe import Recipe
 from finetune.recipe.load import LoadedRecipe
 from finetune.report.live import Live
-from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import Screen, print_error, print_table
 from finetune.utils.streams import print_text
 
@@ -296,7 +295,8 @@ def _print_result(
         if m is None:
             rows.append([step.stage.name, "", "", "off"])
             continue
-        rows.append([m.stage, stage_rows(m.stage, m.metrics), f"{m.seconds:.1f}", stage_figure(m.stage, m.metrics)])
+        headline = headline_of(m.stage, m.metrics)
+        rows.append([m.stage, headline.rows, f"{m.seconds:.1f}", headline.figure])
     print_table(f"{loaded.recipe.name}  {record.name}", ["stage", "rows", "seconds", "figure"], rows)
     folders = {s.stage.name: s.folder for s in steps if s.manifest}
     for label, stage, inside in (

@@ -11,14 +11,12 @@ from pydantic import BaseModel
 
 from finetune.errors import InputError
 from finetune.pipeline import runner
-from finetune.pipeline.runs import recipe_text, recorded
-from finetune.pipeline.stage_list import STAGE_NAMES
+from finetune.pipeline.runs import recorded, recorded_recipe
+from finetune.pipeline.stage_list import STAGE_NAMES, headline_of
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
-from finetune.recipe.load import parse_recipe
-from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.utils.console import print_table
-from finetune.utils.format import NONE, visible
+from finetune.utils.format import NONE, first_line, visible
 
 if TYPE_CHECKING:
     from finetune.report.rows import InspectedRow
@@ -36,18 +34,17 @@ def print_runs(values: list[dict[str, Any]]) -> None:
 
 def _stage_line(stage: str, record: Mapping[str, Any]) -> list[str]:
     seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
-    figure = record.get("message") or stage_figure(stage, record["metrics"]) if record["metrics"] else ""
-    rows = stage_rows(stage, record["metrics"])
-    return [stage, record["status"], rows, seconds, figure or record.get("message", "")]
+    headline = headline_of(stage, record["metrics"])
+    return [stage, record["status"], headline.rows, seconds, record.get("message") or headline.figure]
 
 
 def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Print the recipe fields that differ, then the metrics that differ."""
     names = [f"{v['recipe']}@{v['run']}" for v in (first, second)]
     try:
-        asked = recipe_differences(*(_recipe(v) for v in (first, second)))
+        asked = recipe_differences(*(recorded_recipe(v) for v in (first, second)))
     except InputError as error:
-        asked = [("recipe.yaml", "cannot be read now", str(error).splitlines()[0])]
+        asked = [("recipe.yaml", "cannot be read now", first_line(error))]
     came = figure_differences(first["stages"], second["stages"])
     if not asked and not came:
         typer.echo("the two runs have the same recipe and the same figures")
@@ -55,12 +52,6 @@ def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
         print_table("recipe: what differs", ["field", *names], asked)
     if came:
         print_table("figures: what differs", ["figure", *names, "ratio"], came)
-
-
-def _recipe(value: dict[str, Any]) -> Recipe:
-    """Return the recipe as that run read it, including `--set`."""
-    path = value["folder"] / "recipe.yaml"
-    return parse_recipe(recipe_text(value["folder"]), path, value["sets"])
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:

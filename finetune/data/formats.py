@@ -13,8 +13,9 @@ from finetune.data.records import Example, Message
 from finetune.data.single_turn import optional_text, question_and_answer
 from finetune.data.tool_calls import CALLS_AS_TEXT, tools_of, writes_call
 from finetune.data.turns import READ_ROLES, turn_notation, turns_of
-from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, nearest, require_unicode, text_of
+from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, require_unicode, text_of
 from finetune.utils.files import canonical_json
+from finetune.utils.format import nearest
 
 RawRow = Mapping[str, object]
 

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import xxhash
-
 from finetune.data.json_files import RawRow, json_file, json_lines
 from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, lines, refuse
 from finetune.errors import FinetuneError, InputError
+from finetune.utils.files import hash_file
 from finetune.utils.format import clipped, first_line
 from finetune.utils.limits import memory
 
@@ -44,14 +43,10 @@ BYTES_OF = {  # what other files begin with
 def content_digest(path: Path) -> str:
     """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError where there is no such file."""
     require_file(path)
-    digest = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        return hash_file(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {_reason(error)}; change its permissions or copy it again") from None
-    return digest.hexdigest()
 
 
 def require_file(path: Path) -> None:

@@ -116,6 +116,13 @@ def write_rows(path: Path, rows: Iterable[Example], chunk: int = 10_000) -> int:
     return count
 
 
+def batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Yield lists of `size` rows; the last may be shorter."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
 def read_rows(path: Path, chunk: int = 1000) -> Iterator[Example]:
     """The rows of a file that `write_rows` wrote, in order, one row group and `chunk` rows of memory at a time.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
+from collections.abc import Iterator, Sequence
 
 from finetune.data.records import Example
 from finetune.utils.files import canonical_json
 
+WORD = re.compile(r"\w+")
 FIELD_ROLES = {"instruction": ("user",), "output": ("assistant",), "both": ("user", "assistant")}
 
 
@@ -19,6 +22,16 @@ def normalised(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a normalised text, without punctuation."""
+    return WORD.findall(normalised(text))
+
+
+def word_runs(found: Sequence[str], size: int) -> Iterator[str]:
+    """Yield every run of `size` consecutive words, joined by spaces."""
+    return (" ".join(found[i : i + size]) for i in range(len(found) - size + 1))
 
 
 def field_text(row: Example, field: str) -> str:

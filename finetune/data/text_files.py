@@ -7,11 +7,12 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol, cast
+from types import ModuleType
+from typing import BinaryIO, NoReturn, cast
 
 from finetune.errors import InputError
 from finetune.utils.format import first_line
@@ -31,11 +32,26 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with gzip.open(path, "rb") as stream:
             yield cast("BinaryIO", stream)
     elif path.suffix.lower() == ".zst":
-        with path.open("rb") as file:
-            yield io.BufferedReader(ZstdStream(file), CHUNK_BYTES)
+        zstd = _zstd()
+        try:
+            with zstd.ZstdFile(path) as stream:  # a file that ends within a frame raises EOFError
+                yield stream
+        except zstd.ZstdError as error:
+            raise EOFError(f"a frame is damaged: {error}") from error
     else:
         with path.open("rb") as file:
             yield file
+
+
+def _zstd() -> ModuleType:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise InputError("reading .zst files needs a package: pip install backports.zstd") from None
+    return zstd
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
@@ -200,65 +216,3 @@ def _decodes(path: Path, encoding: str) -> bool:
 def refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
     """Raise the InputError of a file that cannot be read on from `line`."""
     raise InputError(f"{path}, line {line}: found {found}; allowed is {allowed}")
-
-
-CHUNK_BYTES = 1 << 17
-PIECE_BYTES = 1 << 11  # given to the decompressor at once: it may make 32,768 times as much of it, 64 MB
-
-
-class _Decompressor(Protocol):
-    def decompress(self, data: bytes, /) -> bytes: ...
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-
-
-def _zstd() -> tuple[Callable[[], _Decompressor], type[Exception]]:
-    """Return the constructor of a decompressor for one frame, and its exception."""
-    if sys.version_info >= (3, 14):
-        from compression.zstd import ZstdDecompressor, ZstdError
-
-        return ZstdDecompressor, ZstdError
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError("reading .zst files needs the package zstandard: pip install zstandard") from None
-    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
-
-
-class ZstdStream(io.RawIOBase):
-    """Zstandard frames as one stream; unlike the packages' own readers, a file that ends within a frame is an error."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._new, self._error = _zstd()
-        self._frame: _Decompressor | None = None
-        self._packed = memoryview(b"")
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        """It reads."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer`; 0 at the end. Raises EOFError where a frame is damaged or cut off."""
-        while not self._plain:
-            self._packed = self._packed or memoryview(self._file.read(CHUNK_BYTES))
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            frame = self._frame = self._frame or self._new()
-            piece, self._packed = self._packed[:PIECE_BYTES], self._packed[PIECE_BYTES:]
-            try:
-                self._plain = memoryview(frame.decompress(bytes(piece)))
-            except self._error as error:
-                raise EOFError(f"a frame is damaged: {error}") from error
-            if frame.eof:
-                self._packed = memoryview(frame.unused_data + bytes(self._packed))
-            if frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._plain))
-        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
-        return size

@@ -10,18 +10,8 @@ from typing import Any
 
 from finetune.data.records import Message
 from finetune.data.tool_calls import calls_of
-from finetune.data.values import (
-    RowError,
-    is_blank,
-    kind,
-    listed,
-    loads,
-    nearest,
-    parsed,
-    plain_json,
-    require_unicode,
-    text_of,
-)
+from finetune.data.values import RowError, is_blank, kind, listed, loads, parsed, plain_json, require_unicode, text_of
+from finetune.utils.format import nearest
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -109,11 +108,6 @@ def leaves(value: object) -> Iterator[str]:
             yield from leaves(inner)
     elif value is not None and (text := str(value).strip()):
         yield text
-
-
-def nearest(name: object, known: Iterable[object]) -> str | None:
-    """The known name that is most like `name`, or None."""
-    return next(iter(difflib.get_close_matches(str(name).lower(), [str(k) for k in known], 1)), None)
 
 
 def listed(names: Iterable[object]) -> str:

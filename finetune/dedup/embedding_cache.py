@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from finetune.utils import links
 from finetune.utils.files import canonical_json
+from finetune.utils.format import first_line
 
 DIGEST_BYTES = 16
 MAX_BYTES = 8 << 30  # of all models together: five million vectors of 384 numbers
@@ -98,7 +99,7 @@ class EmbeddingCache:
         except FileNotFoundError:
             return None  # removed by another process as the oldest
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = first_line(error)
             self._say(f"cached embeddings in {shard} cannot be read and are recomputed: {why}")
             shard.unlink(missing_ok=True)
             return None

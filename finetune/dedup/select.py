@@ -98,22 +98,6 @@ def select(
     return pairs
 
 
-def near_duplicates(
-    vectors: Vectors,
-    order: Sequence[int] | Rows,
-    threshold: float,
-    new_search: NewSearch,
-    block_rows: int = 1024,
-    check: Callable[[], None] = lambda: None,
-) -> list[Pair]:
-    """`select` by cosine alone: `vectors` (N, d) float32, rows of length 1 or 0, and `threshold` in (0, 1].
-
-    Raises:
-        ValueError: rows are neither unit nor zero, or not finite.
-    """
-    return select(order, None, [Cosine(vectors, threshold, new_search)], block_rows, check)
-
-
 def groups(
     vectors: Vectors | None,
     keys: Iterable[Sequence[Hashable]],
@@ -138,7 +122,7 @@ def groups(
         (N,) int64, for every row the smallest row number in its group.
 
     Raises:
-        ValueError: as `near_duplicates`, or the lengths differ.
+        ValueError: rows are neither unit nor zero, or not finite, or the lengths differ.
     """
     lists = list(keys)
     sizes = {len(k) for k in lists} | ({len(vectors)} if vectors is not None else set())
@@ -182,7 +166,7 @@ def links_between(left: Vectors, right: Vectors, threshold: float, new_search: N
     The best row of `right` is returned for each, the first on a tie. Zero rows match nothing.
 
     Raises:
-        ValueError: as `near_duplicates`.
+        ValueError: rows are neither unit nor zero, or not finite.
     """
     a, b = np.flatnonzero(nonzero(left)), np.flatnonzero(nonzero(right))
     measure = Cosine(np.concatenate([left[a], right[b]]), threshold, new_search)

@@ -7,7 +7,6 @@ counted too: in formulaic data they also repeat training answers, which is not m
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.text import normalised
+from finetune.data.text import word_runs, words
 
 RUN = 5
 CONTAINED = 0.8
@@ -68,7 +67,7 @@ def read_copies(samples: Path, train: Path) -> Copies | None:
 def count_copies(samples: Sequence[Mapping[str, Any]], train: Iterable[str]) -> Copies:
     """Compare {"adapter": {"text"}, "reference"} of each sample with the training answers; short ones are left out."""
     texts = [(str(s.get("adapter", {}).get("text", "")), str(s.get("reference", ""))) for s in samples]
-    answers = [(_runs(a), _runs(r)) for a, r in texts if len(_words(a)) >= SHORTEST and len(_words(r)) >= SHORTEST]
+    answers = [(_runs(a), _runs(r)) for a, r in texts if len(words(a)) >= SHORTEST and len(words(r)) >= SHORTEST]
     wanted: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, pair in enumerate(answers):
         for side, runs in enumerate(pair):
@@ -85,10 +84,5 @@ def count_copies(samples: Sequence[Mapping[str, Any]], train: Iterable[str]) -> 
     return Copies(len(answers), *repeated)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", normalised(text))
-
-
 def _runs(text: str) -> set[str]:
-    words = _words(text)
-    return {" ".join(words[i : i + RUN]) for i in range(max(0, len(words) - RUN + 1))}
+    return set(word_runs(words(text), RUN))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest
+from finetune.utils.format import six
 from finetune.utils.progress import Bar
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _difference(
 
 
 def _six(value: object) -> float | None:
-    """Round to six significant digits, so that the last bits of a sum do not change the file; None if not a number."""
+    """Round to six significant digits; None if not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(f"{value:.6g}")
+    return six(value)

@@ -1,4 +1,4 @@
-"""Agreement, KL divergence, perplexity, stop rate, and their bootstrap intervals."""
+"""Agreement, perplexity, stop rate, and their bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,23 +15,6 @@ def agreement(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
     if first.shape != second.shape or not first.size:
         raise ValueError(f"need two equal arrays with positions, found {first.shape} and {second.shape}")
     return float(np.mean(first == second))
-
-
-def kl_divergence(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return KL(first ‖ second) in nats at each position, from logits or log-probabilities.
-
-    Both (positions, vocabulary); returns (positions,) float64, negative only through rounding.
-    """
-    a, b = _log_softmax(first), _log_softmax(second)
-    with np.errstate(invalid="ignore"):  # -inf - -inf if both probabilities are 0
-        terms = np.where(np.isneginf(a), 0.0, np.exp(a) * (a - b))
-    return np.asarray(terms.sum(axis=-1), dtype=np.float64)
-
-
-def _log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    values = np.asarray(logits, dtype=np.float64)
-    values = values - values.max(axis=-1, keepdims=True)
-    return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)), dtype=np.float64)
 
 
 Floats = NDArray[np.float64]

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.eval.copies import Copies, kept_copies
+from finetune.metrics import CertifyMetrics, EvaluateMetrics, RunMetrics, TrainMetrics
 
 FEW_STEPS = 30  # optimiser steps: fewer rarely move an adapter away from its base
 BARELY = 0.97  # ratio of perplexities: a smaller change is significant but has little effect
@@ -28,7 +29,6 @@ COPIED_NATS = 0.25  # and training loss this much under the held-out one: formul
 REPEATS = "it repeats its training rows"
 ENDS_WELL = 0.9  # share of answers that end by themselves
 
-Metrics = Mapping[str, Any]
 GOOD, UNSURE, BAD = "good", "unsure", "bad"
 DEFINITIONS = (
     "Perplexity: exp(mean negative log-likelihood of an answer token), lower is better. Ratio: adapter / base, under 1 "
@@ -66,9 +66,9 @@ class Verdict:
 
 
 def verdict(
-    train: Metrics,
-    evaluate: Metrics,
-    certify: Metrics,
+    train: TrainMetrics,
+    evaluate: EvaluateMetrics,
+    certify: CertifyMetrics,
     *,
     merged: bool,
     copies: Copies | None = None,
@@ -101,7 +101,7 @@ def verdict(
 
 
 def verdict_of(
-    metrics: Mapping[str, Metrics], folders: Mapping[str, Path | None], kept: Path | None = None
+    metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path | None], kept: Path | None = None
 ) -> Verdict | None:
     """Return the verdict from stage → metrics and stage → folder (None or absent if a stage has none).
 
@@ -109,10 +109,16 @@ def verdict_of(
     """
     sampled, rows = folders.get("evaluate"), folders.get("split")
     copies = kept_copies(sampled / "samples.jsonl", rows / "train.parquet", kept) if sampled and rows else None
-    train, evaluate, certify = (metrics.get(stage) or {} for stage in ("train", "evaluate", "certify"))
-    size = (metrics.get("base") or {}).get("parameters")
-    known = size if isinstance(size, int) else None
-    return verdict(train, evaluate, certify, merged=bool(metrics.get("merge")), copies=copies, parameters=known)
+    of = cast("RunMetrics", metrics)
+    size = of.get("base", {}).get("parameters")
+    return verdict(
+        of.get("train", {}),
+        of.get("evaluate", {}),
+        of.get("certify", {}),
+        merged=bool(of.get("merge")),
+        copies=copies,
+        parameters=size if isinstance(size, int) else None,
+    )
 
 
 def few_steps(steps: int, to_set: str = "") -> str:
@@ -123,7 +129,7 @@ def few_steps(steps: int, to_set: str = "") -> str:
     return f"ONLY {steps} OPTIMISER STEP{'S' * (steps != 1)} ({FEW_STEPS} or more are usual): {advice}"
 
 
-def no_difference(evaluate: Metrics) -> str:
+def no_difference(evaluate: EvaluateMetrics) -> str:
     """Return a sentence if the 95 % interval of adapter / base perplexity includes 1, or ""."""
     ends = evaluate.get("perplexity_ratio_interval")
     if not ends or not ends[0] <= 1 <= ends[1]:
@@ -134,14 +140,14 @@ def no_difference(evaluate: Metrics) -> str:
     )
 
 
-def _worse(evaluate: Metrics) -> str:
+def _worse(evaluate: EvaluateMetrics) -> str:
     ends = evaluate.get("perplexity_ratio_interval")
     if not ends or ends[0] <= 1:
         return ""
     return f"the adapter is worse than its base on held-out rows (perplexity ratio {evaluate['perplexity_ratio']:.3f})"
 
 
-def _better(train: Metrics, evaluate: Metrics) -> Line:
+def _better(train: TrainMetrics, evaluate: EvaluateMetrics) -> Line:
     question = "Better than the base?"
     few = few_steps(int(train["steps"])) if isinstance(train.get("steps"), int) else ""
     after = f". {few}" if few else ""
@@ -163,7 +169,7 @@ def _better(train: Metrics, evaluate: Metrics) -> Line:
     return Line(question, "NO DIFFERENCE", f"{figures}: {why}{after}", BAD)
 
 
-def memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> bool:
+def memorised(train: TrainMetrics, evaluate: EvaluateMetrics, copies: Copies | None) -> bool:
     """Return whether training loss is far below held-out loss, or less far but sampled answers repeat training ones."""
     copied = copies is not None and copies.answers - copies.references >= COPIED_MORE * copies.samples > 0
     loss, held = train.get("loss"), evaluate.get("perplexity_adapter")
@@ -175,7 +181,7 @@ def memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> bool:
     return bool(loss < MEMORISED_SHARE * nats and nats - loss > MEMORISED_NATS)
 
 
-def _memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> Line:
+def _memorised(train: TrainMetrics, evaluate: EvaluateMetrics, copies: Copies | None) -> Line:
     question = "Memorised?"
     parts = []
     loss, held = train.get("loss"), evaluate.get("perplexity_adapter")
@@ -196,7 +202,7 @@ def _memorised(train: Metrics, evaluate: Metrics, copies: Copies | None) -> Line
     return Line(question, "no", words, GOOD)
 
 
-def _stops(evaluate: Metrics) -> Line:
+def _stops(evaluate: EvaluateMetrics) -> Line:
     question = "Do its answers end?"
     rate, count = evaluate.get("stop_rate"), evaluate.get("generations")
     if rate is None or not count:
@@ -212,7 +218,7 @@ def _stops(evaluate: Metrics) -> Line:
     )
 
 
-def _enough(evaluate: Metrics) -> Line:
+def _enough(evaluate: EvaluateMetrics) -> Line:
     question = "Enough held-out rows to know?"
     rows = evaluate.get("rows")
     if not rows:
@@ -234,7 +240,7 @@ def _enough(evaluate: Metrics) -> Line:
     return Line(question, "yes", f"{words}; the 95 % interval of the ratio is {width:.0%} wide", GOOD)
 
 
-def _use(lines: list[Line], certify: Metrics, *, merged: bool, refusal: str, practice: bool) -> Line:
+def _use(lines: list[Line], certify: CertifyMetrics, *, merged: bool, refusal: str, practice: bool) -> Line:
     question = "Adapter or merged model?"
     if "agreement" in certify:
         few = f", on {certify['tokens']:,} tokens only" if certify.get("tokens", ENOUGH_TOKENS) < ENOUGH_TOKENS else ""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest, read_json
+from finetune.utils.format import first_line
 
 ROOM_FOR_CACHE = 0.85  # share of the free GPU memory for weights; the rest is for keys, values and activations
 
@@ -105,7 +106,7 @@ def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], devic
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise FinetuneError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise FinetuneError(f"cannot load {folder}: {first_line(error)}") from error
     if wrong := [
         f"{kind.removesuffix('_keys')} {sorted(map(str, report[kind]))[0]}" for kind in report if report[kind]
     ]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -15,6 +14,7 @@ from finetune.data.records import Example
 from finetune.errors import InputError
 from finetune.recipe.filters import Own
 from finetune.utils.files import hash_file
+from finetune.utils.format import did_you_mean
 
 
 def module_file(rule: Own) -> Path:
@@ -32,8 +32,7 @@ def module_file(rule: Own) -> Path:
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"filter rule {rule.function}: {path} cannot be read as Python: {error}") from None
     if function not in names and "*" not in names:
-        near = difflib.get_close_matches(function, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(function, names)
         raise InputError(f"filter rule {rule.function}: {path} does not define {function} at its top level{hint}")
     return path
 

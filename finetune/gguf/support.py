@@ -1,6 +1,6 @@
 """Which architectures are written as GGUF, how llama.cpp names their tensors, and unsupported features. No torch.
 
-Names, permutations and offsets are those of llama.cpp's convert_hf_to_gguf.py
+Permutations and offsets are those of llama.cpp's convert_hf_to_gguf.py
 (https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py).
 """
 
@@ -11,22 +11,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
 
-ATTENTION = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-}  # fmt: skip
-MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-GEMMA_NORMS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
-OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
 PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every so many layers one is unlike the others
 PARTIAL = {"phi3": 1.0, "stablelm": 0.25, "glm4": 0.5}  # the share of a head that turns, where none is given
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp computes it
@@ -43,7 +35,6 @@ class Architecture:
 
     Attributes:
         name: llama.cpp's name.
-        parts: module of a layer → tensor.
         permuted: rows of q and k change places, since its rotary embedding turns neighbouring dimensions together and
             transformers' halves. cohere2 and glm4 turn neighbours together in both, so their rows stay.
         offset: added to every norm's weight.
@@ -57,7 +48,6 @@ class Architecture:
     """
 
     name: str
-    parts: Mapping[str, str] = field(default_factory=lambda: {**NORMS, **ATTENTION, **MLP})
     permuted: bool = False
     offset: float = 0.0
     reloaded: bool = True
@@ -77,57 +67,25 @@ ARCHITECTURES = {
     "MistralForCausalLM": LLAMA,
     "LlamaForCausalLM": LLAMA,
     "Qwen2ForCausalLM": Architecture("qwen2", square=True),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3", {**NORMS, **ATTENTION, **MLP, **QK_NORMS}, fixed=NO_BIAS
-    ),
+    "Qwen3ForCausalLM": Architecture("qwen3", fixed=NO_BIAS),
     "Gemma2ForCausalLM": Architecture(
-        "gemma2", {**GEMMA_NORMS, **ATTENTION, **MLP}, offset=1.0, activation=GELU, fixed={**NO_BIAS, **TIED},
-        window=True,
+        "gemma2", offset=1.0, activation=GELU, fixed={**NO_BIAS, **TIED}, window=True
     ),
     "Gemma3ForCausalLM": Architecture(
-        "gemma3", {**GEMMA_NORMS, **ATTENTION, **MLP, **QK_NORMS}, offset=1.0, ropes=("default", "linear"),
-        activation=GELU, fixed=NO_BIAS, window=True,
+        "gemma3", offset=1.0, ropes=("default", "linear"), activation=GELU, fixed=NO_BIAS, window=True
     ),
-    "Phi3ForCausalLM": Architecture(
-        "phi3",
-        {
-            **NORMS, "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
-            "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        },
-        ropes=("default",), square=True,
-    ),
-    "StableLmForCausalLM": Architecture(
-        "stablelm", fixed={"qk_layernorm": False, **UNTIED}, square=True
-    ),
-    "Starcoder2ForCausalLM": Architecture(
-        "starcoder2", {**NORMS, **ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}, activation=GELU,
-        fixed={"use_bias": True}, square=True,
-    ),
-    "Olmo2ForCausalLM": Architecture(
-        "olmo2",
-        {
-            **ATTENTION, **MLP, **QK_NORMS, "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        },
-        reloaded=False, fixed={**NO_BIAS, **UNTIED}, square=True,
-    ),
+    "Phi3ForCausalLM": Architecture("phi3", ropes=("default",), square=True),
+    "StableLmForCausalLM": Architecture("stablelm", fixed={"qk_layernorm": False, **UNTIED}, square=True),
+    "Starcoder2ForCausalLM": Architecture("starcoder2", activation=GELU, fixed={"use_bias": True}, square=True),
+    "Olmo2ForCausalLM": Architecture("olmo2", reloaded=False, fixed={**NO_BIAS, **UNTIED}, square=True),
     "GraniteForCausalLM": Architecture("granite", permuted=True, reloaded=False, ropes=(*SCALED, "llama3")),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3", permuted=True, reloaded=False, fixed={**NO_BIAS, "use_sliding_window": False}
     ),
     "Cohere2ForCausalLM": Architecture(
-        "cohere2", {"input_layernorm": "attn_norm", **ATTENTION, **MLP}, reloaded=False,
-        fixed={**NO_BIAS, **TIED}, square=True, window=True,
+        "cohere2", reloaded=False, fixed={**NO_BIAS, **TIED}, square=True, window=True
     ),
-    "Glm4ForCausalLM": Architecture(
-        "glm4",
-        {
-            **ATTENTION, "input_layernorm": "attn_norm", "post_self_attn_layernorm": "post_attention_norm",
-            "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
-            "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        },
-        reloaded=False,
-    ),
+    "Glm4ForCausalLM": Architecture("glm4", reloaded=False),
 }  # fmt: skip
 
 
@@ -243,14 +201,20 @@ def _gemma_problem(arch: str, config: Mapping[str, Any]) -> str | None:
 
 
 def tensor_name(name: str, architecture: Architecture) -> str:
-    """The GGUF name of a transformers tensor. Raises InputError where there is none."""
-    module, _, leaf = name.rpartition(".")
-    if module in OUTER:
-        return f"{OUTER[module]}.{leaf}"
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    if match is None or match[2] not in architecture.parts or leaf not in ("weight", "bias"):
+    """The GGUF name of a transformers tensor, by the table of package gguf. Raises InputError where there is none."""
+    layer = re.search(r"(?<=\.layers\.)\d+", name)
+    asked = name if layer is None else f"{name[: layer.start()]}0{name[layer.end() :]}"
+    found = _names(architecture.name).get_name(asked, try_suffixes=(".weight", ".bias"))
+    if found is None:
         raise InputError(f"the tensor {name} has no place in a GGUF of this architecture; set export: null")
-    return f"blk.{match[1]}.{architecture.parts[match[2]]}.{leaf}"
+    return found if layer is None else found.replace("blk.0.", f"blk.{layer[0]}.")
+
+
+@cache
+def _names(architecture: str) -> TensorNameMap:
+    import gguf
+
+    return gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), 1)
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# name in the file -> (number of the ggml type, values a block, bytes a block)
+# name in the file -> (values a block, bytes a block), for a plan made without the package gguf
 TYPES = {
-    "f32": (0, 1, 4), "f16": (1, 1, 2), "bf16": (30, 1, 2),
-    "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34),
+    "f32": (1, 4), "f16": (1, 2), "bf16": (1, 2),
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
 }  # fmt: skip
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 ENDS = ("token_embd.weight", "output.weight")
 TEMPLATE_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # jinja's word → GGUF's
 METADATA_BYTES = 8_000_000
@@ -133,7 +132,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def data_bytes(shape: Sequence[int], kind: str) -> int:
     """Bytes of a tensor's data in a file, without padding."""
-    _, values, size = TYPES[kind]
+    values, size = TYPES[kind]
     return prod(shape) // values * size
 
 
@@ -186,7 +185,7 @@ def write(
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for p in planned:
-        number = gguf.GGMLQuantizationType(TYPES[p.kind][0])
+        number = gguf.GGMLQuantizationType[p.kind.upper()]
         writer.add_tensor_info(p.name, p.source.shape, np.dtype(np.float32), p.size_bytes, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -220,7 +219,7 @@ def _data(planned: Planned) -> np.ndarray[Any, Any]:
             raise InputError(f"{planned.source.name} holds values beyond f16 (65504); export bf16 or f32 instead")
         return weight.contiguous().numpy()
     values = weight.to(torch.float32).contiguous().numpy()
-    number = gguf.GGMLQuantizationType(TYPES[planned.kind][0])
+    number = gguf.GGMLQuantizationType[planned.kind.upper()]
     result: np.ndarray[Any, Any] = gguf.quants.quantize(values, number)
     return result
 
@@ -229,7 +228,7 @@ def stored_kind(name: str, shape: Sequence[int], kind: str) -> str:
     """Return the storage type of the tensor `name` in a file of `kind`."""
     if len(shape) == 1:
         return "f32"
-    if TYPES[kind][1] > 1 and shape[-1] % TYPES[kind][1]:
+    if shape[-1] % TYPES[kind][0]:
         return "f16"
     return "q8_0" if kind.startswith(("q4", "q5")) and name in ENDS else kind
 
@@ -242,6 +241,8 @@ def _order(name: str) -> tuple[int, str]:
 
 def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None:  # noqa: ANN401 - gguf.GGUFWriter
     """Return every key of the metadata, from the files of the merged folder: no date, no path, no program."""
+    import gguf
+
     config, arch = header.config, architecture(header.config)
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -249,7 +250,7 @@ def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None: 
     # llama.cpp takes "phi3" in a name for Phi-3's tokenizer, and fails where its tokens are missing
     kept = str(config["model_type"]).replace("phi3", "phi")
     writer.add_name(f"{'phi3' if header.vocabulary.strips else kept}-{parameters / 1e9:.3g}B")
-    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
     if kind.startswith("q"):
         writer.add_quantization_version(2)
     writer.add_vocab_size(config["vocab_size"])

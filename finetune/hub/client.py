@@ -28,7 +28,6 @@ Kind = Literal["adapter", "merged", "gguf", "fp8", "w4a16", "nf4", "dataset"]
 HF_KINDS: tuple[Kind, ...] = ("fp8", "w4a16", "nf4")  # quantised folders of the export stage
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ASK_SECONDS = 10.0  # huggingface_hub's client has no time limit of its own
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Files that a loader would read from a repository, by the kind of push they belong to.
 OWN = {
@@ -69,7 +68,7 @@ def resolve_revision(
         try:
             with sentences(f"read revision {named!r} of", repo_id, repo_type):
                 api = HfApi()
-                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ASK_SECONDS)
+                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         except InputError:
             raise
         except FinetuneError as error:
@@ -97,7 +96,9 @@ def check_read(repo_id: str, repo_type: RepoType = "model") -> str | None:
     Raises:
         InputError: it does not exist, is private, or is gated and its terms are not accepted yet.
     """
-    return _checked("read", repo_id, repo_type, lambda: _ask(f"/api/{repo_type}s/{repo_id}/auth-check"))
+    from huggingface_hub import HfApi
+
+    return _checked("read", repo_id, repo_type, lambda: HfApi().auth_check(repo_id, repo_type=repo_type))
 
 
 def read_adapter_files(
@@ -201,16 +202,6 @@ def _keep_ref(ref: Path, sha: str) -> None:
         ref.write_text(sha, encoding="ascii")
 
 
-def _ask(path: str) -> Any:  # noqa: ANN401 - JSON
-    """GET a path of the Hub with a time limit, which HfApi's own methods for these paths do not have."""
-    from huggingface_hub import constants, get_session, hf_raise_for_status
-    from huggingface_hub.utils import build_hf_headers
-
-    answer = get_session().get(constants.ENDPOINT + path, headers=build_hf_headers(), timeout=ASK_SECONDS)
-    hf_raise_for_status(answer)
-    return answer.json() if answer.content else None
-
-
 def _checked(action: str, repo_id: str, repo_type: RepoType, check: Callable[[], object]) -> str | None:
     from huggingface_hub import constants
 
@@ -235,10 +226,11 @@ def require_token(repo_id: str) -> None:
 
 
 def _require_write(repo_id: str) -> None:
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     require_token(repo_id)
-    account = _ask("/api/whoami-v2")
+    account = HfApi().whoami()  # the token's role: auth_check knows nothing of a repository that does not exist yet
     namespace = repo_id.split("/")[0] if "/" in repo_id else account["name"]
     token = (account.get("auth") or {}).get("accessToken") or {}
     role, grants = token.get("role"), token.get("fineGrained") or {}
@@ -256,7 +248,7 @@ def _require_write(repo_id: str) -> None:
         if roles[namespace] == "read":
             raise InputError(f"cannot push to {repo_id}: {account['name']} may only read in {namespace}")
     try:
-        _ask(f"/api/models/{repo_id}/auth-check/write")
+        HfApi().auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
         # A missing repository is created by the push; a mirror may lack this endpoint.
         if error.response.status_code != 404:

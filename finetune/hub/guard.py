@@ -29,6 +29,7 @@ ANSWER_BYTES = 256 << 20  # limit of an answer that is not a file: the listing o
 SLACK_BYTES = 1 << 16
 SLOWEST_BYTES_PER_SECOND, PATIENCE_SECONDS = 1000, 120.0
 MOST_KNOWN = 10_000
+ASK_SECONDS = 10.0  # without an answer, or between two parts of one
 
 _lock = threading.Lock()
 _announced: dict[str, int] = {}  # address without its query → bytes, from a HEAD request
@@ -45,7 +46,13 @@ def install() -> None:
 
 
 def _ask(request: httpx2.Request) -> None:
-    """Do not accept encodings with unbounded expansion (zstd, br), as the client does if their packages are there."""
+    """Set a time limit on a question to the API, and accept no encoding with unbounded expansion (zstd, br).
+
+    The client of huggingface_hub has no limit, and accepts those encodings if their packages are installed.
+    """
+    limits = request.extensions.get("timeout", {})
+    if request.method == "GET" and "/api/" in request.url.path and not any(limits.values()):
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), ASK_SECONDS)
     asked = request.headers.get("accept-encoding", "")
     if any(name.strip().partition(";")[0] not in PACKINGS for name in asked.split(",")):
         request.headers["accept-encoding"] = "gzip, deflate"

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.client import hub_digest, tree_of
 from finetune.hub.errors import LOG_IN, retried, sentences
+from finetune.utils.quiet import no_bars
 
 T = TypeVar("T")
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -125,15 +126,11 @@ class HubFolder:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Silence the client's bars and warnings, which would mix with the lines of the run."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    disable_progress_bars()
     try:
-        yield
+        with no_bars("huggingface_hub"):
+            yield
     finally:
         logger.setLevel(level)
-        if shown:
-            enable_progress_bars()

@@ -15,6 +15,7 @@ import yaml
 
 from finetune.errors import InputError
 from finetune.recipe.data import HUB_NAME
+from finetune.utils.format import first_line
 from finetune.utils.links import read_regular
 
 MOST_BYTES = 200_000
@@ -105,7 +106,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"--from {path}: no YAML: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--from {path}: no YAML: {first_line(error)}") from None
     if not isinstance(value, dict) or "base_model" not in value:
         raise InputError(f"--from {path}: no axolotl configuration: it has no base_model")
     return {str(key): found for key, found in value.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.errors import InputError
-from finetune.utils.format import visible
+from finetune.utils.format import nearest, visible
 
 QUESTION_WORDS = frozenset(
     "question query prompt instruction input user customer client ask asked request message problem subject issue "
@@ -96,8 +95,7 @@ def check_names(chosen: Chosen, columns: Sequence[Column]) -> None:
     for option in ("question", "answer", "system"):
         name = getattr(chosen, option)
         if name is not None and name not in names:
-            near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 1)
-            meant = next((n for n in names if near and n.lower() == near[0]), None)
+            meant = nearest(name, names)
             hint = f"; did you mean {meant!r}?" if meant else ""
             raise InputError(f"--{option} {name}: no column of that name{hint} The columns are:\n{table(columns)}")
     if not chosen.question or not chosen.answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from finetune.models.architecture import Modules, linear_names, means_more, read
 from finetune.models.layerwise import empty_model, other_parts
 from finetune.models.new_tokens import NewTokens, read_new_tokens, token_modules
 from finetune.recipe import Lora
+from finetune.utils.format import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -184,8 +184,7 @@ def _check_expression(lora: Lora, base: Modules) -> None:
 
 
 def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"{f'; did you mean {near[0]}?' if near else ''} (there is {', '.join(names)})"
+    return f"{did_you_mean(name, names)} (there is {', '.join(names)})"
 
 
 def _check_saved(lora: Lora, base: Modules) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.lora.start import CONFIG, WEIGHTS
+from finetune.metrics import TrainMetrics
 from finetune.recipe import Lora
 from finetune.utils.files import read_json, write_json
 
 
-def write_zero_adapter(lora: Lora, base: Path, target: Path, seed: int, trust_remote_code: bool) -> dict[str, int]:
+def write_zero_adapter(lora: Lora, base: Path, target: Path, seed: int, trust_remote_code: bool) -> TrainMetrics:
     """Write the recipe's adapter as peft initialises it: A uniform in ±1/√(its inputs), from `seed`; B zero; fp32.
 
     `base` is a finished base stage; none of its weights are read.

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.lora.start import CONFIG, WEIGHTS
+from finetune.metrics import TrainMetrics
 from finetune.utils.files import read_json, write_bytes, write_json
 from finetune.utils.safetensors_io import read_file
 
@@ -29,7 +30,7 @@ PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
 )
 
 
-def copy_adapter(source: Path, base: Path, target: Path) -> dict[str, int]:
+def copy_adapter(source: Path, base: Path, target: Path) -> TrainMetrics:
     """Copy weights and configuration; the configuration names the pinned base, like that of a trained adapter.
 
     Args:

@@ -86,12 +86,6 @@ def _whole(plan: MergePlan, name: str) -> torch.Tensor:
     return value
 
 
-def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors of the merged model under their names in the files, one in memory at a time."""
-    for name in plan.targets:
-        yield name, _whole(plan, name)
-
-
 class _Slot:
     """Memory for one block, reused for the next: new pages would cost as much time as the arithmetic."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import FinetuneError
 from finetune.models.inventory import FILE
 from finetune.utils.files import read_json
+from finetune.utils.format import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def _model_trial(name: str, base: Path, device: str, precision: str) -> str | No
         off = trial.deviation(base, prepared(name, base), device, precision)
     except (FinetuneError, *trial.FAILURES) as error:
         trial.refuse_no_memory(error)
-        return f"in a tiny copy of the base: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"in a tiny copy of the base: {first_line(error)}"
     if not off <= trial.TOLERANCE[precision]:
         return f"packed documents of a tiny copy of the base have logits that are {off:.0%} off"
     return None
@@ -213,7 +214,7 @@ def _trial(device: str, precision: str, settings: Mapping[str, Any]) -> str | No
         if settings.get("sliding_window"):
             off = max(off, deviation(kernel, heads, groups, size, place, window=4))
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
-        return f"says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        return f"says: {first_line(error)}"
     return None if off <= TRIAL_TOLERANCE else f"outputs or gradients are {off:.0%} off"
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import InputError
 from finetune.models.device import autocast
 from finetune.models.paused import Passage, Relay
+from finetune.utils.format import first_line
 from finetune.utils.runtime import give_back, in_order
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def empty_model(
                 trust_remote_code=trust_remote_code,
             )
     except ValueError as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"{base}/config.json: transformers has no causal language model for it ({first})") from error
+        raise InputError(
+            f"{base}/config.json: transformers has no causal language model for it ({first_line(error)})"
+        ) from error
     model.tie_weights()  # building on the meta device gives each place a parameter of its own
     ready: PreTrainedModel = model.eval()
     return ready

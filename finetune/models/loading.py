@@ -314,32 +314,6 @@ def _linear4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit)]
 
 
-def quantized_modules(model: torch.nn.Module) -> set[str]:
-    """Names of the modules whose weights bitsandbytes holds in 4 bits, as `model.named_modules()` has them."""
-    return {name for name, _ in _linear4bit(model)}
-
-
-def dequantized_weight(module: torch.nn.Module) -> torch.Tensor:
-    """The weight of a `Linear4bit`, (out_features, in_features) fp32, as its forward sees it.
-
-    bitsandbytes dequantises to the dtype the model was loaded in and so did training; the rounding is kept here.
-    Raises FinetuneError for a module that is not in 4 bits, or whose weights were repacked.
-    """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    if not isinstance(module, Linear4bit) or not isinstance(module.weight, Params4bit):
-        raise FinetuneError(f"{type(module).__name__} holds no 4-bit weight")
-    state = module.weight.quant_state
-    if vars(state).get("packing_format_for_cpu"):
-        raise FinetuneError(
-            "a 4-bit weight was repacked for CPU inference and is no longer readable; load the base again"
-        )
-    weight: torch.Tensor = dequantize_4bit(module.weight.data, state)
-    return weight.reshape(module.out_features, module.in_features).to(torch.float32)
-
-
 def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
     """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained; `trainable`
     to go on training it, under the trainer's own autocast.

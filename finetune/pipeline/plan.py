@@ -29,6 +29,7 @@ from finetune.recipe import Recipe
 from finetune.serve.engines import adapter_limits
 from finetune.synth.forecast import generation, generation_in_words
 from finetune.train.batch import sizing_advice, total_steps
+from finetune.utils.format import gb
 
 if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
@@ -272,14 +273,14 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"  parameters  {result['parameters']:,} ({result['trainable_parameters']:,} trained)")
         parts = {k: v for k, v in result["memory_bytes"].items() if k != "total"}
         lines += _wrapped(
-            "GPU memory", f"{_gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
+            "GPU memory", f"{gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
         )
         for note in result["notes"]:
             lines += textwrap.wrap(note, 100, initial_indent=f"  {'note':<12}", subsequent_indent=" " * 14)
         if result["sliding_window"]:
             window = f"sliding window of {result['sliding_window']:,} tokens"
             lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
-        lines += _wrapped("RAM", f"{_gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
+        lines += _wrapped("RAM", f"{gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
         lines += _wrapped("disk", "", result["disk_bytes"])
     lines += aligning
     if result["tokens"] is None:
@@ -315,11 +316,11 @@ def _describe_alignment(found: dict[str, Any]) -> list[str]:
     how = f"{at_once}, checkpointing {on['checkpointing']}"
     parts = {k: v for k, v in found["memory_bytes"].items() if k != "total"}
     fits = "" if on["fits"] else ", which it has not"
-    peak = f"{_gb(on['peak_bytes'])} at the peak on a {found['memory_device']} ({how}){fits}:"
+    peak = f"{gb(on['peak_bytes'])} at the peak on a {found['memory_device']} ({how}){fits}:"
     lines = _wrapped("alignment", f"{found['method']}: {peak}", parts)
     lines.append(f"{'':14}the reference is a frozen copy of the start adapter: no second base in memory")
     others = [
-        f"{name} {_gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in found["devices"].items()
+        f"{name} {gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in found["devices"].items()
     ]
     if len(others) > 1:
         lines += textwrap.wrap(f"peaks: {', '.join(others)}", 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
@@ -340,7 +341,7 @@ def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) ->
     lines: list[str] = []
     line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
     for number, (name, size) in enumerate(found):
-        word = f" {name.replace('_', ' ')} {_gb(size)}{',' if number + 1 < len(found) else ''}"
+        word = f" {name.replace('_', ' ')} {gb(size)}{',' if number + 1 < len(found) else ''}"
         if len(line) + len(word) > width:
             lines, line = [*lines, line], " " * 13
         line += word
@@ -354,7 +355,7 @@ def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
         shape = f"{on['micro_batch_rows']} x {on['accumulation']}"
         minutes = f"{on['train_seconds'] / 60:,.0f} min" if on["train_seconds"] else "unknown"
         lines.append(
-            f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {_gb(on['memory_bytes']):>9} {_gb(on['peak_bytes']):>9}"
+            f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {gb(on['memory_bytes']):>9} {gb(on['peak_bytes']):>9}"
             f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
         )
     note = "the fastest way that fits, estimated for full rows at"
@@ -364,7 +365,3 @@ def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
 def _status(status: str) -> str:
     words = {"done": "there", "missing": "to run", "partial": "to go on with", "unknown": "to run", "off": "off"}
     return words[status]
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -5,7 +5,6 @@ Separate from the models, which read only the recipe, and from loading, which `s
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from finetune.recipe.filters import LanguageRule, Own, Rule, parse_condition
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.messages import in_file_order
 from finetune.utils.files import read_json
+from finetune.utils.format import did_you_mean, nearest
 from finetune.utils.links import require_model
 from finetune.utils.resources import resource
 
@@ -143,8 +143,8 @@ def _no_column(condition: str, columns: Collection[str]) -> str | None:
     column, *_ = parse_condition(condition)
     if column in columns:
         return None
-    near = difflib.get_close_matches(column, columns, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"other columns there: {', '.join(sorted(columns)) or 'none'}"
+    near = nearest(column, columns)
+    hint = f"did you mean {near}?" if near else f"other columns there: {', '.join(sorted(columns)) or 'none'}"
     return f"{condition}: no row among the first {CHECKED_ROWS:,} has a column {column!r}; {hint}"
 
 
@@ -281,15 +281,12 @@ def _no_file(source: Source, recipe: Path) -> Iterator[str]:
         if path.is_relative_to(Path.cwd()):  # paths that are not next to the recipe are searched in the working folder
             tried.append(recipe.absolute().parent / path.relative_to(Path.cwd()))
         names = [p.name for at in tried if at.parent.is_dir() for p in at.parent.iterdir()]
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"no such file: {', nor '.join(str(p) for p in dict.fromkeys(tried))}{hint}"
+        places = ", nor ".join(str(p) for p in dict.fromkeys(tried))
+        yield f"no such file: {places}{did_you_mean(path.name, names)}"
 
 
 def _no_template(name: str) -> Iterator[str]:
     folder = resource("templates")
     known = ["auto", *(sorted(p.stem for p in folder.glob("*.jinja")) if folder else [])]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"found {name!r}; allowed: {', '.join(known)}, or a .jinja file{hint}"
+        yield f"found {name!r}; allowed: {', '.join(known)}, or a .jinja file{did_you_mean(name, known)}"

@@ -277,7 +277,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         inputs=digests,
         files=files,
         digest=output_digest(files, stage.logs),
-        metrics=metrics,
+        metrics=dict(metrics),
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory_bytes(),
         environment=describe_environment(),

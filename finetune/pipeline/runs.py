@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,11 @@ from typing import Any, Self
 
 from finetune.errors import MACHINE, FinetuneError, InputError, not_written
 from finetune.pipeline.store import Manifest
+from finetune.recipe import Recipe
+from finetune.recipe.load import parse_recipe
 from finetune.utils import links
 from finetune.utils.files import replace_bytes
+from finetune.utils.format import nearest
 from finetune.utils.limits import reading
 from finetune.utils.resources import known_recipes
 
@@ -170,8 +172,8 @@ def named_run(artifacts: Path, recipe: str, run: str | None) -> Path:
             raise InputError(f"no run {run!r} of {recipe} under {artifacts} (there is {', '.join(there[-5:])})")
         ran = sorted(p.name for p in (artifacts / "runs").glob("*") if p.is_dir())
         known = known_recipes()
-        near = [] if recipe in known else difflib.get_close_matches(recipe, [*ran, *known], n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]}?" if near else f"`finetune run {recipe}` runs it"
+        near = None if recipe in known else nearest(recipe, [*ran, *known])
+        fix = f"did you mean {near}?" if near else f"`finetune run {recipe}` runs it"
         raise InputError(f"{recipe} has not run yet under {artifacts}; {fix}")
     return folder
 
@@ -264,6 +266,12 @@ def recipe_text(folder: Path) -> str:
     path = folder / "recipe.yaml"
     with reading(f"{path}: not the recipe of a run; run the recipe again"):
         return links.read_regular(path).decode()
+
+
+def recorded_recipe(value: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+    """Return the recipe as the run `value` (run.json and its folder) read it, with `--set`, and further `sets`."""
+    path = value["folder"] / "recipe.yaml"
+    return parse_recipe(recipe_text(path.parent), path, [*value["sets"], *sets])
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import InputError
+from finetune.metrics import Headline
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.stages import (
@@ -46,7 +47,8 @@ class Stage:
     needs: tuple[str, ...]
     spec: Callable[[Recipe], BaseModel | None]
     fingerprint: Callable[[Spec], Mapping[str, object]]
-    run: Callable[[Spec, Mapping[str, Path], Path, Context], Metrics]
+    run: Callable[[Spec, Mapping[str, Path], Path, Context], Mapping[str, Any]]
+    headline: Callable[[Any], Headline]  # of the metrics that `run` returned
     collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
     large: bool = False  # is in scratch: many gigabytes that can be made again
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
@@ -57,36 +59,51 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("base", 2, (), base.spec, base.fingerprint, base.run),
-    Stage("generate", 1, (), generate.spec, generate.fingerprint, generate.run, also=generate.also),
-    Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, rows="any"),
-    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows="training"),
-    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows="training"),
-    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows="training"),
+    Stage("base", 2, (), base.spec, base.fingerprint, base.run, base.headline),
+    Stage("generate", 1, (), generate.spec, generate.fingerprint, generate.run, generate.headline, also=generate.also),
+    Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, ingest.headline, rows="any"),
+    Stage(
+        "filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, filter.headline,
+        rows="training",
+    ),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, embed.headline, rows="training"),
+    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, dedup.headline, rows="training"),
     Stage(
         "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
-        rows="training", also=decontaminate.also,
+        decontaminate.headline, rows="training", also=decontaminate.also,
     ),
     Stage(
-        "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows="training"
+        "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, sample.headline,
+        rows="training",
     ),
-    Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows="any", also=split.also),
-    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows="any"),
-    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows="training"),
+    Stage(
+        "split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, split.headline,
+        rows="any", also=split.also,
+    ),
+    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, render.headline, rows="any"),
+    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, pack.headline, rows="training"),
     # Before train, so that bad preference data are refused before hours of SFT.
-    Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run),
+    Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run, pairs.headline),
     Stage(
-        "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run,
+        "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run, train.headline,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",
     ),
     Stage(
-        "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run,
+        "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run, align.headline,
         collective=True, logs=("metrics.jsonl",), working="checkpoints", replaces="train",
     ),
-    Stage("evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run, rows="any"),
-    Stage("certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, rows="any"),
-    Stage("merge", 3, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, large=True),
-    Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, large=True),
+    Stage(
+        "evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run,
+        evaluate.headline, rows="any",
+    ),
+    Stage(
+        "certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, certify.headline,
+        rows="any",
+    ),
+    Stage(
+        "merge", 3, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, merge.headline, large=True
+    ),
+    Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, export.headline, large=True),
 )  # fmt: skip
 
 
@@ -97,6 +114,14 @@ def spec_of(stage: Stage, recipe: Recipe) -> BaseModel | None:
     """Return the part of the recipe that the stage sees; None if the stage is off."""
     there = {"": True, "training": recipe.has_rows, "any": bool(recipe.has_rows or recipe.eval_data)}
     return stage.spec(recipe) if there[stage.rows] else None
+
+
+def headline_of(name: str, metrics: Mapping[str, Any]) -> Headline:
+    """Return the row of a stage in a table of stages; an empty one for metrics of a version that lacks a figure."""
+    try:
+        return stage_named(name).headline(metrics)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        return Headline()
 
 
 def needs_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:

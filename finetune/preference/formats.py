@@ -13,9 +13,10 @@ from finetune.data.records import Message
 from finetune.data.single_turn import optional_text
 from finetune.data.tool_calls import tools_of
 from finetune.data.turns import turn_notation, turns_of
-from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, nearest, text_of
+from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, text_of
 from finetune.preference.records import Pair
 from finetune.utils.files import canonical_json
+from finetune.utils.format import nearest
 
 RawRow = Mapping[str, object]
 Messages = tuple[Message, ...]

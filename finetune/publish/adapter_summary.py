@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.publish.markdown import number
 from finetune.recipe import Recipe
+from finetune.utils.format import number
 
 
 def trained(recipe: Recipe) -> list[str]:

@@ -16,8 +16,9 @@ from finetune.publish.adapter_summary import trained
 from finetune.publish.card_curve import training_curve
 from finetune.publish.card_loading import loading
 from finetune.publish.facts import Card, Facts
-from finetune.publish.markdown import Markdown, code, escaped, fence, number
+from finetune.publish.markdown import Markdown, code, escaped, fence
 from finetune.recipe import HubSource, Recipe
+from finetune.utils.format import number
 from finetune.utils.secrets import find_secrets
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts, Json
-from finetune.publish.markdown import Markdown, code, escaped, number
+from finetune.publish.markdown import Markdown, code, escaped
 from finetune.recipe import Generate, HubSource, LocalSource, Recipe
 from finetune.synth.judge import words_of as judge_words
-from finetune.utils.format import task_figures
+from finetune.utils.format import number, task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")

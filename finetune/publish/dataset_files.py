@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.records import Example, read_rows
+from finetune.data.records import Example, batches, read_rows
 from finetune.errors import InputError
 from finetune.utils.secrets import find_secrets
 
@@ -52,20 +51,10 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for batch in _batches(source):
+        for batch in batches(read_rows(source), CHUNK):
             count += len(batch)
             writer.write_table(pa.Table.from_pylist([_as_dict(row) for row in batch], schema))
     return {"rows": count, "columns": schema.names}
-
-
-def _batches(source: Path) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for row in read_rows(source):
-        batch.append(row)
-        if len(batch) == CHUNK:
-            yield batch
-            batch = []
-    yield batch
 
 
 def _as_dict(row: Example) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetune.errors import FinetuneError
-from finetune.hub.client import ASK_SECONDS, Kind, RepoType
+from finetune.hub.client import Kind, RepoType
 from finetune.hub.errors import sentences
 
 NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
@@ -34,7 +34,7 @@ def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Ca
     for label, (repo_type, repo_id, revision) in asked.items():
         try:
             with sentences("read the licence of", repo_id, repo_type):
-                info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ASK_SECONDS)
+                info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         except FinetuneError as error:
             say(f"licences: {error}")
             continue

@@ -34,12 +34,3 @@ def fence(value: object, language: str = "") -> Markdown:
     text = visible(str(value)).strip("\n")
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
-
-
-def number(value: object) -> str:
-    """Format a number: thousands separators, four significant digits of a float."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.context import Context, Metrics
-from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.context import Context
+from finetune.errors import GateRefused, InputError
 from finetune.eval.verdict import REPEATS, verdict_of
 from finetune.hub.client import Kind, require_token
 from finetune.publish import private_rows
@@ -26,6 +26,7 @@ from finetune.publish.contents import CARD, collect
 from finetune.publish.facts import CardWriter, Facts
 from finetune.recipe import HubSource, Recipe
 from finetune.utils.files import read_json, write_json
+from finetune.utils.limits import require_space
 
 RECEIPT = "publish.json"
 
@@ -36,7 +37,7 @@ class Run:
 
     folder: Path  # the run's folder, for the receipt
     recipe_text: str  # text of the user's file
-    metrics: Mapping[str, Metrics]  # stage → its metrics
+    metrics: Mapping[str, Mapping[str, Any]]  # stage → its metrics
     sets: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -243,12 +244,8 @@ def _link_or_copy(source: Path, place: Path) -> None:
     try:
         os.link(source, place)
     except OSError:  # another file system, or one without links, such as a mounted Drive
-        free, size = shutil.disk_usage(place.parent).free, source.stat().st_size
-        if free < size:
-            raise FinetuneError(
-                f"{place.parent} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed to copy {source.name}; "
-                "set --scratch to a larger disk"
-            ) from None
+        size = source.stat().st_size
+        require_space(place.parent, size, f"a copy of {source.name}", "set --scratch to a larger disk")
         shutil.copyfile(source, place)
 
 

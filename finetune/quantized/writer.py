@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context
-from finetune.errors import FinetuneError, InputError
+from finetune.errors import InputError
 from finetune.models.loading import copy_clean, more_templates
 from finetune.quantized import formats
 from finetune.quantized.formats import GROUP, Stored
 from finetune.recipe.outlets import HfKind
 from finetune.utils.files import read_json, write_json
+from finetune.utils.limits import require_space
 from finetune.utils.safetensors_io import ITEM_BYTES, TensorRef, TensorShape, plan_shards, read_folder, write_shards
 
 if TYPE_CHECKING:
@@ -92,12 +93,7 @@ def plan(folder: Path, kind: HfKind) -> Plan:
 def write(folder: Path, out: Path, planned: Plan, ctx: Context) -> int:
     """Write the planned copy of `folder` to the new folder `out`, synced to disk; return the bytes of its weights."""
     out.mkdir()
-    free = shutil.disk_usage(out).free
-    if free < planned.needed_bytes:
-        raise FinetuneError(
-            f"export: {planned.kind} needs {planned.needed_bytes / 1e9:.1f} GB in {out} and {free / 1e9:.1f} GB are "
-            "free; free some, or ask for fewer formats"
-        )
+    require_space(out, planned.needed_bytes, f"export: {planned.kind}", "ask for fewer formats")
     shards = plan_shards(planned.shapes, SHARD_BYTES)
     names = [t.name for t in shards.tensors]
     tracked = ctx.track(names, f"export {planned.kind}", len(names))

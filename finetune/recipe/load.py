@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from finetune.errors import InputError
 from finetune.recipe import Recipe
 from finetune.recipe.data import local_path
 from finetune.recipe.messages import Location, Where, explain, in_file_order, line_of, shortened
-from finetune.utils.format import clipped
+from finetune.utils.format import clipped, did_you_mean
 from finetune.utils.resources import known_recipes
 
 MAX_RECIPE_BYTES = 100_000
@@ -88,8 +87,7 @@ def find_recipe(name: str) -> Path:
     known = known_recipes()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, known)
     raise InputError(f"no recipe named {name!r}{hint} (known: {', '.join(sorted(known))}; or a path to a .yaml file)")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -16,6 +15,7 @@ from pydantic_core import ErrorDetails
 from finetune.recipe import Recipe
 from finetune.recipe.data import PATTERN_WORDS
 from finetune.recipe.filters import RULES
+from finetune.utils.format import nearest
 
 Location = tuple[str | int, ...]
 Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
@@ -164,8 +164,8 @@ def _no_rule(value: object) -> str:
 
 
 def _near(name: str, known: list[str], sentence: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return sentence.format(near[0]) if near else ""
+    near = nearest(name, known)
+    return sentence.format(near) if near else ""
 
 
 def shortened(value: object) -> str:

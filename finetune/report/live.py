@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.pipeline.runs import Run, StageRecord
-from finetune.pipeline.stage_list import STAGE_NAMES, STAGES, spec_of, stage_folder
+from finetune.pipeline.stage_list import STAGE_NAMES, STAGES, headline_of, spec_of, stage_folder
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
-from finetune.report.stage_table import stage_figure, stage_rows
 from finetune.report.stage_view import StageView
 from finetune.utils.files import replace_bytes
 from finetune.utils.format import duration, number, size
@@ -111,13 +110,14 @@ class Live:
         return views
 
     def _line(self, view: StageView, current: StageView | None) -> dict[str, str]:
+        headline = headline_of(view.name, view.metrics)
         return {
             "name": view.name,
             "kind": view.status,
             "status": STATES.get(view.status, view.status),
-            "rows": stage_rows(view.name, view.metrics),
+            "rows": headline.rows,
             "seconds": duration(view.seconds) if view.seconds is not None else "",
-            "figure": view.message or (self._position if view is current else stage_figure(view.name, view.metrics))
+            "figure": view.message or (self._position if view is current else headline.figure)
             if view.status not in ("off", "missing")
             else "",
         }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
+from finetune.metrics import AlignMetrics, Headline
 from finetune.preference.reference import Objective
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 from finetune.utils.files import read_json, write_json
@@ -62,7 +63,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> AlignMetrics:
     """Align the adapter of stage train; a stop signal leaves a checkpoint and raises Stopped.
 
     Writes adapter/ (as stage train does), metrics.jsonl and preference.json, what the alignment changed.
@@ -118,7 +119,16 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
     _copy_beside(adapter, template, out / "adapter")
     write_json(out / FIGURES, figures)
-    return {**_trained(spec, result, precision, attending, policy, ctx), **figures}
+    return {**_trained(spec, result, precision, attending, policy, ctx), **cast("AlignMetrics", figures)}
+
+
+def headline(m: AlignMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    apart = ""
+    if "accuracy" in m:
+        low, high = m["accuracy_interval"]
+        apart = f", {m['accuracy']:.1%} of held-out pairs told apart ({low:.1%} to {high:.1%})"
+    return Headline(f"loss {m['first_loss']:.3g} → {m['loss']:.3g}{apart}")
 
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:
@@ -189,8 +199,8 @@ def _measure(
 
 def _trained(
     spec: Spec, result: Result, precision: str, attention: str, checkpointing: str, ctx: Context
-) -> dict[str, Any]:
-    return {
+) -> AlignMetrics:
+    metrics: AlignMetrics = {
         "method": spec.method,
         "loss_type": spec.loss,
         "loss": result.loss,
@@ -209,8 +219,8 @@ def _trained(
         "checkpointing": checkpointing,
         "processes": ctx.world,
         "resumed_from_steps": result.resumed_from,
-        **({"shared_before": list(result.before)} if result.before else {}),
     }
+    return {**metrics, "shared_before": list(result.before)} if result.before else metrics
 
 
 def _copy_beside(start: Path, template: Path, adapter: Path) -> None:

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import InputError
+from finetune.metrics import BaseMetrics, Headline
 from finetune.recipe import Model, Recipe, Section, Tokens
 from finetune.utils.files import file_digest, read_json, write_json
 from finetune.utils.limits import reading
@@ -48,7 +49,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {"size": asdict(tiny_model.TINY), "text": tiny_text.sources(), "left_out": pydoc_rows.fingerprint()}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> BaseMetrics:
     """Leave base.json, config and tokenizer; for a builtin the weights too.
 
     Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
@@ -57,7 +58,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.models.architecture import positions, scaled
     from finetune.models.base_limits import check_config, check_tokenizer
 
-    model, revision, metrics = spec.model, None, {}
+    model, revision = spec.model, None
+    metrics: BaseMetrics = {}
     weights: dict[str, str] = {}
     if model.kind == "builtin":
         metrics = _train_builtin(spec.seed or 0, out, ctx)
@@ -108,7 +110,12 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return {"parameters": parameters, "revision": revision, **facts, **metrics}
 
 
-def _add_tokens(spec: Spec, out: Path, ctx: Context) -> Metrics:
+def headline(m: BaseMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline(f"{m['parameters']:,} parameters")
+
+
+def _add_tokens(spec: Spec, out: Path, ctx: Context) -> dict[str, object]:
     """Write the recipe's tokens into the tokenizer and the configuration; what base.json holds of them."""
     from finetune.models import loading, new_tokens
     from finetune.models.layerwise import empty_model
@@ -121,7 +128,7 @@ def _add_tokens(spec: Spec, out: Path, ctx: Context) -> Metrics:
     return {"tokens": found.as_json()}
 
 
-def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
+def _try_architecture(model: Model, out: Path, ctx: Context) -> BaseMetrics:
     """Leave architecture.json: what the model is made of, and what its code can do. Returns what to report."""
     from finetune.models import inventory, trial
     from finetune.models.layerwise import empty_model
@@ -134,7 +141,7 @@ def _try_architecture(model: Model, out: Path, ctx: Context) -> Metrics:
     return {"packing": facts.packing is None, "attention": facts.attention}
 
 
-def _train_builtin(seed: int, out: Path, ctx: Context) -> Metrics:
+def _train_builtin(seed: int, out: Path, ctx: Context) -> BaseMetrics:
     from finetune.data import pydoc_rows
     from finetune.tiny import model as tiny_model
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.compare import ENOUGH_TOKENS
+from finetune.metrics import CertifyMetrics, Headline
 from finetune.recipe import Certify, Model, Quantization, Recipe, Section
 from finetune.utils.files import write_json
+from finetune.utils.format import six
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> CertifyMetrics:
     """Compare what was trained with each candidate merge on the same rows; refuse one that is too far away."""
     from finetune.eval import compare
     from finetune.merge.plan import output_dtype, plan_merge
@@ -101,8 +103,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
     _gate(spec.certify, certificate)
     ctx.say(f"certify: {certificate['words']}")
-    keys = ("base", "perplexity_trained", "perplexity_merged", "mean_kl", "agreement", "rows", "tokens")
-    return {key: certificate[key] for key in keys}
+    return cast("CertifyMetrics", {key: certificate[key] for key in CertifyMetrics.__annotations__})
+
+
+def headline(m: CertifyMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    few = f", on {m['tokens']} tokens only" if m["tokens"] < ENOUGH_TOKENS else ""
+    return Headline(f"{m['base']}: agreement {m['agreement']:.1%}, KL {m['mean_kl']:.2g}{few}")
 
 
 def _hidden(models: Sequence[StreamedModel], held_out: HeldOut, ctx: Context) -> list[torch.Tensor]:
@@ -179,7 +186,7 @@ def _gain(
     apart = paired_interval(nll[0], nll[1], per_row(None, held_out), spec.seed)
     if apart.high >= 0:
         return None
-    return {"nll_per_token": _six(apart.value), "interval": [_six(apart.low), _six(apart.high)]}
+    return {"nll_per_token": six(apart.value), "interval": [six(apart.low), six(apart.high)]}
 
 
 def _figures(comparison: Comparison, held_out: HeldOut, seed: int) -> dict[str, Any]:
@@ -191,11 +198,11 @@ def _figures(comparison: Comparison, held_out: HeldOut, seed: int) -> dict[str, 
     own = perplexity_interval(per_row(comparison.nll_second, held_out), tokens, seed)
     trained = perplexity_interval(per_row(comparison.nll_first, held_out), tokens, seed)
     return {
-        "perplexity": _six(own.value),
-        "perplexity_interval": [_six(own.low), _six(own.high)],
-        "perplexity_ratio": _six(own.value / trained.value),
-        "mean_kl": _six(float(comparison.kl.mean())),
-        "agreement": _six(agreement(comparison.greedy_first, comparison.greedy_second)),
+        "perplexity": six(own.value),
+        "perplexity_interval": [six(own.low), six(own.high)],
+        "perplexity_ratio": six(own.value / trained.value),
+        "mean_kl": six(float(comparison.kl.mean())),
+        "agreement": six(agreement(comparison.greedy_first, comparison.greedy_second)),
     }
 
 
@@ -223,14 +230,17 @@ def _certificate(
     if len(found) == 2:
         apart = paired_interval(nll["dequantized"], nll["original"], tokens, spec.seed)
         chosen = "dequantized" if apart.high < 0 else "original"
-        difference = {"nll_per_token": _six(apart.value), "interval": [_six(apart.low), _six(apart.high)]}
+        difference = {
+            "nll_per_token": six(apart.value),
+            "interval": [six(apart.low), six(apart.high)],
+        }
     best = candidates[chosen]
-    words = _words(best, _six(trained.value), len(held_out.labels), better)
+    words = _words(best, six(trained.value), len(held_out.labels), better)
     return {
         "base": chosen,
         "dtype": dtype,
-        "perplexity_trained": _six(trained.value),
-        "perplexity_trained_interval": [_six(trained.low), _six(trained.high)],
+        "perplexity_trained": six(trained.value),
+        "perplexity_trained_interval": [six(trained.low), six(trained.high)],
         "perplexity_merged": best["perplexity"],
         "perplexity_ratio": best["perplexity_ratio"],
         "mean_kl": best["mean_kl"],
@@ -282,7 +292,3 @@ def _gate(limits: Certify, certificate: Mapping[str, Any]) -> None:
 def _passes(limits: Certify, figures: Mapping[str, Any]) -> bool:
     near = figures["agreement"] >= limits.min_agreement
     return bool(near and figures["perplexity_ratio"] <= limits.max_perplexity_ratio)
-
-
-def _six(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -4,27 +4,25 @@ same by their vectors.
 
 from __future__ import annotations
 
-import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import ROLES, Example, Reject, read_rows, write_rows, write_table
+from finetune.data.text import word_runs, words
 from finetune.dedup.embedding_names import LSA, model_fingerprint
 from finetune.errors import GateRefused, InputError
+from finetune.metrics import DecontaminateMetrics, Headline
 from finetune.recipe import Decontaminate, Dedup, Recipe, Section, Source
 from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
     from finetune.dedup.measures import Measure
-
-WORD = re.compile(r"\w+")
 
 
 class Repeats(Section):
@@ -95,7 +93,7 @@ def also(spec: Spec) -> tuple[str, ...]:
     return ("ingest",) if spec.repeats is not None else ()
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> DecontaminateMetrics:
     """Write rows.parquet, in order, and pairs.parquet: dropped_id, evaluation_id, method, score, words, text.
 
     With `eval_data`, a row that repeats one of its rows by the dedup measures is dropped: exact, minhash, embedding.
@@ -110,11 +108,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     source_rows = inputs["dedup"] / "rows.parquet"
     found: dict[str, Match] = {}
-    figures: dict[str, Any] = {}
+    figures: DecontaminateMetrics = {}
     if spec.repeats is not None:
         found, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
     if spec.section is not None:
-        figures |= _matching(spec, spec.section, source_rows, found, ctx)
+        figures = {**figures, **_matching(spec, spec.section, source_rows, found, ctx)}
     listed = [row.id for row in read_rows(source_rows) if row.id in found]
     rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
     columns: dict[str, Sequence[object]] = {
@@ -129,7 +127,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return {"rows_in": rows_out + len(found), "rows_out": rows_out, "dropped": len(found), **figures}
 
 
-def _repeating(repeats: Repeats, source: Path, theirs: Path, ctx: Context) -> tuple[dict[str, Match], dict[str, Any]]:
+def headline(m: DecontaminateMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline("", m["rows_in"], m["rows_out"])
+
+
+def _repeating(
+    repeats: Repeats, source: Path, theirs: Path, ctx: Context
+) -> tuple[dict[str, Match], DecontaminateMetrics]:
     """Row id -> the held-out row of the user's that it repeats, and the figures."""
     import numpy as np
 
@@ -178,7 +183,7 @@ def _repeating(repeats: Repeats, source: Path, theirs: Path, ctx: Context) -> tu
 
 def _matching(
     spec: Spec, section: Decontaminate, source: Path, found: dict[str, Match], ctx: Context
-) -> dict[str, Any]:
+) -> DecontaminateMetrics:
     """Add the rows that share words or their meaning with `section.against` to `found`; returns the figures."""
     from finetune.data.formats import unique_labels
 
@@ -266,25 +271,25 @@ class NgramIndex:
     def add(self, row: Example) -> None:
         """Take in every turn of an evaluation row."""
         for is_question, text in _turns(row):
-            words = _words(text)
-            if len(words) < self.size and not (is_question and words):
+            spoken = words(text)
+            if len(spoken) < self.size and not (is_question and spoken):
                 continue
-            joined = " ".join(words)
-            if len(words) < self.size:
+            joined = " ".join(spoken)
+            if len(spoken) < self.size:
                 self._whole.setdefault(joined, len(self._turns))
-            for run in _runs(words, self.size):
+            for run in word_runs(spoken, self.size):
                 self._first.setdefault(hash(run), len(self._turns))
             self._turns.append((row.id, text, f" {joined} "))
 
     def match(self, row: Example) -> Match | None:
         """The first run of words that `row` has in common with an evaluation row."""
         for is_question, text in _turns(row):
-            words = _words(text)
-            joined = " ".join(words)
+            spoken = words(text)
+            joined = " ".join(spoken)
             if is_question and joined in self._whole:
                 row_id, found, _ = self._turns[self._whole[joined]]
                 return Match(row_id, joined, found)
-            for run in _runs(words, self.size):
+            for run in word_runs(spoken, self.size):
                 turn = self._first.get(hash(run))
                 # Two runs may share a hash: the words themselves decide.
                 if turn is not None and f" {run} " in self._turns[turn][2]:
@@ -300,20 +305,6 @@ def _turns(row: Example) -> Iterator[tuple[bool, str]]:
     for message in row.messages:
         if message.role != "system":
             yield message.role == "user", message.content
-
-
-def _words(text: str) -> list[str]:
-    from finetune.data.text import normalised
-
-    return WORD.findall(normalised(text))
-
-
-def _runs(words: list[str], size: int) -> Iterator[str]:
-    window: deque[str] = deque(maxlen=size)
-    for word in words:
-        window.append(word)
-        if len(window) == size:
-            yield " ".join(window)
 
 
 def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Example]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import Example, read_rows, write_rows, write_table
 from finetune.errors import GateRefused, InputError
+from finetune.metrics import DedupMetrics, Headline
 from finetune.recipe import Dedup, Recipe, Section
 from finetune.recipe import Jaccard as JaccardSection
 
@@ -44,7 +46,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> DedupMetrics:
     """Write rows.parquet in the original order and pairs.parquet, sorted as the rows are.
 
     All methods look at the chosen `field` only: the exact one compares its normalised text (NFKC, case folded,
@@ -85,11 +87,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     words = _jaccard(spec, source, ctx)
     vectors = inputs["embed"] / "vectors.npy"
     measures: list[Cosine | Jaccard] = [*words]
-    figures: dict[str, Any] = {}
+    recall: dict[str, object] = {}
     if vectors.exists() and searched_by_cells(len(ids), ctx.device, spec.exhaustive):
         mapped = np.load(vectors, mmap_mode="r", allow_pickle=False)
-        pairs, recall = select_measured(order, known, words, mapped, spec.threshold, ctx.say, ctx.stop.check)
-        figures["recall"] = {"embedding": recall}
+        pairs, found_by_cells = select_measured(order, known, words, mapped, spec.threshold, ctx.say, ctx.stop.check)
+        recall = {"embedding": found_by_cells}
     else:
         if vectors.exists():
             search = exact_search(ctx.device, len(ids))
@@ -114,11 +116,23 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         },
         {"dropped_id": pa.string(), "kept_id": pa.string(), "method": pa.string(), "score": pa.float64()},
     )
-    counts = {name: sum(pair.method == name for pair in listed) for name in ("exact", "minhash", "embedding")}
+    counts = Counter(pair.method for pair in listed)
     if len(ids) > MEASURED_FROM:
-        by_sample = measured_recall(order, set(found), known, measures, check=ctx.stop.check)
-        figures["recall"] = by_sample | figures.get("recall", {})
-    return {"rows_in": len(ids), "rows_out": rows_out, **counts, **figures}
+        recall = measured_recall(order, set(found), known, measures, check=ctx.stop.check) | recall
+    metrics: DedupMetrics = {
+        "rows_in": len(ids),
+        "rows_out": rows_out,
+        "exact": counts["exact"],
+        "minhash": counts["minhash"],
+        "embedding": counts["embedding"],
+    }
+    return {**metrics, "recall": recall} if recall else metrics
+
+
+def headline(m: DedupMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    near = m["minhash"] + m["embedding"]
+    return Headline(f"{m['exact']:,} exact, {near:,} near-duplicates dropped", m["rows_in"], m["rows_out"])
 
 
 def _jaccard(spec: Spec, source: Path, ctx: Context) -> list[Jaccard]:

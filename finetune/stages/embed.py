@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import read_rows, write_table
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.dedup.embedding_timing import keep_rate
+from finetune.metrics import EmbedMetrics, Headline
 from finetune.recipe import Recipe, Section
 from finetune.utils.files import write_json
 
@@ -41,7 +42,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return model_fingerprint(spec.embedding, spec.folder)
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> EmbedMetrics:
     """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json.
 
     Raises GateRefused where answers are to be compared alone and are labels.
@@ -80,3 +81,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "model": spec.embedding,
         "dimension": dimension,
     }
+
+
+def headline(m: EmbedMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    speed = "–" if m["rows_per_second"] is None else f"{m['rows_per_second']:,.0f}"
+    return Headline(f"{m['model']}, {speed} rows/s", m["rows"], m["rows"])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import GateRefused, InputError
 from finetune.eval.answer_metrics import missing
 from finetune.eval.answer_metrics import words_of as answer_words
 from finetune.eval.metrics import never_stops
+from finetune.metrics import EvaluateMetrics, Headline
 from finetune.recipe import Evaluate, Judge, Model, Quantization, Recipe, Section
 from finetune.synth.judge import words_of as judge_words
 from finetune.utils.files import canonical_json, read_json, replace_bytes, write_bytes, write_json
@@ -80,7 +81,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return found
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> EvaluateMetrics:
     """Perplexities of base and adapter, `nll_true` against `nll_shuffled`, greedy samples of both, and benchmarks.
 
     Before a judge is asked, all of it is kept in scratch: if the judge fails, the next run measures nothing again.
@@ -113,7 +114,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return result
 
 
-def _measured(spec: Spec, inputs: Mapping[str, Path], ctx: Context) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def headline(m: EvaluateMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    stops = "–" if m["stop_rate"] is None else f"{m['stop_rate']:.0%}"
+    rate = m["judge"]["win_rate"] if "judge" in m else None
+    judged = f", judged better in {rate:.0%}" if rate is not None else ""
+    return Headline(f"perplexity {m['perplexity_base']:.3g} → {m['perplexity_adapter']:.3g}, stops {stops}{judged}")
+
+
+def _measured(spec: Spec, inputs: Mapping[str, Path], ctx: Context) -> tuple[EvaluateMetrics, list[dict[str, Any]]]:
     """Return all figures but the judge's, and a line for each sample.
 
     Base and adapter are one model in memory, the adapter switched on and off.
@@ -150,7 +159,7 @@ def _measured(spec: Spec, inputs: Mapping[str, Path], ctx: Context) -> tuple[dic
     return result, samples
 
 
-def _warn(result: Mapping[str, Any], ctx: Context) -> None:
+def _warn(result: EvaluateMetrics, ctx: Context) -> None:
     """Say what the figures do not show."""
     ratio = result["perplexity_ratio_interval"]
     if ratio is not None and ratio[0] <= 1 <= ratio[1]:
@@ -179,7 +188,7 @@ def _measure(
     template: Mapping[str, Any],
     spec: Spec,
     ctx: Context,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[EvaluateMetrics, list[dict[str, Any]]]:
     """The figures, and a line for each sample."""
     from finetune.eval import scoring
     from finetune.tokenization.token_rows import under_other_prompts, with_prompt
@@ -199,7 +208,7 @@ def _measure(
     answers, base_answers = _generate(model, chosen, template, pad_id, settings.batch_tokens, ctx)
     lines = [_sample(tokenizer, r, a, b) for r, a, b in zip(chosen, answers, base_answers, strict=True)]
     stopped = sum(a.finish == "stop" for a in answers)
-    result: dict[str, Any] = {
+    result: EvaluateMetrics = {
         "rows": len(rows),
         "tokens": int(counts.sum()),
         **_perplexities(base_nll, nll, counts, spec.seed),
@@ -244,29 +253,33 @@ def _score_answers(lines: list[dict[str, Any]], names: Sequence[str], seed: int)
     return figures
 
 
-def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
+def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> EvaluateMetrics:
     """Both, and adapter / base, each with its 95 % bootstrap interval over rows; null for a single row.
 
     The ratio's draws are paired (each takes both figures of a row), so it tells the two apart where their own
     intervals overlap.
     """
-    from finetune.eval.metrics import perplexity, perplexity_interval, perplexity_ratio_interval
+    from finetune.eval.metrics import Interval, perplexity, perplexity_interval, perplexity_ratio_interval
 
-    values = {"perplexity_base": perplexity(base, counts), "perplexity_adapter": perplexity(adapter, counts)}
-    values["perplexity_ratio"] = values["perplexity_adapter"] / values["perplexity_base"]
-    found: dict[str, Any] = {**values, **{f"{name}_interval": None for name in values}}
-    if len(base) > 1:
-        tokens = counts.astype(float)
-        for name, interval in (
-            ("perplexity_base", perplexity_interval(base, tokens, seed)),
-            ("perplexity_adapter", perplexity_interval(adapter, tokens, seed)),
-            ("perplexity_ratio", perplexity_ratio_interval(adapter, base, tokens, seed)),
-        ):
-            found[f"{name}_interval"] = [interval.low, interval.high]
-    return found
+    values, tokens = (perplexity(base, counts), perplexity(adapter, counts)), counts.astype(float)
+
+    def ends(measure: Callable[..., Interval], *sums: np.ndarray) -> list[float] | None:
+        if len(base) < 2:
+            return None
+        found = measure(*sums, tokens, seed)
+        return [found.low, found.high]
+
+    return {
+        "perplexity_base": values[0],
+        "perplexity_base_interval": ends(perplexity_interval, base),
+        "perplexity_adapter": values[1],
+        "perplexity_adapter_interval": ends(perplexity_interval, adapter),
+        "perplexity_ratio": values[1] / values[0],
+        "perplexity_ratio_interval": ends(perplexity_ratio_interval, adapter, base),
+    }
 
 
-def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
+def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> EvaluateMetrics:
     """Nats per token of the answers under their own and under another row's prompt, with a paired interval."""
     from finetune.eval.metrics import paired_interval
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.metrics import ExportMetrics, Headline
 from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.utils.files import read_json, write_bytes
+from finetune.utils.limits import require_space
 from finetune.utils.upstream import no_gguf_bar
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.export.gguf) else {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> ExportMetrics:
     """Write model-KIND.gguf for every kind with a Modelfile for the first, and a folder for every kind of `hf`.
 
     Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
@@ -71,13 +72,17 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     folder = inputs["merge"]
     refs = read_folder(folder).values()
     parameters = sum(prod(ref.shape) for ref in refs)
-    kinds, metrics = _write_gguf(spec, inputs, out, ctx) if spec.export.gguf else ({}, {})
+    kinds: dict[str, GgufWeights] = {}
+    metrics: ExportMetrics = {}
+    if spec.export.gguf:
+        kinds, metrics = _write_gguf(spec, inputs, out, ctx)
     folders = _write_hf(spec, folder, out, ctx)
-    sizes = metrics.setdefault("bytes", {})
-    assert isinstance(sizes, dict)  # noqa: S101
-    sizes |= {kind: sum(p.stat().st_size for p in w.folder.glob("*.safetensors")) for kind, w in folders.items()}
+    sizes = metrics.get("bytes", {}) | {
+        kind: sum(p.stat().st_size for p in w.folder.glob("*.safetensors")) for kind, w in folders.items()
+    }
     bits = {_kind(name): round(8 * size / parameters, 3) for name, size in sizes.items()}
-    metrics["bits_per_weight"] = {"merged": round(8 * sum(r.size_bytes for r in refs) / parameters, 3)} | bits
+    merged_bits = round(8 * sum(r.size_bytes for r in refs) / parameters, 3)
+    metrics = {**metrics, "bytes": sizes, "bits_per_weight": {"merged": merged_bits} | bits}
     rows = _rows(spec, inputs["render"] / "eval.parquet", parameters, ctx) if "render" in inputs else []
     small = parameters < MAX_LOADED_PARAMETERS
     if not rows:
@@ -88,14 +93,26 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             if small:
                 quantized.require_loaded([], None, ctx)
         why = "nothing is held out" if spec.export.perplexity_rows else "export.perplexity_rows is 0"
-        return metrics | {"perplexity_unknown": why}
+        return {**metrics, "perplexity_unknown": why}
     files = {kind: Kind(w) for kind, w in kinds.items()} | {k: Kind(w, w.prepare) for k, w in folders.items()}
     scores = score(folder, files, rows, pick_device(ctx.device), ctx)
     for kind, quantized in folders.items() if small else ():
         quantized.require_loaded(rows, scores.perplexity[kind], ctx)
     _refuse_ruined(scores.perplexity, spec.export.max_perplexity_ratio)
-    measured = {"perplexity": scores.perplexity, "agreement": scores.agreement, "mean_kl": scores.mean_kl}
-    return metrics | measured | {"perplexity_rows": scores.rows, "perplexity_tokens": scores.tokens}
+    return {
+        **metrics,
+        "perplexity": scores.perplexity,
+        "agreement": scores.agreement,
+        "mean_kl": scores.mean_kl,
+        "perplexity_rows": scores.rows,
+        "perplexity_tokens": scores.tokens,
+    }
+
+
+def headline(m: ExportMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    listed = ", ".join(f"{kind} {value:.4g}" for kind, value in m.get("perplexity", {}).items())
+    return Headline(listed and f"perplexity {listed}")
 
 
 def _kind(file: str) -> str:
@@ -127,7 +144,7 @@ def _write_hf(spec: Spec, folder: Path, out: Path, ctx: Context) -> dict[str, Qu
 
 def _write_gguf(
     spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context
-) -> tuple[dict[str, GgufWeights], Metrics]:
+) -> tuple[dict[str, GgufWeights], ExportMetrics]:
     """Write the GGUF files and the Modelfile and compare their weights; return these by kind, and metrics."""
     from finetune.gguf import llama_cpp
     from finetune.gguf import writer as gguf_writer
@@ -144,7 +161,7 @@ def _write_gguf(
     plans = {kind: gguf_writer.plan(folder, config, kind) for kind in kinds if kind in gguf_writer.TYPES}
     tokenizer = loading.load_tokenizer(folder)
     header = _header(folder, config, tokenizer)
-    _require_space(out, _bytes_needed(kinds, plans, exact))
+    require_space(out, _bytes_needed(kinds, plans, exact), "export: the set of GGUF files", "ask for fewer kinds")
     differs = header.vocabulary.differs
     if differs:
         ctx.say(
@@ -160,10 +177,11 @@ def _write_gguf(
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
     _refuse_other_chats([out / name for name in sizes], header, tokenizer, inputs)
     template = _write_modelfile(out, f"model-{kinds[0]}.gguf", header, tokenizer)
-    metrics: Metrics = {"bytes": sizes, "tokenizer_exact": not differs, "ollama_template": template}
-    metrics |= {"tokenizer_differs": differs} if differs else {}
+    metrics: ExportMetrics = {"bytes": sizes, "tokenizer_exact": not differs, "ollama_template": template}
+    if differs:
+        metrics["tokenizer_differs"] = differs
     files, read = _read_again(folder, out, kinds, plans, exact, config, ctx)
-    return files, metrics | read
+    return files, {**metrics, **read}
 
 
 def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: list[Planned]) -> int:
@@ -208,7 +226,7 @@ def _read_again(
     exact: list[Planned],
     config: Mapping[str, Any],
     ctx: Context,
-) -> tuple[dict[str, GgufWeights], Metrics]:
+) -> tuple[dict[str, GgufWeights], ExportMetrics]:
     """The weights in each file, and how far they are from the merged ones."""
     from finetune.gguf.reader import ROUNDED, GgufWeights
 
@@ -221,8 +239,8 @@ def _read_again(
         if kind in ROUNDED:
             tracked = ctx.track(plans[kind], f"reading {weights.path.name}", len(exact))
             differences[weights.path.name] = max(weights.difference(p) for p in tracked)
-    metrics: Metrics = {"reload_difference": differences} if differences else {}
-    return files, metrics | ({"not_loaded": not_loaded} if not_loaded else {})
+    metrics: ExportMetrics = {"reload_difference": differences} if differences else {}
+    return files, {**metrics, "not_loaded": not_loaded} if not_loaded else metrics
 
 
 def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
@@ -350,12 +368,3 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, temp
             f"export: the chat template does not come to an end on a conversation of {len(chat)} turns; fix it, or "
             "choose another by render.template"
         ) from None
-
-
-def _require_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise FinetuneError(
-            f"export: the GGUF files need {needed / 1e9:.1f} GB in {out} and {free / 1e9:.1f} GB are free; free "
-            f"{(needed - free) / 1e9:.1f} GB, or ask for fewer kinds"
-        )

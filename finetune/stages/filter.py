@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
-from finetune.data.records import Example, Reject, RowRange, reject_writer, row_ranges, write_rows
+from finetune.context import Context
+from finetune.data.records import Example, Reject, RowRange, batches, reject_writer, row_ranges, write_rows
 from finetune.engine.local import Local
 from finetune.errors import GateRefused, InputError
 from finetune.filters import basic
 from finetune.filters.section import rules_of
+from finetune.metrics import FilterMetrics, Headline
 from finetune.recipe import Filter, Recipe, Section
 from finetune.recipe.filters import Own
 
@@ -78,7 +79,7 @@ def fingerprint(spec: Spec) -> dict[str, object]:
     return found | fingerprint_of(spec.rendering.template, spec.rendering.template_file)
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> FilterMetrics:
     """Write rows.parquet and rejects.parquet. Raises GateRefused where no row is left."""
     parts = row_ranges(inputs["ingest"] / "rows.parquet", PART_ROWS)
     seen = parts[-1].stop if parts else 0
@@ -108,6 +109,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     return {"rows_in": seen, "rows_out": rows_out, "rejected": dict(sorted(rejected.items()))}
 
 
+def headline(m: FilterMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline(", ".join(f"{n:,} {reason}" for reason, n in m["rejected"].items()), m["rows_in"], m["rows_out"])
+
+
 def judge_of(spec: Spec, base: Path | None) -> Callable[[RowRange], tuple[list[Example], list[Reject]]]:
     """Return the function from a range of rows to those that stay and those that do not, in their order."""
     judge = rules_of(spec.rules)
@@ -117,7 +123,7 @@ def judge_of(spec: Spec, base: Path | None) -> Callable[[RowRange], tuple[list[E
     def judged(part: RowRange) -> tuple[list[Example], list[Reject]]:
         kept: list[Example] = []
         rejects: list[Reject] = []
-        for batch in _batches(part.read(), BATCH_ROWS):
+        for batch in batches(part.read(), BATCH_ROWS):
             verdicts = [judge(row) for row in batch]
             if count is not None:
                 open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
@@ -206,9 +212,3 @@ def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return ids
 
     return [len(ids) for ids in watched_batch(encode, texts)]
-
-
-def _batches(rows: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import Reject, reject_writer, write_rows
 from finetune.data.sources import source_fingerprint
 from finetune.errors import GateRefused
+from finetune.metrics import GenerateMetrics, Headline
 from finetune.recipe import Generate, Recipe, Section
 from finetune.utils.files import canonical_json, replace_bytes, write_json
 from finetune.utils.format import clipped
@@ -63,7 +64,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     }
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> GenerateMetrics:
     """Write rows.parquet (each row with parent, operation and round), rejects.parquet and lineage.json.
 
     Raises InputError for seeds that do not fit and a model that cannot be asked; GateRefused if nothing usable comes,
@@ -90,7 +91,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         except BudgetUsed as error:
             raise _budget_used(str(error), job, out) from None
         job.require_some()
-        figures, answered_by, kept = asker.figures(), dict(sorted(asker.answered_by.items())), asker.kept
+        speed, answered_by, kept = asker.tokens_per_second, dict(sorted(asker.answered_by.items())), asker.kept
     rows = write_rows(out / "rows.parquet", (made.example() for made in job.made))
     refused = [r for r in found if isinstance(r, Reject)]
     with reject_writer(out / "rejects.parquet") as reject:
@@ -104,12 +105,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         ctx.say(f"generate: {section.model.name} was asked, and the server names {', '.join(others)}")
     if kept:
         ctx.say(f"generate: {kept:,} of {budget.requests:,} responses were kept from before")
-    speed = figures.pop("tokens_per_second")
     ctx.say(f"generate: {rows:,} rows, {budget.requests:,} requests" + (f", {speed:,.0f} tokens/s" if speed else ""))
     tried = sum(job.asked.values())
-    return {
+    metrics: GenerateMetrics = {
         "model": section.model.label,
-        **({"answered_by": answered_by} if answered_by else {}),
         "method": section.method,
         "seeds": len(seeds),
         "seeds_refused": len(refused),
@@ -118,8 +117,16 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "rejected": job.reasons(),
         "rounds": job.rounds(),
         "operations": _operations(job.made),
-        **figures,
+        "requests": budget.requests,
+        "prompt_tokens": budget.prompt_tokens,
+        "tokens": budget.tokens,
     }
+    return {**metrics, "answered_by": answered_by} if answered_by else metrics
+
+
+def headline(m: GenerateMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline(f"{m['method']} by {m['model']}, {m['requests']:,} requests", m["candidates"], m["rows_out"])
 
 
 def _budget_used(limit: str, job: Job, out: Path) -> GateRefused:

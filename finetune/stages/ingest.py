@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.files import TRAINED_ON, evaluation_files
 from finetune.data.formats import Decision, unique_labels
 from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.data.sources import read_source, source_fingerprint
 from finetune.data.values import listed
 from finetune.errors import InputError
+from finetune.metrics import Headline, IngestMetrics
 from finetune.recipe import LocalSource, Recipe, Section, Source
 
 HOPELESS_ROWS = 1000  # so many rows of a source refused and none read: the format is wrong, the rest is the same
@@ -48,7 +49,7 @@ def fingerprint(spec: Spec) -> dict[str, object]:
     return found
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> IngestMetrics:
     """Write rows.parquet and refused.parquet; with `eval_data` its rows to eval.parquet, apart from the others.
 
     The rows of stage generate, if it is on, come behind those of the sources.
@@ -109,7 +110,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     absent = set(spec.ignore) - {column for decision in decisions.values() for column in decision.known or ()}
     if absent:
         ctx.say(f"ingest.ignore: no source has a column {listed(sorted(absent))} in its first rows")
-    return {
+    metrics: IngestMetrics = {
         "rows_out": count,
         "sources": {
             label: {"rows": rows_of[label], "refused": refused_of[label]}
@@ -119,7 +120,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "formats": {label: decision.format for label, decision in decisions.items()},
         "unused": {label: list(decision.unused) for label, decision in decisions.items() if decision.unused},
         "notes": {label: dict(sorted(d.notes.items())) for label, d in decisions.items() if d.notes},
-    } | ({"eval_rows": held_out} if spec.eval_data else {})
+    }
+    return {**metrics, "eval_rows": held_out} if spec.eval_data else metrics
+
+
+def headline(m: IngestMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    refused = sum(m["refused"].values())
+    return Headline(f"{refused:,} refused" if refused else "", None, m["rows_out"])
 
 
 def _generated(inputs: Mapping[str, Path], rows_of: Counter[str]) -> Iterator[Example]:

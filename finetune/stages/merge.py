@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.context import Context, Metrics
-from finetune.errors import FinetuneError, InputError
+from finetune.context import Context
+from finetune.errors import InputError
+from finetune.metrics import Headline, MergeMetrics
 from finetune.recipe import Merge, Model, Quantization, Recipe, Section
 from finetune.utils.files import read_json, write_bytes, write_json
+from finetune.utils.format import size
+from finetune.utils.limits import require_space
 
 if TYPE_CHECKING:
     from finetune.merge.nf4_round_trip import RoundTrip
@@ -41,7 +43,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> MergeMetrics:
     """Merge into the base that the certificate names (without one, the original) and write a folder ready to load."""
     from finetune.merge.blocks import merged_pieces
     from finetune.merge.plan import output_dtype, plan_merge
@@ -60,7 +62,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     tokens = read_new_tokens(base)
     plan = plan_merge(folder, adapter, dtype, trip, spec.model.trust_remote_code, tokens)
     shards = plan_shards(plan.shapes, spec.merge.max_shard_bytes)
-    _require_space(out, shards.file_bytes + SMALL_FILES_BYTES)
+    require_space(out, shards.file_bytes + SMALL_FILES_BYTES, "merge: the model", "give a larger disk with --scratch")
     with _peak_anonymous() as peak:
         names = [t.name for t in shards.tensors]
         tracked = ctx.track(names, "merge", len(names))
@@ -85,6 +87,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     }
 
 
+def headline(m: MergeMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline(f"peak {size(m['peak_anon_bytes'])}")
+
+
 def _round_trip(spec: Spec, certificate: Mapping[str, Any], ctx: Context) -> RoundTrip:
     """Through 4 bits and back in the precision that was certified, whatever this machine would choose."""
     from finetune.merge.nf4_round_trip import RoundTrip
@@ -94,15 +101,6 @@ def _round_trip(spec: Spec, certificate: Mapping[str, Any], ctx: Context) -> Rou
         raise InputError("the certificate names the dequantized base, but quantization is null; run certify again")
     device = pick_device(ctx.device)
     return RoundTrip(spec.quantization.type, spec.quantization.double, certificate["round_trip_dtype"], device)
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise FinetuneError(
-            f"merge: the merged model needs {needed / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free; free "
-            f"{(needed - free) / 1e9:.1f} GB, or give a larger disk with --scratch"
-        )
 
 
 def _write_config(base: Path, out: Path, dtype: str, untie: bool) -> None:

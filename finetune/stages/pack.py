@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
+from finetune.metrics import Headline, PackMetrics
 from finetune.recipe import Recipe, Section
 
 
@@ -29,7 +30,7 @@ def fingerprint(spec: Spec) -> dict[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> PackMetrics:
     """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label.
 
     Writes no packed rows for a base whose documents would see each other (models/trial.py): training then takes the
@@ -74,3 +75,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "longest": max(lengths, default=0),
         "documents": len(ids),
     }
+
+
+def headline(m: PackMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline() if "off" in m else Headline(f"{m['efficiency']:.1%} full", None, m["bins"])

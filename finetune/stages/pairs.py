@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import Field
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.formats import unique_labels
 from finetune.data.records import read_rows, reject_writer
 from finetune.data.sources import source_fingerprint
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
+from finetune.metrics import Headline, PairsMetrics
 from finetune.recipe import Filter, Recipe, Section, Source
 from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe.filters import Own
@@ -128,7 +129,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return found
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> PairsMetrics:
     """Write train.parquet and eval.parquet (docs/preference.md), rejects.parquet, texts.parquet, audit.json, template/.
 
     Raises InputError (exit 2) for a source that cannot be read or rows that are no pairs; GateRefused (exit 3) where
@@ -168,7 +169,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     ctx.say(f"pairs: template {name}; {equal} sampled answers have the ids of apply_chat_template")
     for line in writer.ids.notes():
         ctx.say(f"pairs: {line}")
-    return _written(spec, curation, reading, writer, made, out) | figures
+    return {**_written(spec, curation, reading, writer, made, out), **figures}
+
+
+def headline(m: PairsMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    lost = sum(m["refused"].values()) + m["dropped"]
+    bias = f", chosen longer in {m['length_bias']:.0%}" if m["length_bias"] is not None else ""
+    figure = f"{lost:,} left out, {m['contradictions']:,} contradict{bias}"
+    return Headline(figure, m["rows_in"], m["rows"], m["eval_rows"])
 
 
 def _check_both_labels(pairs: Sequence[Pair], spec: Spec) -> None:
@@ -184,14 +193,14 @@ def _check_both_labels(pairs: Sequence[Pair], spec: Spec) -> None:
 
 def _curate(
     spec: Spec, curation: Curation, split: Path | None, ctx: Context
-) -> tuple[list[int], list[int], dict[str, object]]:
+) -> tuple[list[int], list[int], PairsMetrics]:
     """Leave pairs out and choose which are held out: the numbers of both splits, and figures."""
     from finetune.filters.section import rules_of
     from finetune.preference import curate
 
     if spec.rules is not None:
         curate.apply_rules(curation, rules_of(spec.rules))
-    figures: dict[str, object] = {"contradictions": curate.drop_contradictions(curation)}
+    figures: PairsMetrics = {"contradictions": curate.drop_contradictions(curation)}
     alike = _alike(spec.repeats)
     file = split / "eval.parquet" if split is not None else None
     held_rows = curate.held_prompts(read_rows(file) if file is not None and file.is_file() else ())
@@ -207,7 +216,7 @@ def _curate(
     train, held, groups = curate.hold_out(
         curation, parts, alike, spec.eval_fraction, spec.max_eval_pairs, spec.seed, ctx
     )
-    return train, held, figures | {"groups": groups, "leaks": 0}
+    return train, held, {**figures, "groups": groups, "leaks": 0}
 
 
 def _require_some(curation: Curation, left: Sequence[int], which: str) -> None:
@@ -257,7 +266,7 @@ def _check_left(spec: Spec, curation: Curation, made: Made) -> None:
 
 def _written(
     spec: Spec, curation: Curation, reading: Reading, writer: PairWriter, made: Made, out: Path
-) -> dict[str, object]:
+) -> PairsMetrics:
     """Write the template and audit.json; returns the stage's figures."""
     from finetune.tokenization.audit import check_pad
     from finetune.tokenization.chat_template import write_template
@@ -283,9 +292,12 @@ def _written(
         "label_ids": len(worker.labels),
     }
     write_json(out / "audit.json", audit)
-    sides = enumerate(train[0].pair.sides)
+    lengths = {
+        f"{side}_tokens": round(sum(p.supervised(i) for p in train) / len(train), 2)
+        for i, side in enumerate(train[0].pair.sides)
+    }
     labels = Counter(str(p.pair.label).lower() for p in train) if spec.method == "kto" else Counter[str]()
-    return {
+    metrics: PairsMetrics = {
         "rows_in": reading.rows,
         "rows": len(train),
         "eval_rows": len(made["eval"]),
@@ -296,13 +308,13 @@ def _written(
         "formats": reading.formats,
         "notes": reading.notes,
         "length_bias": _bias(train),
-        **{f"{side}_tokens": round(sum(p.supervised(i) for p in train) / len(train), 2) for i, side in sides},
-        **({"labels": dict(sorted(labels.items()))} if labels else {}),
         "tokens": sum(p.tokens for p in train),
         "longest": max(p.longest for p in train),
         "template": template.name,
         "terminator": ", ".join(tokenizer.convert_ids_to_tokens(terminators)),
+        **cast("PairsMetrics", lengths),
     }
+    return {**metrics, "labels": dict(sorted(labels.items()))} if labels else metrics
 
 
 def _bias(pairs: Sequence[TokenizedPair]) -> float | None:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
+from finetune.metrics import Headline, RenderMetrics
 from finetune.recipe import Recipe, Render
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def fingerprint(spec: Render) -> dict[str, object]:
     return fingerprint_of(spec.template, spec.template_file)
 
 
-def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> RenderMetrics:
     """Render both splits; a row that is left out is in rejects.parquet with its reason.
 
     Without training rows (`train: null` beside `eval_data`) the template is proved on the held-out ones.
@@ -110,6 +111,13 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Me
         "template": template.name,
         "terminator": ", ".join(tokenizer.convert_ids_to_tokens(terminators)),
     }
+
+
+def headline(m: RenderMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    dropped = f", {m['dropped']:,} dropped" if m["dropped"] else ""
+    figure = f"{m['supervised_fraction']:.1%} supervised, {m['truncated']:,} truncated{dropped}"
+    return Headline(figure, None, m["rows"], m["eval_rows"])
 
 
 def _worker(spec: Render, base: Path, sample: Sequence[Example]) -> RowTokenizer:

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import Example, Reject, read_rows, reject_writer, write_rows
 from finetune.errors import GateRefused, InputError
+from finetune.metrics import Headline, SampleMetrics
 from finetune.recipe import Recipe, Section
 
 TOKENIZE_ROWS = 1000
@@ -69,7 +70,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return {}
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> SampleMetrics:
     """Write rows.parquet in the original order, copies of a row next to it with ids that end in ~2, ~3 and so on, and
     rejects.parquet: why a row is not used at all.
 
@@ -113,6 +114,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
             if not numbers[i]:
                 reject(_why_not(row, i, spec, ranking) if copies[i] else _why_none(row, spec))
     return {"rows_in": len(names), "rows_out": rows_out, "kept_by": kept_by}
+
+
+def headline(m: SampleMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    return Headline("", m["rows_in"], m["rows_out"])
 
 
 def _why_none(row: Example, spec: Spec) -> Reject:

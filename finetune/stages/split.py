@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.data.records import Example, read_rows, write_rows
 from finetune.dedup.holdout import choose, count_leaks, near_links
 from finetune.errors import FinetuneError
+from finetune.metrics import Headline, SplitMetrics
 from finetune.recipe import Recipe, Section, Split
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def also(spec: Spec) -> tuple[str, ...]:
     return ("ingest",) if spec.eval_data else ()
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> SplitMetrics:
     """Write train.parquet and eval.parquet, both in the original order.
 
     Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
@@ -57,7 +58,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     source = inputs["sample"] / "rows.parquet"
     train: Sequence[int] = range(sum(1 for _ in read_rows(source)))
     held: Sequence[int] = ()
-    figures: dict[str, Any] = {"rows_in": len(train)}
+    figures: SplitMetrics = {"rows_in": len(train)}
     if spec.split is not None:
         train, held, figures = _divided(spec.split, spec, source, inputs["embed"], ctx)
     theirs = inputs["ingest"] / "eval.parquet" if spec.eval_data else None
@@ -67,8 +68,14 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         return figures
     count, leaks = _check_apart(out / "train.parquet", theirs)
     ctx.say(f"split: {count:,} rows of eval_data are held out as they are: not filtered, deduplicated or sampled")
-    sizes = {"train_rows": len(train), "eval_rows": count + len(held), "eval_data_rows": count}
-    return figures | sizes | {"leaks": figures.get("leaks", 0) + leaks}
+    sizes: SplitMetrics = {"train_rows": len(train), "eval_rows": count + len(held), "eval_data_rows": count}
+    return {**figures, **sizes, "leaks": figures.get("leaks", 0) + leaks}
+
+
+def headline(m: SplitMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    groups = f"{m['groups']:,} groups, " if "groups" in m else ""
+    return Headline(f"{groups}{m['leaks']:,} leaks", m["rows_in"], m["train_rows"], m["eval_rows"])
 
 
 def _check_apart(train: Path, theirs: Path) -> tuple[int, int]:
@@ -85,7 +92,7 @@ def _check_apart(train: Path, theirs: Path) -> tuple[int, int]:
 
 def _divided(
     split: Split, spec: Spec, source: Path, embedded: Path, ctx: Context
-) -> tuple[list[int], list[int], dict[str, Any]]:
+) -> tuple[list[int], list[int], SplitMetrics]:
     """The numbers of the training and of the held-out rows, by whole groups, and the figures."""
     from finetune.data.text import text_key
     from finetune.dedup.clusters import vectors_of

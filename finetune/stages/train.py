@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
+from finetune.metrics import Headline, TrainMetrics
 from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
 from finetune.utils.files import read_json
 
@@ -49,7 +50,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     return lora_resume.fingerprint(spec.lora)
 
 
-def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> TrainMetrics:
     """Train until the recipe's steps are done; a stop signal leaves a checkpoint and raises Stopped."""
     import os
 
@@ -113,7 +114,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         pinned = json.loads((inputs["base"] / "base.json").read_text(encoding="utf-8"))
         train_trainer.save_adapter(result.model, out / "adapter", pinned["id"], pinned["revision"], result.sharded)
         _add_template(inputs["render"] / "template", inputs["base"], out / "adapter", template["pad_token"])
-    return {
+    metrics: TrainMetrics = {
         "loss": result.loss,
         "first_loss": result.first_loss,
         "steps": result.steps,
@@ -132,12 +133,19 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         "checkpointing": policy,
         "processes": ctx.world,
         "resumed_from_steps": result.resumed_from,
-        **({"shared_before": list(result.before)} if result.before else {}),
         **result.held_out,
     }
+    return {**metrics, "shared_before": list(result.before)} if result.before else metrics
 
 
-def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def headline(m: TrainMetrics) -> Headline:
+    """Return the row of this stage in a table of stages."""
+    if "imported" in m:
+        return Headline(f"imported {m['imported']}")
+    return Headline(f"loss {m['first_loss']:.3g} → {m['loss']:.3g}, {m['tokens_per_second']:,.0f} tokens/s")
+
+
+def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> TrainMetrics:
     """Copy the adapter that lora.start_from names, once it is proved to fit the base and the rendered template."""
     from finetune.lora import imported
     from finetune.lora import resume as lora_resume
@@ -164,7 +172,7 @@ def import_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Conte
     return {"imported": str(spec.lora.start_from).removeprefix("folder:"), **counts}
 
 
-def _zero_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
+def _zero_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> TrainMetrics:
     """An adapter that changes nothing: what preference training begins from in a recipe without SFT."""
     from finetune.lora import config as lora_config
     from finetune.lora import fresh

@@ -168,16 +168,10 @@ class Asker:
         self.answered_by.update(reply.model for reply in found.values() if reply.model)
         return [found.get(i) for i in range(len(asks))]
 
-    def figures(self) -> dict[str, Any]:
-        """Return requests, tokens and seconds."""
-        b = self.budget
-        speed = round(self._tokens / self.seconds, 1) if self._tokens else None
-        return {
-            "requests": b.requests,
-            "prompt_tokens": b.prompt_tokens,
-            "tokens": b.tokens,
-            "tokens_per_second": speed,
-        }
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens per second; None if no model was asked."""
+        return round(self._tokens / self.seconds, 1) if self._tokens else None
 
     def _name(self, ask: Ask) -> str:
         content = canonical_json({"model": dict(self._identity), **asdict(ask)})

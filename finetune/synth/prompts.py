@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.utils.files import file_digest
+from finetune.utils.format import nearest
 from finetune.utils.resources import resource
 
 MOST_BYTES = 100_000
@@ -69,8 +69,8 @@ def files(own: Path | None) -> dict[str, Path]:
     theirs = {path.stem: path for path in sorted(own.glob("*.jinja"))}
     for name in theirs:
         if name not in ours:
-            near = difflib.get_close_matches(name, ours, n=1)
-            hint = f"; did you mean {near[0]}.jinja?" if near else ""
+            near = nearest(name, ours)
+            hint = f"; did you mean {near}.jinja?" if near else ""
             raise InputError(f"{theirs[name]}: no prompt has this name{hint} (there is {', '.join(ours)})")
     if not theirs:
         raise InputError(f"{own} holds no .jinja file; the prompts are {', '.join(ours)}")

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.context import Context, Metrics
+from finetune.context import Context
 from finetune.errors import FinetuneError
+from finetune.metrics import BaseMetrics
 from finetune.tiny.muon import Muon, gradient_of
 from finetune.tiny.text import Shingles, corpus
 from finetune.utils.quiet import quiet
@@ -85,7 +86,7 @@ class Tokens:
     tokens_per_byte: float
 
 
-def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size = TINY) -> Metrics:
+def build(out: Path, seed: int, known: Iterable[str], ctx: Context, size: Size = TINY) -> BaseMetrics:
     """Train tokenizer and model, and write a complete bf16 model folder to `out`.
 
     `known` are texts that must not be learnt: no run of eight of their words is in the training text. Always runs on

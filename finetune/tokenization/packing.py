@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import FinetuneError, GateRefused
+from finetune.utils.quiet import no_bars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +49,7 @@ def pack(input_ids: pa.ListArray, mask: pa.ListArray, length: int) -> Packed:
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     columns = {"input_ids": flat.astype(np.int32), "labels": labels, "row": numbers}
     rows = pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(v)) for name, v in columns.items()})
-    with _quiet():
+    with no_bars("datasets"):
         done = pack_dataset(
             Dataset(rows),
             seq_length=length,
@@ -123,17 +122,3 @@ def _list(column: pa.ChunkedArray) -> pa.ListArray:
     if len(array) and array.offsets[0].as_py():
         array = type(array).from_arrays(pa.array(array.offsets.to_numpy() - array.offsets[0].as_py()), array.flatten())
     return array
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`; ours is on the screen already."""
-    from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

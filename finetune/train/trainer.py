@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused
+from finetune.metrics import TrainMetrics
 from finetune.train.arguments import Job, shared_arguments
 from finetune.train.batch import batch_shape, total_steps
 from finetune.train.checkpoint import COMPLETE, last_checkpoint
@@ -56,7 +57,7 @@ class Result:
     device_name: str
     micro_batch_rows: int
     resumed_from: int
-    held_out: Mapping[str, object] = field(default_factory=dict)  # metrics of the held-out loss
+    held_out: TrainMetrics = field(default_factory=lambda: TrainMetrics())  # of the held-out loss
     before: Sequence[Mapping[str, object]] = ()  # earlier, different splits of the batch
 
 

@@ -7,7 +7,7 @@ an uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
 from finetune.eval.scoring import batches, padded, token_nll
+from finetune.metrics import TrainMetrics
 from finetune.recipe import Train
 from finetune.tokenization.token_rows import TokenRow
 from finetune.utils.files import read_json, write_json
@@ -141,7 +142,7 @@ class HeldOut:
                     parameter.copy_(self.best[name])
         return self.best
 
-    def figures(self) -> Mapping[str, object]:
+    def figures(self) -> TrainMetrics:
         """Return the metrics of the stage."""
         seen = self.seen
         return {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would reverse the text around them
@@ -97,6 +98,28 @@ def task_figures(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]
         )
         apart = f"; the difference is {interval(v['difference_interval'])}" if v["difference_interval"] else ""
         yield f"{name}, {metric}", f"{before} → {after} on {number(task['rows'])} documents{apart}"
+
+
+def gb(count: float) -> str:
+    """Format bytes in GB with one decimal."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def six(value: float) -> float:
+    """Round to six significant digits, so that the last bits of a sum do not change a file."""
+    return float(f"{value:.6g}")
+
+
+def nearest(name: object, known: Iterable[object]) -> str | None:
+    """Return the known name that is most like `name`, in whatever case; None if none is like it."""
+    names = {str(k).lower(): str(k) for k in known}
+    return next((names[near] for near in difflib.get_close_matches(str(name).lower(), names, 1, 0.5)), None)
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """Return `; did you mean NAME?` with the nearest known name, or an empty string."""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def first_line(error: object) -> str:

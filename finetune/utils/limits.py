@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import shutil
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from types import FrameType
 from typing import TypeVar
 
 from finetune.errors import MACHINE, FinetuneError, InputError
-from finetune.utils.format import clipped, visible
+from finetune.utils.format import clipped, gb, visible
 
 SHORT_BYTES = 1 << 25
 WATCH_SECONDS = 0.1  # between two looks at what native code has used
@@ -43,6 +44,15 @@ def reading(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise
         raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def require_space(folder: Path, needed: int, what: str, fix: str) -> None:
+    """Raise FinetuneError if the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FinetuneError(
+            f"{what} needs {gb(needed)} in {folder} and {gb(free)} are free; free {gb(needed - free)}, or {fix}"
+        )
 
 
 def first_line(error: BaseException) -> str:

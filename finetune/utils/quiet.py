@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -29,6 +30,19 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+@contextmanager
+def no_bars(library: str) -> Iterator[None]:
+    """Hide the progress bars of `datasets` or `huggingface_hub` inside the block."""
+    tqdm = importlib.import_module(f"{library}.utils")
+    shown = not tqdm.are_progress_bars_disabled()
+    tqdm.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            tqdm.enable_progress_bars()
 
 
 @contextmanager

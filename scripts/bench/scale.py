@@ -31,7 +31,8 @@ from recombined import recombined
 from finetune.dedup import large
 from finetune.dedup.embed import _unit, lsa
 from finetune.dedup.index import FlatIndex
-from finetune.dedup.select import groups, near_duplicates
+from finetune.dedup.measures import Cosine
+from finetune.dedup.select import groups, select
 
 FILES = ("instruct-16k", "t0-55k")
 THRESHOLD, GROUP_THRESHOLD = 0.95, 0.9
@@ -117,7 +118,7 @@ def measured(args: argparse.Namespace, count: int) -> dict[str, Any]:
     found = {"rows": len(vectors), **facts, "dedup_seconds": seconds, "dropped": len(pairs), "recall": recall}
     found |= {"ours": judged(vectors, kept), "split_seconds": split, "groups": len(np.unique(group))}
     if args.every_pair:
-        took, exact = timed(lambda: near_duplicates(vectors, order, THRESHOLD, FlatIndex), 1)
+        took, exact = timed(lambda: select(order, None, [Cosine(vectors, THRESHOLD, FlatIndex)]), 1)
         found |= {"every_pair_seconds": took, "every_pair_dropped": len(exact)}
         found["rows_that_differ"] = len({p.dropped for p in exact} ^ {p.dropped for p in pairs})
     if args.semhash:

@@ -11,7 +11,6 @@ from finetune.data.records import Example, Message, write_rows
 from finetune.eval.verdict import verdict
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
-from finetune.report.stage_table import stage_figure
 
 
 def step(name, metrics=None, folder=None, **files):
@@ -35,8 +34,6 @@ def test_rows_are_counted_wherever_they_were_dropped():
     ]
     assert dropped_rows(steps) == {"ingest": 2, "dedup": 3, "render": 6}
     assert dropped_rows([SimpleNamespace(stage=SimpleNamespace(name="filter"), manifest=None)]) == {}
-    assert stage_figure("render", {"supervised_fraction": 0.5, "truncated": 0, "dropped": 6}).endswith("6 dropped")
-    assert stage_figure("ingest", {"refused": {"type": 2}}) == "2 refused" and not stage_figure("ingest", {})
 
 
 @pytest.mark.parametrize(("batch", "warns"), [(16, True), (1, False)])

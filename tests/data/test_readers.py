@@ -22,7 +22,7 @@ from finetune.errors import InputError
 if sys.version_info >= (3, 14):
     from compression.zstd import compress as zstd_compress
 else:
-    from zstandard import compress as zstd_compress
+    from backports.zstd import compress as zstd_compress
 
 ROWS: list[dict[str, Any]] = [{"a": "é", "b": 1}, {"a": "two\nlines", "b": None}, {"a": "", "b": 3}]
 Pack = Callable[[bytes], bytes]
@@ -96,19 +96,13 @@ def test_a_csv_record_of_another_width_is_a_problem_of_that_record(tmp_path: Pat
     [
         ("x.jsonl", b"", "FILE is empty"),
         ("x.txt", b"a", "ends in .jsonl"),
-        ("x.parquet.gz", b"a", "ends in .jsonl"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "FILE, line 2: found the byte 0xff"),
-        ("x.json", b'[{"a": 1},\n{"a": "\xff"}]', "FILE, line 2: found the byte 0xff"),
         ("x.json", b'[{"a": "\xc3', "FILE, line 1: found the byte 0xc3"),
-        ("x.csv", b"a\n1\n\xff\n", "FILE, line 3: found the byte 0xff"),
         ("x.jsonl", b'\xff\xfe{\x00"\x00', "UTF-16"),
-        ("x.json", b'\xff\xfe[\x00"\x00', "UTF-16"),
         ("x.csv", b"a,b,a\n", "line 1: found two columns 'a'"),
         ("x.csv", b'a,b\n1,"2\n', "line 2"),
         ("x.json", b'[{"a": 1},\n{"a": 2},\n]', "line 3: found a comma after the last element"),
-        ("x.json", b'[{"a": 1,}]', "line 1: found "),
         ("x.json", b'[{"a": 1}\n{"a": 2}]', "line 2: found '{' after element 1"),
-        ("x.json", b'[{"a": 1}\n', "the end of the file after element 1"),
         ("x.json", b'[{"a": 1},\n{"a": ', "line 2: found "),
         ("x.json", b'[{"a": 1}]\n[]', "line 2: found '[' after the array"),
         ("x.json", b'[{"a": NaN}]', "NaN"),
@@ -116,9 +110,7 @@ def test_a_csv_record_of_another_width_is_a_problem_of_that_record(tmp_path: Pat
         ("x.json", b" \n ", "line 2: found ''; allowed is an array"),
         ("x.json", b'{\n"a": 1,}', "line 2: found Expecting property name"),
         ("x.json", b'{"data": [{"a": 1}], "more": [{"a": 2}]}', "a second array 'more' beside 'data'"),
-        ("x.json", b'{"data": [{"a": 1},]}', "a comma after the last element"),
         ("x.jsonl.gz", gzip.compress(lines_of(ROWS), mtime=0)[:-12], "damaged or cut off"),
-        ("x.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)[:-12], "damaged or cut off"),
         ("x.jsonl.gz", lines_of(ROWS), "damaged or cut off"),
         ("x.jsonl.zst", zstd_compress(lines_of(ROWS))[:-3], "damaged or cut off"),
         ("x.jsonl.zst", lines_of(ROWS), "damaged or cut off"),

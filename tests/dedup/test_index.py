@@ -4,8 +4,9 @@ import torch
 
 from finetune.dedup import index as dedup_index
 from finetune.dedup.index import FlatIndex
-from finetune.dedup.select import groups, near_duplicates
+from finetune.dedup.select import groups
 from finetune.errors import InputError
+from tests.helpers.cosine import near_duplicates
 
 
 def clustered(rows, dimension, seed=0):

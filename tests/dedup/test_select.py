@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from finetune.data.records import Example, Message
 from finetune.data.text import field_text, normalised, text_key
 from finetune.dedup.measures import cosines
-from finetune.dedup.select import copy_id, exact_duplicates, groups, links_between, near_duplicates, original_id
+from finetune.dedup.select import copy_id, exact_duplicates, groups, links_between, original_id
+from tests.helpers.cosine import near_duplicates
 
 
 class NumpySearch:

@@ -4,9 +4,12 @@ import json
 import shutil
 import signal
 import time
+from typing import get_type_hints
 
 import pytest
 from safetensors.numpy import load_file
+
+from finetune.metrics import RunMetrics
 
 STAGES = (
     "base generate ingest filter embed dedup decontaminate sample split render pack pairs train align evaluate certify "
@@ -63,6 +66,13 @@ def test_show_has_every_stage_and_the_promised_metrics(finished):
         assert set(names.split()) <= set(shown["stages"][stage]["metrics"]), stage
     assert shown["stages"]["dedup"]["metrics"]["exact"] >= 20
     assert shown["stages"]["train"]["metrics"]["loss"] < shown["stages"]["train"]["metrics"]["first_loss"]
+
+
+def test_every_metric_has_a_place_in_its_stages_record(finished):
+    records = get_type_hints(RunMetrics)
+    stages = finished.show()["stages"]
+    for name in STAGES:
+        assert set(stages[name]["metrics"]) <= set(records[name].__annotations__), name
 
 
 def test_a_second_run_builds_nothing_and_imports_no_torch(work):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from os import environ
@@ -116,6 +117,17 @@ def test_access_that_cannot_be_checked_is_a_note(hub: LoopbackHub, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in (under_test.check_read("me/tiny") or "")
     assert "HF_HUB_OFFLINE" in (under_test.check_write("me/tiny") or "")
+
+
+def test_a_hub_that_accepts_and_never_answers_is_not_waited_for(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("finetune.hub.guard.ASK_SECONDS", 0.2)
+        for note in (under_test.check_read("me/tiny"), under_test.check_write("me/tiny")):
+            assert "could not be checked" in (note or "") and "ReadTimeout" in (note or "")
 
 
 def test_writing_is_allowed_to_own_and_member_namespaces(hub: LoopbackHub) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from finetune.errors import InputError
-from finetune.merge.blocks import merged_tensors
 from finetune.merge.plan import plan_merge
 from tests.helpers.merge_reference import (
     VARIANTS,
@@ -23,6 +22,7 @@ from tests.helpers.merge_reference import (
     tensors_of,
     write,
 )
+from tests.helpers.merged import merged_tensors
 from tests.helpers.tiny_models import VOCABULARY, adapted, load, save_tiny
 
 TIED = {"tie_word_embeddings": True}

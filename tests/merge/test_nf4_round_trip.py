@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from finetune.context import Context
 from finetune.merge import blocks, nf4_round_trip
-from finetune.merge.blocks import merged_tensors
 from finetune.merge.nf4_round_trip import RoundTrip
 from finetune.merge.plan import plan_merge
 from finetune.models import loading
 from finetune.models.device import DTYPES
 from finetune.recipe import Model, Quantization, Runtime, Tracking
 from finetune.utils.files import write_json
+from tests.helpers.merged import merged_tensors
+from tests.helpers.quantized import dequantized_weight, quantized_modules
 from tests.helpers.tiny_models import save_adapter, save_tiny
 
 
@@ -33,7 +34,7 @@ def test_the_dequantised_base_is_what_training_loads(
     ctx = Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking())
     settings = Quantization(type=kind, double=double)
     model = loading.load_base(Model(id="builtin:tiny-mistral"), base, ctx, settings, precision, "cpu")
-    layers = {n: m for n, m in model.named_modules() if n in loading.quantized_modules(model)}
+    layers = {n: m for n, m in model.named_modules() if n in quantized_modules(model)}
     monkeypatch.setattr(nf4_round_trip, "SLICE_ELEMENTS", 640)  # several slices even here, the last one short
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1500)  # and several blocks
     plan = plan_merge(base, tmp_path / "adapter", "float32", RoundTrip(kind, double, DTYPES[precision]))
@@ -42,7 +43,7 @@ def test_the_dequantised_base_is_what_training_loads(
     for name, value in merged_tensors(plan):
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None and name.endswith(".weight"):
-            assert torch.equal(value, loading.dequantized_weight(layer)), name
+            assert torch.equal(value, dequantized_weight(layer)), name
             assert not torch.equal(value, original[name].float())
         else:
             assert torch.equal(value, original[name].float()), name

@@ -15,7 +15,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from finetune.errors import FinetuneError, InputError
 from finetune.merge import blocks
-from finetune.merge.blocks import merged_pieces, merged_tensor, merged_tensors
+from finetune.merge.blocks import merged_pieces, merged_tensor
 from finetune.merge.nf4_round_trip import RoundTrip
 from finetune.merge.plan import plan_merge
 from tests.helpers.merge_reference import (
@@ -30,6 +30,7 @@ from tests.helpers.merge_reference import (
     tensors_of,
     write,
 )
+from tests.helpers.merged import merged_tensors
 from tests.helpers.tiny_models import load, save_adapter, save_tiny
 
 

@@ -14,6 +14,7 @@ from finetune.models import loading
 from finetune.recipe import Lora, Quantization, Runtime
 from finetune.train import oom
 from tests.helpers import varlen_reference
+from tests.helpers.quantized import dequantized_weight, quantized_modules
 from tests.helpers.trainings import assert_close, documents, job, packed, trained
 
 
@@ -43,10 +44,10 @@ def test_kept_weights_give_the_same_bits_forwards_and_backwards(load, plain, dou
     without, kept = plain(Quantization(double=double)), load(Quantization(double=double))
     layers = [n for n, m in without.named_modules() if isinstance(m, Linear4bit)]
     assert kept_layers(kept) == layers and kept_layers(without) == []
-    assert loading.quantized_modules(kept) == set(layers)
+    assert quantized_modules(kept) == set(layers)
     for name in layers:
         first, second = without.get_submodule(name), kept.get_submodule(name)
-        assert torch.equal(loading.dequantized_weight(first), loading.dequantized_weight(second))
+        assert torch.equal(dequantized_weight(first), dequantized_weight(second))
         given = torch.randn(7, first.in_features, requires_grad=True)
         outputs = [layer(given) for layer in (first, second)]
         assert torch.equal(*outputs)

@@ -15,6 +15,7 @@ from finetune.models.device import Precision
 from finetune.recipe import Quantization, Runtime
 from finetune.utils.files import write_json
 from tests.helpers.pinned import NF4, Base, adapted, evaluate, gradients
+from tests.helpers.quantized import dequantized_weight, quantized_modules
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def four_bits(model: Any) -> dict[str, torch.Tensor]:
     """Every stored tensor, scales and codes too, and what the layers multiply by."""
     found = dict(model.state_dict())
     for name, module in model.named_modules():
-        if name in loading.quantized_modules(model):
-            found[f"{name} dequantised"] = loading.dequantized_weight(module)
+        if name in quantized_modules(model):
+            found[f"{name} dequantised"] = dequantized_weight(module)
     return found
 
 

@@ -259,7 +259,7 @@ def test_machine_revisions_and_licences() -> None:
     )
     for words in (
         "- Hardware: Tesla T4\n",
-        "- Time: 96 min for the training stage, 2413 tokens a second\n",
+        "- Time: 96 min for the training stage, 2,413 tokens a second\n",
         "- Time of the other stages together: 92 s\n",
         "- Peak memory while training: 13.10 GB\n",
         "- Libraries: torch 2.13.0\n",

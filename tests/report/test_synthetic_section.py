@@ -2,12 +2,12 @@
 
 import json
 
+from finetune.pipeline.stage_list import headline_of
 from finetune.publish.card_sections import sources, without_folders
 from finetune.publish.facts import Facts
 from finetune.publish.private_rows import samples_shown
 from finetune.recipe import Recipe
 from finetune.report.page import write_report
-from finetune.report.stage_table import stage_figure, stage_rows
 from tests.report.made_run import MadeRun
 
 METRICS = {
@@ -45,7 +45,8 @@ def test_the_page_shows_funnel_rounds_and_lines_of_descent(tmp_path):
         "&lt;b&gt;snow",
     ):
         assert words in page
-    assert stage_rows("generate", METRICS) == "30 → 20" and "80 requests" in stage_figure("generate", METRICS)
+    headline = headline_of("generate", METRICS)
+    assert headline.rows == "30 → 20" and "80 requests" in headline.figure
 
 
 def test_the_page_of_a_run_without_generation_does_not_mention_it(tmp_path):

@@ -13,7 +13,6 @@ import torch
 
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.compare import ENOUGH_TOKENS, choose_rows
-from finetune.merge.blocks import merged_tensors
 from finetune.merge.nf4_round_trip import RoundTrip
 from finetune.merge.plan import plan_merge
 from finetune.models import loading
@@ -23,6 +22,7 @@ from finetune.report.model_sections import certificate_section
 from finetune.report.stage_view import StageView
 from finetune.stages import certify
 from finetune.tokenization.token_rows import TokenRow, read_token_rows
+from tests.helpers.merged import merged_tensors
 from tests.helpers.tiny_models import save_adapter
 from tests.stages.finished import context, finish, random_rows, write_rows
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.context import Metrics
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.eval.scoring import row_nll
 from finetune.gguf import reader as gguf_reader
@@ -22,6 +21,7 @@ from finetune.gguf import scoring
 from finetune.gguf import writer as gguf_writer
 from finetune.gguf.ollama import Pieces, modelfile, read_pieces
 from finetune.gguf.writer import TYPES
+from finetune.metrics import ExportMetrics
 from finetune.recipe import Export, Recipe
 from finetune.recipe.outlets import GgufKind
 from finetune.stages import export
@@ -43,7 +43,7 @@ def run(
     tokens: int = 8192,
     say: Callable[[str], None] = lambda _: None,
     **fields: object,
-) -> Metrics:
+) -> ExportMetrics:
     """Export a merged folder; with `rows`, random held-out rows of its vocabulary are scored."""
     out.mkdir()
     render = out.with_name(f"{out.name}-render")

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import FinetuneError, InputError
-from finetune.merge.blocks import merged_tensors
 from finetune.merge.nf4_round_trip import RoundTrip
 from finetune.merge.plan import plan_merge
 from finetune.recipe import Recipe
 from finetune.stages import merge
 from finetune.utils.files import hash_file
+from tests.helpers.merged import merged_tensors
 from tests.helpers.tiny_models import load, save_adapter
 from tests.stages.finished import TERMINATORS, context, finish
 

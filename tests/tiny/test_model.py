@@ -18,6 +18,7 @@ from finetune.recipe import Model, Quantization, Runtime, Tracking
 from finetune.tiny import model as tiny_model
 from finetune.tiny.model import TINY, Size
 from finetune.utils.files import write_json
+from tests.helpers.quantized import quantized_modules
 
 SMALL = Size(
     hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=512, sequence=64, steps=40, text=0.02
@@ -89,7 +90,7 @@ def test_the_folder_loads_in_four_bits(built: tuple[Path, Any]) -> None:
         )
     finally:
         (built[0] / "base.json").unlink()
-    assert len(loading.quantized_modules(model)) == 7 * SMALL.layers
+    assert len(quantized_modules(model)) == 7 * SMALL.layers
     config = json.loads((built[0] / "config.json").read_text())
     assert (config["model_type"], config["dtype"], config["sliding_window"]) == ("mistral", "bfloat16", None)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)

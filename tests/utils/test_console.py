@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from finetune.report.stage_table import stage_figure
 from finetune.utils import console
 from finetune.utils.console import Quiet, Screen
 
@@ -30,14 +29,6 @@ print("still here")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "still here\n")
-
-
-def test_a_certificate_on_few_tokens_says_so_in_the_table_and_an_export_its_perplexities() -> None:
-    certified = {"base": "original", "agreement": 0.9, "mean_kl": 0.01}
-    assert stage_figure("certify", {**certified, "tokens": 812}).endswith("KL 0.01, on 812 tokens only")
-    assert stage_figure("certify", {**certified, "tokens": 4096}).endswith("KL 0.01")
-    assert stage_figure("export", {"perplexity": {"merged": 4.0, "q2_k": 5.5}}) == "perplexity merged 4, q2_k 5.5"
-    assert stage_figure("export", {"bytes": {}}) == ""
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -29,23 +29,6 @@ def test_ticks_are_round_and_inside(low, high, expected) -> None:
     assert plots.ticks(low, high) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (0, "0"),
-        (1e-13, "0"),
-        (0.05, "0.05"),
-        (12, "12"),
-        (1500, "1.5k"),
-        (2e6, "2M"),
-        (1e-5, "1e-5"),
-        (2.5e-4, "2.5e-4"),
-    ],
-)
-def test_short_labels(value, words) -> None:
-    assert plots.short(value) == words
-
-
 def test_a_smoothed_curve_is_a_trailing_mean_and_a_thinned_one_keeps_the_mean() -> None:
     points = [(float(i), float(i)) for i in range(10)]
     assert plots.smoothed(points, 2)[:3] == [(0, 0), (1, 0.5), (2, 1.5)]
