@@ -99,8 +99,11 @@ def _trainer(
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     from finetune.models import loading
     from finetune.preference import reference
-    from finetune.preference.trainers import JudgedTrainer, PairTrainer
+    from finetune.preference.trainers import JudgedTrainer, PairTrainer, score_supervised
+    from finetune.train.recipe_trainer import keeps_logits
 
+    rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
+    own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
@@ -114,6 +117,8 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=partial(collate, pad_id=pad_id),
     )
+    if own_logits:
+        score_supervised(base)
     reference.restore(trainer.model, start)
     return trainer
 
