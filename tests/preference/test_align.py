@@ -91,7 +91,7 @@ def test_the_logits_of_supervised_positions_train_as_trls_head_does(
     assert len(kept) == 1
     assert_close(own, theirs)
     for name in ("loss", "accuracy", "reward_chosen", "logp_rejected"):
-        found, expected = ([line.get(name) for line in lines(job(tmp_path, n))] for n in ("own", "theirs"))
+        found, expected = ([line.get(name, 0.0) for line in lines(job(tmp_path, n))] for n in ("own", "theirs"))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
