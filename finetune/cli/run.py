@@ -221,9 +221,9 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
     from finetune.train.batch import sizing_advice, total_steps
 
     name, manifest = step.stage.name, step.manifest
-    if manifest is None or step.folder is None or recipe.train is None:
+    if manifest is None or step.folder is None or (recipe.train is None and name != "pairs"):
         return
-    if name == ("split" if recipe.holds_out else "dedup") and (
+    if name in ("pairs", "split" if recipe.holds_out else "dedup") and (
         line := private_text(recipe, {name: step.folder}, "training")
     ):
         yield line

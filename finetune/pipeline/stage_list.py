@@ -83,7 +83,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, render.headline, rows="any"),
     Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, pack.headline, rows="training"),
     # Before train, so that bad preference data are refused before hours of SFT.
-    Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run, pairs.headline),
+    Stage("pairs", 2, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run, pairs.headline),
     Stage(
         "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run, train.headline,
         collective=True, logs=("metrics.jsonl",), working="checkpoints",

@@ -17,9 +17,12 @@ from finetune.utils.upstream import use_one_gpu
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import DPOConfig, KTOConfig
+
+    from finetune.preference.trainers import JudgedTrainer, PairTrainer
 
 PROVED_PAIRS = 4  # of the first batch, before step 1
 
@@ -50,7 +53,7 @@ def align(
     forward = vars(base).get("forward")
     start: dict[str, torch.Tensor] = {}
 
-    def build(shared: dict[str, Any]) -> Any:  # noqa: ANN401 - DPOTrainer or KTOTrainer
+    def build(shared: dict[str, Any]) -> PairTrainer | JudgedTrainer:
         _put_back_forward(base, forward)
         start.clear()
         return _trainer(objective, base, tokenizer, dataset, adapter, shared, start)
@@ -88,16 +91,19 @@ def _trainer(
     objective: Objective,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset
+    dataset: Dataset,
     adapter: Path,
     shared: Mapping[str, Any],
     start: dict[str, torch.Tensor],
-) -> Any:  # noqa: ANN401 - DPOTrainer or KTOTrainer
+) -> PairTrainer | JudgedTrainer:
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     from finetune.models import loading
     from finetune.preference import reference
-    from finetune.preference.trainers import JudgedTrainer, PairTrainer
+    from finetune.preference.trainers import JudgedTrainer, PairTrainer, score_supervised
+    from finetune.train.recipe_trainer import keeps_logits
 
+    rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
+    own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
@@ -111,6 +117,8 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=partial(collate, pad_id=pad_id),
     )
+    if own_logits:
+        score_supervised(base)
     reference.restore(trainer.model, start)
     return trainer
 
@@ -132,9 +140,9 @@ def _arguments(objective: Objective, shared: Mapping[str, Any]) -> DPOConfig | K
 
 
 def prove(
-    trainer: Any,  # noqa: ANN401 - DPOTrainer or KTOTrainer
+    trainer: PairTrainer | JudgedTrainer,
     objective: Objective,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset
+    dataset: Dataset,
     start: Mapping[str, torch.Tensor],
     precision: str,
 ) -> None:
@@ -149,7 +157,7 @@ def prove(
     from finetune.preference import reference
     from finetune.train import sanity_checks
 
-    model = trainer.model
+    model = cast("PeftModel", trainer.model)
     sanity_checks.prove_adapters(model)
     reference.require_start(model, start, resumed=False)
     count = min(PROVED_PAIRS, int(trainer.args.per_device_train_batch_size), len(dataset))
@@ -157,7 +165,7 @@ def prove(
     collated = trainer.data_collator(rows)
     reference.check_labels(collated, rows, batches.SIDES[objective.method])
     with sanity_checks.undisturbed(model), trainer.accelerator.autocast():
-        batch = sanity_checks.on_device(collated, model.device)
+        batch = sanity_checks.on_device(collated, trainer.accelerator.device)
         model.eval()
         with torch.no_grad():
             policy = reference.log_probabilities(model, batch)

@@ -15,6 +15,7 @@ from finetune.train.divergence import ROW
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+    from datasets import Dataset
 
 SIDES: Mapping[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
 FIELD = "preference.batch_pairs"
@@ -76,6 +77,16 @@ def read_pairs(path: Path, method: str, batch: int, seed: int) -> pa.Table:
     for part in ("ids", "mask"):
         table = table.append_column(f"{MISMATCHED}_{part}", table[f"completion_{part}"].take(pa.array(other)))
     return table
+
+
+def longest(dataset: Dataset, method: str) -> int:
+    """Tokens of the longest prompt with an answer."""
+    import pyarrow.compute as pc
+
+    table = dataset.data.table
+    prompt = pc.list_value_length(table["prompt_ids"])
+    answers = [pc.list_value_length(table[f"{side}_ids"]) for side in SIDES[method]]
+    return max(int(pc.max(pc.add(prompt, answer)).as_py()) for answer in answers)
 
 
 def _steps(rows: int, batch: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from finetune.dedup.measures import Cosine, Measure, Vectors
 from finetune.dedup.select import groups, repeats_of, select
 from finetune.errors import FinetuneError
 from finetune.filters.basic import Drop, Verdict
+from finetune.filters.overlap import Against, find_overlaps
 from finetune.preference.records import Pair, context_text, question, said
 from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe import Split
@@ -255,6 +256,20 @@ def drop_held_out(
         how = "the same text" if pair_found.method == "exact" else f"{pair_found.method}, {pair_found.score:.3f}"
         detail = f"its prompt is that of {names[pair_found.kept]}, which is held out for evaluation ({how})"
         curation.drop(pair_found.dropped, "held_out", detail, pair_found.score)
+
+
+def drop_contaminated(curation: Curation, against: Against, ctx: Context) -> None:
+    """Leave out pairs, held-out ones of `data` included, that share words or their question with evaluation data.
+
+    Both answers count: an unwanted one is trained on too. Raises InputError for evaluation data that cannot be read.
+    """
+    numbers = {curation.pairs[i].id: i for i in curation.trainable}
+    pairs = (curation.pairs[i] for i in numbers.values())
+    rows = (Example(p.id, p.source, (*p.prompt, *(m for a in p.answers for m in a))) for p in pairs)
+    for name, match in find_overlaps(against, rows, ctx).matches.items():
+        how = f"the words {match.words!r}" if match.score is None else f"its question, {match.score:.3f}"
+        detail = f"shares {how} with {match.evaluation_id} of the evaluation data"
+        curation.drop(numbers[name], "contaminated", detail, match.score)
 
 
 def hold_out(

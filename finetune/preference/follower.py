@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.context import Context
 from finetune.errors import GateRefused
 from finetune.preference import reference
 from finetune.preference.reference import Objective, expected_loss
@@ -21,8 +23,18 @@ MARGIN_TOLERANCE = {"cpu": 0.0, "cuda": 0.01}  # of step 1, in β-scaled nats: a
 class AlignFollower(Follower):
     """`Follower` with the proofs that need the training itself: after a resume, and on the whole first step."""
 
-    def __init__(self, *arguments: Any, objective: Objective, start: Mapping[str, torch.Tensor], **named: Any) -> None:  # noqa: ANN401
-        super().__init__(*arguments, **named)
+    def __init__(
+        self,
+        ctx: Context,
+        metrics_file: Path,
+        checkpoints: Path,
+        steps: int,
+        *,
+        fp16: bool,
+        objective: Objective,
+        start: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(ctx, metrics_file, checkpoints, steps, fp16=fp16)
         self.objective, self.start = objective, start
 
     def on_train_begin(
@@ -30,8 +42,8 @@ class AlignFollower(Follower):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,  # noqa: ANN401
-        **more: Any,  # noqa: ANN401
+        model: torch.nn.Module | None = None,
+        **more: object,
     ) -> None:
         """The checkpoint has been read: the reference must still be the start adapter."""
         if model is not None:
@@ -44,7 +56,7 @@ class AlignFollower(Follower):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **more: Any,  # noqa: ANN401
+        **more: object,
     ) -> None:
         """The losses of step 1 were taken before its update: all of its pairs must have a margin of 0."""
         if logs and "loss" in logs and state.global_step == 1:
@@ -62,13 +74,14 @@ class AlignFollower(Follower):
         if device == "cpu":
             reference.require_loss(float(logs["loss"]), expected_loss(self.objective, None), "of the first step")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # noqa: ANN401
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object) -> None:
         """The reference is no part of a checkpoint: it is the start adapter, which is read again."""
         if self.ctx.rank == 0:
             shutil.rmtree(self.checkpoints / f"checkpoint-{state.global_step}" / "ref", ignore_errors=True)
         super().on_save(args, state, control, **more)
 
 
-def _inner(model: Any) -> Any:  # noqa: ANN401
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside DistributedDataParallel."""
-    return getattr(model, "module", model)
+    inner: torch.nn.Module = getattr(model, "module", model)
+    return inner

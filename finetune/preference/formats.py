@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +141,8 @@ def _compared(get: Cells, notes: Counter[str]) -> tuple[Messages, Messages, Mess
     scores = [_score(*get[name]) if name in get else None for name in ("score_chosen", "score_rejected")]
     if None not in scores:
         _check_scores(get["score_chosen"][0], *scores)
+    elif scores != [None, None]:
+        notes["pairs with one score only are taken as they are"] += 1
     return prompt, chosen, rejected
 
 
@@ -155,7 +160,9 @@ def _judged(get: Cells, notes: Counter[str]) -> tuple[Messages, list[Messages], 
         where, whole = get["prompt"][0], before or ()
     asked = max((i for i, m in enumerate(whole) if m.role in ("user", "tool")), default=-1)
     answer = whole[asked + 1 :]
-    if asked < 0 or not answer:
+    if asked < 0:
+        raise RowError("no_prompt", where, "no turn of a user", "a prompt and an answer")
+    if not answer:
         raise RowError("missing_side", where, "no assistant turn at the end", "a prompt and an answer")
     _check_answer(where, answer)
     return whole[: asked + 1], [answer], label
@@ -202,7 +209,7 @@ def _side(where: str, value: object, has_prompt: bool, notes: Counter[str], role
         return (Message(role, text),)
     parsed = parse_chat_text(text, where)
     if parsed is None:
-        allowed = "a whole conversation, since the row has no prompt; name its column: columns: {prompt: NAME}"
+        allowed = "a whole conversation, since the row has no prompt (one in another column: columns: {prompt: NAME})"
         raise RowError("no_prompt", where, kind(value), allowed)
     notes[f"texts in {parsed[0]} notation were read back as turns"] += 1
     return parsed[1]
@@ -248,13 +255,26 @@ def split_prompt(
     for name, side in zip(where, sides, strict=True):
         if not side:
             raise RowError("missing_side", name, "nothing behind what both sides begin with", "an answer of its own")
-    if any(side[0].role != "assistant" for side in sides) or not prompt or prompt[-1].role == "assistant":
+    if prompt and prompt[-1].role not in ("user", "tool"):
+        found = f"a last turn of {prompt[-1].role} before the answers"
+        raise RowError("no_prompt", where[0], found, "a prompt that ends with a user's or a tool's turn")
+    if any(side[0].role != "assistant" for side in sides) or not prompt:
         a, b = (f"{side[0].role}: {side[0].content[:40]!r}" for side in sides)
         found = f"turn {same + 1} is {a} in one and {b} in the other"
         raise RowError("prompts_differ", where[0], found, "the same turns up to the answers")
     for name, side in zip(where, sides, strict=True):
         _check_answer(name, side)
+    if _meaning(sides[0]) == _meaning(sides[1]):
+        found = f"an answer that differs from {where[1]} only in outer white space, Unicode form or the order of keys"
+        raise RowError("no_difference", where[0], found, "two different answers")
     return prompt, sides[0], sides[1]
+
+
+def _meaning(answer: Messages) -> list[tuple[str, str, object]]:
+    return [
+        (m.role, unicodedata.normalize("NFC", m.content).strip(), json.loads(m.extra) if m.extra else None)
+        for m in answer
+    ]
 
 
 def _turn(message: Message) -> tuple[str, str, str | None]:
@@ -279,17 +299,27 @@ def _same_prompt(before: Messages, prompt: Messages, sides: Sequence[Messages]) 
         return False
     text = before[-1].content.strip()
     return any(
-        m.content.strip() and (m.content.strip() in text or text in m.content) for m in prompt if m.role == "user"
+        m.content.strip() and (_holds(text, m.content.strip()) or _holds(m.content, text))
+        for m in prompt
+        if m.role == "user"
     )
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text` as whole words."""
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
 def _score(where: str, value: object) -> float | None:
     if is_blank(value):
         return None
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        score = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         raise RowError("score", where, kind(value), "a number") from None
+    if not math.isfinite(score):
+        raise RowError("score", where, kind(value), "a finite number, or null")
+    return score
 
 
 def _check_scores(where: str, chosen: float | None, rejected: float | None) -> None:

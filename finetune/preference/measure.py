@@ -19,6 +19,8 @@ from finetune.preference.batches import SIDES
 from finetune.tokenization.token_rows import TokenRow
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from finetune.eval.generation import Answer
 
 Floats = NDArray[np.float64]
@@ -59,7 +61,7 @@ def held_out_sides(path: Path, method: str) -> tuple[dict[str, list[TokenRow]], 
     return found, [row["source"] for row in rows]
 
 
-def measure_pairs(model: Any, path: Path, method: str, beta: float, seed: int, ctx: Context) -> dict[str, Any]:  # noqa: ANN401
+def measure_pairs(model: PeftModel, path: Path, method: str, beta: float, seed: int, ctx: Context) -> dict[str, Any]:
     """Figures on the held-out pairs of stage pairs; {"eval_pairs": 0} if there are none.
 
     `model` holds the adapters `default` and `ref` and runs under the caller's autocast. Keys: accuracy (dpo: the share
@@ -97,7 +99,7 @@ def measure_pairs(model: Any, path: Path, method: str, beta: float, seed: int, c
     return found
 
 
-def _log_probabilities(model: Any, rows: Sequence[TokenRow], ctx: Context, label: str) -> tuple[Floats, Floats]:  # noqa: ANN401
+def _log_probabilities(model: PeftModel, rows: Sequence[TokenRow], ctx: Context, label: str) -> tuple[Floats, Floats]:
     from finetune.eval.scoring import row_nll
 
     nll, counts = row_nll(model, rows, BATCH_TOKENS, ctx, label)
@@ -140,7 +142,7 @@ def _figures(right: Interval, margin: Interval) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mean_kl(model: Any, rows: Sequence[TokenRow], ctx: Context) -> float:  # noqa: ANN401 - PeftModel
+def _mean_kl(model: PeftModel, rows: Sequence[TokenRow], ctx: Context) -> float:
     """KL(policy ‖ start) in nats, over the whole vocabulary, mean over the supervised tokens of up to KL_ROWS rows."""
     import torch
 
@@ -165,7 +167,7 @@ def _mean_kl(model: Any, rows: Sequence[TokenRow], ctx: Context) -> float:  # no
 
 
 def measure_answers(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
     pad_id: int,
@@ -200,7 +202,7 @@ def measure_answers(
 
 
 def _answers(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
     pad_id: int,

@@ -16,6 +16,7 @@ from finetune.errors import GateRefused
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 POLICY, REFERENCE = ".default.", ".ref."
 LOSS_TOLERANCE = 1e-5  # of what the loss is at equal policies, relative: rounding of one fp32 mean
@@ -74,7 +75,7 @@ def require_start(model: torch.nn.Module, start: Mapping[str, torch.Tensor], *, 
 
 
 @contextmanager
-def as_reference(model: Any) -> Iterator[None]:  # noqa: ANN401 - PeftModel
+def as_reference(model: PeftModel) -> Iterator[None]:
     """Within this block `model` computes with the adapter it started from; which parameters train is unchanged."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.set_adapter("ref")
@@ -106,7 +107,7 @@ def check_labels(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], si
             )
 
 
-def log_probabilities(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+def log_probabilities(model: PeftModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """(B,) fp32: the summed log-probability of the supervised tokens of each row; no code of TRL takes part."""
     import torch
 

@@ -47,10 +47,12 @@ def figures_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("held-out pairs", number(metrics["eval_pairs"])),
             ("told apart", apart),
             ("margin", f"{number(metrics['margin'])} nats, 95 % {interval(metrics.get('margin_interval'))}"),
-            ("drift of chosen answers", f"{number(metrics['drift_chosen'])} nats a token"),
-            ("drift of rejected answers", f"{number(metrics['drift_rejected'])} nats a token"),
             ("mean KL from the start", f"{number(metrics['mean_kl_from_start'])} nats a token"),
         ]
+        for side in ("chosen", "rejected"):
+            ends = interval(metrics.get(f"drift_{side}_interval"))
+            drift = f"{number(metrics[f'drift_{side}'])} nats a token, 95 % {ends}"
+            found.append((f"drift of {side} answers", drift))
         for source, own in metrics.get("by_source", {}).items():
             apart = f"{percent(own['accuracy'])} of {number(own['pairs'])}, 95 % {interval(own['accuracy_interval'])}"
             found.append((f"told apart: {source}", apart))

@@ -315,7 +315,7 @@ class Dedup(Section):
 
 
 class Decontaminate(Section):
-    """Drop training rows that share text or meaning with evaluation data."""
+    """Drop training rows and preference pairs that share text or meaning with evaluation data."""
 
     against: Annotated[list[Source], Field(min_length=1)]
     """The evaluation data: sources as under `data`."""

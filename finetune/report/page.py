@@ -64,7 +64,7 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "synthetic": synthetic_section.synthetic_section(stages.get("generate")),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
-        "preference": preference_section.preference_section(stages.get("align")),
+        "preference": preference_section.preference_section(stages),
         "evaluation": model_sections.evaluation_section(stages),
         "certificate": model_sections.certificate_section(stages),
         "merge": model_sections.merge_section(stages["merge"]),

@@ -4,8 +4,7 @@ same by their vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.context import Context
-from finetune.data.records import ROLES, Example, Reject, read_rows, write_rows, write_table
-from finetune.data.text import word_runs, words
-from finetune.dedup.embedding_names import LSA, model_fingerprint
-from finetune.errors import GateRefused, InputError
+from finetune.data.records import ROLES, read_rows, write_rows, write_table
+from finetune.dedup.embedding_names import model_fingerprint
+from finetune.errors import GateRefused
+from finetune.filters.overlap import Against, Match, find_overlaps
 from finetune.metrics import DecontaminateMetrics, Headline
-from finetune.recipe import Decontaminate, Dedup, Recipe, Section, Source
+from finetune.recipe import Decontaminate, Dedup, Recipe, Section
 from finetune.recipe import Jaccard as JaccardSection
 
 if TYPE_CHECKING:
@@ -44,19 +43,21 @@ class Spec(Section):
     repeats: Repeats | None = None
     folder: Annotated[Path | None, Field(exclude=True)] = None
 
+    @property
+    def against(self) -> Against | None:
+        """The evaluation data and how rows are compared with it."""
+        if self.section is None:
+            return None
+        return Against(section=self.section, embedding=self.embedding, folder=self.folder)
+
 
 def spec(recipe: Recipe) -> Spec | None:
     """Off unless the recipe names evaluation data or has held-out rows of its own."""
-    section = recipe.decontaminate
+    against = Against.of(recipe)
     repeats = _repeats(recipe.dedup) if recipe.eval_data else None
-    if section is None and repeats is None:
-        return None
-    if section is None or section.embedding_threshold is None:
-        return Spec(section=section, repeats=repeats)
-    if recipe.dedup is None or recipe.dedup.embedding is None:
-        return Spec(section=section, embedding=LSA, repeats=repeats)
-    folder = recipe.dedup.embedding_folder
-    return Spec(section=section, embedding=recipe.dedup.embedding, repeats=repeats, folder=folder)
+    if against is None:
+        return None if repeats is None else Spec(section=None, repeats=repeats)
+    return Spec(section=against.section, embedding=against.embedding, repeats=repeats, folder=against.folder)
 
 
 def _repeats(dedup: Dedup | None) -> Repeats:
@@ -73,16 +74,8 @@ def _repeats(dedup: Dedup | None) -> Repeats:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """Return the identity of the evaluation data (a file's digest, a Hub data set's commit, the Python that is
-    documented), and the model whose vectors are compared.
-    """
-    from finetune.data.sources import source_fingerprint
-
-    found: dict[str, object] = {}
-    if spec.section is not None:
-        found["against"] = [source_fingerprint(source) for source in spec.section.against]
-    if spec.embedding is not None:
-        found["model"] = model_fingerprint(spec.embedding, spec.folder)
+    """Return the identity of the evaluation data, and the models whose vectors are compared."""
+    found = {} if spec.against is None else spec.against.fingerprint()
     if spec.repeats is not None and spec.repeats.embedding is not None:
         found["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
     return found
@@ -111,8 +104,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Deco
     figures: DecontaminateMetrics = {}
     if spec.repeats is not None:
         found, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
-    if spec.section is not None:
-        figures = {**figures, **_matching(spec, spec.section, source_rows, found, ctx)}
+    if spec.against is not None:
+        figures = {**figures, **_matching(spec.against, source_rows, found, ctx)}
     listed = [row.id for row in read_rows(source_rows) if row.id in found]
     rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
     columns: dict[str, Sequence[object]] = {
@@ -181,58 +174,15 @@ def _repeating(
     return found, {"repeat_eval_data": {name: count for name, count in by.items() if count}, "eval_data_rows": held_out}
 
 
-def _matching(
-    spec: Spec, section: Decontaminate, source: Path, found: dict[str, Match], ctx: Context
-) -> DecontaminateMetrics:
-    """Add the rows that share words or their meaning with `section.against` to `found`; returns the figures."""
-    from finetune.data.formats import unique_labels
-
-    index = NgramIndex(section.ngram)
-    labels = unique_labels(source.label for source in section.against)
-    questions: list[tuple[str, str]] = []
-    for label, against in zip(labels, section.against, strict=True):
-        for row in _evaluation_rows(against, label, ctx):
-            index.add(row)
-            questions.append((row.id, row.joined("user")))
-    matched: dict[str, Match] = {}
-    asked: dict[str, str] = {}  # the question of every row that shares no words
-    for row in ctx.track((row for row in read_rows(source) if row.id not in found), "compare"):
-        match = index.match(row)
-        if match is not None:
-            matched[row.id] = match
-        else:
-            asked[row.id] = row.joined("user") if spec.embedding is not None else ""
-    rows, by_words = len(matched) + len(asked), len(matched)
-    if spec.embedding is not None and asked:
-        matched |= _alike(spec, asked, questions, ctx)
-    if rows and len(matched) == rows:
-        raise GateRefused(_why_all(next(iter(matched.values())), rows, section))
+def _matching(asked: Against, source: Path, found: dict[str, Match], ctx: Context) -> DecontaminateMetrics:
+    """Add the rows that share words or their meaning with the evaluation data to `found`; returns the figures."""
+    overlaps = find_overlaps(asked, (row for row in read_rows(source) if row.id not in found), ctx)
+    matched = overlaps.matches
+    if overlaps.rows and len(matched) == overlaps.rows:
+        raise GateRefused(_why_all(next(iter(matched.values())), overlaps.rows, asked.section))
     found |= matched
-    return {"words": by_words, "embedding": len(matched) - by_words, "evaluation_rows": len(questions)}
-
-
-def _alike(
-    spec: Spec, asked: Mapping[str, str], questions: Sequence[tuple[str, str]], ctx: Context
-) -> dict[str, Match]:
-    """Row id -> the evaluation question that its own comes nearest to, where they reach the threshold."""
-    from finetune.dedup.embed import embed
-    from finetune.dedup.index import exact_search
-    from finetune.dedup.select import links_between
-
-    threshold = spec.section.embedding_threshold if spec.section else None
-    assert spec.embedding is not None and threshold is not None  # noqa: S101 - the caller asked
-    # Together, since LSA makes its vectors of the texts it is given.
-    texts = [*asked.values(), *(text for _, text in questions)]
-    made_by = model_fingerprint(spec.embedding, spec.folder)
-    vectors = embed(texts, spec.embedding, ctx, spec.folder, made_by)
-    left, right = vectors[: len(asked)], vectors[len(asked) :]
-    new_search = exact_search(ctx.device, len(asked))
-    rows, partners, scores = links_between(left, right, threshold, new_search)
-    ids = list(asked)
-    return {
-        ids[row]: Match(questions[partner][0], "", questions[partner][1], score, "embedding")
-        for row, partner, score in zip(rows.tolist(), partners.tolist(), scores.tolist(), strict=True)
-    }
+    by_words = sum(match.method == "words" for match in matched.values())
+    return {"words": by_words, "embedding": len(matched) - by_words, "evaluation_rows": overlaps.evaluation_rows}
 
 
 def _why_all(some: Match, rows: int, section: Decontaminate) -> str:
@@ -246,76 +196,3 @@ def _why_all(some: Match, rows: int, section: Decontaminate) -> str:
         f"{some.evaluation_id}; is decontaminate.against the training data itself, or does every row begin with the "
         f"same instruction? Name other data or raise {setting}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The evaluation row a training row is like, the words they share, the evaluation text, the score, the method."""
-
-    evaluation_id: str
-    words: str
-    text: str
-    score: float | None = None
-    method: str = "words"
-
-
-@dataclass
-class NgramIndex:
-    """The runs of `size` words in evaluation texts; 16 bytes and a dictionary slot each, the texts once."""
-
-    size: int
-    _first: dict[int, int] = field(default_factory=dict)  # hash of a run -> turn
-    _whole: dict[str, int] = field(default_factory=dict)  # a short question's words -> turn
-    _turns: list[tuple[str, str, str]] = field(default_factory=list)  # (row id, text, its words between spaces)
-
-    def add(self, row: Example) -> None:
-        """Take in every turn of an evaluation row."""
-        for is_question, text in _turns(row):
-            spoken = words(text)
-            if len(spoken) < self.size and not (is_question and spoken):
-                continue
-            joined = " ".join(spoken)
-            if len(spoken) < self.size:
-                self._whole.setdefault(joined, len(self._turns))
-            for run in word_runs(spoken, self.size):
-                self._first.setdefault(hash(run), len(self._turns))
-            self._turns.append((row.id, text, f" {joined} "))
-
-    def match(self, row: Example) -> Match | None:
-        """The first run of words that `row` has in common with an evaluation row."""
-        for is_question, text in _turns(row):
-            spoken = words(text)
-            joined = " ".join(spoken)
-            if is_question and joined in self._whole:
-                row_id, found, _ = self._turns[self._whole[joined]]
-                return Match(row_id, joined, found)
-            for run in word_runs(spoken, self.size):
-                turn = self._first.get(hash(run))
-                # Two runs may share a hash: the words themselves decide.
-                if turn is not None and f" {run} " in self._turns[turn][2]:
-                    row_id, found, _ = self._turns[turn]
-                    return Match(row_id, run, found)
-        return None
-
-
-def _turns(row: Example) -> Iterator[tuple[bool, str]]:
-    """(Is it a question, text) of every turn but the system's; a raw-text row is one question."""
-    if row.text is not None:
-        yield True, row.text
-    for message in row.messages:
-        if message.role != "system":
-            yield message.role == "user", message.content
-
-
-def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Example]:
-    """The rows of an evaluation source. Raises InputError for one that cannot be read: it would not be protected."""
-    from finetune.data.sources import read_source
-
-    _, rows = read_source(source, label, ctx.scratch, whole=False)
-    for row in ctx.track(rows, f"read {label}", total=source.take):
-        if isinstance(row, Reject):
-            raise InputError(
-                f"decontaminate.against: row {row.id} cannot be read, so nothing could be compared with it: "
-                f"{row.detail}; fix the row, or leave it out with skip and take"
-            )
-        yield row

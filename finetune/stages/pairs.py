@@ -15,6 +15,7 @@ from finetune.data.records import read_rows, reject_writer
 from finetune.data.sources import source_fingerprint
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
+from finetune.filters.overlap import Against
 from finetune.metrics import Headline, PairsMetrics
 from finetune.recipe import Filter, Recipe, Section, Source
 from finetune.recipe import Jaccard as JaccardSection
@@ -71,6 +72,7 @@ class Spec(Section):
     rules: Filter | None = None
     repeats: Repeats
     rendering: Rendering
+    against: Against | None = None
     both_labels_held_out: bool = False  # preference.min_accuracy is measured on them, and this is the last cheap moment
 
 
@@ -109,6 +111,7 @@ def spec(recipe: Recipe) -> Spec | None:
             reasoning=render.reasoning,
             template_file=render.template_file,
         ),
+        against=Against.of(recipe),
         both_labels_held_out=section.method == "kto" and section.min_accuracy is not None,
     )
 
@@ -126,6 +129,8 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     found |= fingerprint_of(spec.rendering.template, spec.rendering.template_file)
     if (made_by := _made_by(spec.repeats)) is not None:
         found["model"] = made_by
+    if spec.against is not None:
+        found["against"] = spec.against.fingerprint()
     return found
 
 
@@ -208,6 +213,8 @@ def _curate(
     if spec.repeats.drop:
         curate.drop_repeats(curation, alike, parts, ctx)
     curate.drop_held_out(curation, alike, parts, held_rows, ctx)
+    if spec.against is not None:
+        curate.drop_contaminated(curation, spec.against, ctx)
     _require_some(curation, curation.trainable, "to train on")
     _check_share(spec, curation)
     if curation.own_held:

@@ -1,11 +1,13 @@
 """Step time of our preference training beside plain TRL's DPOTrainer, on the same pairs, adapter and NF4 base.
 
 Both trainers are alive in one process, each with its own base, and take steps in turn (interleaved), so that a busy
-machine slows both. Ours has the weighting over the step, the recorder of rows and the callback of `finetune run`; plain
-TRL has its own collator and no callback. Prints the ratio of medians, and the 95 % interval of the median of the paired
-ratios (bootstrap).
+machine slows both; the order within a pair of steps alternates. Ours has the weighting over the step, the recorder of
+rows and the callback of `finetune run`; plain TRL has its own collator and no callback. TRL rounds its adapter to bf16,
+which is slow on a CPU: it is cast back to fp32, so that both compute the same. Prints, for wall and CPU time, the
+median of the paired ratios with its 95 % interval (bootstrap).
 
-    python scripts/bench/dpo_step.py [--steps 24] [--hidden 256] [--layers 4] [--tokens 128]
+    finetune run tiny-preference --until pairs
+    PYTHONPATH=. python scripts/bench/dpo_step.py artifacts/base/KEY artifacts/pairs/KEY/train.parquet [--steps 24]
 """
 
 from __future__ import annotations
@@ -13,118 +15,125 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+Times = dict[str, list[tuple[float, float]]]  # wall and CPU seconds of each step
 
 
 def main() -> None:
     """Build both trainers, take one step of each to warm up, then `--steps` of each in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 24), ("hidden", 256), ("layers", 4), ("tokens", 128), ("pairs", 4)):
+    parser.add_argument("base", type=Path, help="folder of a stage base, or of a model in 16 or 32 bits")
+    parser.add_argument("pairs", type=Path, help="train.parquet of a stage pairs (dpo)")
+    for name, default in (("steps", 24), ("micro", 2), ("accumulate", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ours, plain = build(asked, Path(folder))
-        times: dict[str, list[float]] = {"ours": [], "plain": []}
+        steppers = dict(zip(("ours", "plain"), build(asked, Path(folder)), strict=True))
+        times: Times = {"ours": [], "plain": []}
         for step in range(asked.steps + 1):
-            for name, take in (("ours", ours), ("plain", plain)) if step % 2 else (("plain", plain), ("ours", ours)):
-                started = time.perf_counter()
-                take()
+            for name in ("ours", "plain") if step % 2 else ("plain", "ours"):
+                started, used = time.perf_counter(), time.process_time()
+                steppers[name]()
                 if step:
-                    times[name].append(time.perf_counter() - started)
+                    times[name].append((time.perf_counter() - started, time.process_time() - used))
+        for stepper in steppers.values():
+            stepper.stop()
     report(times)
 
 
-def build(asked: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
-    """Two functions that each take one optimiser step."""
+def build(asked: argparse.Namespace, folder: Path) -> tuple[Stepper, Stepper]:
+    """Ours and plain TRL's."""
     import bitsandbytes  # noqa: F401 - before torch counts threads
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=4096, hidden_size=asked.hidden, intermediate_size=2 * asked.hidden, num_hidden_layers=asked.layers,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
-    vocabulary = {f"t{i}": i for i in range(4096)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "t0")), pad_token="t0", eos_token="t2"
-    )
+    from finetune.models import loading
+    from tests.helpers.preferences import start_adapter
+
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
-    def base() -> Any:  # noqa: ANN401
-        found = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=nf4, dtype=torch.float32)
+    def base() -> PreTrainedModel:
+        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            asked.base, quantization_config=nf4, dtype=torch.float32
+        )
         loading._keep_weights_unpacked(found)  # or bitsandbytes repacks them on some CPUs, and gradients are wrong
         return found
 
-    from finetune.models import loading
-    from tests.helpers.preferences import start_adapter, write_pairs
-
-    adapter = start_adapter(base(), folder / "adapter", target_modules="all-linear")
-    pairs = write_pairs(folder / "pairs" / "train.parquet", rows(asked))
-    return our_step(asked, base(), tokenizer, pairs, adapter, folder), plain_step(
-        asked, base(), tokenizer, pairs, adapter, folder
-    )
-
-
-def rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Random pairs of `--tokens` tokens, half of them the prompt; masks of ones, as TRL's own."""
-    rng = np.random.default_rng(0)
-    half = asked.tokens // 2
-    found = []
-    for i in range(8 * asked.pairs):
-        prompt, chosen, rejected = (rng.integers(5, 4096, half).tolist() for _ in range(3))
-        ones = [1] * half
-        found.append(
-            {"pair_id": str(i), "source": "random", "prompt_ids": prompt, "chosen_ids": chosen,
-             "rejected_ids": rejected, "chosen_mask": ones, "rejected_mask": ones}
-        )  # fmt: skip
-    return found
+    tokenizer = loading.load_tokenizer(asked.base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    adapter = start_adapter(base(), folder / "adapter", size=0.001, r=16, lora_alpha=32, target_modules="all-linear")
+    given = (asked, base(), tokenizer, adapter, folder)
+    return our_step(*given), plain_step(asked, base(), tokenizer, adapter, folder)
 
 
 def settings(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What both are given."""
     return {
-        "output_dir": str(folder), "per_device_train_batch_size": asked.pairs, "max_steps": 10_000, "max_length": None,
-        "learning_rate": 1e-5, "optim": "adamw_torch", "activation_checkpointing": False, "report_to": "none",
-        "disable_tqdm": True, "logging_steps": 1, "remove_unused_columns": False, "bf16": False, "use_cpu": True,
-        "save_strategy": "no", "lr_scheduler_type": "constant",
+        "output_dir": str(folder), "per_device_train_batch_size": asked.micro, "max_steps": 10_000, "max_length": None,
+        "gradient_accumulation_steps": asked.accumulate, "learning_rate": 1e-5, "optim": "adamw_torch",
+        "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
+        "remove_unused_columns": False, "bf16": False, "use_cpu": True, "save_strategy": "no",
+        "lr_scheduler_type": "constant",
     }  # fmt: skip
 
 
 class Stepper:
     """Runs `trainer.train()` in a thread of its own and lets it take one step at a time."""
 
-    def __init__(self, trainer: Any) -> None:  # noqa: ANN401
-        import threading
-
+    def __init__(self, trainer: Trainer) -> None:
         from transformers import TrainerCallback
 
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.failure: BaseException | None = None
+        self.over = False
         outer = self
 
         class Gate(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+            def on_step_begin(self, *_: object, **__: object) -> None:
                 outer.go.acquire()
+                if outer.over:
+                    raise SystemExit
 
-            def on_log(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the last thing that a step does
+            def on_log(self, *_: object, **__: object) -> None:  # the last thing that a step does
                 outer.done.release()
 
+        def train() -> None:
+            try:
+                trainer.train()
+            except BaseException as error:
+                self.failure = error
+                self.done.release()
+
         trainer.add_callback(Gate())
-        threading.Thread(target=trainer.train, daemon=True).start()
+        self.thread = threading.Thread(target=train, daemon=True)
+        self.thread.start()
 
     def __call__(self) -> None:
-        """Take one step and wait for its end."""
+        """Take one step and wait for its end. Raises what the training raised."""
         self.go.release()
         self.done.acquire()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop(self) -> None:
+        """End the training."""
+        self.over = True
+        self.go.release()
+        self.thread.join()
 
 
-def our_step(asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, adapter: Path, folder: Path) -> Stepper:  # noqa: ANN401
+def our_step(
+    asked: argparse.Namespace, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path
+) -> Stepper:
     """The trainer of finetune.preference, with its proofs done and its callback in place."""
     import datasets
 
@@ -137,7 +146,7 @@ def our_step(asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, 
     from finetune.train.callbacks import replace_printers
 
     objective = Objective("dpo", "sigmoid", 0.1)
-    dataset = datasets.Dataset(batches.read_pairs(pairs, "dpo", asked.pairs, 0))
+    dataset = datasets.Dataset(batches.read_pairs(asked.pairs, "dpo", asked.micro * asked.accumulate, 0))
     start: dict[str, Any] = {}
     trainer = align._trainer(objective, base, tokenizer, dataset, adapter, settings(asked, folder / "ours"), start)
     align.prove(trainer, objective, dataset, start, "fp32")
@@ -151,14 +160,9 @@ def our_step(asked: argparse.Namespace, base: Any, tokenizer: Any, pairs: Path, 
 
 
 def plain_step(
-    asked: argparse.Namespace,
-    base: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
-    pairs: Path,
-    adapter: Path,
-    folder: Path,
+    asked: argparse.Namespace, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path
 ) -> Stepper:
-    """TRL's DPOTrainer as it comes, but that the rows are tokenised already."""
+    """TRL's DPOTrainer as it comes, but that the rows are tokenised already and the adapters are in fp32."""
     import datasets
     import pyarrow.parquet as pq
     from peft import PeftModel
@@ -166,28 +170,30 @@ def plain_step(
     from trl import DPOConfig, DPOTrainer
 
     class Tokenised(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # noqa: ANN401
+        def _prepare_dataset(self, dataset: datasets.Dataset, *_: object) -> datasets.Dataset:
             return dataset
 
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    dataset = datasets.Dataset(pq.read_table(pairs, columns=columns))
+    dataset = datasets.Dataset(pq.read_table(asked.pairs, columns=["prompt_ids", "chosen_ids", "rejected_ids"]))
     arguments = DPOConfig(**settings(asked, folder / "plain"), beta=0.1)
     trainer = Tokenised(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
     return Stepper(trainer)
 
 
-def report(times: dict[str, list[float]]) -> None:
-    """Medians, their ratio and the interval of the paired ratio."""
-    ours, plain = (np.array(times[name]) for name in ("ours", "plain"))
-    ratios = ours / plain
+def report(times: Times) -> None:
+    """Medians, their paired ratio and its interval, by wall and by CPU time."""
     rng = np.random.default_rng(0)
-    drawn = np.median(ratios[rng.integers(0, len(ratios), (4000, len(ratios)))], axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"n = {len(ratios)}: ours {medians['ours']:.3f} s, plain TRL {medians['plain']:.3f} s a step")
-    print(f"paired ratio {np.median(ratios):.3f} (95 % {low:.3f} to {high:.3f})")
+    for kind, name in enumerate(("wall", "CPU")):
+        ours, plain = (np.array([step[kind] for step in times[who]]) for who in ("ours", "plain"))
+        ratios = ours / plain
+        drawn = np.median(ratios[rng.integers(0, len(ratios), (4000, len(ratios)))], axis=1)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        medians = f"ours {statistics.median(ours):.3f} s, plain TRL {statistics.median(plain):.3f} s a step"
+        print(f"{name}, n = {len(ratios)}: {medians}; ratio {np.median(ratios):.3f} (95 % {low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

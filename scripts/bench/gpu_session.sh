@@ -27,7 +27,7 @@ PY
 tests() {
   timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider --basetemp "$work/tests" --durations=5 \
     tests/models/test_attention.py tests/models/test_loading.py tests/dedup/test_index.py \
-    tests/lora/test_fused_linear.py tests/gpu \
+    tests/lora/test_fused_linear.py tests/stages/test_align.py tests/gpu \
     >"$out/gpu_tests.log" 2>&1
   tail -25 "$out/gpu_tests.log"
 }

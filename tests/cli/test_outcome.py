@@ -1,8 +1,11 @@
 """What a run says beside its table: rows left out anywhere, few steps, private rows, the next command."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetune.cli.options import SCRATCH
@@ -52,6 +55,26 @@ def test_private_rows_are_counted_before_training(tmp_path):
     write_rows(tmp_path / "train.parquet", rows)
     assert "of 2 rows 1 with e-mail" in next(warnings_before_training(recipe(), step("split", {}, tmp_path)))
     assert not list(warnings_before_training(recipe(), step("render", {}, tmp_path)))
+
+
+def test_private_text_in_either_answer_of_a_local_pair_is_counted(tmp_path):
+    pair = {"prompt": "[]", "chosen": "[]", "tools": None}
+    answer = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"to": "a@b.example"}}}]}]
+    texts = [
+        {**pair, "pair_id": "p.csv:1", "split": "train", "rejected": json.dumps(answer)},
+        {**pair, "pair_id": "p.csv:2", "split": "eval", "rejected": "[]"},
+        {**pair, "pair_id": "hub/x:3", "split": "eval", "rejected": json.dumps(answer)},
+    ]
+    pq.write_table(pa.Table.from_pylist(texts), tmp_path / "texts.parquet")
+    for split in ("train", "eval"):
+        ids = [t["pair_id"] for t in texts if t["split"] == split]
+        columns = {"pair_id": ids, "source": [i.partition(":")[0] for i in ids]}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    local = recipe(train=None, preference={"data": [{"source": "local", "path": "/x/p.csv"}]})
+    (line,) = warnings_before_training(local, step("pairs", {}, tmp_path))
+    assert "before training: of 2 rows 1 with e-mail addresses" in line and "example" not in line
+    hub = {"data": [{"source": "hub", "id": "hub/x"}], "eval_data": [{"source": "hub", "id": "hub/x"}]}
+    assert not list(warnings_before_training(recipe(preference=hub), step("pairs", {}, tmp_path)))
 
 
 def test_the_next_command_suits_what_was_found():

@@ -12,11 +12,12 @@ import torch
 
 from finetune.errors import GateRefused
 from finetune.preference import align as preference_align
-from finetune.preference import batches, reference
+from finetune.preference import batches, reference, trainers
 from finetune.preference.follower import AlignFollower
 from finetune.preference.reference import Objective, expected_loss
 from finetune.recipe import Runtime
 from finetune.recipe.preference import SMOOTHED, DpoLoss
+from finetune.train import recipe_trainer
 from tests.helpers.preferences import DPO, KTO, aligned, job, judged_rows, pair_rows, start_adapter, write_pairs
 from tests.helpers.trainings import assert_close
 from tests.train.test_divergence import full
@@ -74,6 +75,24 @@ def test_a_batch_of_four_answers_is_two_of_two_in_kto(load, base, adapter, judge
     assert_close(found[0][1], found[1][1])
     logs = [lines(job(tmp_path, f"m{n}")) for n in (4, 2)]
     assert [e["kl"] for e in logs[0]] == pytest.approx([e["kl"] for e in logs[1]], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", [DPO, KTO], ids=["dpo", "kto"])
+def test_the_logits_of_supervised_positions_train_as_trls_head_does(
+    objective, load, base, adapter, pairs, judged, ctx, tmp_path, monkeypatch
+):
+    rows, kept = judged if objective is KTO else pairs, []
+    score = trainers.score_supervised
+    monkeypatch.setattr(trainers, "score_supervised", lambda model: kept.append(model) or score(model))
+    own = aligned(job(tmp_path, "own"), load(), base, rows, adapter, ctx, objective)[1]
+    assert len(kept) == 1
+    monkeypatch.setattr(recipe_trainer, "keeps_logits", lambda *_: False)
+    theirs = aligned(job(tmp_path, "theirs"), load(), base, rows, adapter, ctx, objective)[1]
+    assert len(kept) == 1
+    assert_close(own, theirs)
+    for name in ("loss", "accuracy", "reward_chosen", "logp_rejected"):
+        found, expected = ([line.get(name, 0.0) for line in lines(job(tmp_path, n))] for n in ("own", "theirs"))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
 SLOW = pytest.mark.slow

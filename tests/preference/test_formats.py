@@ -28,6 +28,10 @@ def shown(pair):
     return [(m.role, m.content) for m in pair.prompt], [[(m.role, m.content) for m in a] for a in pair.answers]
 
 
+def called(arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 PLAIN = ([("user", "What is it?")], [[("assistant", GOOD)], [("assistant", BAD)]])
 HH = "\n\nHuman: What is it?\n\nAssistant: "
 SAME = {
@@ -139,6 +143,26 @@ WRONG = {
     "tied scores": ({**SAME["UltraFeedback"], "score_rejected": 8.5}, "tied_scores"),
     "scores the other way round": ({**SAME["UltraFeedback"], "score_rejected": 9}, "scores_reversed"),
     "a score that is none": ({**SAME["UltraFeedback"], "score_rejected": "good"}, "score"),
+    "a score that is missing, as pandas writes it": (
+        {**SAME["UltraFeedback"], "score_rejected": float("nan")},
+        "score",
+    ),
+    "a score beyond floats": ({**SAME["UltraFeedback"], "score_rejected": 10**400}, "score"),
+    "answers of other white space": ({**SAME["texts"], "rejected": f"\n{GOOD} "}, "no_difference"),
+    "answers in two Unicode forms": (
+        {**SAME["texts"], "chosen": "caf\u00e9", "rejected": "cafe\u0301"},
+        "no_difference",
+    ),
+    "calls of other order": (
+        {"prompt": [USER], "chosen": [called({"a": 1, "b": 2})], "rejected": [called({"b": 2, "a": 1})]},
+        "no_difference",
+    ),
+    "a prompt that ends with an answer": ({**SAME["texts"], "prompt": [USER, said(GOOD)]}, "no_prompt"),
+    "a prompt without a user": ({**SAME["texts"], "prompt": [said("Be brief.", "system")]}, "no_prompt"),
+    "a prompt column that is a part of a word": (
+        {"prompt": "hat", "chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)]},
+        "prompts_differ",
+    ),
     "a column that is not read": ({**SAME["texts"], "context": "The sea."}, "unused_column"),
     "a picture": ({**SAME["texts"], "images": ["a.png"]}, "unused_column"),
 }
@@ -150,6 +174,12 @@ def test_what_is_no_pair_says_why(name):
     with pytest.raises(RowError) as error:
         read(row)
     assert error.value.reason == reason and "found" in str(error.value)
+
+
+def test_answers_that_differ_in_case_or_inner_white_space_are_a_pair():
+    for other in (GOOD.upper(), GOOD.replace(" ", "  ")):
+        assert read({**SAME["texts"], "rejected": other})
+    assert read({"prompt": [USER], "chosen": [called({"a": 1})], "rejected": [called({"a": 2})]})
 
 
 @pytest.mark.parametrize("label", [2, "yes", None, 0.5, [1], "", float("nan")])

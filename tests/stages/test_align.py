@@ -1,16 +1,21 @@
 """Stage align on hand-made outputs of pairs, train and render: adapter, figures, what is copied."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from finetune.recipe import Model, Quantization, Train
 from finetune.stages import align
 from tests.helpers.preferences import judged_rows, pair_rows, start_adapter, write_pairs
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+LN_2 = 0.69314718
 TEMPLATE = {"name": "t", "terminators": [2], "pad_token": "<unk>", "bos": True}
 
 
@@ -40,10 +45,14 @@ def spec(base, method="dpo", loss="sigmoid", **train):
     )  # fmt: skip
 
 
-def test_the_aligned_adapter_is_whole_and_its_figures_are_on_disk(base, inputs, ctx, tmp_path):
+@DEVICES
+def test_the_aligned_adapter_is_whole_and_its_figures_are_on_disk(device, base, inputs, ctx, tmp_path):
+    """On a GPU this is the proof before step 1, in its precision, and what the plan chose for it."""
     out = tmp_path / "out"
     out.mkdir()
-    metrics = align.run(spec(base), inputs, out, ctx)
+    metrics = align.run(spec(base), inputs, out, replace(ctx, device=device))
+    assert metrics["device"] == ("cpu" if device == "cpu" else torch.cuda.get_device_name())
+    assert metrics["first_loss"] == pytest.approx(LN_2, abs=1e-6 if device == "cpu" else 5e-3)
     before, after = (load_file(str(p / "adapter" / "adapter_model.safetensors")) for p in (inputs["train"], out))
     assert before.keys() == after.keys() and any((before[n] != after[n]).any() for n in before)
     assert not (out / "adapter" / "ref").exists()
@@ -55,10 +64,11 @@ def test_the_aligned_adapter_is_whole_and_its_figures_are_on_disk(base, inputs, 
     assert figures["perplexity_start"] > 0 and figures["answers"] == 2
 
 
-def test_kto_takes_single_answers(base, inputs, ctx, tmp_path):
+@DEVICES
+def test_kto_takes_single_answers(device, base, inputs, ctx, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     write_pairs(inputs["pairs"] / "train.parquet", judged_rows(16))
     write_pairs(inputs["pairs"] / "eval.parquet", judged_rows(10, seed=1))
-    metrics = align.run(spec(base, "kto", "kto"), inputs, out, ctx)
+    metrics = align.run(spec(base, "kto", "kto"), inputs, out, replace(ctx, device=device))
     assert metrics["eval_pairs"] == 10 and metrics["accuracy"] > 0.5

@@ -251,6 +251,31 @@ def test_prompts_and_answers_of_held_out_sft_rows_are_not_trained_on(work):
     assert "its answer is that of sft:4" in detail["rows.jsonl:10"]
 
 
+def test_pairs_that_share_text_with_evaluation_data_are_left_out(work):
+    rows = [pair(i) for i in range(30)]
+    quoted = "the quick brown fox of seven words jumps over the lazy dogs of the whole village"
+    rows[4]["rejected"] = f"So {quoted.upper()}!"
+    rows[6]["chosen"] = f"It is said: {quoted}."
+    (work.folder / "test.jsonl").write_text(
+        json.dumps({"instruction": "Q?", "output": f"A. {quoted}"})
+        + "\n"
+        + json.dumps({"instruction": pair(8)["prompt"].upper(), "output": "B."})
+    )
+    against = f"decontaminate:\n  against: [{{source: local, path: {work.folder / 'test.jsonl'}}}]\n"
+    metrics, out = work.run(rows, more=against)
+    assert rejects(out) == dict.fromkeys(("rows.jsonl:5", "rows.jsonl:7", "rows.jsonl:9"), "contaminated")
+    detail = {r["id"]: r["detail"] for r in table(out / "rejects.parquet")}
+    assert detail["rows.jsonl:9"].endswith("with test.jsonl:2 of the evaluation data")
+    assert "the quick brown fox" in detail["rows.jsonl:5"] and metrics["dropped_because"] == {"contaminated": 3}
+    # held-out pairs of the user's own are evaluation data themselves
+    _, out = work.run(rows[10:], eval_rows=[rows[8]], more=against)
+    assert not rejects(out)
+    # by vectors, each part of a pair taken apart; and a recipe without the section keeps its key
+    close = [*rows[:8], pair(8, prompt=pair(8)["prompt"].replace("What is", "Tell me")), *rows[10:]]
+    _, out = work.run(close, section="  method: kto\n", more=against + "  ngram: 40\n  embedding_threshold: 0.8\n")
+    assert rejects(out) == dict.fromkeys(("rows.jsonl:9+", "rows.jsonl:9-"), "contaminated")
+
+
 def test_your_own_held_out_pairs_stay_whole_and_their_prompts_are_not_trained_on(work):
     held = [pair(i) for i in (2, 50, 51)]
     metrics, out = work.run([pair(i) for i in range(20)], eval_rows=held)
