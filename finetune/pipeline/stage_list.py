@@ -52,7 +52,7 @@ class Stage:
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
     rows: Literal["", "training", "any"] = ""  # the rows without which it is off; any: held-out ones are enough
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
-    working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
+    working: str = ""  # a folder needed only while building (checkpoints, partitions): removed after the manifest
     replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
 
 
@@ -60,8 +60,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("base", 2, (), base.spec, base.fingerprint, base.run),
     Stage("generate", 1, (), generate.spec, generate.fingerprint, generate.run, also=generate.also),
     Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, rows="any"),
-    Stage("filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows="training"),
-    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows="training"),
+    Stage(
+        "filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, rows="training", working="parts"
+    ),
+    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, rows="training", working="parts"),
     Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, rows="training"),
     Stage(
         "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
@@ -71,8 +73,8 @@ STAGES: tuple[Stage, ...] = (
         "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, rows="training"
     ),
     Stage("split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, rows="any", also=split.also),
-    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows="any"),
-    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows="training"),
+    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, rows="any", working="parts"),
+    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, rows="training", working="parts"),
     # Before train, so that bad preference data are refused before hours of SFT.
     Stage("pairs", 1, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run),
     Stage(
