@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.dedup.index import FlatIndex, Pairs, Queries, sorted_pairs
+from finetune.dedup.index import MAX_PAIRS, MIN_QUERIES, FlatIndex, Pairs, Queries, sorted_pairs
 from finetune.dedup.measures import Cosine, Rows
 from finetune.utils.runtime import usable_cpus
 
@@ -27,7 +27,8 @@ TRAINED_ON = 24  # rows per cell
 ROUNDS = 5  # of k-means
 PROBES = 16
 PLACED_TOGETHER = 8192  # rows
-FIRST_QUERIES, MOST_QUERIES = 8192, 1 << 17  # compared together
+FIRST_QUERIES, MOST_QUERIES = 1024, 1 << 17  # compared together
+MOST_PAIRS = 4 * MAX_PAIRS  # of them; a chunk with more is asked again in quarters
 SEED = 0  # of the algorithm, not of the recipe
 
 
@@ -155,31 +156,42 @@ class CellIndex:
 
     def pairs(self, queries: Rows, score: float) -> Iterator[Pairs]:
         """Yield (query i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j."""
-        from threadpoolctl import threadpool_limits
-
         if self._cells is None:
             self._cells = dict(_by_cell(self._near[self._rows, :1]))
-        there, threads = self._cells, usable_cpus()
-        for start, stop in self._size.parts(len(queries)):
-            block = queries[start:stop]
-            groups = [(c, places) for c, places in _by_cell(self._near[block]) if c in there]
-
-            def compared(part: list[tuple[int, NDArray[np.int64]]], block: Rows = block) -> list[Pairs]:
-                found = []
-                for cell, places in part:
-                    scores = self._of(block[places]) @ self._of(self._rows[there[cell]]).T
-                    i, j = np.nonzero(scores > score)
-                    if len(i):
-                        found.append((places[i], there[cell][j], scores[i, j]))
-                return found
-
-            with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-                found = [
-                    one for part in pool.map(compared, [groups[k::threads] for k in range(threads)]) for one in part
-                ]
-            self._size.report(stop - start, sum(len(i) for i, _, _ in found))
+        start = 0
+        while start < len(queries):
+            block = queries[start : start + self._size.rows]
+            found = self._above(block, score)
+            if sum(len(i) for i, _, _ in found) > MOST_PAIRS and self._size.shrink():
+                continue
+            self._size.report(len(block), sum(len(i) for i, _, _ in found))
             i, j, scores = sorted_pairs(found)
             yield i + start, j, scores
+            start += len(block)
+
+    def _above(self, block: Rows, score: float) -> list[Pairs]:
+        """Return the pairs of one chunk of queries; not all, if there are more than MOST_PAIRS and it can shrink."""
+        from threadpoolctl import threadpool_limits
+
+        there, threads, shrinks = self._cells or {}, usable_cpus(), len(block) > MIN_QUERIES
+        groups = [(cell, places) for cell, places in _by_cell(self._near[block]) if cell in there]
+        total = 0
+
+        def compared(part: list[tuple[int, NDArray[np.int64]]]) -> list[Pairs]:
+            nonlocal total
+            found = []
+            for cell, places in part:
+                if shrinks and total > MOST_PAIRS:
+                    break
+                scores = self._of(block[places]) @ self._of(self._rows[there[cell]]).T
+                i, j = np.nonzero(scores > score)
+                if len(i):
+                    found.append((places[i], there[cell][j], scores[i, j]))
+                    total += len(i)
+            return found
+
+        with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+            return [one for part in pool.map(compared, [groups[k::threads] for k in range(threads)]) for one in part]
 
     def _of(self, rows: Rows) -> NDArray[np.float32]:
         return self._vectors.take(rows, axis=0)

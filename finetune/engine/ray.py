@@ -59,8 +59,9 @@ class RayEngine:
             while waiting:
                 yield _taken(*waiting.popleft())
         finally:
-            for one, _ in waiting:
-                ray.cancel(one, force=True)
+            if ray.is_initialized():  # an abandoned map may end after its cluster, and would start another
+                for one, _ in waiting:
+                    ray.cancel(one, force=True)
 
 
 _state: dict[int, Callable[[Any], Any]] = {}  # of a worker process: the number of a map -> its function
@@ -101,25 +102,27 @@ def _one_sentence(which: str) -> Iterator[None]:
 
     try:
         yield
-    except exceptions.RayTaskError as error:
-        if isinstance(error.cause, ImportError):
-            raise InputError(
-                f"--engine ray: a worker cannot import what {which} needs: {_line(error.cause)}; install the same "
-                "packages on every node (constraints.txt)"
-            ) from None
-        raise error.as_instanceof_cause() from None
-    except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
-        raise FinetuneError(
-            f"a worker process ended unexpectedly (out of memory?) {RETRIES + 1} times at {which}: {_line(error)}; run "
-            "again, with --engine local --set runtime.workers=1 if it repeats"
-        ) from None
-    except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError):
-        raise FinetuneError(
-            f"Ray's object store and the disk it spills to are full at {which}; free space in Ray's temporary folder "
-            "(/tmp/ray), or start the nodes with a larger --object-store-memory, and run again"
-        ) from None
     except exceptions.RayError as error:
-        raise FinetuneError(f"the Ray cluster lost {which}: {_line(error)}; run again") from None
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ImportError):
+            raise InputError(
+                f"--engine ray: a worker cannot import what {which} needs: {_line(cause)}; install the same packages "
+                "on every node (constraints.txt)"
+            ) from None
+        if isinstance(error, exceptions.RayTaskError) and not isinstance(cause, exceptions.RayError):
+            raise error.as_instanceof_cause() from None
+        fault = cause if isinstance(cause, exceptions.RayError) else error
+        if isinstance(fault, exceptions.WorkerCrashedError | exceptions.OutOfMemoryError | exceptions.NodeDiedError):
+            raise FinetuneError(
+                f"a worker process ended unexpectedly (out of memory?) {RETRIES + 1} times at {which}: {_line(fault)}; "
+                "run again, with --engine local --set runtime.workers=1 if it repeats"
+            ) from None
+        if isinstance(fault, exceptions.ObjectStoreFullError | exceptions.OutOfDiskError):
+            raise FinetuneError(
+                f"Ray's object store and the disk it spills to are full at {which}; free space in Ray's temporary "
+                "folder (/tmp/ray), or start the nodes with a larger --object-store-memory, and run again"
+            ) from None
+        raise FinetuneError(f"the Ray cluster lost {which}: {_line(fault)}; run again") from None
 
 
 def _line(error: BaseException) -> str:
@@ -149,8 +152,11 @@ def started(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray's default is without end
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to Ray's makers
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call without a cluster fails, it starts none
     import ray
 
+    # Else Ray prints hundreds of lines for each lost process, node and full disk; there is no option for it.
+    ray._private.worker.print_to_stdstream = lambda *data, **how: None
     handler = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from finetune.dedup import cells, large
+from finetune.dedup import cells, index, large
 from finetune.dedup import select as selecting
 from finetune.dedup.cells import CellCosine, Cells
 from finetune.dedup.index import FlatIndex
@@ -42,15 +42,15 @@ def measure_of(vectors, probes=None):
 @pytest.mark.parametrize("probes", [1, 3, 10**6])
 def test_every_pair_is_a_true_one_and_all_are_found_in_all_cells(small, probes):
     vectors = corpus()
-    index = measure_of(vectors, probes).search()
+    search = measure_of(vectors, probes).search()
     for start in range(0, 600, 150):
-        index.add(np.arange(start, start + 150))
+        search.add(np.arange(start, start + 150))
     got = {}
-    for chunk in index.pairs(np.arange(600), THRESHOLD):
+    for chunk in search.pairs(np.arange(600), THRESHOLD):
         got |= {(i, j): s for i, j, s in zip(*(c.tolist() for c in chunk), strict=True)}
     table = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
     true = set(zip(*(x.tolist() for x in np.nonzero(table >= THRESHOLD)), strict=True))
-    assert len(index) == 600 and set(got) <= true
+    assert len(search) == 600 and set(got) <= true
     assert all(abs(score - table[pair]) < 1e-5 for pair, score in got.items())
     assert (set(got) == true) == (probes > 3) or probes == 3
 
@@ -71,6 +71,21 @@ def test_blocks_and_threads_change_nothing(small, monkeypatch):
     assert all(select(range(600), None, [other], size) == whole for size in (7, 100))
     found = [groups(vectors, [], THRESHOLD, FlatIndex, 100, measure=measure).tolist() for measure in (one, other)]
     assert found[0] == found[1]
+
+
+def test_queries_with_many_pairs_are_asked_in_smaller_chunks(monkeypatch):
+    vectors = corpus(noise=0.1, twins=0.99)
+    whole = select(range(600), None, [measure_of(vectors)], 600)
+    for name, value in (("MOST_PAIRS", 300), ("MIN_QUERIES", 20), ("FIRST_QUERIES", 400)):
+        monkeypatch.setattr(cells, name, value)
+    monkeypatch.setattr(index, "MIN_QUERIES", 20)
+    measure = measure_of(vectors)
+    search = measure.search()
+    search.add(np.arange(600))
+    found = np.concatenate([np.stack(chunk[:2]) for chunk in search.pairs(np.arange(600), THRESHOLD)], axis=1)
+    table = vectors @ vectors.T
+    assert np.array_equal(found, np.stack(np.nonzero(table > THRESHOLD))) and measure.size.rows < 400
+    assert select(range(600), None, [measure], 600) == whole
 
 
 def test_a_block_whose_rows_all_match_is_halved(monkeypatch):

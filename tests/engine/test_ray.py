@@ -130,10 +130,16 @@ def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_p
         assert list(cluster.map(partial(squares, 1), parts, 7)) == list(Local(1).map(partial(squares, 1), parts, 7))
         with pytest.raises(InputError, match="row 7 is wrong"):
             list(cluster.map(partial(squares, 0), [1, 7, 2], 3))
+        abandoned = cluster.map(partial(squares, 0), [1] * 9, 9)
+        assert next(abandoned) == 1
         done = list(cluster.map(partial(dying, str(tmp_path)), range(8), 8))
         with pytest.raises(FinetuneError, match=r"ended unexpectedly .* 3 times at partition 1 of 1"):
             list(cluster.map(always_killed, [0], 1))
     assert [value for value, _ in done] == [10 * part for part in range(8)]
+    import ray
+
+    abandoned.close()  # as an interrupted stage's is, after its cluster
+    assert not ray.is_initialized()
     assert len(said) == 1 and said[0].startswith("Ray's dashboard: ") and signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "died-3").exists() and len({pid for _, pid in done}) >= 2
 
