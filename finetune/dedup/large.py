@@ -15,7 +15,7 @@ from finetune.dedup.recall import missed_twins, wilson
 from finetune.dedup.select import Pair, select
 
 LARGE_ROWS = 100_000  # more are searched by cells on a CPU, unless the recipe asks for every pair
-BLOCK_ROWS = 1 << 17  # compared together: many times as many queries as there are cells
+BLOCK_ROWS = 1 << 16  # compared together: several queries for each cell, and most twins were kept before
 RECALL, LOW = 0.999, 0.998  # that a search must reach: measured, and the lower end of its 95 % interval
 SAMPLED_PER_DROPPED = 2900  # × kept / dropped rows are compared with all: one miss among them is still enough
 MOST_SAMPLED = 0.25  # share of the kept rows; a larger sample costs half of comparing every pair

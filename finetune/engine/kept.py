@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import xxhash
 
 from finetune import __version__
+from finetune.errors import FinetuneError
 from finetune.utils.files import cache_file, canonical_json, hash_file
 from finetune.utils.runtime import describe_environment
 
@@ -53,7 +54,9 @@ class Kept:
         done = self._engine.map(build, left, rows)
         for number in range(len(parts)):
             if number in there:
-                yield pickle.loads(self._read(call, number) or b"")  # noqa: S301 - signed by this user
+                if (content := self._read(call, number)) is None:
+                    raise FinetuneError(f"{self._place(call, number)} changed while the stage ran; run again")
+                yield pickle.loads(content)  # noqa: S301 - signed by this user
                 continue
             result = next(done)
             self._write(call, number, pickle.dumps(result, protocol=5))
