@@ -109,8 +109,8 @@ def _one_sentence(which: str) -> Iterator[None]:
                 f"--engine ray: a worker cannot import what {which} needs: {_line(cause)}; install the same packages "
                 "on every node (constraints.txt)"
             ) from None
-        if isinstance(error, exceptions.RayTaskError) and not isinstance(cause, exceptions.RayError):
-            raise error.as_instanceof_cause() from None
+        if isinstance(cause, Exception) and not isinstance(cause, exceptions.RayError):
+            raise cause from error  # which has the worker's traceback
         fault = cause if isinstance(cause, exceptions.RayError) else error
         if isinstance(fault, exceptions.WorkerCrashedError | exceptions.OutOfMemoryError | exceptions.NodeDiedError):
             raise FinetuneError(

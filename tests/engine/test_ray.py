@@ -81,6 +81,31 @@ def test_only_rank_0_starts_a_cluster_and_both_roots_are_there_before(tmp_path, 
         assert len(seen) == 2 and all(folder.is_dir() for folder in seen)
 
 
+@needs_ray
+def test_faults_of_ray_are_one_sentence_and_errors_of_the_work_are_themselves():
+    from ray import exceptions
+
+    def in_task(cause):
+        return exceptions.RayTaskError("work", "Traceback …", cause)
+
+    full, crashed = exceptions.OutOfDiskError("full"), exceptions.WorkerCrashedError()
+    for error, kind, words in (
+        (in_task(ModuleNotFoundError("No module named 'plugin'")), InputError, "cannot import .* named 'plugin'"),
+        (full, FinetuneError, "object store and the disk it spills to are full at partition 3"),
+        (in_task(full), FinetuneError, "object store and the disk it spills to are full at partition 3"),
+        (exceptions.ObjectStoreFullError("full"), FinetuneError, "--object-store-memory"),
+        (crashed, FinetuneError, "ended unexpectedly .* at partition 3"),
+        (exceptions.NodeDiedError("gone\nmore"), FinetuneError, "gone more"),
+        (exceptions.RaySystemError("broken"), FinetuneError, "the Ray cluster lost partition 3: .*broken"),
+        (in_task(MemoryError("here")), MemoryError, "here"),
+        (in_task(OSError(28, "No space left")), OSError, "No space left"),
+    ):
+        with pytest.raises(kind, match=words) as caught, engine._one_sentence("partition 3"):
+            raise error
+        if isinstance(caught.value, FinetuneError):
+            assert type(caught.value) is kind and "\n" not in str(caught.value)
+
+
 def killed(part):
     os.kill(os.getpid(), signal.SIGKILL)
 
