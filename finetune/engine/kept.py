@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 SIGNATURE_BYTES = 32
+ROOM = 2  # times the size of all partitions must be free: their results, and the files that are made of them
 
 
 class Kept:
     """An engine that keeps the result of each partition in `folder`, and takes those that are there.
 
     A file is a pickle behind its BLAKE2b digest, keyed by a secret in this user's cache folder: only what this user
-    wrote is unpickled, for the same stage key, partition and versions. A full disk only means that less is kept.
+    wrote is unpickled, for the same stage key, partition and versions. On a disk that is nearly full less is kept.
     """
 
     def __init__(self, engine: Engine, folder: Path, key: str) -> None:
@@ -59,7 +61,7 @@ class Kept:
                 yield pickle.loads(content)  # noqa: S301 - signed by this user
                 continue
             result = next(done)
-            self._write(call, number, pickle.dumps(result, protocol=5))
+            self._write(call, number, pickle.dumps(result, protocol=5), len(parts))
             yield result
 
     def _place(self, call: int, number: int) -> Path:
@@ -79,9 +81,11 @@ class Kept:
         signature, content = found[:SIGNATURE_BYTES], found[SIGNATURE_BYTES:]
         return content if secrets.compare_digest(signature, self._signature(call, number, content)) else None
 
-    def _write(self, call: int, number: int, content: bytes) -> None:
+    def _write(self, call: int, number: int, content: bytes, parts: int) -> None:
         place = self._place(call, number)
         try:
+            if shutil.disk_usage(self._folder.parent).free < ROOM * len(content) * parts:
+                return
             place.parent.mkdir(exist_ok=True)
             with place.open("wb") as file:
                 file.write(self._signature(call, number, content))

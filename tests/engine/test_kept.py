@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,9 @@ def test_without_a_place_to_write_the_results_are_the_same(tmp_path, monkeypatch
     expected = [[1, 4], [2, 5]]
     assert computed(tmp_path / "file", [1, 2])[0] == expected
     assert computed(tmp_path / "none" / "parts", [1, 2])[0] == expected and not (tmp_path / "none").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9))
+        assert computed(tmp_path / "parts", [1, 2])[0] == expected and not (tmp_path / "parts").exists()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert computed(tmp_path / "parts", [1, 2])[0] == expected and not (tmp_path / "parts").exists()
 
