@@ -159,19 +159,19 @@ def started(
     ray._private.worker.print_to_stdstream = lambda *data, **how: None
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(
-            address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None,
-            num_cpus=None if address else usable_cpus() if workers == "auto" else workers,
-            namespace="finetune",
-            runtime_env={"env_vars": ENVIRONMENT},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"no Ray cluster could be joined at {address}" if address else "Ray could not start on this machine"
-        raise InputError(f"--engine ray: {where}: {_line(error)}") from None
-    try:
+        try:
+            context = ray.init(
+                address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None,
+                num_cpus=None if address else usable_cpus() if workers == "auto" else workers,
+                namespace="finetune",
+                runtime_env={"env_vars": ENVIRONMENT},
+            )
+        except Exception as error:  # Ray raises Exception itself, if a process of its own does not start in 30 s
+            where = f"no Ray cluster could be joined at {address}" if address else "Ray could not start on this machine"
+            raise InputError(f"--engine ray: {where}: {_line(error)}") from None
         if handler is not signal.getsignal(signal.SIGTERM):  # Ray's own would end the process without saving
             signal.signal(signal.SIGTERM, handler)
         shown = f"http://{context.dashboard_url}" if context.dashboard_url else "none (pip install 'ray[default]')"
