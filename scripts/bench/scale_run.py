@@ -29,6 +29,8 @@ from curation_checks import read
 from recombined import recombined, sentences
 from scale import FILES, real_groups
 
+from finetune.dedup.cells import MOST_CELLS, ROWS_PER_CELL
+
 PARTITIONED = ("filter", "embed", "render", "pack")
 STAGES = ("ingest", *PARTITIONED[:2], "dedup", "split", *PARTITIONED[2:])
 TARGET_ROWS = 100_000_000
@@ -127,11 +129,15 @@ def table(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     total = [0.0, 0.0, 0.0]
     for name in STAGES:
-        grown = stages[name] * (TARGET_ROWS / rows) ** power.get(name, 1.0) / 3600
+        grown = stages[name] * (TARGET_ROWS / rows) / 3600
+        if name in power:
+            capped = max(rows, MOST_CELLS * ROWS_PER_CELL)  # more rows fill the same cells
+            grown = stages[name] * (capped / rows) ** power[name] * (TARGET_ROWS / capped) ** 2 / 3600
         hours = [grown * (2 / cores if name in PARTITIONED else 1) for cores in (2, 64, 512)]
         total = [t + h for t, h in zip(total, hours, strict=True)]
         shown = " | ".join(f"{h:.1f}" for h in hours)
-        print(f"| {name} | {stages[name]} | n^{power.get(name, 1.0):.2f} | {shown} |")
+        grows = f"n^{power[name]:.2f}, n² above {MOST_CELLS * ROWS_PER_CELL / 1e6:.1f} M" if name in power else "n"
+        print(f"| {name} | {stages[name]} | {grows} | {shown} |")
     print(f"| all | {sum(stages.values()):.1f} | | {' | '.join(f'{t:.1f}' for t in total)} |")
     print(f"vectors of 384 float32 on the calling machine: {TARGET_ROWS * 384 * 4 / 1e9:.0f} GB, memory-mapped")
 
