@@ -117,7 +117,8 @@ def _engine(
     folders = [store.artifacts, store.scratch] if address else []
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    return ray.started(address, folders, ctx.say, [recipe.render.template_file] if recipe.render.template_file else [])
+    files = [recipe.render.template_file] if recipe.render.template_file else []
+    return ray.started(address, folders, ctx.say, files, recipe.runtime.workers)
 
 
 def _save_record(record: Run, screen: Screen) -> None:

@@ -145,20 +145,23 @@ class RowRange:
 
     def read(self) -> list[Example]:
         """The rows, reading only the row groups that hold them."""
+        return [row for batch in self.table().combine_chunks().to_batches() for row in examples_of(batch)]
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows as a table, reading only the row groups that hold them; all columns, or some."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        found: list[Example] = []
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
-            first = 0
+            names = list(columns or file.schema_arrow.names)
+            found, first = [file.schema_arrow.empty_table().select(names)], 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if first < self.stop and self.start < first + count:
                     low, high = max(self.start - first, 0), min(self.stop - first, count)
-                    table = file.read_row_group(group).slice(low, high - low)
-                    for batch in table.combine_chunks().to_batches():
-                        found += examples_of(batch)
+                    found.append(file.read_row_group(group, columns=names).slice(low, high - low))
                 first += count
-        return found
+        return pa.concat_tables(found)
 
 
 def row_ranges(path: Path, size: int) -> list[RowRange]:

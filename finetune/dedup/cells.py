@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.dedup.index import FlatIndex, Pairs, Queries, sorted_pairs
+from finetune.dedup.index import MAX_PAIRS, MIN_QUERIES, FlatIndex, Pairs, Queries, sorted_pairs
+from finetune.dedup.measures import Cosine, Rows
 from finetune.utils.runtime import usable_cpus
 
 DIRECTIONS = 64
@@ -24,8 +26,9 @@ MOST_CELLS = 16_384  # k-means and the choice of cells cost rows × cells
 TRAINED_ON = 24  # rows per cell
 ROUNDS = 5  # of k-means
 PROBES = 16
-FIRST_QUERIES, MOST_QUERIES = 1024, 8192  # compared together
-FLAT_ROWS = 4096  # fewer are compared exactly: no slower, and nothing is missed within a block
+PLACED_TOGETHER = 8192  # rows
+FIRST_QUERIES, MOST_QUERIES = 1024, 1 << 17  # compared together
+MOST_PAIRS = 4 * MAX_PAIRS  # of them; a chunk with more is asked again in quarters
 SEED = 0  # of the algorithm, not of the recipe
 
 
@@ -80,117 +83,125 @@ class Cells:
         """Return the same cells with four times as many probes, at most all cells."""
         return replace(self, probes=min(4 * self.probes, len(self.centres)))
 
-    def nearest(self, vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """Return the `count` nearest cells of each of `vectors` (n, d), nearest first: (n, count)."""
+    def nearest(self, vectors: NDArray[np.float32]) -> NDArray[np.int16]:
+        """Return the `probes` nearest cells of each of `vectors` (N, d), nearest first: (N, probes).
+
+        Blocks of a fixed size with one thread each, so that the result does not depend on the number of threads.
+        """
         import faiss
         from threadpoolctl import threadpool_limits
 
         index = faiss.IndexFlatIP(self.centres.shape[1])
         index.add(self.centres)
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            with threadpool_limits(1):
-                found: NDArray[np.int64] = index.search(_unit(vectors @ self.directions), count)[1]
-        finally:
-            faiss.omp_set_num_threads(threads)
+        found = np.empty((len(vectors), min(self.probes, len(self.centres))), np.int16)
+
+        def place(start: int) -> None:
+            faiss.omp_set_num_threads(1)  # of this thread
+            part = _unit(vectors[start : start + PLACED_TOGETHER] @ self.directions)
+            found[start : start + PLACED_TOGETHER] = index.search(part, found.shape[1])[1]
+
+        with threadpool_limits(1), ThreadPoolExecutor(usable_cpus()) as pool:
+            list(pool.map(place, range(0, len(vectors), PLACED_TOGETHER)))
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellCosine(Cosine):
+    """`Cosine` with a search by cells, in which a row's feature is its number.
+
+    A pair is found if the one that was added is in one of the cells nearest to the other.
+
+    Attributes:
+        near: (N, probes) int16, the cells nearest to each row, nearest first: the first one holds it.
+    """
+
+    near: NDArray[np.int16]
+    size: Queries = field(default_factory=lambda: Queries(FIRST_QUERIES, MOST_QUERIES), compare=False)
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], threshold: float, cells: Cells) -> CellCosine:
+        """Place all of `vectors` (N, d), which may be memory-mapped."""
+        whole = np.asarray(vectors)  # a view without the overhead of numpy.memmap
+        return cls(whole, threshold, FlatIndex, near=cells.nearest(whole))
+
+    def search(self) -> CellIndex:
+        """An empty search."""
+        return CellIndex(self.vectors, self.near, self.size)
+
+    def features(self, rows: Rows) -> Any:  # noqa: ANN401 - what its search takes
+        """Return `rows`."""
+        return rows
 
 
 class CellIndex:
     """Pairs above a score within the probed cells; a `Search` of `finetune.dedup.measures` that may miss pairs.
 
-    Up to FLAT_ROWS rows it misses none. Queries are grouped by cell, so that a cell's vectors stay in the processor's
-    cache: FAISS's inverted file, which takes one query after another, waited for memory (a fifth of the speed).
+    Queries are grouped by cell: one matrix product for a cell's queries and its rows. FAISS's inverted file, which
+    takes one query after another, waited for memory (a fifth of the speed).
     """
 
-    def __init__(self, dimension: int, cells: Cells) -> None:
-        """An empty index for vectors of `dimension` numbers."""
-        self._cells = cells
-        self._flat = FlatIndex(dimension)
-        self._dimension = dimension
-        self._members: dict[int, _Members] = {}
-        self._count = 0
+    def __init__(self, vectors: NDArray[np.float32], near: NDArray[np.int16], size: Queries) -> None:
+        """An empty index of rows of `vectors` (N, d) with the cells `near` (N, probes)."""
+        self._vectors, self._near, self._size = vectors, near, size
+        self._rows = np.empty(0, np.int64)
+        self._cells: dict[int, NDArray[np.int64]] | None = None  # cell -> places in `rows`
 
     def __len__(self) -> int:
-        """How many vectors it holds."""
-        return self._count or len(self._flat)
+        """How many rows it holds."""
+        return len(self._rows)
 
-    def add(self, vectors: NDArray[np.float32]) -> None:
-        """Append `vectors` (N, d) float32; they get the next row numbers."""
-        if not self._count and len(self._flat) + len(vectors) <= FLAT_ROWS:
-            self._flat.add(vectors)
-            return
-        rows = np.concatenate([self._flat.vectors(), vectors]) if len(self._flat) else vectors
-        self._flat = FlatIndex(self._dimension)
-        for cell, places in _by_cell(self._cells.nearest(rows, 1)):
-            self._members.setdefault(cell, _Members(self._dimension)).add(rows[places], places + self._count)
-        self._count += len(rows)
+    def add(self, rows: Rows) -> None:
+        """Append `rows` (n,); they get the next numbers."""
+        self._rows, self._cells = np.concatenate([self._rows, rows]), None
 
-    def pairs(self, queries: NDArray[np.float32], score: float) -> Iterator[Pairs]:
-        """Yield (query row i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j."""
-        if not self._count:
-            yield from self._flat.pairs(queries, score)
-            return
+    def pairs(self, queries: Rows, score: float) -> Iterator[Pairs]:
+        """Yield (query i, indexed row j, inner product) above `score`, in chunks, sorted by i and then j."""
+        if self._cells is None:
+            self._cells = dict(_by_cell(self._near[self._rows, :1]))
+        start = 0
+        while start < len(queries):
+            block = queries[start : start + self._size.rows]
+            found = self._above(block, score)
+            if sum(len(i) for i, _, _ in found) > MOST_PAIRS and self._size.shrink():
+                continue
+            self._size.report(len(block), sum(len(i) for i, _, _ in found))
+            i, j, scores = sorted_pairs(found)
+            yield i + start, j, scores
+            start += len(block)
+
+    def _above(self, block: Rows, score: float) -> list[Pairs]:
+        """Return the pairs of one chunk of queries; not all, if there are more than MOST_PAIRS and it can shrink."""
         from threadpoolctl import threadpool_limits
 
-        probes, threads = min(self._cells.probes, len(self._cells.centres)), usable_cpus()
-        size = Queries(FIRST_QUERIES, MOST_QUERIES)
+        there, threads, shrinks = self._cells or {}, usable_cpus(), len(block) > MIN_QUERIES
+        groups = [(cell, places) for cell, places in _by_cell(self._near[block]) if cell in there]
+        total = 0
+
+        def compared(part: list[tuple[int, NDArray[np.int64]]]) -> list[Pairs]:
+            nonlocal total
+            found = []
+            for cell, places in part:
+                if shrinks and total > MOST_PAIRS:
+                    break
+                scores = self._of(block[places]) @ self._of(self._rows[there[cell]]).T
+                i, j = np.nonzero(scores > score)
+                if len(i):
+                    found.append((places[i], there[cell][j], scores[i, j]))
+                    total += len(i)
+            return found
+
         with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-            for start, stop in size.parts(len(queries)):
-                block = np.ascontiguousarray(queries[start:stop], np.float32)
-                groups = [
-                    (block, places, self._members[cell], score)
-                    for cell, places in _by_cell(self._cells.nearest(block, probes))
-                    if cell in self._members
-                ]
-                parts = [groups[k::threads] for k in range(threads)]
-                found = [pairs for part in pool.map(_compared, parts) for pairs in part]
-                size.report(stop - start, sum(len(i) for i, _, _ in found))
-                i, j, scores = sorted_pairs(found)
-                yield i + start, j, scores
+            return [one for part in pool.map(compared, [groups[k::threads] for k in range(threads)]) for one in part]
+
+    def _of(self, rows: Rows) -> NDArray[np.float32]:
+        return self._vectors.take(rows, axis=0)
 
 
-def _compared(groups: list[tuple[NDArray[np.float32], NDArray[np.int64], _Members, float]]) -> list[Pairs]:
-    """Return the pairs above the score of each (block, places of queries in it, members of a cell, score)."""
-    found = []
-    for block, places, members, score in groups:
-        scores = block[places] @ members.vectors.T
-        i, j = np.nonzero(scores > score)
-        if len(i):
-            found.append((places[i], members.rows[j], scores[i, j]))
-    return found
-
-
-class _Members:
-    """The vectors and row numbers of a cell, in buffers that grow by a quarter."""
-
-    def __init__(self, dimension: int) -> None:
-        self._vectors = np.empty((0, dimension), np.float32)
-        self._rows = np.empty(0, np.int64)
-        self._count = 0
-
-    @property
-    def vectors(self) -> NDArray[np.float32]:
-        return self._vectors[: self._count]
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        return self._rows[: self._count]
-
-    def add(self, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
-        stop = self._count + len(rows)
-        if stop > len(self._rows):
-            more = stop + stop // 4 - self._count
-            self._vectors = np.concatenate([self.vectors, np.empty((more, vectors.shape[1]), np.float32)])
-            self._rows = np.concatenate([self.rows, np.empty(more, np.int64)])
-        self._vectors[self._count : stop], self._rows[self._count : stop] = vectors, rows
-        self._count = stop
-
-
-def _by_cell(cells: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _by_cell(cells: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield each cell of `cells` (n, p) with the rows that have it, ascending."""
     flat = cells.ravel()
+    if not len(flat):
+        return
     order = np.argsort(flat, kind="stable")
     edges = np.flatnonzero(np.r_[True, flat[order][1:] != flat[order][:-1], True])
     for start, stop in pairwise(edges.tolist()):

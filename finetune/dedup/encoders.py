@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,30 +72,39 @@ def static(texts: list[str], name: str, ctx: Context, folder: Path | None) -> ND
     Raises:
         InputError: model2vec is not installed, or the model is neither local nor downloadable.
     """
-    try:
-        from model2vec import StaticModel
-    except ImportError as error:
+    if importlib.util.find_spec("model2vec") is None:
         raise InputError(
             f"dedup.embedding: {STATIC}{name} needs a package that is not installed: pip install model2vec"
-        ) from error
+        )
     if folder is not None and not folder.is_dir():
         raise InputError(f"dedup.embedding: there is no folder {folder}")
-    try:
+    with _loading(name):
         place = folder or _downloaded(name, ctx)
         _try_tokenizers(place)
+    parts = [texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL)]
+    done = ctx.engine.map(partial(_static_encoder, place, name), parts, len(texts))
+    return np.concatenate(list(ctx.track(done, "embed", total=len(parts))))
+
+
+def _static_encoder(place: Path, name: str) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """Build the function that embeds texts with the static model in the folder `place`."""
+    from model2vec import StaticModel
+
+    with _loading(name):
         # Whole texts: a mean over the first 512 tokens would be equal for two long answers with the same beginning.
         model = StaticModel.from_pretrained(place, max_length=None, force_download=False)
+    return lambda texts: np.asarray(model.encode(texts, use_multiprocessing=False), np.float32)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"dedup.embedding: {name!r} could not be loaded as a model2vec model ({error}); give a Hub name that this "
             "machine can reach, or the folder of a downloaded model"
         ) from error
-    parts = []
-    starts = range(0, len(texts), TEXTS_PER_CALL)
-    for start in ctx.track(starts, "embed", total=len(starts)):
-        chunk = texts[start : start + TEXTS_PER_CALL]
-        parts.append(np.asarray(model.encode(chunk, use_multiprocessing=False), np.float32))
-    return np.concatenate(parts)
 
 
 def _downloaded(name: str, ctx: Context) -> Path:

@@ -42,6 +42,16 @@ class Queries:
     def __init__(self, first: int = MIN_QUERIES, most: int = MAX_QUERIES) -> None:
         self._size, self._most = first, most
 
+    @property
+    def rows(self) -> int:
+        """The size of the next chunk."""
+        return self._size
+
+    def shrink(self) -> bool:
+        """Quarter the size after a chunk with too many pairs; return whether that is possible."""
+        before, self._size = self._size, max(MIN_QUERIES, self._size // 4)
+        return self._size < before
+
     def parts(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of one chunk after another; call `report` after each."""
         start = 0

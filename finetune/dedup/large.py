@@ -7,15 +7,15 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from finetune.dedup.cells import CellIndex, Cells
+from finetune.dedup.cells import CellCosine, Cells
 from finetune.dedup.index import FlatIndex
 from finetune.dedup.jaccard import Jaccard
-from finetune.dedup.measures import Cosine, NewSearch, Rows, Vectors
+from finetune.dedup.measures import Cosine, Rows, Vectors
 from finetune.dedup.recall import missed_twins, wilson
 from finetune.dedup.select import Pair, select
 
 LARGE_ROWS = 100_000  # more are searched by cells on a CPU, unless the recipe asks for every pair
-BLOCK_ROWS = 8192  # compared together: about as many queries as there are cells
+BLOCK_ROWS = 1 << 16  # compared together: several queries for each cell, and most twins were kept before
 RECALL, LOW = 0.999, 0.998  # that a search must reach: measured, and the lower end of its 95 % interval
 SAMPLED_PER_DROPPED = 2900  # × kept / dropped rows are compared with all: one miss among them is still enough
 MOST_SAMPLED = 0.25  # share of the kept rows; a larger sample costs half of comparing every pair
@@ -32,10 +32,9 @@ def searched_by_cells(rows: int, device: str, exhaustive: bool) -> bool:
     return pick_device(device) == "cpu"
 
 
-def cell_search(vectors: Vectors) -> NewSearch:
-    """Return a function that creates an empty search by the cells of `vectors` (N, d)."""
-    cells = Cells.of(vectors)
-    return lambda dimension: CellIndex(dimension, cells)
+def cell_measure(vectors: Vectors, threshold: float) -> CellCosine:
+    """Return the cosine of `vectors` (N, d) with a search by their cells."""
+    return CellCosine.of(vectors, threshold, Cells.of(vectors))
 
 
 def select_measured(
@@ -59,8 +58,7 @@ def select_measured(
     """
     cells = Cells.of(vectors)
     while cells.probes < len(cells.centres):
-        fixed = cells
-        measure = Cosine(vectors, threshold, lambda dimension: CellIndex(dimension, fixed))  # noqa: B023
+        measure = CellCosine.of(vectors, threshold, cells)
         pairs = select(order, keys, [*measures, measure], BLOCK_ROWS, check)
         found = measured(measure, np.asarray(order, np.int64), pairs, check)
         if found is None:

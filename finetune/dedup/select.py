@@ -11,6 +11,8 @@ import numpy as np
 
 from finetune.dedup.measures import Best, Cosine, Measure, NewSearch, Rows, Scores, Search, Vectors, nonzero, reaches
 
+MOST_PAIRS = 8_000_000  # within a block of rows; about 40 bytes each
+FEW_ROWS = 2048
 COPY = re.compile(r"~\d+$")
 
 
@@ -62,7 +64,8 @@ def select(
         order: the row numbers to compare, each once, preferred rows first; other rows are left out.
         keys: a key for every row number, or None; an empty key (`""`, None) matches nothing.
         measures: the similarity measures.
-        block_rows: rows compared together. Memory is the features of the kept rows plus a block's pairs.
+        block_rows: rows compared together; fewer, if many of them match each other. Memory is the features of the
+            kept rows plus a block's pairs.
         check: called between blocks; may raise to stop.
 
     Returns:
@@ -75,16 +78,21 @@ def select(
     count = 0
     by_key: dict[Hashable, int] = {}  # of the kept rows
     pairs: list[Pair] = []
-    for start in range(0, len(rows), block_rows):
+    start, size = 0, block_rows
+    while start < len(rows):
         check()
-        block = rows[start : start + block_rows]
+        block = rows[start : start + size]
         best = [Best(block, m) for m in measures]
         fresh = np.array([p for p, r in enumerate(block.tolist()) if known[r] not in by_key], np.int64)
         for found, measure, search in zip(best, measures, searches, strict=True):
             for i, j, scores in search.pairs(measure.features(block[fresh]), measure.threshold - measure.band):
                 found.take(fresh[i], kept[j], scores)
             fresh = fresh[found.row[fresh] < 0]
-        chosen = fresh[_greedy(block[fresh], known, measures)]
+        among = _greedy(block[fresh], known, measures)
+        if among is None:
+            size = len(block) // 2
+            continue
+        chosen = fresh[among]
         twins = _twins_by_key(block, chosen, known, by_key)
         left = np.array([p for p in range(len(block)) if p not in twins], np.int64)
         left = left[~np.isin(left, chosen)]
@@ -95,6 +103,7 @@ def select(
         kept[count : count + len(chosen)] = block[chosen]
         count += len(chosen)
         pairs += _named(block, twins, measures, best)
+        start, size = start + len(block), min(2 * size, block_rows)
     return pairs
 
 
@@ -105,6 +114,7 @@ def groups(
     new_search: NewSearch,
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
+    measure: Cosine | None = None,
 ) -> Rows:
     """Return the group of every row: rows are linked by an equal key or a cosine of at least `threshold`, transitively.
 
@@ -117,6 +127,7 @@ def groups(
         new_search: creates an empty exact search.
         block_rows: rows compared together.
         check: called between blocks; may raise to stop.
+        measure: the cosine of these vectors and threshold, if its search is not `new_search`.
 
     Returns:
         (N,) int64, for every row the smallest row number in its group.
@@ -134,7 +145,7 @@ def groups(
         forest.join(_numbers(p.dropped for p in twins), _numbers(p.kept for p in twins))
     if vectors is None or not len(vectors):
         return forest.roots()
-    measure = Cosine(vectors, threshold, new_search)
+    measure = measure or Cosine(vectors, threshold, new_search)
     alive = np.flatnonzero(nonzero(vectors))
     # Rows with identical vectors are one node: otherwise a group of 50,000 copies would have 1.25 billion links.
     digests = [hashlib.blake2b(vectors[r].tobytes(), digest_size=16).digest() for r in alive]
@@ -146,8 +157,8 @@ def groups(
     for start in range(0, len(nodes), block_rows):
         check()
         block = nodes[start : start + block_rows]
-        search.add(vectors[block])
-        for i, j, scores in search.pairs(vectors[block], threshold - measure.band):
+        search.add(measure.features(block))
+        for i, j, scores in search.pairs(measure.features(block), threshold - measure.band):
             forest.join_similar(measure, block[i], nodes[j], scores)
     return forest.roots()
 
@@ -245,8 +256,12 @@ def _numbers(rows: Iterable[int]) -> Rows:
     return np.fromiter(rows, np.int64)
 
 
-def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -> Rows:
-    """Return the positions, in order, of the rows (n,) that the greedy rule keeps among themselves."""
+def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -> Rows | None:
+    """Return the positions, in order, of the rows (n,) that the greedy rule keeps among themselves.
+
+    None if these are many rows with more than MOST_PAIRS pairs: then fewer are to be asked together.
+    """
+    found = 0
     dropped_by: list[list[int]] = [[] for _ in range(len(rows))]
     for measure in measures:
         search: Search = measure.search()
@@ -256,6 +271,9 @@ def _greedy(rows: Rows, keys: Sequence[Hashable], measures: Sequence[Measure]) -
             later = i > j
             i, j, scores = i[later], j[later], scores[later]
             reach = reaches(measure, rows[i], rows[j], scores)
+            found += int(reach.sum())
+            if found > MOST_PAIRS and len(rows) > FEW_ROWS:
+                return None
             for row, earlier in zip(i[reach].tolist(), j[reach].tolist(), strict=True):
                 dropped_by[row].append(earlier)
     keep = np.zeros(len(rows), bool)

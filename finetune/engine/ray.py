@@ -6,19 +6,19 @@ import importlib.util
 import logging
 import os
 import secrets
+import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import xxhash
-
-from finetune import __version__
+from finetune.engine.kept import code_versions
 from finetune.errors import FinetuneError, InputError
-from finetune.utils.files import canonical_json, hash_file
+from finetune.utils.files import hash_file
+from finetune.utils.format import clipped
+from finetune.utils.runtime import usable_cpus
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,18 +46,22 @@ class RayEngine:
 
         self._calls += 1
         task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
-        built = ray.put(build)
+        with _one_sentence("the state of the workers"):
+            built = ray.put(build)
         waiting: deque[tuple[Any, str]] = deque()
         try:
             for number, part in enumerate(parts, 1):
-                waiting.append((task.remote(self._calls, built, part), f"partition {number} of {len(parts)}"))
+                which = f"partition {number} of {len(parts)}"
+                with _one_sentence(which):
+                    waiting.append((task.remote(self._calls, built, part), which))
                 if len(waiting) > AHEAD * self._workers:
                     yield _taken(*waiting.popleft())
             while waiting:
                 yield _taken(*waiting.popleft())
         finally:
-            for one, _ in waiting:
-                ray.cancel(one, force=True)
+            if ray.is_initialized():  # an abandoned map may end after its cluster, and would start another
+                for one, _ in waiting:
+                    ray.cancel(one, force=True)
 
 
 _state: dict[int, Callable[[Any], Any]] = {}  # of a worker process: the number of a map -> its function
@@ -82,35 +86,60 @@ class _Raised:
 
 
 def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401
-    from ray import exceptions, get
+    from ray import get
 
-    try:
+    with _one_sentence(which):
         found = get(reference)
-    except exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
-    except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
-        raise FinetuneError(
-            f"a worker process ended unexpectedly (out of memory?) {RETRIES + 1} times at {which}: {_line(error)}; run "
-            "again, with --engine local --set runtime.workers=1 if it repeats"
-        ) from None
-    except exceptions.RayError as error:
-        raise FinetuneError(f"the Ray cluster lost {which}: {_line(error)}") from None
     if isinstance(found, _Raised):
         raise found.error
     return found
 
 
-def _line(error: Exception) -> str:
-    """Return the first line of a Ray error, which may be empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def _one_sentence(which: str) -> Iterator[None]:
+    """Within this block Ray's errors are raised as one for a person; an error of the stage's function as it was."""
+    from ray import exceptions
+
+    try:
+        yield
+    except exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ImportError):
+            raise InputError(
+                f"--engine ray: a worker cannot import what {which} needs: {_line(cause)}; install the same packages "
+                "on every node (constraints.txt)"
+            ) from None
+        if isinstance(cause, Exception) and not isinstance(cause, exceptions.RayError):
+            raise cause from error  # which has the worker's traceback
+        fault = cause if isinstance(cause, exceptions.RayError) else error
+        if isinstance(fault, exceptions.WorkerCrashedError | exceptions.OutOfMemoryError | exceptions.NodeDiedError):
+            raise FinetuneError(
+                f"a worker process ended unexpectedly (out of memory?) {RETRIES + 1} times at {which}: {_line(fault)}; "
+                "run again, with --engine local --set runtime.workers=1 if it repeats"
+            ) from None
+        if isinstance(fault, exceptions.ObjectStoreFullError | exceptions.OutOfDiskError):
+            raise FinetuneError(
+                f"Ray's object store and the disk it spills to are full at {which}; free space in Ray's temporary "
+                "folder (/tmp/ray), or start the nodes with a larger --object-store-memory, and run again"
+            ) from None
+        raise FinetuneError(f"the Ray cluster lost {which}: {_line(fault)}; run again") from None
+
+
+def _line(error: BaseException) -> str:
+    """Return the beginning of an error as one line; its type, if it is empty."""
+    return clipped(" ".join(str(error).split()), 300) or type(error).__name__
 
 
 @contextmanager
 def started(
-    address: str | None, folders: Sequence[Path], say: Callable[[str], None], files: Sequence[Path] = ()
+    address: str | None,
+    folders: Sequence[Path],
+    say: Callable[[str], None],
+    files: Sequence[Path] = (),
+    workers: int | Literal["auto"] = "auto",
 ) -> Iterator[RayEngine]:
     """Within this block the engine of the cluster at `address` (HOST:PORT); without one, of a cluster of this machine
-    that is stopped at the end.
+    with `workers` processes (auto: one for each processor) that is stopped at the end.
 
     Raises:
         InputError: Ray is not installed, no cluster is there, it has no processors, a node has other versions, does
@@ -122,23 +151,31 @@ def started(
         _check_address(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray's default is without end
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to Ray's makers
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call without a cluster fails, it starts none
     import ray
 
+    # Else Ray prints hundreds of lines for each lost process, node and full disk; there is no option for it.
+    ray._private.worker.print_to_stdstream = lambda *data, **how: None
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(
-            address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None,
-            namespace="finetune",
-            runtime_env={"env_vars": ENVIRONMENT},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"no Ray cluster could be joined at {address}" if address else "Ray could not start on this machine"
-        raise InputError(f"--engine ray: {where}: {_line(error)}") from None
-    try:
-        if context.dashboard_url:
-            say(f"Ray's dashboard: http://{context.dashboard_url}")
+        try:
+            context = ray.init(
+                address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None,
+                num_cpus=None if address else usable_cpus() if workers == "auto" else workers,
+                namespace="finetune",
+                runtime_env={"env_vars": ENVIRONMENT},
+            )
+        except Exception as error:  # Ray raises Exception itself, if a process of its own does not start in 30 s
+            where = f"no Ray cluster could be joined at {address}" if address else "Ray could not start on this machine"
+            raise InputError(f"--engine ray: {where}: {_line(error)}") from None
+        if handler is not signal.getsignal(signal.SIGTERM):  # Ray's own would end the process without saving
+            signal.signal(signal.SIGTERM, handler)
+        shown = f"http://{context.dashboard_url}" if context.dashboard_url else "none (pip install 'ray[default]')"
+        say(f"Ray's dashboard: {shown}")
         workers = _processors(ray.cluster_resources())
         _check_nodes(folders, files)
         yield RayEngine(workers)
@@ -234,23 +271,6 @@ def _require_equal(host: str, here: Facts, there: Facts) -> None:
         raise InputError(f"--engine ray: {path} is missing or different on node {host}; copy it there")
 
 
-def _versions() -> Mapping[str, object]:
-    """Return the versions of what a worker imports; of this package also a digest of its files."""
-    from finetune.utils.runtime import describe_environment
-
-    facts = describe_environment()
-    versions = facts["versions"]
-    found = dict(versions) if isinstance(versions, Mapping) else {}
-    code = Path(__file__).parents[1]
-    files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}
-    digest = xxhash.xxh3_64(canonical_json(files).encode()).hexdigest()
-    return {
-        "finetune": f"{__version__} (files {digest})",
-        **found,
-        "python": ".".join(map(str, sys.version_info[:2])),
-    }
-
-
 def _node_facts(paths: Sequence[str]) -> Facts:
     digests: dict[str, object] = {}
     for path in paths:
@@ -258,4 +278,4 @@ def _node_facts(paths: Sequence[str]) -> Facts:
             digests[path] = hash_file(Path(path))
         except OSError:
             digests[path] = None
-    return _versions(), digests
+    return code_versions(), digests

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.context import Context
+from finetune.engine.kept import Kept
 from finetune.errors import (
     KEPT,
     FinetuneError,
@@ -238,7 +239,7 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     if not stage.collective or fresh or not (folder / BUILDING).exists():
         if stage.collective and (lost := sorted(p.parent.name for p in folder.glob("checkpoints/*/COMPLETE"))):
             ctx.say(f"{stage.name}: --fresh removes {', '.join(lost)} in {folder}")
-        store.clear(folder)
+        store.clear(folder, "" if stage.collective or fresh else stage.working)
     digests = {name: output.digest for name, output in step.inputs.items()}
     about: dict[str, Any] = {
         "recipe": recipe.name,
@@ -259,7 +260,8 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     ctx.stop.check()
     start = time.monotonic()
     hashed = Hashed()
-    ctx = dataclasses.replace(ctx, hashed=hashed.note)
+    engine = ctx.engine if stage.collective or not stage.working else Kept(ctx.engine, folder / stage.working, step.key)
+    ctx = dataclasses.replace(ctx, hashed=hashed.note, engine=engine)
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
     ctx.stop.check()  # a library may have swallowed the interruption
     seconds = time.monotonic() - start

@@ -54,7 +54,7 @@ class Stage:
     logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
     rows: Literal["", "training", "any"] = ""  # the rows without which it is off; any: held-out ones are enough
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
-    working: str = ""  # a folder needed only while building (checkpoints): removed once the manifest is written
+    working: str = ""  # a folder needed only while building (checkpoints, partitions): removed after the manifest
     replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
 
 
@@ -64,9 +64,12 @@ STAGES: tuple[Stage, ...] = (
     Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, ingest.headline, rows="any"),
     Stage(
         "filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, filter.headline,
-        rows="training",
+        rows="training", working="parts",
     ),
-    Stage("embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, embed.headline, rows="training"),
+    Stage(
+        "embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, embed.headline,
+        rows="training", working="parts",
+    ),
     Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, dedup.headline, rows="training"),
     Stage(
         "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
@@ -80,8 +83,14 @@ STAGES: tuple[Stage, ...] = (
         "split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, split.headline,
         rows="any", also=split.also,
     ),
-    Stage("render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, render.headline, rows="any"),
-    Stage("pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, pack.headline, rows="training"),
+    Stage(
+        "render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, render.headline,
+        rows="any", working="parts",
+    ),
+    Stage(
+        "pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, pack.headline,
+        rows="training", working="parts",
+    ),
     # Before train, so that bad preference data are refused before hours of SFT.
     Stage("pairs", 2, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run, pairs.headline),
     Stage(

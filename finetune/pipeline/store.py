@@ -153,10 +153,10 @@ class Store:
         finally:
             lease.release()
 
-    def clear(self, folder: Path) -> None:
-        """Remove the files of an aborted build, but not the lease."""
+    def clear(self, folder: Path, keep: str = "") -> None:
+        """Remove the files of an aborted build, but not the lease and not what is named `keep`."""
         for path in folder.iterdir():
-            if not path.name.startswith("lease."):
+            if not path.name.startswith("lease.") and path.name != keep:
                 links.remove(path, folder)
 
     def remove(self, folder: Path) -> None:

@@ -372,7 +372,7 @@ class Runtime(Section):
     fused_adapters: Literal["auto", "on", "off"] = "auto"
     """Fuse adapters with their 4-bit layers: faster for large micro-batches; auto decides."""
     workers: Count | Literal["auto"] = "auto"
-    """Processes that filter, embed (lsa) and render; auto: one for each processor from 50,000 rows on, else one."""
+    """Processes that filter, embed (lsa, model2vec), render, pack; auto: one a processor (here from 50,000 rows on)."""
     memory_budget_gb: Positive | None = None
     """GPU memory assumed by `finetune plan`, in 10⁹ bytes; null: all of the device."""
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from finetune.context import Context
+from finetune.data.records import RowRange
+from finetune.errors import FinetuneError
 from finetune.metrics import Headline, PackMetrics
 from finetune.recipe import Recipe, Section
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+PART_TOKENS = 1 << 24  # packed together; about 40 bytes of memory each
 
 
 class Spec(Section):
@@ -38,45 +49,65 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pack
     """
     import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from finetune.data.records import write_table
     from finetune.models.inventory import why_not_packed
-    from finetune.tokenization.packing import lower_bound, pack
+    from finetune.tokenization.packing import lower_bound, packed_schema
     from finetune.utils.files import write_json
 
+    source = inputs["render"] / "train.parquet"
+    sizes = pq.read_table(source, columns=["length"])["length"].to_numpy().astype(np.int64)
     why = why_not_packed(inputs["base"]) if "base" in inputs else None
     if why is not None:
         ctx.say(f"pack: off: {why}; rows are trained one by one")
         write_json(out / "packing.json", {"packing": why})
-        lengths = pq.read_table(inputs["render"] / "train.parquet", columns=["input_ids"])["input_ids"]
-        return {"rows": len(lengths), "tokens": int(pc.sum(pc.list_value_length(lengths)).as_py() or 0), "off": why}
-    rows = pq.read_table(inputs["render"] / "train.parquet", columns=["id", "input_ids", "mask"]).combine_chunks()
-    ids = rows["id"].to_pylist()
-    bar = ctx.bar(f"pack {len(ids)} rows", 1)
-    try:
-        packed = pack(rows["input_ids"].combine_chunks(), rows["mask"].combine_chunks(), spec.length_tokens)
-        bar.advance()
-    finally:
-        bar.close()
-    ctx.stop.check()
-    pq.write_table(packed.table, out / "packed.parquet", compression="zstd")
-    names = [[ids[i] for i in documents] for documents in packed.documents]
+        return {"rows": len(sizes), "tokens": int(sizes.sum()), "off": why}
+    parts = _parts(source, sizes)
+    names: list[list[str]] = []
+    lengths: list[int] = []
+    with pq.ParquetWriter(out / "packed.parquet", packed_schema(), compression="zstd") as writer:
+        done = ctx.engine.map(partial(_packer, spec.length_tokens), parts, len(sizes))
+        for table, part_names in ctx.track(done, f"pack {len(sizes)} rows", len(parts)):
+            writer.write_table(table)
+            names += part_names
+            lengths += [sum(each) for each in table["seq_lengths"].to_pylist()]
+    if (packed := sum(map(len, names))) != len(sizes):
+        raise FinetuneError(f"pack: {packed} documents are packed of {len(sizes)}; this is a fault of the program")
     write_table(out / "row_ids.parquet", {"row_ids": names}, {"row_ids": pa.list_(pa.string())})
-    lengths = [sum(lengths) for lengths in packed.table["seq_lengths"].to_pylist()]
     tokens, bins = sum(lengths), len(lengths)
-    sizes = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
     return {
         "efficiency": tokens / (bins * spec.length_tokens) if bins else 0.0,
         "bins": bins,
         "bins_at_least": lower_bound(sizes, spec.length_tokens),
         "tokens": tokens,
         "longest": max(lengths, default=0),
-        "documents": len(ids),
+        "documents": len(sizes),
     }
 
 
 def headline(m: PackMetrics) -> Headline:
     """Return the row of this stage in a table of stages."""
     return Headline() if "off" in m else Headline(f"{m['efficiency']:.1%} full", None, m["bins"])
+
+
+def _parts(source: Path, sizes: NDArray[np.int64]) -> list[RowRange]:
+    """Return the rows in ranges of PART_TOKENS tokens or up to a row more; one, if there are none."""
+    import numpy as np
+
+    part = np.cumsum(sizes) // PART_TOKENS
+    edges = np.flatnonzero(np.r_[True, part[1:] != part[:-1], True]) if len(sizes) else np.zeros(2, np.int64)
+    return [RowRange(source, start, stop) for start, stop in pairwise(edges.tolist())]
+
+
+def _packer(length: int) -> Callable[[RowRange], tuple[pa.Table, list[list[str]]]]:
+    """Build the function that packs a range of rows into bins of `length` tokens, with the ids of each bin's rows."""
+    from finetune.tokenization.packing import pack
+
+    def packed(part: RowRange) -> tuple[pa.Table, list[list[str]]]:
+        rows = part.table(["id", "input_ids", "mask"]).combine_chunks()
+        ids = rows["id"].to_pylist()
+        found = pack(rows["input_ids"].combine_chunks(), rows["mask"].combine_chunks(), length, part.start)
+        return found.table, [[ids[i] for i in documents] for documents in found.documents]
+
+    return packed

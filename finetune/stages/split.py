@@ -97,7 +97,7 @@ def _divided(
     from finetune.data.text import text_key
     from finetune.dedup.clusters import vectors_of
     from finetune.dedup.index import FlatIndex
-    from finetune.dedup.large import cell_search, searched_by_cells
+    from finetune.dedup.large import BLOCK_ROWS, cell_measure, searched_by_cells
     from finetune.dedup.select import groups, joined, original_id
 
     ids: list[str] = []
@@ -107,15 +107,16 @@ def _divided(
         keys.append(text_key(row.joined(*ALL_ROLES)))
     vectors = vectors_of(embedded, ids)
     threshold = split.group_threshold
-    by_cells = vectors is not None and searched_by_cells(len(ids), ctx.device, spec.exhaustive)
-    new_search = cell_search(vectors) if vectors is not None and by_cells else FlatIndex
-    group = groups(vectors, [ids, keys], threshold, new_search, check=ctx.stop.check).tolist()
+    measure, rows = None, 1024
+    if vectors is not None and searched_by_cells(len(ids), ctx.device, spec.exhaustive):
+        measure, rows = cell_measure(vectors, threshold), BLOCK_ROWS
+    group = groups(vectors, [ids, keys], threshold, FlatIndex, rows, ctx.stop.check, measure).tolist()
     names = [k or i.encode() for i, k in zip(ids, keys, strict=True)]
     while True:
         held_out = choose(group, names, split, spec.seed)
         train = [i for i in range(len(ids)) if group[i] not in held_out]
         held = [i for i in range(len(ids)) if group[i] in held_out]
-        missed = near_links(vectors, train, held, threshold) if by_cells else []
+        missed = near_links(vectors, train, held, threshold) if measure else []
         if not missed:
             break
         group = joined(group, missed)  # every held-out row is compared with all others, so no missed pair is left

@@ -22,8 +22,10 @@ def sentences(text: str) -> list[str]:
     return [s for s in SENTENCE.split(text) if s.strip()]
 
 
-def recombined(texts: Sequence[str], group: Sequence[int], count: int, seed: int = 0) -> Iterator[tuple[int, str]]:
-    """Yield `count` pairs (number of the real row, recombined text), given the group of every real row."""
+def recombined(
+    texts: Sequence[str], group: Sequence[int], count: int, seed: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield `count` pairs (number of the real row, its sentences recombined), given the group of every real row."""
     parts = [sentences(text) for text in texts]
     pool: dict[int, list[str]] = {}
     for sentence in sorted({s for row in parts for s in row}):
@@ -41,7 +43,7 @@ def recombined(texts: Sequence[str], group: Sequence[int], count: int, seed: int
             shared = {s for s, n in held.items() if 2 * n >= len(rows)}
             new = {s: _other(pool[_length(s)], rng) for s in sorted(shared)}
             for row in rows:
-                yield row, " ".join(new.get(s, s) for s in parts[row])
+                yield row, [new.get(s, s) for s in parts[row]]
                 made += 1
                 if made == count:
                     return

@@ -1,7 +1,7 @@
 """Dedup and split at size: seconds, memory and recall on recombined real sentences.
 
     .venv/bin/python scripts/bench/scale.py --data ../shared/data --scratch DIR --rows 120000 250000 [--rounds 3]
-        [--every-pair] [--semhash]
+        [--every-pair] [--semhash] [--prepare]    first with --prepare, so that the peak of memory is the stages'
 
 The rows are made by `recombined.py` from the real ones and embedded by LSA as stage embed does (both are kept in
 --scratch). Above 100,000 rows every size takes the same path: cells, measured recall, greedy selection. `pairs_per_row`
@@ -13,6 +13,7 @@ with its wrongly kept rows and its dropped rows without a kept twin.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -44,19 +45,32 @@ def vectors_of(args: argparse.Namespace, count: int) -> tuple[np.ndarray, dict[s
     path, facts = args.scratch / f"scale-{count}.npy", args.scratch / f"scale-{count}.json"
     if not path.exists():
         real = [f"{r['instruction']}\n{r['input']}\n{r['output']}" for f in FILES for r in read(args.data, f, None)]
-        group, known = args.scratch / "scale-groups.npy", args.scratch / "scale-real.npy"
-        if not group.exists():
-            np.save(known, _unit(lsa(real)))
-            np.save(group, groups(np.load(known), [real], GROUP_THRESHOLD, FlatIndex))
-        texts = [text for _, text in recombined(real, np.load(group), count)]
+        known, group = real_groups(args.scratch, real)
+        texts = [" ".join(parts) for _, parts in recombined(real, np.load(group), count)]
         start = time.monotonic()
         made = _unit(lsa(texts))
         seconds = time.monotonic() - start
         np.save(path, made)
-        unique = np.unique(np.load(known), axis=0)
-        rates = {"real": pair_rate(unique), "recombined": pair_rate(np.unique(made, axis=0))}
+        rates = {"real": pair_rate(distinct(np.load(known))), "recombined": pair_rate(distinct(made))}
         facts.write_text(json.dumps({"lsa_seconds": round(seconds, 1), "pairs_per_row": rates}), encoding="utf-8")
     return np.load(path, mmap_mode="r"), json.loads(facts.read_text(encoding="utf-8"))
+
+
+def real_groups(scratch: Path, real: list[str]) -> tuple[Path, Path]:
+    """Files with the vectors and the groups of the real rows; made once."""
+    known, group = scratch / "scale-real.npy", scratch / "scale-groups.npy"
+    if not group.exists():
+        np.save(known, _unit(lsa(real)))
+        np.save(group, groups(np.load(known), [real], GROUP_THRESHOLD, FlatIndex))
+    return known, group
+
+
+def distinct(vectors: np.ndarray) -> np.ndarray:
+    """The vectors without copies; by digests, since sorting a million rows takes three times their memory."""
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        first.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), row)
+    return vectors[list(first.values())]
 
 
 def pair_rate(vectors: np.ndarray) -> list[float]:
@@ -105,17 +119,29 @@ def semhash(vectors: np.ndarray) -> np.ndarray:
 
 
 def measured(args: argparse.Namespace, count: int) -> dict[str, Any]:
-    """Every figure of one size."""
+    """Every figure of one size; times are medians."""
     vectors, facts = vectors_of(args, count)
+    rounds = args.rounds or (3 if count <= 250_000 else 1)
     order = range(len(vectors))
-    seconds, (pairs, recall) = timed(
-        lambda: large.select_measured(order, None, [], vectors, THRESHOLD, print), args.rounds
-    )
+    seconds, (pairs, recall) = timed(lambda: large.select_measured(order, None, [], vectors, THRESHOLD, print), rounds)
     kept = np.setdiff1d(np.arange(len(vectors)), [p.dropped for p in pairs])
     rest = np.asarray(vectors[kept])
     names = [None] * len(rest)
-    split, group = timed(lambda: groups(rest, [names], GROUP_THRESHOLD, large.cell_search(rest)), args.rounds)
-    found = {"rows": len(vectors), **facts, "dedup_seconds": seconds, "dropped": len(pairs), "recall": recall}
+    split, group = timed(
+        lambda: groups(
+            rest, [names], GROUP_THRESHOLD, FlatIndex, large.BLOCK_ROWS,
+            measure=large.cell_measure(rest, GROUP_THRESHOLD),
+        ),
+        rounds,
+    )  # fmt: skip
+    found = {
+        "rows": len(vectors),
+        "rounds": rounds,
+        **facts,
+        "dedup_seconds": seconds,
+        "dropped": len(pairs),
+        "recall": recall,
+    }
     found |= {"ours": judged(vectors, kept), "split_seconds": split, "groups": len(np.unique(group))}
     if args.every_pair:
         took, exact = timed(lambda: select(order, None, [Cosine(vectors, THRESHOLD, FlatIndex)]), 1)
@@ -134,18 +160,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[250_000])
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, help="default: 3 up to 250,000 rows, else 1")
+    parser.add_argument("--prepare", action="store_true", help="only make the vectors")
     parser.add_argument("--every-pair", action="store_true")
     parser.add_argument("--semhash", action="store_true")
     args = parser.parse_args(arguments)
     args.scratch.mkdir(parents=True, exist_ok=True)
     found = []
     for count in args.rows:
+        if args.prepare:
+            vectors_of(args, count)
+            continue
         found.append(measured(args, count))
         print(json.dumps(found[-1]), flush=True)
+        with (args.scratch / "scale-results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found[-1]) + "\n")
     for a, b in pairwise(found):
-        power = math.log(b["dedup_seconds"] / a["dedup_seconds"]) / math.log(b["rows"] / a["rows"])
-        print(f"exponent of dedup from {a['rows']:,} to {b['rows']:,} rows: {power:.2f}")
+        for stage in ("dedup", "split"):
+            power = math.log(b[f"{stage}_seconds"] / a[f"{stage}_seconds"]) / math.log(b["rows"] / a["rows"])
+            print(f"exponent of {stage} from {a['rows']:,} to {b['rows']:,} rows: {power:.2f}")
     return 0
 
 

@@ -1,10 +1,13 @@
 """Search by cells: every pair is true, recall is measured, a search that misses too much is widened."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from finetune.dedup import cells, large
-from finetune.dedup.cells import CellIndex, Cells
+from finetune.dedup import cells, index, large
+from finetune.dedup import select as selecting
+from finetune.dedup.cells import CellCosine, Cells
 from finetune.dedup.index import FlatIndex
 from finetune.dedup.measures import Cosine
 from finetune.dedup.recall import missed_twins, wilson
@@ -25,45 +28,80 @@ def corpus(rows=600, twins=0.6, dimension=24, seed=0, noise=0.4):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Cells of few rows, and few rows that are compared without them."""
+    """Cells of few rows, and few queries at a time."""
     monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cells, "FLAT_ROWS", 8)
     monkeypatch.setattr(cells, "FIRST_QUERIES", 50)
+    monkeypatch.setattr(cells, "PLACED_TOGETHER", 70)
 
 
-def found(index, queries):
-    chunks = list(index.pairs(queries, THRESHOLD))
-    return {(i, j): s for chunk in chunks for i, j, s in zip(*(c.tolist() for c in chunk), strict=True)}
+def measure_of(vectors, probes=None):
+    division = Cells.of(vectors)
+    return CellCosine.of(vectors, THRESHOLD, replace(division, probes=probes or division.probes))
 
 
 @pytest.mark.parametrize("probes", [1, 3, 10**6])
 def test_every_pair_is_a_true_one_and_all_are_found_in_all_cells(small, probes):
     vectors = corpus()
-    division = Cells.of(vectors)
-    index = CellIndex(24, Cells(division.directions, division.centres, probes))
+    search = measure_of(vectors, probes).search()
     for start in range(0, 600, 150):
-        index.add(vectors[start : start + 150])
-    got, table = found(index, vectors), vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+        search.add(np.arange(start, start + 150))
+    got = {}
+    for chunk in search.pairs(np.arange(600), THRESHOLD):
+        got |= {(i, j): s for i, j, s in zip(*(c.tolist() for c in chunk), strict=True)}
+    table = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
     true = set(zip(*(x.tolist() for x in np.nonzero(table >= THRESHOLD)), strict=True))
-    assert len(index) == 600 and set(got) <= true
+    assert len(search) == 600 and set(got) <= true
     assert all(abs(score - table[pair]) < 1e-5 for pair, score in got.items())
     assert (set(got) == true) == (probes > 3) or probes == 3
 
 
-def test_few_rows_miss_nothing_and_the_cells_depend_on_no_thread(small):
+def test_blocks_and_threads_change_nothing(small, monkeypatch):
     import faiss
 
-    vectors = corpus(8)
-    index = CellIndex(24, Cells.of(vectors))
-    index.add(vectors)
-    assert set(found(index, vectors)) == {(i, j) for i, j in zip(*np.nonzero(vectors @ vectors.T > 0.9), strict=True)}
-    many, before = corpus(), faiss.omp_get_max_threads()
-    one = Cells.of(many)
+    vectors, before = corpus(), faiss.omp_get_max_threads()
+    one = measure_of(vectors, 2)
     faiss.omp_set_num_threads(3)
-    other = Cells.of(many)
+    monkeypatch.setattr(cells, "usable_cpus", lambda: 5)
+    other = measure_of(vectors, 2)
     assert faiss.omp_get_max_threads() == 3
     faiss.omp_set_num_threads(before)
-    assert np.array_equal(one.centres, other.centres) and np.array_equal(one.nearest(many, 4), other.nearest(many, 4))
+    assert np.array_equal(one.near, other.near)
+    whole = select(range(600), None, [one], 600)
+    assert 0 < len(whole) < 600
+    assert all(select(range(600), None, [other], size) == whole for size in (7, 100))
+    found = [groups(vectors, [], THRESHOLD, FlatIndex, 100, measure=measure).tolist() for measure in (one, other)]
+    assert found[0] == found[1]
+
+
+def test_queries_with_many_pairs_are_asked_in_smaller_chunks(monkeypatch):
+    vectors = corpus(noise=0.1, twins=0.99)
+    whole = select(range(600), None, [measure_of(vectors)], 600)
+    for name, value in (("MOST_PAIRS", 300), ("MIN_QUERIES", 20), ("FIRST_QUERIES", 400)):
+        monkeypatch.setattr(cells, name, value)
+    monkeypatch.setattr(index, "MIN_QUERIES", 20)
+    measure = measure_of(vectors)
+    search = measure.search()
+    search.add(np.arange(600))
+    found = np.concatenate([np.stack(chunk[:2]) for chunk in search.pairs(np.arange(600), THRESHOLD)], axis=1)
+    table = vectors @ vectors.T
+    assert np.array_equal(found, np.stack(np.nonzero(table > THRESHOLD))) and measure.size.rows < 400
+    assert select(range(600), None, [measure], 600) == whole
+
+
+def test_a_block_whose_rows_all_match_is_halved(monkeypatch):
+    vectors = corpus(noise=0.1, twins=0.99)
+    whole = select(range(600), None, [Cosine(vectors, THRESHOLD, FlatIndex)], 600)
+    asked, greedy = [], selecting._greedy
+
+    def counted(rows, keys, measures):
+        asked.append((len(rows), (found := greedy(rows, keys, measures)) is None))
+        return found
+
+    monkeypatch.setattr(selecting, "_greedy", counted)
+    monkeypatch.setattr(selecting, "MOST_PAIRS", 500)
+    monkeypatch.setattr(selecting, "FEW_ROWS", 10)
+    assert select(range(600), None, [Cosine(vectors, THRESHOLD, FlatIndex)], 600) == whole
+    assert asked[0] == (600, True) and asked[-1][1] is False
 
 
 def test_a_search_that_misses_too_much_is_widened_and_the_result_holds(small, monkeypatch):

@@ -72,7 +72,7 @@ def test_a_node_needs_the_same_package_files_and_folders(tmp_path):
 
 def test_only_rank_0_starts_a_cluster_and_both_roots_are_there_before(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(engine, "started", lambda address, folders, say, files: seen.extend(folders) or nullcontext(1))
+    monkeypatch.setattr(engine, "started", lambda address, folders, *more: seen.extend(folders) or nullcontext(1))
     store = Store(tmp_path / "artifacts", tmp_path / "scratch")
     ctx = context(tmp_path)
     with cli_run._engine("ray", "a:1", replace(ctx, rank=1, world=2), store, recipe()) as found:
@@ -81,12 +81,53 @@ def test_only_rank_0_starts_a_cluster_and_both_roots_are_there_before(tmp_path, 
         assert len(seen) == 2 and all(folder.is_dir() for folder in seen)
 
 
+@needs_ray
+def test_faults_of_ray_are_one_sentence_and_errors_of_the_work_are_themselves():
+    from ray import exceptions
+
+    def in_task(cause):
+        return exceptions.RayTaskError("work", "Traceback …", cause)
+
+    full, crashed = exceptions.OutOfDiskError("full"), exceptions.WorkerCrashedError()
+    for error, kind, words in (
+        (in_task(ModuleNotFoundError("No module named 'plugin'")), InputError, "cannot import .* named 'plugin'"),
+        (full, FinetuneError, "object store and the disk it spills to are full at partition 3"),
+        (in_task(full), FinetuneError, "object store and the disk it spills to are full at partition 3"),
+        (exceptions.ObjectStoreFullError("full"), FinetuneError, "--object-store-memory"),
+        (crashed, FinetuneError, "ended unexpectedly .* at partition 3"),
+        (exceptions.NodeDiedError("gone\nmore"), FinetuneError, "gone more"),
+        (exceptions.RaySystemError("broken"), FinetuneError, "the Ray cluster lost partition 3: .*broken"),
+        (in_task(MemoryError("here")), MemoryError, "here"),
+        (in_task(OSError(28, "No space left")), OSError, "No space left"),
+    ):
+        with pytest.raises(kind, match=words) as caught, engine._one_sentence("partition 3"):
+            raise error
+        if isinstance(caught.value, FinetuneError):
+            assert type(caught.value) is kind and "\n" not in str(caught.value)
+
+
 def killed(part):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def always_killed():
     return killed
+
+
+def lacking():
+    """Build a worker that needs a package which is not there."""
+    import a_package_that_nobody_has  # noqa: F401
+
+
+def large(part):
+    """48 MB, of which one fits into the store of the test."""
+    import numpy as np
+
+    return np.full(12_000_000, part, np.float32)
+
+
+def made_large():
+    return large
 
 
 def dying(folder):
@@ -106,15 +147,25 @@ def dying(folder):
 @pytest.mark.slow
 def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "RETRIES", 2)
-    parts = [1, 2, 3, 4, 5, 6, 9]
-    with engine.started(None, [tmp_path], lambda line: None) as cluster:
+    parts, said, before = [1, 2, 3, 4, 5, 6, 9], [], signal.getsignal(signal.SIGTERM)
+    with engine.started(None, [tmp_path], said.append, workers=2) as cluster:
+        assert cluster._workers == 2 and signal.getsignal(signal.SIGTERM) is before
+        with pytest.raises(InputError, match=r"a worker cannot import .* No module named 'a_package"):
+            list(cluster.map(lacking, [0], 1))
         assert list(cluster.map(partial(squares, 1), parts, 7)) == list(Local(1).map(partial(squares, 1), parts, 7))
         with pytest.raises(InputError, match="row 7 is wrong"):
             list(cluster.map(partial(squares, 0), [1, 7, 2], 3))
+        abandoned = cluster.map(partial(squares, 0), [1] * 9, 9)
+        assert next(abandoned) == 1
         done = list(cluster.map(partial(dying, str(tmp_path)), range(8), 8))
         with pytest.raises(FinetuneError, match=r"ended unexpectedly .* 3 times at partition 1 of 1"):
             list(cluster.map(always_killed, [0], 1))
     assert [value for value, _ in done] == [10 * part for part in range(8)]
+    import ray
+
+    abandoned.close()  # as an interrupted stage's is, after its cluster
+    assert not ray.is_initialized()
+    assert len(said) == 1 and said[0].startswith("Ray's dashboard: ") and signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "died-3").exists() and len({pid for _, pid in done}) >= 2
 
 
@@ -125,7 +176,7 @@ def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
     try:
         second = nodes.add_node(num_cpus=1)
         with engine.started(nodes.address, [tmp_path], lambda line: None) as started:
@@ -136,6 +187,8 @@ def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
                 if number == 1:
                     nodes.remove_node(second, allow_graceful=False)
             assert found == list(range(10))
+            for number, value in enumerate(started.map(made_large, range(5), 5)):  # 240 MB in a store of 80: it spills
+                assert len(value) == 12_000_000 and value[0] == value[-1] == number
             with pytest.raises(InputError, match="cannot be written"):
                 engine._check_nodes([tmp_path / "elsewhere"])
     finally:

@@ -160,7 +160,7 @@ def test_many_rows_are_searched_by_cells_unless_every_pair_is_asked_for(tmp_path
     monkeypatch.setattr(large, "LARGE_ROWS", 20)
     monkeypatch.setattr(dedup, "MEASURED_FROM", 20)
     for module, name, value in (
-        (cells, "ROWS_PER_CELL", 8), (cells, "FLAT_ROWS", 8), (cells, "PROBES", 3), (large, "LOW", 0.5),
+        (cells, "ROWS_PER_CELL", 8), (cells, "PROBES", 3), (large, "LOW", 0.5),
         (large, "BLOCK_ROWS", 16), (large, "SAMPLED_PER_DROPPED", 1), (large, "MOST_SAMPLED", 1.0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.context import Context
+from finetune.errors import GateRefused
 from finetune.recipe import Recipe, Runtime, Tracking
 from finetune.stages import pack
 from finetune.tokenization.row_tokenizer import TokenizedRow, table
@@ -60,3 +61,23 @@ def test_packed_rows_and_their_ids(rendered, tmp_path) -> None:
         assert at == len(row["input_ids"]) == len(row["labels"])
     assert metrics["tokens"] == sum(LENGTHS) and metrics["longest"] <= 32
     assert metrics["efficiency"] == sum(LENGTHS) / (32 * metrics["bins"])
+
+
+def test_partitions_hold_every_row_once_and_name_rows_of_the_file(rendered, tmp_path, monkeypatch) -> None:
+    context = Context(scratch=tmp_path, runtime=Runtime(), tracking=Tracking())
+    monkeypatch.setattr(pack, "PART_TOKENS", 100)
+    (tmp_path / "out").mkdir()
+    metrics = pack.run(pack.Spec(method="bfd", length_tokens=32), {"render": rendered}, tmp_path / "out", context)
+    parts = pack._parts(rendered / "train.parquet", np.array(LENGTHS))
+    assert [n for part in parts for n in range(part.start, part.stop)] == list(range(len(LENGTHS)))
+    assert all(sum(LENGTHS[part.start : part.stop]) < 100 + max(LENGTHS) for part in parts) and len(parts) == 5
+    assert pq.ParquetFile(tmp_path / "out" / "packed.parquet").num_row_groups == len(parts)
+    names = pq.read_table(tmp_path / "out" / "row_ids.parquet")["row_ids"].to_pylist()
+    assert sorted(n for row in names for n in row) == sorted(f"r:{i}" for i in range(len(LENGTHS)))
+    assert metrics["documents"] == len(LENGTHS) and metrics["tokens"] == sum(LENGTHS)
+    rows = [
+        TokenizedRow(f"b:{i}", np.arange(9, dtype=np.int32), np.full(9, i < 12, np.uint8), False) for i in range(13)
+    ]
+    pq.write_table(table(rows), rendered / "train.parquet")
+    with pytest.raises(GateRefused, match=r"no supervised token: rows number \[12\]"):
+        pack.run(pack.Spec(method="bfd", length_tokens=9), {"render": rendered}, tmp_path / "out", context)

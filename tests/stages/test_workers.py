@@ -130,6 +130,8 @@ def test_lsa_in_parts_is_fitted_to_a_sample(monkeypatch):
         changed = text[: 2 * (i % 20)] + words[-40 * i - 40 :][: 40 - 2 * (i % 20)]
         texts += [" ".join(text), " ".join(changed)]
     whole = embed._unit(embed.lsa(texts))
+    monkeypatch.setattr(embed, "PART_ROWS", 300)
+    assert np.array_equal(embed._unit(embed.lsa(texts, Apart())), whole)
     monkeypatch.setattr(embed, "FITTED_ROWS", 1000)
     monkeypatch.setattr(embed, "PART_ROWS", 400)
     parts = embed._unit(embed.lsa(texts, Apart()))

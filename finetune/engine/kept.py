@@ -1,0 +1,122 @@
+"""Keep results of finished partitions until the stage is complete: a run that was killed computes only the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import xxhash
+
+from finetune import __version__
+from finetune.errors import FinetuneError
+from finetune.utils.files import cache_file, canonical_json, hash_file
+from finetune.utils.runtime import describe_environment
+
+if TYPE_CHECKING:
+    from finetune.engine.interface import Engine
+
+T = TypeVar("T")
+R = TypeVar("R")
+SIGNATURE_BYTES = 32
+ROOM = 2  # times the size of all partitions must be free: their results, and the files that are made of them
+
+
+class Kept:
+    """An engine that keeps the result of each partition in `folder`, and takes those that are there.
+
+    A file is a pickle behind its BLAKE2b digest, keyed by a secret in this user's cache folder: only what this user
+    wrote is unpickled, for the same stage key, partition and versions. On a disk that is nearly full less is kept.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, key: str) -> None:
+        """Run partitions on `engine`; `key` is the stage's content key."""
+        self._engine, self._folder, self._key = engine, folder, key
+        self._calls = 0
+        self._secret = b""
+
+    def map(self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int) -> Iterator[R]:
+        """As `Engine.map`; partitions that were finished are read, not computed."""
+        self._calls += 1
+        call = self._calls
+        self._secret = self._secret or _secret()
+        if len(parts) < 2 or not self._secret:
+            yield from self._engine.map(build, parts, rows)
+            return
+        there = {number for number in range(len(parts)) if self._read(call, number) is not None}
+        left = [part for number, part in enumerate(parts) if number not in there]
+        done = self._engine.map(build, left, rows)
+        for number in range(len(parts)):
+            if number in there:
+                if (content := self._read(call, number)) is None:
+                    raise FinetuneError(f"{self._place(call, number)} changed while the stage ran; run again")
+                yield pickle.loads(content)  # noqa: S301 - signed by this user
+                continue
+            result = next(done)
+            self._write(call, number, pickle.dumps(result, protocol=5), len(parts))
+            yield result
+
+    def _place(self, call: int, number: int) -> Path:
+        return self._folder / f"{call}-{number}"
+
+    def _signature(self, call: int, number: int, content: bytes) -> bytes:
+        digest = hashlib.blake2b(key=self._secret, digest_size=SIGNATURE_BYTES)
+        digest.update(canonical_json([self._key, code_versions(), call, number]).encode())
+        digest.update(content)
+        return digest.digest()
+
+    def _read(self, call: int, number: int) -> bytes | None:
+        try:
+            found = self._place(call, number).read_bytes()
+        except OSError:
+            return None
+        signature, content = found[:SIGNATURE_BYTES], found[SIGNATURE_BYTES:]
+        return content if secrets.compare_digest(signature, self._signature(call, number, content)) else None
+
+    def _write(self, call: int, number: int, content: bytes, parts: int) -> None:
+        place = self._place(call, number)
+        try:
+            if shutil.disk_usage(self._folder.parent).free < ROOM * len(content) * parts:
+                return
+            place.parent.mkdir(exist_ok=True)
+            with place.open("wb") as file:
+                file.write(self._signature(call, number, content))
+                file.write(content)
+        except OSError:
+            with suppress(OSError):
+                place.unlink()
+
+
+@cache
+def code_versions() -> Mapping[str, object]:
+    """Return the versions of what a worker imports; of this package also a digest of its files."""
+    versions = describe_environment()["versions"]
+    code = Path(__file__).parents[1]
+    files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}
+    digest = xxhash.xxh3_64(canonical_json(files).encode()).hexdigest()
+    found: dict[str, Any] = dict(versions) if isinstance(versions, Mapping) else {}
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"finetune": f"{__version__} (files {digest})", **found, "python": python}
+
+
+def _secret() -> bytes:
+    """Return this user's secret, made at the first use; empty if it can be neither read nor written."""
+    path = cache_file().with_name("parts.key")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(SIGNATURE_BYTES))
+        found = path.read_bytes()
+    except OSError:
+        return b""
+    return found if len(found) == SIGNATURE_BYTES else b""
