@@ -45,6 +45,8 @@ def test_every_operation_has_a_prompt_of_its_own_and_its_marks_are_known():
         ("judge.jinja", "{% if %}", "judge.jinja: Expected an expression"),
         ("judge.jinja", b"\xff", "cannot be read as UTF-8"),
         ("judge.txt", "a", "holds no .jinja file"),
+        ("judge.jinja", "{{ first * 999999999 }}", "outgrows the memory"),
+        ("judge.jinja", "{% include '/etc/passwd' %}", "loads another file"),
     ],
 )
 def test_a_replacement_that_cannot_be_used_is_refused(tmp_path, name, text, words):
@@ -54,7 +56,8 @@ def test_a_replacement_that_cannot_be_used_is_refused(tmp_path, name, text, word
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ first.__class__.__mro__ }}", "{{ nobody }}", "{{ 1 / 0 }}", "{% include 'a' %}", "  "]
+    "text",
+    ["{{ first.__class__.__mro__ }}", "{{ nobody }}", "{{ 1 / 0 }}", "{% include 'a' %}", "  ", "{{ '\\ud800' }}"],
 )
 def test_a_prompt_that_fails_names_its_file(tmp_path, text):
     (tmp_path / "judge.jinja").write_text(text)
