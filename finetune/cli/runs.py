@@ -32,6 +32,7 @@ ASKED = frozenset({"base", "train", *(stage for stages in NEEDED.values() for st
 LEFT_BY = re.compile(
     r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-"
 )  # the process that made a folder of its own
+MEASURED = re.compile(r"evaluate-(\w+)\.json")  # kept by stage evaluate of this key until its judge has answered
 
 
 def list_runs(store: Store, recipe: str | None = None) -> list[dict[str, Any]]:
@@ -124,7 +125,7 @@ def _remove(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Unused:
-    """A stage folder or a run folder that can be removed."""
+    """A stage folder, a run folder or a file of figures that can be removed."""
 
     folder: Path
     bytes: int
@@ -189,7 +190,17 @@ def unused(store: Store, keep: int) -> list[Unused]:
     left = [root / name for root in {store.scratch, store.artifacts} for name in links.names_in(root)]
     staged = [p for p in sorted(left) if p.is_dir()]
     folders += [p for p in staged if (pid := LEFT_BY.match(p.name)) and not is_running(int(pid[1]))]
-    return [Unused(f, 0 if f.is_symlink() else links.size_of(f)) for f in [*folders, *old_runs]]
+    for path in sorted(left):
+        of = (m := MEASURED.fullmatch(path.name)) and store.folder("evaluate", m[1], large=False)
+        if of and of not in used and not is_being_built(of):
+            folders.append(path)
+    return [Unused(f, _bytes_of(f)) for f in [*folders, *old_runs]]
+
+
+def _bytes_of(path: Path) -> int:
+    if path.is_symlink():
+        return 0
+    return path.lstat().st_size if path.is_file() else links.size_of(path)
 
 
 def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:

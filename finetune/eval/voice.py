@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest, read_json
 from finetune.utils.format import first_line
+from finetune.utils.runtime import available_memory
 
 ROOM_FOR_CACHE = 0.85  # share of the free GPU memory for weights; the rest is for keys, values and activations
 
@@ -40,21 +41,13 @@ class Voice:
 
 def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractContextManager[Voice]:
     """Load a merged model, in 16 bits on a GPU and in 32 on a CPU."""
-    import torch
-
     from finetune.models.device import pick_device, pick_precision
 
     files = require_voice(folder)
     device = pick_device(device)
     precision, why = pick_precision("auto", device)
-    needed = sum(p.stat().st_size for p in files)
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        if needed > ROOM_FOR_CACHE * free:
-            raise FinetuneError(
-                f"{folder} holds {needed / 1e9:.1f} GB of weights and the GPU has {free / 1e9:.1f} GB free; give the "
-                "name of its run, whose 4-bit base takes about a third"
-            )
+    if why_not := no_room(sum(p.stat().st_size for p in files), device):
+        raise FinetuneError(f"{folder}: {why_not}; give the name of its run, whose 4-bit base takes about a third")
     screen.say(f"{folder}: {precision} on {device}: {why}")
     template_file = folder / "template.json"
     facts = read_json(template_file) if template_file.is_file() else {}
@@ -63,6 +56,18 @@ def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractCo
     named = files + [f for n in ("config.json", "chat_template.jinja") if (f := folder / n).is_file()]
     identity = f"{sorted(map(file_digest, named))}, {precision}"
     return nullcontext(make_voice(model, folder, folder, stops, facts, identity))
+
+
+def no_room(needed: int, device: str) -> str:
+    """Return why weights of `needed` bytes cannot be loaded on a device (cuda, cpu), or ""."""
+    if device == "cuda":
+        import torch
+
+        free, what = int(ROOM_FOR_CACHE * torch.cuda.mem_get_info()[0]), "the GPU"
+    else:
+        free, what = available_memory() or needed, "this machine"
+    short = f"{needed / 1e9:.1f} GB of weights, and {what} has {free / 1e9:.1f} GB free for them"
+    return short if needed > free else ""
 
 
 def require_voice(folder: Path) -> list[Path]:

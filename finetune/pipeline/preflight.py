@@ -74,22 +74,19 @@ def check(
 
 
 def _check_writers(recipe: Recipe, to_build: set[str]) -> list[str]:
-    """The endpoints of the models that write and judge can be reached; notes on names that they do not list."""
-    from finetune.synth.asking import check_endpoint
-    from finetune.synth.forecast import generation
+    """The models that write and judge can be reached, or loaded here; notes on names that an endpoint does not list."""
+    from finetune.synth.forecast import check_endpoint, check_room, generation
 
     if "generate" in to_build:
         generation(recipe, None)  # refuses limits that the rows exceed
     judge = recipe.evaluate.judge if recipe.evaluate else None
-    asked = [
-        ("generate", "generate.model.endpoint", recipe.generate),
-        ("evaluate", "evaluate.judge.model.endpoint", judge),
-    ]
-    return [
-        note
-        for stage, field, section in asked
-        if stage in to_build and section is not None and (note := check_endpoint(section.model, field))
-    ]
+    asked = [("generate", "generate.model", recipe.generate), ("evaluate", "evaluate.judge.model", judge)]
+    notes = []
+    for stage, field, section in asked:
+        if stage in to_build and section is not None:
+            check_room(section.model, f"{field}.local", pick_device(recipe.runtime.device))
+            notes += [check_endpoint(section.model, f"{field}.endpoint")]
+    return [*filter(None, notes)]
 
 
 def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:

@@ -72,7 +72,7 @@ class Server:
             raise NoCompletion(f"{self.url} {words}") from None
 
     def models(self) -> list[str]:
-        """Return the names that the server lists; empty if it cannot list them."""
+        """Return the names that the server lists; empty if it cannot. Raises NoCompletion for other values."""
         import openai
 
         try:
@@ -83,6 +83,9 @@ class Server:
             openai.RateLimitError,
         ):  # transformers 5.23 fails if the Hub's cache is empty
             return []
+        except (AttributeError, TypeError):  # the client takes a page of HTML for the list
+            words = "answered with something else than a list of models; is it such an API?"
+            raise NoCompletion(f"{self.url} {words}") from None
 
     def stream(self, messages: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         """Yield the pieces of an answer as they come. Raises FinetuneError or InputError with one sentence."""
@@ -220,7 +223,7 @@ def sentences(server: Server) -> Iterator[Server]:
         raise FinetuneError(f"{server.url} cannot be reached: {words(error.__cause__ or error)}") from None
     except openai.APIError as error:  # a status that did not go away on retry, a stream that broke off
         raise FinetuneError(f"{server.url} failed: {words(error)}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NoCompletion(f"{server.url} answered with something else than JSON: {words(error)}") from None
 
 

@@ -87,7 +87,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Eval
     Before a judge is asked, all of it is kept in scratch: if the judge fails, the next run measures nothing again.
     """
     from finetune.preference import gates
-    from finetune.synth.asking import free_gpu, require_askable
+    from finetune.synth.asking import free_gpu
+    from finetune.synth.forecast import require_askable
 
     if spec.gates is not None:
         figures = read_json(inputs["train"] / "preference.json")

@@ -17,7 +17,7 @@ import xxhash
 from finetune.context import Context
 from finetune.errors import GateRefused, InputError
 from finetune.recipe import LanguageModel
-from finetune.serve.client import NoCompletion, Reply, Server, connect, sentences, token_count
+from finetune.serve.client import NoCompletion, Reply, Server, connect, token_count
 from finetune.serve.client import Sampling as ServerSampling
 from finetune.utils import links
 from finetune.utils.files import canonical_json, file_digest, read_json, replace_bytes
@@ -287,7 +287,7 @@ def open_asker(model: LanguageModel, base: Path, budget: Budget, ctx: Context, f
         source = ServerSource(model, field)
         yield Asker(source, identity(model, base), budget, ctx)
         return
-    local = LocalSource(lambda: _local_folder(model, base, ctx), ctx)
+    local = LocalSource(lambda: local_folder(model, base, ctx), ctx)
     try:
         yield Asker(local, identity(model, base), budget, ctx)
     finally:
@@ -299,38 +299,6 @@ def server_of(model: LanguageModel, field: str) -> Server:
     """Return the client of the model's endpoint. Raises InputError for a bad address or a missing package."""
     assert model.endpoint is not None and model.name is not None  # noqa: S101 - validated
     return connect(model.endpoint, model.name, field=field, typed=False, retries=RETRIES, seconds=model.timeout_seconds)
-
-
-def check_endpoint(model: LanguageModel, field: str) -> str:
-    """Return a note on the endpoint, or "". Raises InputError or FinetuneError if it cannot be reached or refuses.
-
-    Only the list of models is asked for: nothing is generated.
-    """
-    if model.local is not None:
-        return ""
-    server = server_of(model, field)
-    import openai
-
-    try:
-        with sentences(server):
-            listed = server.models()
-    except InputError as error:
-        if isinstance(error.__context__, openai.NotFoundError):  # a server without a list
-            return ""
-        raise
-    if not listed or any(name in (model.name, f"{model.name}:latest") for name in listed):
-        return ""
-    return f"{field}.name: {server.url} does not list {model.name}; it lists {', '.join(listed[:10])}"
-
-
-def require_askable(model: LanguageModel, base: Path, ctx: Context, field: str) -> None:
-    """Raise InputError or FinetuneError if the endpoint, or weights or template of a local model, cannot be used."""
-    from finetune.eval.voice import require_voice
-
-    if model.local is None:
-        check_endpoint(model, field)
-    else:
-        require_voice(_local_folder(model, base, ctx))
 
 
 def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object]:
@@ -355,7 +323,8 @@ def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object
     return {"id": local.id, **({"weights": file_digest(base / "model.safetensors")} if base else {})}
 
 
-def _local_folder(model: LanguageModel, base: Path, ctx: Context) -> Path:
+def local_folder(model: LanguageModel, base: Path, ctx: Context) -> Path:
+    """Return the folder of a local model, after its download."""
     from finetune.models.loading import hub_snapshot
 
     local = model.local

@@ -1,12 +1,16 @@
-"""What generation will ask for, before anything is asked: requests, tokens and the limits on them."""
+"""Before a model is asked: requests, tokens and their limits; whether it can be reached, or loaded here."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.errors import InputError
-from finetune.recipe import LocalSource, PydocSource, Recipe
+from finetune.context import Context
+from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.recipe import LanguageModel, LocalSource, PydocSource, Recipe
+from finetune.serve.client import sentences
+from finetune.synth.asking import local_folder, server_of
 from finetune.synth.seeds import read_seeds, require_seeds
 
 
@@ -81,3 +85,65 @@ def generation_in_words(f: dict[str, Any]) -> str:
         f"{f['method']} by {where}: {f['rows']:,} rows, {f['requests']:,} requests of up to "
         f"{f['answer_tokens_at_most']:,} answer tokens together if every candidate is used, more otherwise{limited}"
     )
+
+
+def check_endpoint(model: LanguageModel, field: str) -> str:
+    """Return a note on the endpoint, or "". Raises InputError or FinetuneError if it cannot be reached or refuses.
+
+    Only the list of models is asked for: nothing is generated.
+    """
+    if model.local is not None:
+        return ""
+    server = server_of(model, field)
+    import openai
+
+    try:
+        with sentences(server):
+            listed = server.models()
+    except InputError as error:
+        if isinstance(error.__context__, openai.NotFoundError):  # a server without a list
+            return ""
+        raise
+    if not listed or any(name in (model.name, f"{model.name}:latest") for name in listed):
+        return ""
+    return f"{field}.name: {server.url} does not list {model.name}; it lists {', '.join(listed[:10])}"
+
+
+def check_room(model: LanguageModel, field: str, device: str) -> None:
+    """Raise GateRefused if the weights of a local model are larger than the free memory of `device` (cuda, cpu).
+
+    Of a model on the Hub the files are listed; where the Hub does not answer, nothing is checked.
+    """
+    from finetune.eval.voice import no_room
+    from finetune.models.loading import weight_files
+
+    local = model.local
+    if local is None or local.kind == "builtin":
+        return
+    if local.folder is not None:
+        needed = sum(p.stat().st_size for p in weight_files(local.folder))
+    else:
+        from huggingface_hub import HfApi
+
+        from finetune.hub import client as hub_client
+
+        try:
+            with hub_client.sentences("read", local.id, "model"):
+                listed = hub_client.tree_of(HfApi(), local.id, "model", local.revision or "main")
+        except InputError:
+            raise
+        except FinetuneError:
+            return
+        needed = sum(f.size for f in listed if fnmatch(f.path, "model*.safetensors"))
+    if why_not := no_room(needed, device):
+        raise GateRefused(f"{field}: {local.id}: {why_not}; name a smaller model, or serve it and name its endpoint")
+
+
+def require_askable(model: LanguageModel, base: Path, ctx: Context, field: str) -> None:
+    """Raise InputError or FinetuneError if the endpoint, or weights or template of a local model, cannot be used."""
+    from finetune.eval.voice import require_voice
+
+    if model.local is None:
+        check_endpoint(model, field)
+    else:
+        require_voice(local_folder(model, base, ctx))

@@ -11,6 +11,7 @@ from finetune.utils.format import nearest
 from finetune.utils.resources import resource
 
 MOST_BYTES = 100_000
+GIVEN = ("count", "first", "instruction", "operation", "question", "second", "tasks")  # to one prompt or another
 
 
 class Prompts:
@@ -45,6 +46,8 @@ class Prompts:
             raise InputError(f"prompt {path}: {error}; it is given {', '.join(sorted(values))}") from None
         if not text:
             raise InputError(f"prompt {path}: it renders to nothing")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError(f"prompt {path}: it writes a lone surrogate (U+D800–U+DFFF), which is no text")
         return text
 
 
@@ -78,13 +81,17 @@ def files(own: Path | None) -> dict[str, Path]:
 
 
 def problem(own: Path | None) -> str:
-    """Return why the prompts in `own` cannot be used, or ""."""
+    """Return why the prompts in `own` cannot be used, or "". Each is tried in a process with little time and memory."""
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    from finetune.tokenization.template_sandbox import problem_of
+
     try:
-        for path in files(own).values() if own is not None else ():
+        for path in sorted(own.glob("*.jinja")) if own is not None and files(own) else ():
             ImmutableSandboxedEnvironment().parse(_text(path))
+            if why := problem_of(_text(path), tuple((name, "words") for name in GIVEN)):
+                return f"{path}: {why.removesuffix(' on conversations of four turns')}"
     except InputError as error:
         return str(error)
     except (TemplateSyntaxError, RecursionError) as error:

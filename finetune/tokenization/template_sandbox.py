@@ -44,13 +44,14 @@ def check_template(template: str, special: Mapping[str, str], name: str) -> None
         raise InputError(
             f"{name}: it holds {len(template):,} characters, allowed are {MOST_CHARACTERS:,}; is it a template?"
         )
-    problem = _problem(template, tuple(sorted((k, v) for k, v in special.items() if isinstance(v, str))))
+    problem = problem_of(template, tuple(sorted((k, v) for k, v in special.items() if isinstance(v, str))))
     if problem is not None:
         raise InputError(f"{name}: {problem}; fix the template, or choose another by render.template")
 
 
 @lru_cache(maxsize=64)
-def _problem(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
+def problem_of(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
+    """Return why a template cannot be used, or None; `special` are (name, text) that it is given beside messages."""
     asked = {
         "template": strip_markers(template),  # what they mark counts as well without them
         "special": dict(special),

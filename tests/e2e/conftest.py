@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import subprocess
@@ -9,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from finetune.pipeline.stage_list import STAGE_NAMES
 
 ROOT = Path(__file__).parent.parent.parent
 UNCHANGED = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
@@ -32,10 +31,17 @@ evaluate: {max_rows: 12, generations: 2}
 certify: {tokens: 300, min_agreement: 0.1, max_perplexity_ratio: 2}
 runtime: {save_steps: 4}
 """
-IN_EVERY = tuple(name for name in STAGE_NAMES if name != "generate")  # which needs a model that writes rows
 EVERY_STAGE = (
     RECIPE
     + """\
+generate:
+  method: evol_instruct
+  model: {local: ./writer}
+  seeds: [{source: local, path: rows.jsonl, take: 8}]
+  rows: 6
+  rounds: 2
+  max_new_tokens: 48
+  temperature: 1.0
 decontaminate: {against: [{source: local, path: evaluation.jsonl}]}
 sample: {random: 160}
 export: {gguf: [q8_0], perplexity_rows: 4}
@@ -129,6 +135,23 @@ class Workspace:
         return {name: s.get("key") for name, s in self.show()["stages"].items()}
 
 
+def save_writer(folder, model, tokenizer):
+    """Turn the base into a model that writes: some seven random tokens, whatever it is asked, and then the end."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "embed_tokens" in name:
+                tensor.fill_(1.0)
+            elif "layers." in name and "norm" not in name:
+                tensor.zero_()
+        odds = math.log(len(tokenizer) / 7) / model.config.hidden_size
+        model.lm_head.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+        model.lm_head.weight[tokenizer.eos_token_id] = odds  # the hidden state is all ones
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def make_workspace(folder, recipe=RECIPE):
     from finetune.tiny import model as tiny_model
 
@@ -140,6 +163,7 @@ def make_workspace(folder, recipe=RECIPE):
     model = tiny_model.new_model(size, seed=0)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
+    save_writer(folder / "writer", model, tokenizer)
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs()))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data[40:45]))

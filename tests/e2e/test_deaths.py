@@ -13,8 +13,9 @@ from collections import Counter
 import psutil
 import pytest
 
+from finetune.pipeline.stage_list import STAGE_NAMES
 from tests.e2e import launches
-from tests.e2e.conftest import IN_EVERY, Workspace
+from tests.e2e.conftest import Workspace
 from tests.e2e.forked import alive, begun, committed, state, undisturbed
 from tests.e2e.forked import forked as forked
 
@@ -54,15 +55,15 @@ def kill_in(forked, work, stage, delay, number):
 def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whole, whole, tmp_path):
     chance = random.Random(20261123)
     expected = committed(whole)
-    seconds = {stage: s["seconds"] for stage, s in whole.show()["stages"].items() if stage in IN_EVERY}
-    assert tuple(seconds) == IN_EVERY
+    seconds = {stage: s["seconds"] for stage, s in whole.show()["stages"].items() if stage in STAGE_NAMES}
+    assert tuple(seconds) == STAGE_NAMES
     tally, left_by, chain = Counter(), Counter(), 0
-    while not (enough := sum(tally.values()) >= KILLS) or set(tally) != set(IN_EVERY):
+    while not (enough := sum(tally.values()) >= KILLS) or set(tally) != set(STAGE_NAMES):
         chain += 1
-        assert chain < MOST_CHAINS, f"no signal came into {set(IN_EVERY) - set(tally)}"
+        assert chain < MOST_CHAINS, f"no signal came into {set(STAGE_NAMES) - set(tally)}"
         work = Workspace(tmp_path / str(chain))
         shutil.copytree(pristine_whole.folder, work.folder)
-        for stage in [s for s in IN_EVERY if not enough or s not in tally]:
+        for stage in [s for s in STAGE_NAMES if not enough or s not in tally]:
             for _ in range(chance.choice([1, 1, 2])):
                 if any(work.folder.glob(f"*/{stage}/*/manifest.json")):
                     break  # an earlier run got further than the stage it was to die in
@@ -82,7 +83,7 @@ def test_more_than_fifty_kills_in_every_stage_lose_nothing(forked, pristine_whol
         assert committed(work) == expected  # bitwise: adapter, merged model and everything before them
         shutil.rmtree(work.folder)
     print(f"\n{sum(tally.values())} kills: {dict(tally)}, {dict(left_by)}, {chain} runs finished")
-    assert set(tally) == set(IN_EVERY)
+    assert set(tally) == set(STAGE_NAMES)
 
 
 # Where one run after another is killed while it writes a checkpoint → the checkpoint that the next one goes on from.
@@ -212,7 +213,7 @@ def test_a_run_whose_children_are_killed_one_by_one_loses_nothing(forked, pristi
     shutil.copytree(pristine_whole.folder, work.folder)
     work.recipe.write_text(work.recipe.read_text().replace("data:\n", "data:\n  - {source: pydoc, take: 30}\n", 1))
     expected = committed(undisturbed(forked, work, tmp_path / "whole", *CHILDREN, **environment))
-    assert {stage for stage, _ in expected} == set(IN_EVERY)
+    assert {stage for stage, _ in expected} == set(STAGE_NAMES)
     for word, (stage, says, number) in ENDS.items():
         pid = forked.start(work, *CHILDREN, **environment)
         if stage == "export":  # this run trains, too, and goes on when the process that tracks it dies

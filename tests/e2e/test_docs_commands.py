@@ -11,15 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 HOME = "https://github.com/OWNER/REPO"
+DATA = ("yaml", "json", "mermaid")
 ROWS = "".join(f'{{"prompt": "What is {n} and {n + 1}?", "completion": "It is {2 * n + 1}."}}\n' for n in range(120))
 
 
 def blocks(page):
-    """The fenced blocks of a page that name no language: commands."""
+    """The commands of a page: its fenced blocks, but those in a language of data. A fence that is read otherwise by
+    Markdown than here (indented, of tildes, not closed) is an error, for its block would not be run.
+    """
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return [
-        body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if not language
-    ]
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(re.findall(r"^[\s>]*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(found), f"{page}: an odd fence"
+    return [body for language, body in found if language not in DATA]
 
 
 def published(folder):
@@ -50,8 +53,15 @@ def environment_of(clone):
     (clone / ".venv" / ".ready").touch()
 
 
-def test_the_pages_have_command_blocks():
-    assert len(blocks("index.md")) >= 7 and len(blocks("data.md")) == 1
+def test_no_block_of_commands_is_left_out(tmp_path):
+    assert blocks("index.md") and blocks("data.md")
+    page = tmp_path / "page.md"
+    page.write_text("```\none\n```\n\n```bash\ntwo\n```\n```yaml\na: 1\n```\n")
+    assert blocks(page) == ["one\n", "two\n"]
+    for odd in ("- a\n  ```\n  one\n  ```\n", "~~~\none\n~~~\n", "```\none\n"):
+        page.write_text(odd)
+        with pytest.raises(AssertionError, match="odd fence"):
+            blocks(page)
 
 
 @pytest.mark.slow
@@ -71,10 +81,11 @@ def test_every_command_block_runs(tmp_path):
     lines += [f"echo '== data.md' >&2\n{body}" for body in blocks("data.md")]
     (tmp_path / "rows.jsonl").write_text(ROWS)
     script.write_text("\n".join(lines))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FINETUNE_")}  # the store is the clone's own
     settings = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{tmp_path}/published.insteadOf",
                 "GIT_CONFIG_VALUE_0": HOME, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     done = subprocess.run(
-        ["bash", script], env={**os.environ, **settings}, capture_output=True, text=True, check=False,
+        ["bash", script], env={**inherited, **settings}, capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

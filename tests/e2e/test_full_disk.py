@@ -16,10 +16,11 @@ from finetune.context import Context
 from finetune.errors import FinetuneError
 from finetune.pipeline import runner, runs
 from finetune.pipeline.runs import Run
+from finetune.pipeline.stage_list import STAGE_NAMES
 from finetune.pipeline.store import Store
 from finetune.recipe.load import load_recipe
 from finetune.utils.files import replace_bytes
-from tests.e2e.conftest import IN_EVERY, Workspace
+from tests.e2e.conftest import Workspace
 from tests.e2e.forked import alive, committed, state, undisturbed
 from tests.e2e.forked import forked as forked
 
@@ -59,7 +60,7 @@ def with_room(pristine_whole, tmp_path_factory):
     """The manifest of every stage, built where there was room."""
     folder = tmp_path_factory.mktemp("with_room")
     steps = build(pristine_whole, Store(folder / "artifacts", folder / "scratch"))
-    assert tuple(s.stage.name for s in steps if s.manifest) == IN_EVERY
+    assert tuple(s.stage.name for s in steps if s.manifest) == STAGE_NAMES
     return {s.stage.name: s.manifest for s in steps if s.manifest}
 
 

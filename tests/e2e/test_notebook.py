@@ -68,9 +68,12 @@ def test_it_is_valid_small_and_holds_no_output():
             compile(c.source, c.id, "exec")
 
 
-def test_every_recipe_on_its_list_is_one_of_ours():
+def test_its_recipes_are_ours_and_the_badges_and_the_form_name_one_place():
     listed = json.loads(cell("settings").split("RECIPE = ")[1].split("# @param ")[1].split(" {allow")[0])
     assert set(listed) <= {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
+    text = NOTEBOOK.read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/scripts/", text))
+    assert badges == set(re.findall(r'^REPO = "https://github.com/(.+)"  # @param', cell("settings"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("versions", [{"torch": "2.9.1+cu126", "torchvision": "0.24.1+cu126", "numpy": "2.0.2"}, {}])
@@ -288,19 +291,14 @@ def test_the_stop_button_is_no_error_but_a_failure_while_saving_is(status, said,
     assert bool(process.returncode) == bool(error)
 
 
-def test_what_is_kept_on_the_hub_needs_no_drive(tmp_path):
-    said = folders_cell(tmp_path, ("", False, True, "me/runs"), "assert os.environ['FINETUNE_MIRROR'] == 'me/runs'")
-    assert "datasets/me/runs, private" in said and f"{tmp_path}/artifacts" in said
-
-
 def test_on_kaggle_keys_are_its_secrets_and_google_colab_is_not_asked(tmp_path):
     after = f"assert os.environ['HF_TOKEN'] == '{SECRET}' and 'WANDB_API_KEY' not in os.environ"
     site = str(kaggle_site(tmp_path))
     said = folders_cell(tmp_path, ("", False, True, ""), after, PYTHONPATH=site, **ON_KAGGLE)
     assert "HF_TOKEN  found" in said and "WANDB_API_KEY  none (Add-ons → Secrets)" in said and SECRET not in said
-    assert " /kaggle/working/artifacts\n" in said and " /tmp/scratch\n" in said
-    assert "unless Persistence is on" in said
-    kept = folders_cell(tmp_path, ("", False, True, "me/runs"), "", PYTHONPATH=site, **ON_KAGGLE)
+    assert " /kaggle/working/artifacts\n" in said and " /tmp/scratch\n" in said and "unless Persistence is on" in said
+    after = "assert os.environ['FINETUNE_MIRROR'] == 'me/runs'"
+    kept = folders_cell(tmp_path, ("", False, True, "me/runs"), after, PYTHONPATH=site, **ON_KAGGLE)
     assert "Persistence" not in kept and "datasets/me/runs, private" in kept
 
 
@@ -310,13 +308,6 @@ def test_a_place_nobody_filled_in_is_said_before_anything_is_cloned(tmp_path):
         env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "REPO must name the place" in asked.stderr and not list(tmp_path.iterdir())
-
-
-def test_the_badges_and_the_form_name_one_place():
-    text = NOTEBOOK.read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
-    badges = set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/scripts/", text))
-    (form,) = re.findall(r'^REPO = "https://github.com/(.+)"  # @param', cell("settings"), re.MULTILINE)
-    assert badges == {form}
 
 
 def test_on_colab_a_key_comes_from_its_secrets_and_is_never_shown(tmp_path):
@@ -395,12 +386,8 @@ def test_the_last_cell_asserts_what_the_notebook_claims(stage, figures, claim):
     else:
         stages[stage]["metrics"] |= figures
     said = []
-    here = {
-        "json": json,
-        "RECIPE": "x",
-        "finetune": lambda *a, **k: json.dumps({"stages": stages}),
-        "print": said.append,
-    }
+    shown = json.dumps({"stages": stages})
+    here = {"json": json, "RECIPE": "x", "finetune": lambda *a, **k: shown, "print": said.append}
     if claim:
         with pytest.raises(AssertionError, match=claim):
             exec(cell("check"), here)

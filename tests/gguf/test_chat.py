@@ -135,3 +135,34 @@ def test_a_template_without_end_is_refused(tmp_path, condition, monkeypatch):
     monkeypatch.setattr("finetune.gguf.chat.read_facts", lambda path: facts)
     (found,) = differences(tmp_path, lambda chat: chat[0]["content"], [])
     assert "its chat template writes 'nothing (it refuses" in found
+
+
+def test_a_system_message_in_the_last_question_stands_there_for_ollama_too():
+    def render(chat, prompt):
+        system = next((m["content"] + "\n\n" for m in chat if m["role"] == "system"), "")
+        turns = [m for m in chat if m["role"] != "system"]
+        last = len(turns) - 1
+        text = {"user": "[INST] {}[/INST]", "assistant": " {}</s>"}
+        return "<s>" + "".join(
+            text[m["role"]].format((system if n == last else "") + m["content"]) for n, m in enumerate(turns)
+        )
+
+    pieces = read_pieces(render)
+    assert pieces is not None and pieces.system_last
+    found = modelfile("x.gguf", pieces, [], "<s>")
+    inside = "{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}{{ $.System }}"
+    assert inside in found and "{{ if .System }}" not in found
+
+
+def test_a_template_that_closes_the_whole_conversation_is_read():
+    def render(chat, prompt):
+        return "".join(f"<{m['role']}>{m['content']}<end>" for m in chat) + ("<assistant>" if prompt else "<eos>")
+
+    pieces = read_pieces(render)
+    assert pieces is not None and pieces.end + pieces.between == "<end><user>" and "<eos>" not in pieces.end
+
+
+def test_a_template_that_is_no_row_of_turns_is_left_to_ollama():
+    assert read_pieces(lambda chat, prompt: f"{len(chat)} messages, " + " | ".join(m["content"] for m in chat)) is None
+    assert "TEMPLATE" not in modelfile("x.gguf", None, ["</s>"], "<s>")
+    assert "\\u0022\\u0022\\u0022" in modelfile("x.gguf", Pieces('"""', None, "", "", "", ""), [], None)

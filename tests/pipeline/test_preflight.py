@@ -82,6 +82,24 @@ def test_a_small_gpu_is_refused_unless_forced(tmp_path, monkeypatch):
     assert not any("GPU memory" in note for note in preflight.check(recipe, steps))
 
 
+@pytest.mark.parametrize("section", ["generate", "evaluate"])
+def test_a_model_that_writes_or_judges_and_does_not_fit_is_refused_before_the_first_stage(
+    section, tmp_path, monkeypatch
+):
+    save_tiny(tmp_path / "model")
+    model = f"{{local: {tmp_path}/model}}"
+    asked = (
+        f"generate={{method: answer, seeds: [{{source: pydoc, take: 3}}], model: {model}}}"
+        if section == "generate"
+        else f"evaluate.judge={{model: {model}}}"
+    )
+    planned_run = planned("tiny-pydoc", tmp_path, asked)[:2]
+    preflight.check(*planned_run)
+    monkeypatch.setattr("finetune.eval.voice.available_memory", lambda: 1000)
+    with pytest.raises(GateRefused, match=rf"^{section}\..*model.local: .*GB of weights.* name a smaller model"):
+        preflight.check(*planned_run)
+
+
 def test_roots_on_one_disk_are_added_up(tmp_path, monkeypatch):
     recipe, steps, store = planned("mistral-guanaco", tmp_path)
     disk = estimate_memory.disk(read_shapes(recipe), recipe)

@@ -193,6 +193,17 @@ def swept(made, name, at, points):
     return path
 
 
+def test_clean_frees_figures_that_waited_for_a_judge_of_no_kept_run(made):
+    made.run(1, base="done", train="done", evaluate="failed")
+    kept = made.store.folder("evaluate", f"evaluate{'a':0<20}").name
+    files = [made.store.scratch / f"evaluate-{key}.json" for key in (kept, "0123456789abcdef")]
+    made.store.scratch.mkdir(exist_ok=True)
+    for file in files:
+        file.write_text("{}")
+    assert [(u.folder, u.bytes) for u in unused(made.store, 1)] == [(files[1], 2)]
+    assert cli_runs.remove(made.store, unused(made.store, 1)) == 2 and files[0].exists() and not files[1].exists()
+
+
 def test_clean_frees_all_sweeps_of_a_recipe_but_the_newest(made):
     made.run(1, key="a", base="done", train="done")
     swept(made, "made-1", 1000, {"0000000a": 2, "0000000b": 3})

@@ -19,6 +19,7 @@ from finetune.publish.facts import Facts
 from finetune.recipe import Recipe
 
 PLATYPUS_ROWS = "held-out rows of garage-bAInd/Open-Platypus"
+BASES = ("base_model", "base_model_relation", "library_name")
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BASE = {"id": "mistralai/Mistral-7B", "kind": "hub", "revision": SHA, "parameters": 7_241_732_096, "dtype": "bfloat16"}
 CERTIFICATE = {
@@ -32,12 +33,7 @@ TEMPLATE = {"name": "chatml", "sha256": "ab" * 32, "terminators": [2, 32000], "p
 METRICS: dict[str, dict[str, Any]] = {
     "ingest": {"rows": 24926, "sources": {"garage-bAInd/Open-Platypus": 24926}},
     "dedup": {"rows": 18159, "exact": 12, "embedding": 6725},
-    "train": {
-        "loss": 0.91234567,
-        "tokens_per_second": 2413.0,
-        "peak_memory_bytes": 13_100_000_000,
-        "precision": "bf16",
-    },
+    "train": {"loss": 0.9123456, "tokens_per_second": 2413.0, "peak_memory_bytes": 13_100_000_000, "precision": "bf16"},
     "evaluate": {"perplexity_base": 7.5, "perplexity_adapter": 4.0, "stop_rate": 0.96875},
     "certify": {"perplexity_merged": 4.02},
 }
@@ -120,12 +116,6 @@ def test_a_model_that_never_stops_has_that_as_its_first_limit(kind: str) -> None
     assert "NO ANSWER" not in card(kind)
 
 
-def test_metadata_of_a_merged_model() -> None:
-    found = metadata(card("merged"))
-    assert (found["base_model_relation"], found["library_name"]) == ("finetune", "transformers")
-    assert "license" not in found
-
-
 def test_metadata_reads_back_through_the_client() -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -134,7 +124,8 @@ def test_metadata_reads_back_through_the_client() -> None:
     measured = {r.metric_type: r.metric_value for r in data.eval_results or ()}
     assert measured == {"perplexity": 4.0, "stop_rate": 0.96875}
     merged = ModelCard(card("merged")).data
-    assert isinstance(merged, ModelCardData)
+    assert isinstance(merged, ModelCardData) and "license" not in metadata(card("merged"))
+    assert (merged["base_model_relation"], merged["library_name"]) == ("finetune", "transformers")
     found = [(r.metric_type, r.metric_value, r.dataset_name) for r in merged.eval_results or ()]
     assert found == [("perplexity", 4.02, PLATYPUS_ROWS)]  # how often the merged model ends was not measured
 
@@ -168,12 +159,8 @@ def test_every_measured_figure_is_there() -> None:
 
 
 def test_nested_counts_and_intervals_have_a_short_form() -> None:
-    figures = {
-        "sources": {"a/b": {"rows": 1000, "refused": 2}},
-        "interval": [0.5, 1.25],
-        "curve": [1, 2, 3],
-        "none": None,
-    }
+    sources = {"a/b": {"rows": 1000, "refused": 2}}
+    figures = {"sources": sources, "interval": [0.5, 1.25], "curve": [1, 2, 3], "none": None}
     text = card(metrics={"train": figures})
     assert "| `sources` | a/b rows 1,000, refused 2 |" in text
     assert "| `interval` | 0.5 to 1.25 |" in text
@@ -188,14 +175,14 @@ def test_the_card_of_a_quantised_folder_says_what_it_cost_and_how_to_serve_it() 
         "bytes": {"model-q8_0.gguf": 10, "fp8": 12345},
         "perplexity_rows": 24,
     }
-    asked = recipe(export={"gguf": ["q8_0"], "hf": ["fp8"]})
-    text = card("fp8", recipe=asked, metrics={**METRICS, "export": found}, siblings={"fp8": "me/x", "merged": "me/y"})
+    asked, names = recipe(export={"gguf": ["q8_0"], "hf": ["fp8"]}), {"fp8": "me/x", "merged": "me/y"}
+    text = card("fp8", recipe=asked, metrics={**METRICS, "export": found}, siblings=names)
     loaded = metadata(text)
-    assert (loaded["base_model"], loaded["base_model_relation"], loaded["library_name"]) == (
+    assert [loaded[n] for n in ("base_model", "base_model_relation", "library_name")] == [
         "me/y",
         "quantized",
         "transformers",
-    )
+    ]
     results = loaded["model-index"][0]["results"][0]["metrics"]
     assert [(r["name"], r["value"]) for r in results] == [("Perplexity (fp8)", 4.05)]
     for words in ("vllm serve me/x", "transformers serve me/x", "float8_e4m3fn"):
@@ -224,11 +211,7 @@ def test_a_gguf_card_says_what_quantising_cost_and_how_to_run_it() -> None:
     }
     text = card("gguf", recipe=asked, metrics={**METRICS, "export": found}, siblings={"gguf": "me/x", "merged": "me/y"})
     loaded = metadata(text)
-    assert (loaded["base_model"], loaded["base_model_relation"], loaded["library_name"]) == (
-        "me/y",
-        "quantized",
-        "gguf",
-    )
+    assert [loaded[n] for n in BASES] == ["me/y", "quantized", "gguf"]
     results = loaded["model-index"][0]["results"][0]["metrics"]
     assert [(r["name"], r["value"]) for r in results] == [("Perplexity (q8_0)", 4.03), ("Perplexity (q2_k)", 5.5)]
     for words in (
@@ -386,9 +369,8 @@ def test_a_token_in_the_recipe_is_refused_and_not_repeated() -> None:
 
 def test_local_folders_are_shortened(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    home = Path.home() / "secret-project" / "more.jsonl"
     text = f"data:\n  - {{source: local, path: {rows}}}\n  - {{source: local, path: ~/secret-project/more.jsonl}}\n"
-    sources = [{"source": "local", "path": str(rows)}, {"source": "local", "path": str(home)}]
+    sources = [{"source": "local", "path": str(p)} for p in (rows, Path.home() / "secret-project" / "more.jsonl")]
     found = card(recipe=recipe(data=sources), recipe_text=text)
     assert str(tmp_path) not in found and "secret-project" not in found
     assert "…/rows.jsonl" in found and "…/more.jsonl" in found
@@ -409,13 +391,8 @@ def test_nothing_measured_or_written_breaks_out_of_its_place(name: str, value: s
 
 
 def test_a_benchmark_is_a_line_a_metric() -> None:
-    scores = {
-        "base": 0.31,
-        "base_stderr": 0.01,
-        "adapter": 0.4,
-        "adapter_stderr": 0.012,
-        "difference_interval": [0.05, 0.13],
-    }
+    errors = {"base_stderr": 0.01, "adapter_stderr": 0.012}
+    scores = {"base": 0.31, "adapter": 0.4, "difference_interval": [0.05, 0.13], **errors}
     tasks = {"hellaswag": {"version": 1, "rows": 100, "shots": 0, "metrics": {"acc": scores}}}
     text = card(metrics={**METRICS, "evaluate": {**METRICS["evaluate"], "tasks": tasks}})
     assert "| `hellaswag, acc` | 0.31 ± 0.01 → 0.4 ± 0.012 on 100 documents; the difference is 0.05 to 0.13 |" in text

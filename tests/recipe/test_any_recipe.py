@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import InputError
 from finetune.recipe import Recipe
-from finetune.recipe.load import _Loader, parse_recipe
+from finetune.recipe.load import _Loader, load_recipe, parse_recipe
 from finetune.recipe.messages import written_fields
 from finetune.recipe.reference import _models
 from tests.recipe.test_load import GOOD
@@ -95,3 +96,10 @@ STEPS = st.lists(st.sampled_from([*NAMES, "0", "1", "²", "", " "]) | st.text(ma
 def test_any_set_is_applied_or_refused_cleanly(options):
     sets = [o if isinstance(o, str) else f"{'.'.join(o[0])}={o[1]}" for o in options]
     valid_or_refused(GOOD, sets)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_validates_and_names_its_hardware(path):
+    recipe = load_recipe(str(path)).recipe
+    assert recipe.name == path.stem
+    assert "# Hardware: " in path.read_text()

@@ -303,13 +303,6 @@ def test_a_local_path_is_found_beside_the_recipe_and_never_enters_a_key(tmp_path
     assert str(tmp_path) not in recipe.model_dump_json()
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_validates_and_names_its_hardware(path):
-    recipe = load_recipe(str(path)).recipe
-    assert recipe.name == path.stem
-    assert "# Hardware: " in path.read_text()
-
-
 def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from finetune.errors import FinetuneError, InputError
-from finetune.serve.client import NoCompletion, Sampling, _words, connect
+from finetune.serve.client import NoCompletion, Sampling, _words, connect, sentences
 
 pytest.importorskip("openai")
 CALL = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
@@ -24,13 +24,16 @@ def server():
     """A server that answers every request with `status` and `body`; it keeps the keys that it was sent."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.do_POST()
+
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             made.keys.append(self.headers["Authorization"])
             made.sent = str(self.headers)
-            body = made.body.encode()
+            body = made.body if isinstance(made.body, bytes) else made.body.encode()
             self.send_response(made.status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", made.kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -39,7 +42,7 @@ def server():
             pass
 
     made = HTTPServer(("127.0.0.1", 0), Handler)
-    made.status, made.body, made.keys = 200, json.dumps(COMPLETION), []
+    made.status, made.body, made.keys, made.kind = 200, json.dumps(COMPLETION), [], "application/json"
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     made.url = f"http://127.0.0.1:{made.server_port}"
@@ -133,6 +136,27 @@ def test_a_refusal_is_one_sentence(server, status, body, kind, words):
     server.status, server.body = status, body
     with pytest.raises(kind, match=words):
         ask(server)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"<html>log in</html>", "text/html"),
+        (b"<html>log in</html>", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"choices": "\xff\xfe"}', "application/json"),
+    ],
+)
+def test_what_is_no_answer_of_such_an_api_is_one_sentence(server, body, kind):
+    server.body, server.kind = body, kind
+    for call in (ask, lambda server: listed(connect(server.url, "m"))):
+        with pytest.raises(NoCompletion, match="answered with something else than"):
+            call(server)
+
+
+def listed(server):
+    with sentences(server):
+        return server.models()
 
 
 def completion(message, **more):

@@ -19,16 +19,13 @@ from finetune.eval.scoring import row_nll
 from finetune.gguf import reader as gguf_reader
 from finetune.gguf import scoring
 from finetune.gguf import writer as gguf_writer
-from finetune.gguf.ollama import Pieces, modelfile, read_pieces
 from finetune.gguf.writer import TYPES
 from finetune.metrics import ExportMetrics
 from finetune.recipe import Export, Recipe
 from finetune.recipe.outlets import GgufKind
 from finetune.stages import export
 from finetune.tokenization.token_rows import read_token_rows
-from tests.helpers.base_templates import ALL, kind_of
 from tests.helpers.exported import merged
-from tests.helpers.tiny_tokenizers import build
 from tests.stages.finished import context, write_rows
 
 pytest.importorskip("gguf")
@@ -123,45 +120,6 @@ def test_the_modelfile(tmp_path: Path) -> None:
     text = (tmp_path / "with_bos/Modelfile").read_text()
     assert "<s>" not in text  # the tokenizer in the GGUF puts it there
     assert '{{ " [/INST]" }}' in text
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_pieces_write_what_the_template_writes(name: str) -> None:
-    tokenizer = build(kind_of(name), ALL[name])
-    pieces = read_pieces(lambda chat, prompt: export._rendered(tokenizer, chat, prompt))
-    assert pieces is not None  # read_pieces has compared a longer conversation itself
-    assert '"""' not in modelfile("x.gguf", pieces, [], None).split('TEMPLATE """', 1)[1].rsplit('"""', 1)[0]
-
-
-def test_a_system_message_in_the_last_question_stands_there_for_ollama_too() -> None:
-    def render(chat: list[dict[str, str]], prompt: bool) -> str:
-        system = next((m["content"] + "\n\n" for m in chat if m["role"] == "system"), "")
-        turns = [m for m in chat if m["role"] != "system"]
-        last = len(turns) - 1
-        text = {"user": "[INST] {}[/INST]", "assistant": " {}</s>"}
-        return "<s>" + "".join(
-            text[m["role"]].format((system if n == last else "") + m["content"]) for n, m in enumerate(turns)
-        )
-
-    pieces = read_pieces(render)
-    assert pieces is not None and pieces.system_last
-    found = modelfile("x.gguf", pieces, [], "<s>")
-    inside = "{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}{{ $.System }}"
-    assert inside in found and "{{ if .System }}" not in found
-
-
-def test_a_template_that_closes_the_whole_conversation_is_read() -> None:
-    def render(chat: list[dict[str, str]], prompt: bool) -> str:
-        return "".join(f"<{m['role']}>{m['content']}<end>" for m in chat) + ("<assistant>" if prompt else "<eos>")
-
-    pieces = read_pieces(render)
-    assert pieces is not None and pieces.end + pieces.between == "<end><user>" and "<eos>" not in pieces.end
-
-
-def test_a_template_that_is_no_row_of_turns_is_left_to_ollama(tmp_path: Path) -> None:
-    assert read_pieces(lambda chat, prompt: f"{len(chat)} messages, " + " | ".join(m["content"] for m in chat)) is None
-    assert "TEMPLATE" not in modelfile("x.gguf", None, ["</s>"], "<s>")
-    assert "\\u0022\\u0022\\u0022" in modelfile("x.gguf", Pieces('"""', None, "", "", "", ""), [], None)
 
 
 def test_other_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -3,114 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 
-import pyarrow.parquet as pq
 import pytest
 
-from finetune.context import Context
 from finetune.data.records import read_rows
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.pipeline import runner
 from finetune.pipeline.runs import Run
 from finetune.pipeline.store import Store
-from finetune.recipe import Runtime, Tracking
-from finetune.recipe.load import parse_recipe
 from finetune.stages import generate, ingest
-from finetune.synth.asking import check_endpoint
-from finetune.synth.prompts import Prompts
+from finetune.synth.forecast import check_endpoint
 from finetune.synth.self_instruct import read_tasks
-from finetune.utils.files import read_json
-from tests.helpers.chat_server import chat_server
+from tests.helpers.generation import TASKS, model_that_can
+from tests.helpers.generation import quick as quick
+from tests.helpers.generation import server as server
+from tests.helpers.generation import work as work
 
 pytest.importorskip("openai")
-TASKS = [f"Explain why {a} is {b} in winter" for a in ("snow", "ice", "fog", "rain") for b in ("cold", "white", "wet")]
-HARDER = "and give {} reasons with a source each"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr("finetune.synth.asking.GARBLED_SECONDS", 0.01)
-    monkeypatch.delenv("FINETUNE_API_KEY", raising=False)
-
-
-def model_that_can(body):
-    """Answers as a capable model would: every kind of our prompts, told apart by their own words."""
-    text = body["messages"][-1]["content"]
-    if "ask for the same" in text:
-        first, second = re.findall(r"(?s)instruction:\n(.*?)\n\n", text)
-        return "Equal" if first == second else "Not equal"
-    if "#New Instruction#" in text:
-        return re.search(r"(?s)#Given Instruction#\n(.*?)\n\n#New", text)[1] + " " + HARDER.format(len(text) % 97)
-    if "Continue it with" in text:
-        shown = len(text) + int(re.findall(r"(\d+)\.", text)[-1]) + body["seed"]
-        subjects = ("glass", "bridges", "chess", "tides", "maps", "bread", "clocks", "whales", "tax", "music")
-        verbs = ("Describe how one makes", "List five uses of", "Is there any history in", "Write verse about")
-        return "\n".join(f"{i}. {v} {subjects[(shown + i) % 10]} {shown * i}" for i, v in enumerate(verbs, 9))
-    if "a classification task" in text:
-        return "Yes" if "Is there" in text else "No"
-    if "Class label: …" in text:
-        return "Class label: old\nInput: a long text of 1850"
-    if "Output: …" in text:
-        return "Input: none\nOutput: First take sand, then heat it."
-    if "Two assistants" in text:
-        one, two = re.findall(r"(?s)\[Answer \d\]\n(.*?)\n\[End", text)
-        return f"Longer is better here. Verdict: {'tie' if len(one) == len(two) else 1 if len(one) > len(two) else 2}"
-    return f"Because of {text[8:30]}; seen {len(text) % 7} times."
-
-
-class Work:
-    """A folder with seeds; `run` runs the stage on a recipe of them."""
-
-    def __init__(self, folder):
-        self.folder, self.lines, self.runs = folder, [], 0
-        self.seeds([{"instruction": task} for task in TASKS])
-
-    def seeds(self, rows):
-        (self.folder / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def recipe(self, url, section="method: answer", model="", more=""):
-        text = (
-            "schema: 1\nname: a\nmodel: builtin:tiny-mistral\ngenerate:\n"
-            "  seeds: [{source: local, path: seeds.jsonl}]\n"
-            f"  model: {{endpoint: '{url}', name: m{model}}}\n"
-            + "".join(f"  {line}\n" for line in section.split("\n"))
-            + more
-        )
-        (self.folder / "recipe.yaml").write_text(text)
-        return parse_recipe(text, self.folder / "recipe.yaml")
-
-    def context(self, **more):
-        scratch = self.folder / "scratch"
-        scratch.mkdir(exist_ok=True)
-        return Context(scratch, Runtime(), Tracking(), say=self.lines.append, **more)
-
-    def run(self, *args, **kwargs):
-        self.runs += 1
-        self.out = self.folder / f"out{self.runs}"
-        self.out.mkdir()
-        spec = generate.spec(self.recipe(*args, **kwargs))
-        return generate.run(spec, {}, self.out, self.context())
-
-    def rows(self):
-        return list(read_rows(self.out / "rows.parquet"))
-
-    def rejects(self):
-        return pq.read_table(self.out / "rejects.parquet").to_pylist()
-
-
-@pytest.fixture
-def work(tmp_path):
-    return Work(tmp_path)
-
-
-@pytest.fixture
-def server():
-    with chat_server(model_that_can) as running:
-        yield running
 
 
 def test_answers_become_rows_with_their_lineage_and_are_asked_once(work, server):
@@ -300,64 +210,6 @@ def test_the_endpoint_is_looked_at_before_anything_is_built(work, server, monkey
         check_endpoint(model.model_copy(update={"endpoint": "http://127.0.0.1:9/v1"}), "f")
 
 
-def test_evolved_rows_form_lines_and_every_round_has_its_share(work, server):
-    metrics = work.run(server.url, "method: evol_instruct\nrounds: 3\nrows: 30")
-    rows = {r.id: r for r in work.rows()}
-    assert len(rows) == metrics["rows_out"] == 30 and [r["rows"] for r in metrics["rounds"]] == [10, 10, 10]
-    for row in rows.values():
-        parent, number = row.column("parent"), row.column("round")
-        before = rows[parent] if parent in rows else None
-        text = before.messages[0].content if before else TASKS[int(parent.split(":")[1]) - 1]
-        assert row.messages[0].content.startswith(text) and row.messages[0].content != text
-        assert number > (before.column("round") if before else 0)
-    assert len({r.column("operation") for r in rows.values()}) > 3
-    line = read_json(work.out / "lineage.json")[0]
-    assert [step["round"] for step in line] == [0, 1, 2, 3] and line[0]["text"] in TASKS
-    assert len(server.requests) == 90  # instruction, comparison, answer
-
-
-def test_the_eliminator_names_its_rules(work, server):
-    kinds = {0: "no_gain", 1: "copied_prompt", 2: "refusal", 3: "no_content", 4: "no_gain", 5: "copied_prompt"}
-
-    def answer(body):
-        text = body["messages"][-1]["content"]
-        at = next((i for i, task in enumerate(TASKS) if task in text), 0)
-        if "#New Instruction#" in text:
-            return {
-                0: TASKS[0].upper(),
-                1: "Rewrite the #Given Instruction# of ice",
-                5: f"{TASKS[5]}? Write the new instruction only: no heading",
-            }.get(at, f"{TASKS[at]} now")
-        if "ask for the same" in text:
-            return "Equal." if at == 4 else "Not Equal"
-        return {2: "I am sorry, I cannot do that.", 3: "It is the, and... of!"}.get(at, "Snow reflects light.")
-
-    server.answer = answer
-    metrics = work.run(server.url, "method: evol_instruct\nrounds: 1")
-    named = {r["id"].split("/")[1]: r["reason"] for r in work.rejects()}
-    assert named == {f"seeds.jsonl:{i + 1}": reason for i, reason in kinds.items()}
-    assert metrics["rejected"] == {"copied_prompt": 2, "no_content": 1, "no_gain": 2, "refusal": 1}
-    assert metrics["rows_out"] == len(TASKS) - 6
-
-
-def test_what_was_left_out_is_tried_again_from_where_it_was(work, server):
-    work.seeds([{"instruction": TASKS[0]}])
-    seen = []
-
-    def answer(body):
-        text = body["messages"][-1]["content"]
-        if "#New Instruction#" in text:
-            seen.append(text)
-            return TASKS[0] if len(seen) == 1 else f"{TASKS[0]} {len(seen)}"
-        return model_that_can(body)
-
-    server.answer = answer
-    work.run(server.url, "method: evol_instruct\nrounds: 2")
-    (row,) = work.rows()
-    assert row.messages[0].content == f"{TASKS[0]} 2" and row.column("round") == 2
-    assert row.column("parent") == "seeds.jsonl:1"
-
-
 def test_new_tasks_differ_from_every_kept_one(work, server):
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -429,63 +281,6 @@ def test_some_seeds_that_do_not_fit_are_left_out_by_name(work, server):
     assert metrics["seeds_refused"] == 1 and [r["id"] for r in work.rejects()] == ["seeds.jsonl:13"]
 
 
-def test_own_prompts_replace_ours_and_enter_the_key(work, server):
-    own = work.folder / "mine"
-    own.mkdir()
-    (own / "evol_equal.jinja").write_text(
-        "ask for the same? instruction:\n{{ first }}\n\ninstruction:\n{{ second }}\n\n."
-    )
-    before = generate.fingerprint(generate.spec(work.recipe(server.url)))
-    section = "method: evol_instruct\nrounds: 1\nrows: 2\nprompts: mine"
-    assert generate.fingerprint(generate.spec(work.recipe(server.url, section))) != before
-    work.run(server.url, section)
-    assert sum(p.startswith("ask for the same?") for p in server.prompts) == 2
-    (own / "evol_equal.jinja").write_text("{{ nobody }}")
-    with pytest.raises(InputError, match=r"evol_equal.jinja: 'nobody' is undefined; it is given first, second"):
-        work.run(server.url, section)
-
-
-@pytest.mark.parametrize(
-    ("section", "used"),
-    [
-        ("method: answer", []),
-        ("method: answer\nsamples: 2\nbest: judge", ["judge"]),
-        (
-            "method: evol_instruct\nsamples: 2\nbest: judge\nrounds: 3",
-            ["evol_breadth", "evol_depth", "evol_equal", "judge"],
-        ),
-        ("method: evol_instruct\nrounds: 3\nbest: judge", ["evol_breadth", "evol_depth", "evol_equal"]),
-        ("method: self_instruct\nrows: 16", ["self_input_first", "self_kind", "self_output_first", "self_tasks"]),
-    ],
-)
-def test_only_the_prompts_that_are_used_enter_the_key(work, server, monkeypatch, section, used):
-    rendered, render = set(), Prompts.render
-
-    def answer(body):
-        text = model_that_can(body)
-        return f"{text} {body['seed']}" if text.startswith("Because") else text
-
-    server.answer = answer
-    monkeypatch.setattr(Prompts, "render", lambda self, name, values: rendered.add(name) or render(self, name, values))
-    work.run(server.url, section)
-    assert sorted(generate.fingerprint(generate.spec(work.recipe(server.url, section)))["prompts"]) == used
-    assert sorted(rendered) == used
-
-
-def test_a_folder_of_prompts_may_be_renamed(work, server):
-    for name in ("one", "two"):
-        (work.folder / name).mkdir()
-        (work.folder / name / "judge.jinja").write_text("{{ question }}{{ first }}{{ second }}")
-
-    def key(name):
-        spec = generate.spec(work.recipe(server.url, f"method: answer\nsamples: 2\nbest: judge\nprompts: {name}"))
-        return spec.model_dump(), generate.fingerprint(spec)
-
-    assert key("one") == key("two")
-    (work.folder / "two" / "judge.jinja").write_text("{{ question }}")
-    assert key("one") != key("two")
-
-
 def test_a_reply_that_continues_the_number_of_the_prompt_keeps_its_first_task():
     prompt = "1. Sing\n\n8. Count\n9."
     assert read_tasks("Write a poem\nin verse\n10. Draw\n11. Paint", prompt) == [
@@ -496,22 +291,6 @@ def test_a_reply_that_continues_the_number_of_the_prompt_keeps_its_first_task():
     for text, shown in (("Here are two:\n9. Draw\n10. Paint", prompt), ("Here are two:\n10. Draw\n11. Paint", "")):
         assert read_tasks(text, shown) == ["Draw", "Paint"]
     assert read_tasks("Draw\nPaint", prompt) == ["Draw", "Paint"]
-
-
-@pytest.mark.parametrize(
-    ("reply", "dropped"),
-    [("Equal", 1), (" **Equal**.", 1), ("They are not really equal", 0), ("Not equal", 0), ("Equally hard? No", 0)],
-)
-def test_only_a_reply_that_begins_with_equal_is_one(work, server, reply, dropped):
-    server.answer = lambda body: (
-        reply if "ask for the same" in body["messages"][-1]["content"] else model_that_can(body)
-    )
-    work.seeds([{"instruction": TASKS[0]}, {"instruction": TASKS[7]}])
-    if dropped:
-        with pytest.raises(GateRefused, match="2 no_gain"):
-            work.run(server.url, "method: evol_instruct\nrounds: 1")
-    else:
-        assert work.run(server.url, "method: evol_instruct\nrounds: 1")["rows_out"] == 2
 
 
 def test_limits_and_speed_are_no_part_of_the_key(work, server):
