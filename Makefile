@@ -36,10 +36,10 @@ push: $(VENV)/.ready ## publish what a recipe made to the Hub
 setup: $(VENV)/.ready ## make .venv and install; UV=1 with uv
 
 test: $(VENV)/.ready-test ## the test suite
-	@$(BIN)/python -m pytest -n 2 -m "not slow" --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=10
 
 test-slow: $(VENV)/.ready-test ## the long harnesses
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=10
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --durations=10
 
 check: $(VENV)/.ready-check ## lint, format, types, recipes and the documentation site
 	@$(BIN)/ruff check .

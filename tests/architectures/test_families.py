@@ -25,6 +25,7 @@ from tests.architectures.through import Laboratory, Through
 from tests.helpers import families
 
 FAST = ("gemma2", "gpt_neox", "qwen3_moe", "falcon_h1")  # capped scores, a renamed head, experts, no packing
+IDS = (torch.arange(220).reshape(2, 110) * 7) % 300 + 3
 REFUSED = {  # what plan and run say after the stage base, before any other
     "recurrent_gemma": "gives other log-probabilities",  # TRL's head does not cap its logits
     "llama4 text": "TRL's training forward fails",
@@ -56,8 +57,7 @@ def test_a_family_goes_from_base_to_merge(family: str, laboratory: Laboratory) -
     if family in families.WRAPPED:
         assert any("the other parts (vision) are not loaded" in line for line in done.said)
     check_packing(done)
-    check_merge(base, done)
-    check_logits(base, done)
+    check_logits(base, done, *check_merge(base, done))
     if "export" in done.folders:
         assert done.metrics["export"]["reload_difference"]["model-f32.gguf"] <= 1e-6
 
@@ -76,14 +76,24 @@ def check_packing(done: Through) -> None:
         assert done.metrics["pack"]["off"] and any(line.startswith("pack: off: ") for line in done.said)
 
 
-def check_merge(base: Path, done: Through) -> None:
-    """The merged folder holds peft's merge in fp32, under the base's names and in its own class."""
+def forward(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def check_merge(base: Path, done: Through) -> tuple[torch.Tensor, torch.Tensor]:
+    """The merged folder holds peft's merge in fp32, under the base's names and in its own class.
+
+    Returns the logits of the base with its adapter, and of the merged model.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     start = {n: t.clone() for n, t in original.state_dict().items()}
-    expected = PeftModel.from_pretrained(original, done.folders["train"] / "adapter").merge_and_unload().state_dict()
+    model = PeftModel.from_pretrained(original, done.folders["train"] / "adapter")
+    trained = forward(model)
+    expected = model.merge_and_unload().state_dict()
     merged = done.folders["merge"]
     found, report = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
@@ -98,25 +108,19 @@ def check_merge(base: Path, done: Through) -> None:
         *inventory.quantized, *inventory.other_linears
     } - set(inventory.not_adapted)  # fmt: skip
     assert set(load_file(merged / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+    return trained, forward(found)
 
 
-def check_logits(base: Path, done: Through) -> None:
+def check_logits(base: Path, done: Through, of_trained: torch.Tensor, of_merged: torch.Tensor) -> None:
     """What certify compares, layer by layer, is what the ordinary forward of each model gives."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    adapter, ids = done.folders["train"] / "adapter", (torch.arange(220).reshape(2, 110) * 7) % 300 + 3
+    adapter = done.folders["train"] / "adapter"
     plan = plan_merge(base, adapter, "float32")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-    merged = AutoModelForCausalLM.from_pretrained(done.folders["merge"], dtype=torch.float32).eval()
     trained = empty_model(base)
-    for streamed, ordinary in (
-        (StreamedModel(trained, attach_empty(trained, adapter, plan)), model),
-        (StreamedModel(empty_model(base), partial(merged_tensor, plan)), merged),
+    for streamed, expected in (
+        (StreamedModel(trained, attach_empty(trained, adapter, plan)), of_trained),
+        (StreamedModel(empty_model(base), partial(merged_tensor, plan)), of_merged),
     ):
-        with torch.no_grad():
-            expected = ordinary(input_ids=ids, use_cache=False).logits
-        hidden = streamed.hidden([ids])[0]
+        hidden = streamed.hidden([IDS])[0]
         with streamed.head() as head:
             logits = head(hidden.reshape(-1, hidden.shape[-1])).reshape(expected.shape)
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)

@@ -24,7 +24,7 @@ MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text(ROW * 1000)
+    (tmp_path / "rows.jsonl").write_text(ROW * 200)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-UNCHANGED = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
 NOUNS = "tree river stone cloud bird house lamp road boat wheel clock garden market window letter bridge".split()
 VERBS = "sees finds paints moves follows opens carries builds breaks repairs".split()
 RECIPE = """\
@@ -55,11 +55,6 @@ preference:
   max_perplexity_ratio: null
 """
 )
-
-
-def changed_environment():
-    """Whether this test has set variables of its own, as those that point a client at a loopback server."""
-    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} != UNCHANGED
 
 
 def rows():
@@ -109,22 +104,32 @@ class Workspace:
         return {**os.environ, **settings, "XDG_CACHE_HOME": str(self.folder / "cache"), **more}
 
     def start(self, *arguments, **more):
+        """A process like that of `run`, with the methods of `subprocess.Popen`."""
+        if not more:
+            from tests.e2e.forked import Begun
+
+            return Begun(self.command(*arguments), self.folder, XDG_CACHE_HOME=str(self.folder / "cache"))
         return subprocess.Popen(
             self.command(*arguments), env=self.environment(**more), cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def run(self, *arguments, status=0, **more):
-        """In a forked process with the libraries imported, but where an environment is asked for that those read."""
-        if more or changed_environment():
+    def run(self, *arguments, status=0, typed="", folder=None, **more):
+        """Run a command with `typed` on stdin: in a forked process with the libraries imported.
+
+        With `more` variables, which those read when they are imported, it is a process of its own. What a test sets by
+        monkeypatch does not reach the command.
+        """
+        command, folder = self.command(*arguments), folder or self.folder
+        if more:
             done = subprocess.run(
-                self.command(*arguments), env=self.environment(**more), cwd=self.folder, capture_output=True, text=True,
-                check=False, stdin=subprocess.DEVNULL,
+                command, env=self.environment(**more), cwd=folder, capture_output=True, text=True, check=False,
+                input=typed,
             )  # fmt: skip
         else:
             from tests.e2e.forked import shared
 
-            done = shared().run(self.command(*arguments), self.folder, XDG_CACHE_HOME=str(self.folder / "cache"))
+            done = shared().run(command, folder, typed, XDG_CACHE_HOME=str(self.folder / "cache"))
         assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -181,6 +186,14 @@ def pristine(tmp_path_factory):
 def pristine_whole(tmp_path_factory):
     """The same, with a recipe that turns no stage off."""
     return make_workspace(tmp_path_factory.mktemp("pristine_whole"), EVERY_STAGE)
+
+
+@pytest.fixture(scope="session")
+def whole(pristine_whole, tmp_path_factory):
+    """A workspace whose recipe turns no stage off and has run to the end. Copy it before changing anything in it."""
+    workspace = Workspace(shutil.copytree(pristine_whole.folder, tmp_path_factory.mktemp("whole") / "work"))
+    workspace.run("run", "small.yaml")
+    return workspace
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 Reads one JSON request a line and answers with one: {"start": [arguments], "log": path} → {"pid": n};
 {"wait": pid} → {"status": n}, negative for the signal that killed it. A start may name another file for what the run
-"said" on stderr and a "folder" to run in, and add to its "environment"; with "stop_at" the run stops itself, as by
-SIGSTOP, once it has said that line, and with "stop_writing", checkpoint-N/FILE, with half of that file of torch's
-written, or, for COMPLETE, all others. Ends with its stdin.
+"said" on stderr, a file that is "typed" on stdin and a "folder" to run in, and add to its "environment"; with "stop_at"
+the run stops itself, as by SIGSTOP, once it has said that line, and with "stop_writing", checkpoint-N/FILE, with half
+of that file of torch's written, or, for COMPLETE, all others. Ends with its stdin.
 """
 
 import io
@@ -62,7 +62,7 @@ def stop_inside(place):
     torch.save, callbacks.mark_complete = save_half, mark_later
 
 
-def start(arguments, log, said=None, folder=None, stop_at=None, stop_writing=None, environment=()):
+def start(arguments, log, said=None, typed=os.devnull, folder=None, stop_at=None, stop_writing=None, environment=()):
     pid = os.fork()
     if pid:
         return pid
@@ -70,7 +70,7 @@ def start(arguments, log, said=None, folder=None, stop_at=None, stop_writing=Non
     try:
         for number, path in ((1, log), (2, said or log)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(typed, os.O_RDONLY), 0)
         os.chdir(folder or os.curdir)
         sys.argv = ["finetune", *arguments]
         os.environ.update(environment)

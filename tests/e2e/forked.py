@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,11 +41,12 @@ class Forked:
     def wait(self, pid):
         return self.ask(wait=pid)["status"]
 
-    def run(self, command, folder, **environment):
-        """A `subprocess.CompletedProcess` of [python, -m, finetune, …] run in `folder`."""
+    def run(self, command, folder, typed="", **environment):
+        """A `subprocess.CompletedProcess` of [python, -m, finetune, …] run in `folder` with `typed` on stdin."""
         with tempfile.TemporaryDirectory() as outputs:
-            out, err = Path(outputs, "out"), Path(outputs, "err")
-            asked = {"start": command[3:], "log": str(out), "said": str(err), "folder": str(folder)}
+            out, err, keys = (Path(outputs, name) for name in ("out", "err", "typed"))
+            keys.write_text(typed)
+            asked = {"start": command[3:], "log": str(out), "said": str(err), "typed": str(keys), "folder": str(folder)}
             status = self.wait(self.ask(**asked, environment=environment)["pid"])
             return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
@@ -57,12 +59,32 @@ def shared():
     return server
 
 
-@pytest.fixture(scope="module")
-def forked(pristine):
-    server = Forked(pristine.environment())
-    yield server
-    server.server.stdin.close()
-    server.server.wait()
+@pytest.fixture(scope="session")
+def forked():
+    return shared()
+
+
+class Begun:
+    """A forked run that is still going on, with the methods of `subprocess.Popen` that tests need."""
+
+    def __init__(self, command, folder, **environment):
+        self.log, self.returncode = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1]), None
+        asked = {"start": command[3:], "log": str(self.log), "folder": str(folder), "environment": environment}
+        self.pid = shared().ask(**asked)["pid"]
+
+    def poll(self):
+        return None if self.returncode is None and alive(self.pid) else self.wait()
+
+    def wait(self):
+        self.returncode = shared().wait(self.pid) if self.returncode is None else self.returncode
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self):
+        self.wait()
+        return self.log.read_text(), None
 
 
 def committed(work):

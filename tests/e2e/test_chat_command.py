@@ -22,12 +22,8 @@ SHORT = ("--max-new-tokens", "12")
 def talk(workspace, name, lines, *options, folder):
     """The command with `lines` on stdin."""
     roots = ["--artifacts", str(workspace.folder / "artifacts"), "--scratch", str(workspace.folder / "scratch")]
-    done = subprocess.run(
-        [*workspace.command("chat", name, *SHORT, *options), *roots], env=workspace.environment(), cwd=folder,
-        input="".join(line + "\n" for line in lines), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
+    typed = "".join(line + "\n" for line in lines)
+    return workspace.run("chat", name, *SHORT, *options, *roots, typed=typed, folder=folder)
 
 
 def test_an_answer_cannot_steer_the_terminal():

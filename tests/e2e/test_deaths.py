@@ -27,12 +27,6 @@ SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 EXITS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143}, signal.SIGINT: {130}, signal.SIGHUP: {129}}
 
 
-@pytest.fixture(scope="module")
-def whole(forked, pristine_whole, tmp_path_factory):
-    """A workspace whose run was let alone. Copy it before changing anything in it."""
-    return undisturbed(forked, pristine_whole, tmp_path_factory.mktemp("undisturbed") / "whole")
-
-
 def kill_in(forked, work, stage, delay, number):
     """Start a run, signal it `delay` seconds into `stage`, or, with None, where it begins; returns (whether it was
     alive then, its exit status).

@@ -11,19 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import EVERY_STAGE, Workspace
-from tests.e2e.forked import alive, committed, state, undisturbed
+from tests.e2e.forked import alive, committed, state
 from tests.e2e.forked import forked as forked
 
 resource = pytest.importorskip("resource")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="limits memory by RLIMIT_DATA")]
 MEGABYTES = (16, 33, 40)  # the first is under what every stage asks for at its beginning
 BEFORE = {"dedup": "embed", "merge": "certify", "export": "merge"}
-
-
-@pytest.fixture(scope="module")
-def whole(forked, pristine_whole, tmp_path_factory):
-    """The recipe with every stage, run to its end with all memory."""
-    return committed(undisturbed(forked, pristine_whole, tmp_path_factory.mktemp("whole") / "work"))
 
 
 def run_in(megabytes, stage, forked, work):
@@ -55,4 +49,4 @@ def test_a_stage_whose_memory_runs_out_says_so_and_goes_on_later(stage, forked, 
     assert forked.wait(forked.start(work, "--until", stage)) == 0
     done = {key: digest for key, digest in committed(work).items() if key not in before}
     assert {name for name, _ in done} == {stage}
-    assert done.items() <= whole.items()
+    assert done.items() <= committed(whole).items()

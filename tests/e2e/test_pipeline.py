@@ -164,7 +164,7 @@ def wait_for(workspace, process, pattern, seconds=120):
         if any(workspace.folder.glob(pattern)):
             return
         time.sleep(0.005)
-    raise AssertionError(f"{pattern} never appeared: {process.stdout.read() if process.poll() is not None else ''}")
+    raise AssertionError(f"{pattern} never appeared: {process.communicate()[0] if process.poll() is not None else ''}")
 
 
 KILLS = {"train": "artifacts/train/*/checkpoints/checkpoint-4/COMPLETE"}  # test_deaths.py kills every stage anywhere

@@ -260,7 +260,7 @@ def test_native_work_without_end_is_left_to_itself() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_native_work_that_takes_all_memory_is_left_to_itself() -> None:
     with pytest.raises(MemoryError, match=r"more than 0\.1 GB"):
-        limits.watched(lambda: (bytes(200_000_000), time.sleep(0.5)), seconds=5, memory_bytes=10**8)
+        limits.watched(lambda: (bytes(200_000_000), time.sleep(3)), seconds=5, memory_bytes=10**8)
 
 
 def test_the_disk_and_signals_are_no_fault_of_a_file() -> None:

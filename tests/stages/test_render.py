@@ -13,6 +13,7 @@ from finetune.data.records import Example, Message, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Render, Runtime, Tracking
 from finetune.stages import render
+from finetune.tokenization import chat_template
 from finetune.utils.files import read_json, write_json
 from tests.helpers.base_templates import MISTRAL_LATER
 from tests.helpers.tiny_tokenizers import build
@@ -27,13 +28,19 @@ def rows(count: int, start: int = 0) -> list[Example]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trial of each template in a process of its own, which tests/report/test_hostile_text.py covers."""
+    monkeypatch.setattr(chat_template, "check_template", lambda *_: None)
+
+
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Path]:
     folders = {"base": tmp_path / "base", "split": tmp_path / "split"}
     folders["split"].mkdir()
     build("metaspace", MISTRAL_LATER).save_pretrained(folders["base"])
-    write_rows(folders["split"] / "train.parquet", rows(600))
-    write_rows(folders["split"] / "eval.parquet", rows(20, 600))
+    write_rows(folders["split"] / "train.parquet", rows(240))
+    write_rows(folders["split"] / "eval.parquet", rows(20, 240))
     return folders
 
 
@@ -47,7 +54,7 @@ def run(spec: Render, inputs: dict[str, Path], out: Path, lines: list[str] | Non
 
 def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
     metrics = run(Render(), inputs, tmp_path / "out")
-    assert metrics["rows"] == 600 and metrics["eval_rows"] == 20
+    assert metrics["rows"] == 240 and metrics["eval_rows"] == 20
     assert metrics["dropped"] == 0 and metrics["truncated"] == 0
     assert metrics["template"] == "base" and metrics["terminator"] == "</s>"
     train = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
@@ -63,14 +70,14 @@ def test_both_splits_are_written_and_audited(inputs, tmp_path) -> None:
     assert (tmp_path / "out" / "template" / "inference.jinja").read_text() == MISTRAL_LATER
     assert (tmp_path / "out" / "template" / "chat_template.jinja").read_text() == MISTRAL_LATER
     audit = read_json(tmp_path / "out" / "audit.json")
-    assert audit["splits"]["train"]["rows"] == 600 and audit["prompts_proved"] == 200
+    assert audit["splits"]["train"]["rows"] == 240 and audit["prompts_proved"] == 200
     assert audit["ids_equal"] == 200 and not audit["ids_not_compared"] and metrics["unterminated"] == 0
     assert metrics["masked_turns"] == 0
 
 
 def test_rows_with_the_text_of_a_special_token_are_summed_over_the_splits(inputs, tmp_path) -> None:
     metrics = run(Render(), inputs, tmp_path / "out")
-    assert metrics["special_text"] == {"</s>": 620}  # each question holds it
+    assert metrics["special_text"] == {"</s>": 260}  # each question holds it
 
 
 def test_a_number_of_rows_is_proved_where_the_recipe_names_one(inputs, tmp_path) -> None:
@@ -92,7 +99,7 @@ def test_without_a_split_all_rows_are_for_training(inputs, tmp_path) -> None:
     (inputs["split"] / "eval.parquet").unlink()
     (inputs["split"] / "train.parquet").rename(inputs["split"] / "rows.parquet")
     metrics = run(Render(template="alpaca"), inputs, tmp_path / "out")
-    assert metrics["rows"] == 600 and metrics["eval_rows"] == 0 and metrics["template"] == "alpaca"
+    assert metrics["rows"] == 240 and metrics["eval_rows"] == 0 and metrics["template"] == "alpaca"
     assert pq.read_table(tmp_path / "out" / "eval.parquet").num_rows == 0
 
 
@@ -111,8 +118,8 @@ def test_a_dropped_row_is_written_with_its_reason(inputs, tmp_path) -> None:
     metrics = run(spec, inputs, tmp_path / "out")
     rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     kept = [r["id"] for s in ("train", "eval") for r in pq.read_table(tmp_path / "out" / f"{s}.parquet").to_pylist()]
-    assert sorted(kept + [r["id"] for r in rejects]) == sorted(f"r:{i}" for i in range(620))
-    assert metrics["dropped"] == len(rejects) > 100
+    assert sorted(kept + [r["id"] for r in rejects]) == sorted(f"r:{i}" for i in range(260))
+    assert metrics["dropped"] == len(rejects) > 40
     for reject in rejects:
         assert reject["reason"] == "longer than render.max_length_tokens" and reject["text"].startswith("What is")
         assert (
@@ -167,8 +174,8 @@ def test_rows_beyond_the_positions_of_the_base_are_counted(inputs: dict[str, Pat
     tables = [pq.read_table(tmp_path / "out" / f"{n}.parquet")["length"].to_pylist() for n in ("train", "eval")]
     lengths = [n for table in tables for n in table]
     count = sum(n > 30 for n in lengths)
-    words = f"WARNING: {count:,} of 620 rows are longer than the 30 positions that the base knows"
-    assert 0 < count < 620 and any(words in line and f"has {max(lengths)} tokens" in line for line in said)
+    words = f"WARNING: {count:,} of 260 rows are longer than the 30 positions that the base knows"
+    assert 0 < count < 260 and any(words in line and f"has {max(lengths)} tokens" in line for line in said)
 
 
 @pytest.mark.parametrize("pinned", [None, {"positions": 80}, {"positions": None}])

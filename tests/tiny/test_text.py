@@ -17,8 +17,13 @@ WORD = st.sampled_from(["norm", "the", "of", "a", "x", "returns", "matrix", "1"]
 
 
 @pytest.fixture(scope="module")
-def pages() -> list[str]:
-    return corpus(Shingles(entry.doc for entry in pydoc_rows.documentation()), 0.3)
+def known() -> Shingles:
+    return Shingles(entry.doc for entry in pydoc_rows.documentation())
+
+
+@pytest.fixture(scope="module")
+def pages(known: Shingles) -> list[str]:
+    return corpus(known, 0.3)
 
 
 def test_no_run_of_words_of_any_pydoc_answer_is_read(pages: list[str]) -> None:
@@ -36,17 +41,15 @@ def test_no_run_of_words_of_any_pydoc_answer_is_read(pages: list[str]) -> None:
     assert leaked == set()
 
 
-def test_without_the_rule_some_would_be_read() -> None:
+def test_without_the_rule_some_would_be_read(known: Shingles) -> None:
     """The gate has something to do: these packages quote the standard library."""
-    known = Shingles(entry.doc for entry in pydoc_rows.documentation())
-    assert any(known.meets(paragraph) for text in corpus(Shingles([]), 0.3) for paragraph in text.split("\n\n"))
+    assert any(known.meets(paragraph) for text in corpus(Shingles([]), 0.1) for paragraph in text.split("\n\n"))
 
 
-def test_every_package_is_read_in_a_fixed_order(pages: list[str]) -> None:
+def test_every_package_is_read_in_a_fixed_order(known: Shingles, pages: list[str]) -> None:
     for package in PACKAGES:
         assert any(p.startswith(f"In {package}") for p in pages), package
-    again = corpus(Shingles(entry.doc for entry in pydoc_rows.documentation()), 0.3)
-    assert again == pages
+    assert corpus(known, 0.05) == corpus(known, 0.05)
 
 
 def test_no_package_is_imported_to_be_read(pages: list[str]) -> None:
