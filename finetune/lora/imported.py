@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.lora.start import CONFIG, WEIGHTS
 from finetune.utils.files import read_json, write_bytes, write_json
 from finetune.utils.safetensors_io import read_file
+
+if TYPE_CHECKING:
+    from finetune.tokenization.chat_template import JinjaRenderer
 
 PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
     ("a question", [{"role": "user", "content": "How far is it?"}]),
@@ -132,7 +135,7 @@ def require_same_template(source: Path, base: Path, rendered: Path) -> None:
             )
 
 
-def _written(render: Any, chat: list[dict[str, Any]]) -> str | None:  # noqa: ANN401 - JinjaRenderer, imported late
+def _written(render: JinjaRenderer, chat: list[dict[str, Any]]) -> str | None:
     from finetune.tokenization.chat import TemplateRefused
 
     try:

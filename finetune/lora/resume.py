@@ -156,7 +156,7 @@ def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder
             )
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
+def _plain(value: object) -> object:
     """Return a canonical form: empty values become None, lists are sorted."""
     if not value or value == "none":
         return None

@@ -277,14 +277,15 @@ def register(name: str, kernel: Kernel) -> None:
     AttentionMaskInterface.register(name, _mask)
 
 
-def _mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **settings: Any) -> torch.Tensor | None:  # noqa: ANN401
+def _mask(*sizes: int, attention_mask: torch.Tensor | None = None, **settings: object) -> torch.Tensor | None:
     """No mask where rows are packed (document bounds say all); where rows are padded, the one that SDPA takes."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None:
         return None
     settings |= {"attention_mask": attention_mask, "allow_is_causal_skip": False}
-    return sdpa_mask(*sizes, **settings)
+    dense: Callable[..., torch.Tensor | None] = sdpa_mask
+    return dense(*sizes, **settings)
 
 
 def _forward(
@@ -300,7 +301,7 @@ def _forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: torch.Tensor | None = None,
-    **more: Any,  # noqa: ANN401 - what else transformers hands through
+    **more: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention of transformers: query (B, H, T, D), key and value (B, K, T, D) in; (B, T, H, D) out.
 
@@ -324,9 +325,8 @@ def _forward(
         if position_ids is None or query.shape[2] != key.shape[2]:
             raise FinetuneError("variable-length attention was given neither the documents' bounds nor a mask")
         attention_mask = _seen(position_ids, sliding_window)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **more
-    )
+    dense: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
+    return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **more)
 
 
 def _seen(position_ids: torch.Tensor, window: int | None) -> torch.Tensor:

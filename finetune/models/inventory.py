@@ -16,6 +16,7 @@ from finetune.utils.files import canonical_json, read_json
 from finetune.utils.upstream import kept_in_fp32
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 FILE = "architecture.json"  # in the base stage's folder; beside the inventory it holds the facts of models/trial.py
@@ -190,7 +191,7 @@ def not_quantized(model: PreTrainedModel) -> list[str]:
     return [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
 
 
-def _is_quantized(name: str, module: Any, skipped: list[str]) -> bool:  # noqa: ANN401 - nn.Module
+def _is_quantized(name: str, module: nn.Module, skipped: list[str]) -> bool:
     """Return the choice of `replace_with_bnb_linear` without importing bitsandbytes: exact linear modules and
     Conv1D.
     """

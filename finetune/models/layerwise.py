@@ -315,13 +315,13 @@ def _bodies(model: PreTrainedModel) -> list[nn.Module]:
     return [m for i, m in enumerate(found) if m is not model and all(m is not n for n in found[:i])]
 
 
-class _Given(dict):
+class _Given(dict[str, "torch.Tensor"]):
     """The answer of a body that has already run: `last_hidden_state`; every other part is None."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as transformers' ModelOutput
+    def __getattr__(self, name: str) -> torch.Tensor | None:
         return self.get(name)
 
-    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401
+    def __getitem__(self, key: str | int) -> torch.Tensor:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
 

@@ -137,7 +137,7 @@ def _entry(text: str, tokens: NewTokens) -> dict[str, Any]:
     return {"content": text, **plain, "special": tokens.special}
 
 
-def _prove(before: Any, after: Any, tokens: NewTokens) -> None:  # noqa: ANN401 - PreTrainedTokenizerBase
+def _prove(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, tokens: NewTokens) -> None:
     """Raise InputError unless `after` is `before` with the new tokens, each one id in the midst of text."""
     wanted = dict(zip(tokens.texts, tokens.ids, strict=True))
     got = after.get_vocab()

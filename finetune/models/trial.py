@@ -24,7 +24,7 @@ from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DOCUMENTS = (13, 21, 6)  # tokens; longer than the reduced sliding window
 VOCABULARY, WINDOW, CAP = 96, 8, 1.0
@@ -274,7 +274,7 @@ NARROW: Mapping[str, int] = {
 }  # fmt: skip
 
 
-def reduce(config: Any, *, widths: bool = True) -> None:  # noqa: ANN401 - PretrainedConfig
+def reduce(config: PreTrainedConfig, *, widths: bool = True) -> None:
     """Make the sizes in `config`, and in the configurations inside it, small, in place."""
     for part in _parts(config):
         _keep_few_layers(part)
@@ -292,7 +292,7 @@ def reduce(config: Any, *, widths: bool = True) -> None:  # noqa: ANN401 - Pretr
                 setattr(part, name, min(value, CAP))  # low enough to be reached
 
 
-def _keep_few_layers(part: Any) -> None:  # noqa: ANN401 - PretrainedConfig
+def _keep_few_layers(part: PreTrainedConfig) -> None:
     layers = int(getattr(part, "num_hidden_layers", 0) or 0)
     if not layers:
         return
@@ -307,14 +307,14 @@ def _keep_few_layers(part: Any) -> None:  # noqa: ANN401 - PretrainedConfig
         part.first_k_dense_replace = 1
 
 
-def _parts(config: Any) -> Iterator[Any]:  # noqa: ANN401
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield config
     for name, value in vars(config).items():
         if name.endswith("_config") and hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
 
 
-def _layers_kept(part: Any, layers: int) -> int:  # noqa: ANN401
+def _layers_kept(part: PreTrainedConfig, layers: int) -> int:
     """The fewest first layers with one of every kind, two at least."""
     kinds = getattr(part, "layer_types", None) or getattr(part, "layers_block_type", None)
     if not kinds or len(kinds) != layers:
@@ -322,7 +322,7 @@ def _layers_kept(part: Any, layers: int) -> int:  # noqa: ANN401
     return min(layers, max(2, max(list(kinds).index(kind) for kind in set(kinds)) + 1))
 
 
-def _narrow_heads(part: Any) -> None:  # noqa: ANN401
+def _narrow_heads(part: PreTrainedConfig) -> None:
     """Four query heads of 16, with the shares of key-value heads that there are; hidden size 64."""
     heads = getattr(part, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
