@@ -74,7 +74,7 @@ def json_valid(answer: str, reference: str) -> float | None:
     return None if _structure(reference) is None else float(_structure(answer) is not None)
 
 
-def _structure(text: str) -> Any:  # noqa: ANN401 - JSON
+def _structure(text: str) -> dict[str, Any] | list[Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -102,7 +102,7 @@ def tool_calls(text: str) -> Counter[str]:
     return found
 
 
-def _calls_in(value: Any) -> Counter[str]:  # noqa: ANN401 - JSON
+def _calls_in(value: object) -> Counter[str]:
     if isinstance(value, list):
         return sum((_calls_in(v) for v in value), Counter())
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,11 @@ from finetune.utils.files import file_digest
 from finetune.utils.progress import Bar
 
 if TYPE_CHECKING:
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "lm_eval"
@@ -90,7 +95,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     return Benchmarks(loaded)
 
 
-def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 - TaskManager, imported late
+def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     """Return a TaskManager; the harness's 14,000 tasks are indexed only if a name is not in the folder."""
     from lm_eval.tasks import TaskManager
 
@@ -114,7 +119,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 
 
 
 @contextlib.contextmanager
-def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
+def _hushed() -> Iterator[None]:
     """Let only errors of the harness through."""
     from finetune.utils.quiet import quiet
 
@@ -129,7 +134,7 @@ def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
 
 
 def score(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Benchmarks,
     limit: int | None,
@@ -152,7 +157,7 @@ def score(
 
 
 def _run(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Benchmarks,
     limit: int | None,
@@ -188,28 +193,28 @@ def _run(
     return dict(found)
 
 
-def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> Any:  # noqa: ANN401 - late imports
+def _watched(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: int, ctx: Context, bar: Bar) -> HFLM:
     """Wrap the model for the harness; it stops between two batches if a signal was received."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
         """HFLM with our progress bar instead of the harness's."""
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
             return super().generate_until(requests, disable_tqdm=True)
 
-        def _model_call(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+        def _model_call(self, *inputs: torch.Tensor, **options: object) -> torch.Tensor:
             ctx.stop.check()
             bar.advance()
             return super()._model_call(*inputs, **options)
 
-        def _model_generate(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+        def _model_generate(self, *inputs: object, **options: object) -> torch.Tensor:
             ctx.stop.check()
             bar.advance()
             return super()._model_generate(*inputs, **options)

@@ -14,9 +14,6 @@ from finetune.errors import InputError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    CausalModel = PreTrainedModel | PeftModel
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from finetune.errors import InputError
 from finetune.models.device import autocast
@@ -21,8 +21,18 @@ from finetune.utils.runtime import give_back, in_order
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+    CausalModel = PreTrainedModel | PeftModel
+
+    class Generator(Protocol):
+        """A causal model's `generate`, which neither of the two classes declares."""
+
+        def generate(self, **arguments: object) -> torch.Tensor:
+            """Return token ids (B, T), prompts first."""
+
 
 Weights = Callable[[str], "torch.Tensor"]
 
@@ -279,6 +289,13 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
             else:
                 body.forward = forward
     return logits
+
+
+def without_adapter(model: CausalModel) -> PreTrainedModel:
+    """Return the causal model itself: the one inside peft's wrapper, with its adapted layers."""
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

@@ -20,6 +20,7 @@ from finetune.utils.files import canonical_json, read_json, replace_bytes, write
 
 if TYPE_CHECKING:
     import numpy as np
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from finetune.eval.generation import Answer
@@ -173,7 +174,7 @@ def _warn(result: Mapping[str, Any], ctx: Context) -> None:
 
 
 def _measure(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
@@ -281,7 +282,7 @@ def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: i
 
 
 def _generate(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
     pad_id: int,
@@ -301,12 +302,12 @@ def _generate(
     return answers, base_answers
 
 
-def _sample(tokenizer: Any, row: TokenRow, answer: Answer, base: Answer) -> dict[str, Any]:  # noqa: ANN401 - tokenizer
+def _sample(tokenizer: PreTrainedTokenizerBase, row: TokenRow, answer: Answer, base: Answer) -> dict[str, Any]:
     start = row.answer_start
     return {
         "id": row.id,
         "prompt": tokenizer.decode(row.ids[:start], skip_special_tokens=False),
-        "question": tokenizer.decode(row.ids[:start], skip_special_tokens=True).strip(),
+        "question": str(tokenizer.decode(row.ids[:start], skip_special_tokens=True)).strip(),
         "reference": tokenizer.decode(row.ids[start:], skip_special_tokens=True),
         "adapter": {"text": tokenizer.decode(answer.ids, skip_special_tokens=True), "finish": answer.finish},
         "base": {"text": tokenizer.decode(base.ids, skip_special_tokens=True), "finish": base.finish},

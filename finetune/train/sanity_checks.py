@@ -16,6 +16,7 @@ from finetune.recipe import Lora
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from trl import SFTTrainer
 
     from finetune.models.new_tokens import NewTokens
@@ -159,7 +160,7 @@ def prove_adapters(model: torch.nn.Module) -> None:
 
 
 def planned_parameters(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     lora: Lora,
     tokens: NewTokens | None = None,
 ) -> dict[str, tuple[int, ...]]:
@@ -168,8 +169,9 @@ def planned_parameters(
     from transformers.pytorch_utils import Conv1D
 
     from finetune.models.architecture import adaptable
+    from finetune.models.layerwise import without_adapter
 
-    base = model.get_base_model()
+    base = without_adapter(model)
     head = base.get_output_embeddings()
     planned = saved_parameters(lora, base, tokens)
     linear = {
@@ -230,7 +232,7 @@ def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packe
         )
 
 
-def manual_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+def manual_loss(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean cross-entropy of the supervised tokens, each from the position before it; () fp32.
 
     The first token of a document is not predicted: in a packed row the position before it is in another document.
@@ -262,7 +264,7 @@ def prove_loss(trainer: SFTTrainer, batch: Mapping[str, Any], tolerance: float) 
 
 
 def prove_isolation(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     collate: Collate,
     documents: Sequence[dict[str, list[int]]],
     tolerance: float,
@@ -296,7 +298,7 @@ def prove_isolation(
                 )
 
 
-def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scale: float = 1.0) -> None:  # noqa: ANN401
+def prove_gradients(model: PeftModel, batch: Mapping[str, torch.Tensor], tolerance: float, scale: float = 1.0) -> None:
     """Refuse a model whose gradients change after a forward in eval mode (bitsandbytes repacks 4-bit weights on some
     CPUs; most gradients are then wrong although the loss looks normal).
     """
@@ -316,7 +318,7 @@ def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scal
         )
 
 
-def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, torch.Tensor]:  # noqa: ANN401
+def _gradients(model: PeftModel, batch: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
     """Return subsampled gradients in training mode, with the same dropout mask every time."""
     import torch
 

@@ -21,6 +21,7 @@ from finetune.utils.upstream import use_one_gpu
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
@@ -95,7 +96,7 @@ def run(
     job: Job,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    dataset: Dataset,
     ctx: Context,
     micro: int,
 ) -> Result:
@@ -155,7 +156,7 @@ def _trainer(
     job: Job,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    dataset: Dataset,
     arguments: SFTConfig,
 ) -> SFTTrainer:
     """Return the trainer on `base` with the recipe's adapter, new or continued from an earlier one."""
@@ -199,7 +200,7 @@ def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: P
     return held_out
 
 
-def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
+def _take_over(trainer: SFTTrainer, follower: Follower, checkpoint: Path) -> None:
     """Load the last step's checkpoint as the result. `Trainer` would train one more step: it checks `max_steps` only at
     the end of a step.
     """
@@ -258,7 +259,7 @@ def save_adapter(
     write_json(path, config)
 
 
-def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, imported late
+def _dataset(rows: Path | pa.Table) -> Dataset:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -284,7 +285,7 @@ def _arguments(shared: dict[str, Any], packed: bool) -> SFTConfig:
     )
 
 
-def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Result:  # noqa: ANN401 - Follower
+def _result(trainer: SFTTrainer, follower: Follower, micro: int, device: str) -> Result:
     from finetune.train import distributed
 
     history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
@@ -311,5 +312,5 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
         micro_batch_rows=micro,
         resumed_from=follower.resumed_from,
         held_out=held_out.figures() if held_out else {},
-        before=follower.made_by.get("before", ()),
+        before=cast("Sequence[Mapping[str, object]]", follower.made_by.get("before", ())),
     )
