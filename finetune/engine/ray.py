@@ -12,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from finetune import __version__
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import canonical_json, hash_file
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,7 +66,7 @@ class RayEngine:
 _state: dict[int, Callable[[Any], Any]] = {}  # of a worker process: the number of a map -> its function
 
 
-def _work(call: int, build: Callable[[], Any], part: Any) -> Any:  # noqa: ANN401 - what the stage's function takes
+def _work(call: int, build: Callable[[], Callable[[T], R]], part: T) -> R | _Raised:
     """Return the function's result, or the error for a person that it raised; the function is built once a process."""
     try:
         if call not in _state:
@@ -81,7 +84,7 @@ class _Raised:
         self.error = error
 
 
-def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401
+def _taken(reference: ObjectRef, which: str) -> Any:  # noqa: ANN401 - ray types no remote call
     from ray import exceptions, get
 
     try:

@@ -201,7 +201,7 @@ def _keep_ref(ref: Path, sha: str) -> None:
         ref.write_text(sha, encoding="ascii")
 
 
-def _ask(path: str) -> Any:  # noqa: ANN401 - JSON
+def _ask(path: str) -> Any:  # noqa: ANN401 - JSON, whose keys each caller checks
     """GET a path of the Hub with a time limit, which HfApi's own methods for these paths do not have."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 from finetune.errors import FinetuneError
@@ -88,7 +88,7 @@ def _check(response: httpx2.Response) -> None:
             return  # the caller reports the error
 
 
-def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON
+def _check_names(value: object, where: str) -> None:
     """Refuse a listing whose ids or paths, used as file names, would leave their folder."""
     if isinstance(value, list):
         for inner in value:

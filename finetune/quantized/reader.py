@@ -134,7 +134,7 @@ class QuantizedWeights:
             )
 
 
-def load(folder: Path) -> Any:  # noqa: ANN401 - PreTrainedModel
+def load(folder: Path) -> PreTrainedModel:
     """Return the model of a quantised folder as transformers loads it, computing in fp32 on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -147,7 +147,7 @@ def load(folder: Path) -> Any:  # noqa: ANN401 - PreTrainedModel
     return model.eval()
 
 
-def _weights(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - PreTrainedModel
+def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the weights of a loaded model by name, fp32, decompressed by its own library."""
     from bitsandbytes.functional import dequantize_4bit
 
