@@ -106,7 +106,7 @@ def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
     return _validated(text, path, sets)[0]
 
 
-def parse_value(text: str, name: str) -> Any:  # noqa: ANN401 - YAML
+def parse_value(text: str, name: str) -> object:
     """Return a YAML value as a recipe reads it (2e-4 is a number). Raises InputError, which begins with `name`."""
     problems: list[str] = []
     value = _parse_yaml(text, name, {}, problems)
@@ -183,7 +183,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from None
 
 
-def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
+def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> object:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -220,7 +220,7 @@ def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
     return f"{name}:{line}: not YAML: {problem}"
 
 
-def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
+def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: list[str]) -> object:
     line = f"{name}:{node.start_mark.line + 1}"
     where.setdefault(at, line)
     kind = node.tag.rpartition(":")[2]

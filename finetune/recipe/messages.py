@@ -218,11 +218,11 @@ def _model_at(at: Location) -> type[BaseModel] | None:
     return next(iter(_models(annotation)), None)
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression
+def _models(annotation: object) -> list[type[BaseModel]]:
     return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
-def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
+def _members(annotation: object) -> list[object]:
     """Return the members of a (possibly annotated) union."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])

@@ -146,7 +146,7 @@ def _names(model: type[BaseModel]) -> dict[str, str]:
     return {f.alias or n: n for n, f in model.model_fields.items() if (f.alias or n) in written}
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression
+def _models(annotation: object) -> list[type[BaseModel]]:
     """Return every model in a type expression and, recursively, in their fields, each once."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         inner = [m for f in annotation.model_fields.values() for m in _models(f.annotation)]

@@ -70,7 +70,7 @@ class Model(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _from_string(cls, value: object, info: ValidationInfo) -> object:
         raw = {"id": value} if isinstance(value, str) else value
         if not isinstance(raw, dict) or not isinstance(raw.get("id"), str):
             return raw
@@ -139,7 +139,7 @@ class Render(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _template_path(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _template_path(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "template_file" in value:
             refuse([(("template_file",), "unknown field; write the file as template: NAME.jinja")])
         if isinstance(value, dict) and isinstance(value.get("template"), str) and value["template"].endswith(".jinja"):
@@ -299,7 +299,7 @@ class Evaluate(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _task_folder(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _task_folder(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "task_path" in value:
             refuse([(("task_path",), "unknown field; write the folder as task_folder: NAME")])
         if isinstance(value, dict) and isinstance(value.get("task_folder"), str) and "task_path" not in value:
