@@ -119,7 +119,7 @@ def _arguments(value: object, notes: Counter[str]) -> object:
 
 
 def _pruned(value: Mapping[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    pruned: dict[str, Any] = without_nulls(value)
+    pruned = {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
     if pruned != value:
         notes[NULLS] += 1
     return pruned

@@ -7,7 +7,6 @@ import difflib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 MOST_LITERAL = 1_000_000  # characters of Python text; reading it takes a hundred times that in memory
 MOST_LISTED = 20  # column names in a message
@@ -76,7 +75,7 @@ def loads(text: str) -> object:
         raise ValueError(str(error)) from None
 
 
-def without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON
+def without_nulls(value: object) -> object:
     """`value` without the null fields that Arrow adds to mappings; nulls that are elements of a list stay."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}

@@ -184,7 +184,11 @@ class ControlStrings:
         """
         if any(ord(c) >= self.TRUE for s in _strings(chat) for c in s):
             raise InputError("the row holds both a control string and a private-use character U+100000 or above")
-        return [_map_strings(m, lambda s: self._find.sub(lambda hit: self._typed[hit[0]], s)) for m in chat]
+
+        def hidden(text: str) -> str:
+            return self._find.sub(lambda hit: self._typed[hit[0]], text)
+
+        return [{name: _map_strings(value, hidden) for name, value in turn.items()} for turn in chat]
 
     def show(self, text: str) -> str:
         """The text with typed control strings put back: what a plain rendering gives."""
@@ -210,7 +214,7 @@ def _strings(value: object) -> Iterable[str]:
             yield from _strings(item)
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - JSON
+def _map_strings(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Finder, NoEnd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data.records import Example
+    from finetune.tokenization.template_sandbox import MarkedEnvironment
 
 # What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role
 # looked up in a mapping, a division, tool calls nested too deeply.
@@ -95,7 +96,7 @@ class JinjaRenderer:
                 )  # fmt: skip
                 return str(text), []
             if self._marked:
-                count_once(compiled.environment)
+                count_once(cast("MarkedEnvironment", compiled.environment))
             found: Any = render_jinja_template(
                 [chat],
                 tools=tools,  # type: ignore[arg-type]

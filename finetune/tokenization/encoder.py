@@ -16,7 +16,7 @@ from finetune.tokenization.label_mask import Offsets
 from finetune.utils.limits import watched
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from finetune.tokenization.rendering import Rendered
@@ -177,7 +177,7 @@ def _encoded(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -
     return [_tokens(e) for e in found]
 
 
-def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 - tokenizers.Encoding has no types
+def _tokens(encoding: Encoding) -> Tokens:
     ids = encoding.ids
     flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids))  # twice as fast as np.array
     return ids, flat.reshape(-1, 2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from finetune.tokenization.audit import shared_length
 from finetune.utils.format import visible
@@ -15,10 +15,19 @@ from finetune.utils.format import visible
 class Decoder(Protocol):
     """The part of a tokenizer needed to show tokens."""
 
-    all_special_ids: list[int]
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
 
-    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
+    def decode(self, token_ids: list[int], **kwargs: bool) -> str | list[str]:
         """The text of the tokens."""
+
+
+class Tokenizer(Decoder, Protocol):
+    """The part of a tokenizer needed to show tokens with their names."""
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> str | list[str]:
+        """Return the name of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class Segment:
     special: bool
 
 
-def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> list[Segment]:
+def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Segment]:
     """The row as runs of equal (supervised, special); their texts joined are the decoded row.
 
     A run is shown as what it adds to the text before it, since SentencePiece drops the space of a first token. Raises
@@ -42,7 +51,7 @@ def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> lis
     end, shown = 0, ""
     for (supervised, control), run in groupby(kinds):
         end += len(list(run))
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         same = shared_length(shown, text)
         if same < len(shown) and found:  # a character was cut in two: the run before showed a replacement for it
             last = found[-1]
@@ -52,7 +61,7 @@ def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> lis
     return found
 
 
-def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # noqa: ANN401 - PreTrainedTokenizerBase
+def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> str:
     """The first row of a rendered file for a person: its supervised parts between » and «, and its outer ids.
 
     No more than `most` characters of the row are shown.

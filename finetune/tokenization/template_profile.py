@@ -203,7 +203,7 @@ def _called(turn: dict[str, Any], form: tuple[str, str | None], number: int = 0)
     return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
 
 
-def _parsed(text: str) -> Any:  # noqa: ANN401 - JSON
+def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Protocol
 
 from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
 from finetune.tokenization.chat import strip_markers
@@ -101,7 +101,16 @@ def limited(turns: int) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def count_once(environment: Any) -> None:  # noqa: ANN401 - a jinja environment with transformers' marker extension
+_Track = Callable[[list[str], list[tuple[int, int]]], AbstractContextManager[None]]
+
+
+class MarkedEnvironment(Protocol):
+    """A jinja environment with transformers' marker extension."""
+
+    activate_tracker: _Track
+
+
+def count_once(environment: MarkedEnvironment) -> None:
     """Let transformers' marker extension count each written character once.
 
     Its own `_generation_support` joins all that was written so far at every marked turn, to know how long it is: a
@@ -117,12 +126,11 @@ def count_once(environment: Any) -> None:  # noqa: ANN401 - a jinja environment 
 class _Tracker:
     """`activate_tracker` of one environment, with a list of blocks that stays empty."""
 
-    def __init__(self, track: Any) -> None:  # noqa: ANN401
+    def __init__(self, track: _Track) -> None:
         self._track = track
 
     def __call__(self, blocks: list[str], spans: list[tuple[int, int]]) -> AbstractContextManager[None]:
-        tracked: AbstractContextManager[None] = self._track([], _Spans(blocks, spans))
-        return tracked
+        return self._track([], _Spans(blocks, spans))
 
 
 class _Spans(list[tuple[int, int]]):

@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,7 +29,7 @@ ROLES = (
 class Strict(ImmutableSandboxedEnvironment):
     """The sandbox that transformers uses, but a forbidden attribute is an error when it is only looked at, too."""
 
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:  # noqa: ANN401 - jinja's signature
+    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
         """Raise SecurityError."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r}")
 
@@ -67,7 +67,7 @@ def problem_of(template: str, special: dict[str, str]) -> str | None:
     return None
 
 
-def _rendering(compiled: Any, given: dict[str, Any]) -> str | None:  # noqa: ANN401 - a jinja template
+def _rendering(compiled: Template, given: dict[str, Any]) -> str | None:
     try:
         compiled.render(tools=None, documents=None, **given)
     except SecurityError as error:
