@@ -145,7 +145,7 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
     return start.model_copy(update={"start_folder": folder_of(start, ctx)}), None
 
 
-def _model_of(base: str, revision: Any, own: Recipe | None) -> Any:  # noqa: ANN401 - YAML
+def _model_of(base: str, revision: object, own: Recipe | None) -> str | dict[str, object]:
     """Return the recipe's model: --base or the adapter's base, with the revision that the adapter pins."""
     if own is not None and own.model.id == base:
         if own.model.folder is not None:

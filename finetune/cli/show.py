@@ -22,6 +22,7 @@ from finetune.utils.format import NONE, visible
 
 if TYPE_CHECKING:
     from finetune.report.rows import InspectedRow
+    from finetune.tokenization.inspection import Decoder
 
 
 def print_runs(values: list[dict[str, Any]]) -> None:
@@ -186,7 +187,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     ] + sides
 
 
-def _inspected_pairs(path: Path, tokenizer: Any, count: int) -> list[InspectedRow]:  # noqa: ANN401
+def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[InspectedRow]:
     """The first pairs of the stage pairs: a row for each side, the prompt with that answer."""
     import pyarrow.parquet as pq
 

@@ -242,7 +242,7 @@ def _gguf_problem(folder: Path) -> str | None:
     return why
 
 
-def _as_loaded(path: Path) -> Any:  # noqa: ANN401 - JSON
+def _as_loaded(path: Path) -> dict[str, Any]:
     from finetune.models.loading import load_tokenizer
 
     tokenizer: Any = load_tokenizer(path.parent)

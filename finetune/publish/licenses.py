@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
 from finetune.hub.client import ASK_SECONDS, Kind, RepoType
 from finetune.hub.errors import sentences
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, ModelInfo
 
 NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 NO_COMMERCE = re.compile(r"(^|-)nc(-|$)|non-?commercial|research-only")
@@ -43,7 +46,7 @@ def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Ca
     return found
 
 
-def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
+def _name(info: ModelInfo | DatasetInfo) -> str:
     """Return the licence in a repository's metadata, "other (NAME)" for a custom one, "" for none."""
     data = info.card_data.to_dict() if info.card_data else {}
     stated = data.get("license") or [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]

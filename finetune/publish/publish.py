@@ -264,7 +264,7 @@ def _megabytes(folder: Path) -> str:
     return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
 
 
-def _optional_json(folder: Path | None, name: str) -> Any:  # noqa: ANN401 - JSON
+def _optional_json(folder: Path | None, name: str) -> dict[str, Any] | None:
     return read_json(folder / name) if folder is not None and (folder / name).exists() else None
 
 

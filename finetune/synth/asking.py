@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -22,6 +22,9 @@ from finetune.serve.client import Sampling as ServerSampling
 from finetune.utils import links
 from finetune.utils.files import canonical_json, file_digest, read_json, replace_bytes
 from finetune.utils.runtime import SMALL_PARAMETERS, in_order, single_thread
+
+if TYPE_CHECKING:
+    from finetune.eval.generation import Request
 
 RETRIES = 6  # of the client, with back-off: on 408, 409, 429, 5xx, broken connections and time-outs
 GARBLED_RETRIES, GARBLED_SECONDS = 3, 1.0  # of answers that are no chat completion
@@ -261,7 +264,7 @@ class LocalSource:
                     keep(group[i][0], Reply(text, found.finish, len(requests[i].prompt), len(found.ids)))
                     yield group[i][0]
 
-    def _request(self, ask: Ask) -> Any:  # noqa: ANN401 - generation.Request, or why it is not asked
+    def _request(self, ask: Ask) -> Request | str:
         from finetune.eval.generation import Request
         from finetune.eval.voice import prompt_ids
 

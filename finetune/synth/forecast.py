@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,11 +11,19 @@ from finetune.recipe import LocalSource, PydocSource, Recipe
 from finetune.synth.seeds import read_seeds, require_seeds
 
 
+class Finished(Protocol):
+    """The manifest of a finished stage."""
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Counts of the stage."""
+
+
 class Planned(Protocol):
     """A planned stage."""
 
     @property
-    def manifest(self) -> Any:  # noqa: ANN401 - pipeline.store.Manifest
+    def manifest(self) -> Finished | None:
         """The finished stage's manifest, or None."""
 
 

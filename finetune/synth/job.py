@@ -61,10 +61,19 @@ class Job:
     rejects: list[Reject] = field(default_factory=list)
     asked: Counter[int] = field(default_factory=Counter)  # round → rows tried
 
-    def make(self, turns: Sequence[Mapping[str, str]], answer: str, parent: str, operation: str, **extra: Any) -> Made:  # noqa: ANN401
-        """Add a row; `extra` holds its round and other plain values."""
-        number, round_number = f"{LABEL}:{len(self.made) + 1}", extra.pop("round")
-        self.made.append(Made(number, tuple(turns), answer.strip(), parent, operation, round_number, extra))
+    def make(
+        self,
+        turns: Sequence[Mapping[str, str]],
+        answer: str,
+        parent: str,
+        operation: str,
+        *,
+        round: int,
+        **extra: float,
+    ) -> Made:
+        """Add a row; `extra` holds further figures of it."""
+        number = f"{LABEL}:{len(self.made) + 1}"
+        self.made.append(Made(number, tuple(turns), answer.strip(), parent, operation, round, extra))
         return self.made[-1]
 
     def reject(self, name: str, reason: str, detail: str, text: str) -> None:
