@@ -85,7 +85,7 @@ def _why_empty(rows: int, allowed: int, sizes: Mapping[int, int], split: Split, 
         advice = f"raise {words.most} to {smallest} or more"
     return (
         f"{stage}: {split.eval_fraction:g} of {rows} rows leaves room for {allowed} held-out "
-        f"row{'s' * (allowed != 1)}, and the smallest near-duplicate group has {smallest}; {advice}, {turn_off}"
+        f"row{'' if allowed == 1 else 's'}, and the smallest near-duplicate group has {smallest}; {advice}, {turn_off}"
     )
 
 

@@ -101,7 +101,8 @@ def _timed(layers: Sequence[int], label: str, tokens: int, models: int, ctx: Con
         layer = time.monotonic() - started
         expected = layer * len(layers) * models
         if expected >= WORTH_SAYING_SECONDS:
+            others = f"{models - 1} file{'' if models == 2 else 's'}"
             ctx.say(
-                f"export: scoring the merged model and {models - 1} file{'s' * (models != 2)} on {tokens:,} tokens, a "
-                f"layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
+                f"export: scoring the merged model and {others} on {tokens:,} tokens, "
+                f"a layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
             )

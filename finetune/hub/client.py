@@ -281,7 +281,8 @@ def tree_of(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> lis
 
 def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFile]) -> list[str]:
     paths = sorted(f.path for f in listed)
-    others = [pattern for name, pattern in OWN.items() if name != kind] + [OTHER_ROWS] * (kind == "dataset")
+    others = [pattern for name, pattern in OWN.items() if name != kind]
+    others += [OTHER_ROWS] if kind == "dataset" else []
     foreign = [p for p in paths if not OWN[kind].fullmatch(p) and any(o.fullmatch(p) for o in others)]
     if foreign:
         raise InputError(

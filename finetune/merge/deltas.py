@@ -223,8 +223,11 @@ def _refuse_incomplete(parts: Parts, config: AdapterConfig, skeleton: Skeleton, 
         needed |= ({"magnitude"} if config.use_dora else set()) | ({"b_bias"} if config.lora_bias else set())
         if config.bias != "none" and f"{module}.bias" in base:
             needed.add("bias")
-        if (odd := sorted((low_rank & set(parts[module])) ^ (needed - {"bias"}))) or not needed <= set(parts[module]):
-            raise InputError(f"adapter: {module} needs {sorted(needed)}, found {sorted(parts[module])} (see {odd})")
+        there = set(parts[module])
+        missing, extra = needed - there, (low_rank & there) - needed
+        if missing or extra:
+            odd = sorted(missing | extra)
+            raise InputError(f"adapter: {module} needs {sorted(needed)}, found {sorted(there)} (see {odd})")
     for saved in config.modules_to_save or ():
         holders = [m for m in skeleton.kinds if m == saved or m.endswith(f".{saved}")]
         names = {p for p in (*base, *skeleton.tied) if any(p.startswith(f"{m}.") for m in holders)}

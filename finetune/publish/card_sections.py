@@ -298,7 +298,9 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     measured_on = facts.recipe.eval_data or facts.recipe.data
-    names = list(dict.fromkeys(s.label for s in measured_on)) or ["generate"] * (facts.recipe.generate is not None)
+    names = list(dict.fromkeys(s.label for s in measured_on))
+    if not names and facts.recipe.generate is not None:
+        names = ["generate"]
     if not names:  # an adapter merged without rows for measuring
         return []
     on_hub = [s for s in measured_on if isinstance(s, HubSource)]

@@ -64,7 +64,7 @@ def schema() -> dict[str, Any]:
     for name, definition in [*made["$defs"].items(), ("Recipe", made)]:
         sentences = sentences_of(models[name])
         for field, value in definition["properties"].items():
-            _polish(value)
+            value = definition["properties"][field] = _polished(value)
             default = "" if "default" not in value else f" Default: {_yaml(value['default'])}."
             value["description"] = sentences[field] + default
     made["$defs"]["Model"]["properties"]["id"]["anyOf"] = MODEL_ID
@@ -154,15 +154,15 @@ def _models(annotation: object) -> list[type[BaseModel]]:
     return list(dict.fromkeys(m for a in get_args(annotation) for m in _models(a)))
 
 
-def _polish(value: dict[str, Any]) -> None:
-    """Remove keys that are useless to a reader or an editor."""
-    for name in ("title", "format", "discriminator"):
-        value.pop(name, None)
-    if isinstance(value.get("default"), dict) and value["default"]:  # a section's defaults are its fields'
-        del value["default"]
-    for inner in (value.get("items"), *value.get("anyOf", ()), *value.get("oneOf", ())):
-        if isinstance(inner, dict):
-            _polish(inner)
+def _polished(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without keys that are useless to a reader or an editor."""
+    kept = {name: inner for name, inner in value.items() if name not in ("title", "format", "discriminator")}
+    if isinstance(kept.get("default"), dict) and kept["default"]:  # a section's defaults are its fields'
+        del kept["default"]
+    if isinstance(kept.get("items"), dict):
+        kept["items"] = _polished(kept["items"])
+    choices = {name: [_polished(choice) for choice in kept[name]] for name in ("anyOf", "oneOf") if name in kept}
+    return kept | choices
 
 
 def _table(title: str, model: type[BaseModel], text: str, definition: Mapping[str, Any]) -> list[str]:

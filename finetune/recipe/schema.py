@@ -202,7 +202,9 @@ class Recipe(Section):
             yield ("export",), "it needs the merged model, but merge is null; set export: null, or merge: {}"
         if self.merge is None and "merged" in self.publish.what:
             yield ("publish", "what"), "found merged, but merge is null; publish the adapter, or set merge: {}"
-        made = ["gguf"] * bool(self.export and self.export.gguf) + list[str](self.export.hf if self.export else [])
+        made: list[str] = list(self.export.hf) if self.export else []
+        if self.export and self.export.gguf:
+            made.append("gguf")
         for kind in self.publish.what:
             if kind not in ("adapter", "merged", "dataset", *made):
                 asked = "gguf: [q8_0]" if kind == "gguf" else f"hf: [{kind}]"

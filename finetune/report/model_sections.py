@@ -312,7 +312,7 @@ def merge_section(view: StageView) -> dict[str, Any]:
     lines = [
         ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
         ("tensors", f"{number(m.get('tensors'))}, {number(m.get('changed_tensors'))} of them changed"),
-        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'s' * (m.get('files') != 1)}"),
+        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'' if m.get('files') == 1 else 's'}"),
         ("memory for it", size(m.get("peak_anon_bytes"))),
         ("time", duration(m.get("seconds"))),
         ("folder", str(view.folder)),

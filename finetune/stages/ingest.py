@@ -81,8 +81,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
                 refuse(row)
                 refused[row.reason] += 1
                 refused_of[label] += 1
-                first.extend([row] * (len(first) < SHOWN_ROWS))
-                here.extend([row] * (len(here) < SHOWN_ROWS))
+                _keep_first(first, row)
+                _keep_first(here, row)
                 if rows_of[label] == 0 and refused_of[label] >= HOPELESS_ROWS:
                     shown = f"{_first(here)} {_read_as({label: decision})}"
                     raise InputError(f"data source {label}: none of its first rows fits. {shown}")
@@ -140,6 +140,11 @@ def _read_as(decisions: Mapping[str, Decision]) -> str:
     """How each source was read, and what to do where that is wrong."""
     shown = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
     return f"(Read: {shown}. Fix those rows, or set the source's format and columns.)"
+
+
+def _keep_first(examples: list[Reject], row: Reject) -> None:
+    if len(examples) < SHOWN_ROWS:
+        examples.append(row)
 
 
 def _first(refused: list[Reject]) -> str:
