@@ -103,7 +103,7 @@ def _require_text(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError:
-        return  # told by the reader
+        return  # the reader reports it
     if (found := next((words for mark, words in BYTES_OF.items() if start.startswith(mark)), None)) is not None:
         raise InputError(f"{path}: its name is that of a text file and its content is {found}")
 

@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which columns are which, as the user said or chose.
+    """Roles of the columns, as given by options or chosen by the user.
 
     `keep` are conditions for filter.keep_where, `ignore` columns for ingest.ignore.
     """

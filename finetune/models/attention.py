@@ -1,6 +1,6 @@
 """Which attention a training uses, and torch's variable-length kernel as transformers calls one.
 
-Packed rows need a kernel that is told where documents end: with SDPA each micro-batch carries a dense (T, T) mask,
+Packed rows need a kernel that takes the bounds of documents: with SDPA each micro-batch carries a dense (T, T) mask,
 which no fused kernel takes and which grows with the square of its tokens.
 """
 
@@ -71,12 +71,12 @@ def _choice(
 
     tried = base, device, precision
     if is_flash_attn_3_available() and _capability(device)[0] == 9 and not _model_trial("flash_attention_3", *tried):
-        return "flash_attention_3", "the package is installed, and told where documents end"
+        return "flash_attention_3", "the package is installed and takes the bounds of documents"
     wrong = _trial(device, precision, settings) or _model_trial(VARLEN, *tried)
     if wrong is None:
-        return VARLEN, "torch's variable-length kernel, told where documents end"
+        return VARLEN, "torch's variable-length kernel takes the bounds of documents"
     if is_flash_attn_2_available() and not _model_trial("flash_attention_2", *tried):
-        return "flash_attention_2", "the package is installed, and told where documents end"
+        return "flash_attention_2", "the package is installed and takes the bounds of documents"
     return plainly, f"one packed row at a time with a dense mask: torch's variable-length kernel failed ({wrong})"
 
 

@@ -180,7 +180,7 @@ FAILURES = (
 
 
 def refuse_no_memory(error: BaseException) -> None:
-    """Raise MemoryError where memory ran out: that says nothing of the code, and what is said of it is kept."""
+    """Raise MemoryError if memory ran out: this is no result of the trial, and trial results are stored."""
     if has_no_memory(error) or memory_is_short():
         raise MemoryError("none was left for the trial of the architecture") from error
 

@@ -76,7 +76,7 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
 
 
 def _writers(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """What the models that write and judge, and their prompts, lack here."""
+    """Yield what is missing for the models that write and judge: folders, packages, prompts."""
     judge = recipe.evaluate.judge if recipe.evaluate else None
     for at, asked in ((("generate", "model"), recipe.generate), (("evaluate", "judge", "model"), judge)):
         if asked is None:

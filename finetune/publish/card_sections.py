@@ -226,9 +226,9 @@ def warnings(facts: Facts) -> list[str]:
         found.append(f"Warning: {facts.verdict.refusal}.")
     if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
         found.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    said = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
+    has_warned = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
     if (
-        not said
+        not has_warned
         and facts.verdict
         and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
     ):

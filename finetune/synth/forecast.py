@@ -1,4 +1,4 @@
-"""What generation will ask for, before anything is asked: requests, tokens and the limits on them."""
+"""Requests and tokens that generation will need, and the limits on them, before anything is requested."""
 
 from __future__ import annotations
 

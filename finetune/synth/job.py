@@ -51,7 +51,7 @@ class Made:
 
 @dataclass
 class Job:
-    """What the methods share."""
+    """State that the methods of generation share: rows made, rejects and counts."""
 
     section: Generate
     prompts: Prompts

@@ -1,6 +1,6 @@
 """From a row's messages to rendered text: which turns a template is given, and which strings may control the model.
 
-A chat template writes control strings such as `</s>`; so may a user. Once both stand in one text they cannot be told
+A chat template writes control strings such as `</s>`; so may a user. Once both are in one text they cannot be told
 apart, so `ControlStrings` swaps the user's for placeholders of the same length while the template runs. Equal lengths
 keep every character position, hence every span, as it was.
 """

@@ -33,7 +33,7 @@ MEMORY_BYTES, BYTES_PER_CHARACTER = 1 << 30, 2000
 def watched_batch(
     encode: Callable[[list[str]], Sequence[T]], texts: Sequence[str], names: Sequence[str] = ()
 ) -> list[T]:
-    """What `encode` returns for `texts`, unless it takes far more time or memory than any tokenizer, or panics.
+    """Return `encode(texts)`, unless it takes far more time or memory than any tokenizer, or panics.
 
     A tokenizer is native code by somebody's patterns: on a text that its trial (models/base_limits) does not have it
     may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.

@@ -32,7 +32,7 @@ def pack(input_ids: pa.ListArray, mask: pa.ListArray, length: int) -> Packed:
     """Lay whole documents into bins of at most `length` tokens (best fit, longest first: arXiv:2404.10830).
 
     `input_ids` list<int32> and `mask` list<uint8> have equal offsets, a document a row. TRL packs inside `map` batches
-    of 1,000 rows unless told otherwise, which wastes about 6 % more; here one batch holds every row.
+    of 1,000 rows by default, which wastes about 6 % more; here one batch holds every row.
     Raises GateRefused for a document that is longer than a bin or a bin without a label, FinetuneError where a token or
     a document was lost.
     """
