@@ -139,8 +139,8 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
         pinned = f"{value['recipe']}@{value['run']}"
         path = value["folder"] / "recipe.yaml"
         own = parse_recipe(path.read_text(encoding="utf-8"), path, value["sets"])
-        found = Path(trained["path"]) / "adapter"
-        return start.model_copy(update={"start_from": pinned, "start_folder": found}), own
+        trained_folder = Path(trained["path"]) / "adapter"
+        return start.model_copy(update={"start_from": pinned, "start_folder": trained_folder}), own
     ctx = Context(store.scratch, Runtime(), Tracking(), say=screen.say, bar=screen.bar)
     return start.model_copy(update={"start_folder": folder_of(start, ctx)}), None
 

@@ -197,7 +197,7 @@ def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[Inspect
 
     with pq.ParquetFile(path) as file:
         table = next(file.iter_batches(batch_size=count), None)
-    found = []
+    inspected = []
     for row in table.to_pylist() if table is not None else []:
         for side in SIDES["kto" if "label" in row else "dpo"]:
             prompt, answer, labels = row["prompt_ids"], row[f"{side}_ids"], row[f"{side}_mask"]
@@ -205,8 +205,8 @@ def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[Inspect
             name = f"{row['pair_id']} ({side}{label})"
             shown = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
             tokens, supervised = len(prompt) + len(answer), sum(labels)
-            found.append(InspectedRow(name, row["source"], tokens, supervised, shown, repeats=[], dropped=0))
-    return found
+            inspected.append(InspectedRow(name, row["source"], tokens, supervised, shown, repeats=[], dropped=0))
+    return inspected
 
 
 def print_rows(recipe: Recipe, store: Store, count: int) -> None:

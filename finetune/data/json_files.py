@@ -208,8 +208,8 @@ def _json_array(path: Path, text: ArrayText, last: bool = True) -> Iterator[RawR
         if mark == "]":
             break
         if mark != ",":
-            found = repr(mark) if mark else "the end of the file"
-            refuse(path, text.line, f"{found} after element {number}", "a comma or the closing ]")
+            actual = repr(mark) if mark else "the end of the file"
+            refuse(path, text.line, f"{actual} after element {number}", "a comma or the closing ]")
         text.skip()
         if text.peek() == "]":
             refuse(path, text.line, "a comma after the last element", "no comma there")
@@ -290,8 +290,8 @@ class ArrayText:
 def _as_row(number: int, value: object, place: str, hint: str = "") -> RawRow:
     if isinstance(value, dict):
         return RawRow(number, value)
-    found = json.dumps(value)[:60]
-    return RawRow(number, None, f"{place}: found {found}, allowed is an object {{…}} with named columns{hint}", found)
+    actual = json.dumps(value)[:60]
+    return RawRow(number, None, f"{place}: found {actual}, allowed is an object {{…}} with named columns{hint}", actual)
 
 
 def _array_hint(line: str) -> str:

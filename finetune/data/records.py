@@ -140,7 +140,7 @@ class RowRange:
         """The rows, reading only the row groups that hold them."""
         import pyarrow.parquet as pq
 
-        found: list[Example] = []
+        examples: list[Example] = []
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
             first = 0
             for group in range(file.num_row_groups):
@@ -149,9 +149,9 @@ class RowRange:
                     low, high = max(self.start - first, 0), min(self.stop - first, count)
                     table = file.read_row_group(group).slice(low, high - low)
                     for batch in table.combine_chunks().to_batches():
-                        found += examples_of(batch)
+                        examples += examples_of(batch)
                 first += count
-        return found
+        return examples
 
 
 def row_ranges(path: Path, size: int) -> list[RowRange]:

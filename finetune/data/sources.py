@@ -44,8 +44,8 @@ def first_rows(
     head = list(islice(raw, SAMPLE_ROWS))
     sample = [r.row for _, r in head if r.row is not None]
     if not sample:
-        found = head[0][1].problem if head else "no row at all"
-        raise InputError(f"{name}: nothing in it can be read as a row: {found}{place_of(source)}")
+        problem = head[0][1].problem if head else "no row at all"
+        raise InputError(f"{name}: nothing in it can be read as a row: {problem}{place_of(source)}")
     return head, sample
 
 

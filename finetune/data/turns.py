@@ -205,7 +205,7 @@ def _extra(where: str, rest: dict[str, Any], notes: Counter[str]) -> dict[str, A
     extra = {k: v for k, v in rest.items() if k not in ("tool_calls", "function_call", *REASONING_KEYS)}
     calls = [rest[key] for key in ("tool_calls", "function_call") if not is_blank(rest.get(key))]
     if calls:
-        extra["tool_calls"] = [call for found in calls for call in calls_of(f"{where}.tool_calls", found, notes)]
+        extra["tool_calls"] = [call for written in calls for call in calls_of(f"{where}.tool_calls", written, notes)]
     thoughts = {key: text_of(f"{where}.{key}", rest[key]) for key in REASONING_KEYS if not is_blank(rest.get(key))}
     if len(set(thoughts.values())) > 1:
         raise RowError("reasoning", where, f"different texts in {listed(thoughts)}", "one of them")
@@ -253,5 +253,5 @@ def _content_key(keys: Mapping[str, object] | set[str]) -> str | None:
 
 def _pair(keys: Mapping[str, object] | set[str]) -> tuple[str, str] | None:
     """The names of a question and its answer; the answer may be missing (null) in a last element."""
-    found = next((pair for pair in PAIR_KEYS if pair[0] in keys and pair[1] in keys), None)
-    return found or next((pair for pair in PAIR_KEYS if pair[0] in keys), None)
+    pair_keys = next((pair for pair in PAIR_KEYS if pair[0] in keys and pair[1] in keys), None)
+    return pair_keys or next((pair for pair in PAIR_KEYS if pair[0] in keys), None)

@@ -19,9 +19,9 @@ class RowError(ValueError):
     `reason` is a short name to count by, `where` the column or the place in it.
     """
 
-    def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
+    def __init__(self, reason: str, where: str, actual: str, allowed: str, near: str | None = None) -> None:
         hint = f"; did you mean {near!r}?" if near else ""
-        super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
+        super().__init__(f"{where}: found {actual}, allowed is {allowed}{hint}")
         self.reason, self.where = reason, where
 
 
@@ -38,8 +38,8 @@ def require_unicode(value: str, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
-        raise RowError("surrogate", where, found, "Unicode text") from None
+        actual = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
+        raise RowError("surrogate", where, actual, "Unicode text") from None
 
 
 def is_blank(value: object) -> bool:

@@ -91,10 +91,10 @@ class Cells:
         faiss.omp_set_num_threads(1)
         try:
             with threadpool_limits(1):
-                found: NDArray[np.int64] = index.search(_unit(vectors @ self.directions), count)[1]
+                cells: NDArray[np.int64] = index.search(_unit(vectors @ self.directions), count)[1]
         finally:
             faiss.omp_set_num_threads(threads)
-        return found
+        return cells
 
 
 class CellIndex:
@@ -145,21 +145,21 @@ class CellIndex:
                     if cell in self._members
                 ]
                 parts = [groups[k::threads] for k in range(threads)]
-                found = [pairs for part in pool.map(_compared, parts) for pairs in part]
-                size.report(stop - start, sum(len(i) for i, _, _ in found))
-                i, j, scores = sorted_pairs(found)
+                chunks = [pairs for part in pool.map(_compared, parts) for pairs in part]
+                size.report(stop - start, sum(len(i) for i, _, _ in chunks))
+                i, j, scores = sorted_pairs(chunks)
                 yield i + start, j, scores
 
 
 def _compared(groups: list[tuple[NDArray[np.float32], NDArray[np.int64], _Members, float]]) -> list[Pairs]:
     """Return the pairs above the score of each (block, places of queries in it, members of a cell, score)."""
-    found = []
+    chunks = []
     for block, places, members, score in groups:
         scores = block[places] @ members.vectors.T
         i, j = np.nonzero(scores > score)
         if len(i):
-            found.append((places[i], members.rows[j], scores[i, j]))
-    return found
+            chunks.append((places[i], members.rows[j], scores[i, j]))
+    return chunks
 
 
 class _Members:

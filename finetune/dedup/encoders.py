@@ -151,13 +151,13 @@ def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> li
     """
     lengths = np.fromiter(_token_counts(model, texts), np.int64, len(texts))
     order = np.argsort(-lengths, kind="stable").tolist()
-    found = []
+    groups = []
     start = 0
     while start < len(order):
         stop = start + max(1, budget // max(1, int(lengths[order[start]])))
-        found.append(order[start:stop])
+        groups.append(order[start:stop])
         start = stop
-    return found
+    return groups
 
 
 def _token_counts(model: SentenceTransformer, texts: Sequence[str]) -> Iterator[int]:

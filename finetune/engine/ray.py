@@ -88,7 +88,7 @@ def _taken(reference: ObjectRef, which: str) -> Any:  # noqa: ANN401 - ray types
     from ray import exceptions, get
 
     try:
-        found = get(reference)
+        result = get(reference)
     except exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
@@ -98,9 +98,9 @@ def _taken(reference: ObjectRef, which: str) -> Any:  # noqa: ANN401 - ray types
         ) from None
     except exceptions.RayError as error:
         raise FinetuneError(f"the Ray cluster lost {which}: {_line(error)}") from None
-    if isinstance(found, _Raised):
-        raise found.error
-    return found
+    if isinstance(result, _Raised):
+        raise result.error
+    return result
 
 
 def _line(error: Exception) -> str:
@@ -151,9 +151,9 @@ def started(
 
 def _processors(resources: Mapping[str, float]) -> int:
     """Return the cluster's processors. A partition needs a whole one, and would wait for it without end."""
-    if (found := int(resources.get("CPU", 0))) < 1:
+    if (processors := int(resources.get("CPU", 0))) < 1:
         raise InputError("--engine ray: the cluster has no processors: start a node with `ray start --num-cpus N`")
-    return found
+    return processors
 
 
 def _check_address(address: str) -> None:
@@ -243,13 +243,13 @@ def _versions() -> Mapping[str, object]:
 
     facts = describe_environment()
     versions = facts["versions"]
-    found = dict(versions) if isinstance(versions, Mapping) else {}
+    version_of = dict(versions) if isinstance(versions, Mapping) else {}
     code = Path(__file__).parents[1]
     files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}
     digest = xxhash.xxh3_64(canonical_json(files).encode()).hexdigest()
     return {
         "finetune": f"{__version__} (files {digest})",
-        **found,
+        **version_of,
         "python": ".".join(map(str, sys.version_info[:2])),
     }
 

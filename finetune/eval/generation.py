@@ -194,8 +194,8 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
         outside = (ranked.cumsum(-1) - ranked) >= sampling.top_p
         chances = chances.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), 0.0)
     total = chances.to(uniform.dtype).cumsum(-1)
-    found: torch.Tensor = (total <= (uniform * total[:, -1]).unsqueeze(1)).sum(-1)
-    return found.clamp_(max=scores.shape[-1] - 1)
+    token: torch.Tensor = (total <= (uniform * total[:, -1]).unsqueeze(1)).sum(-1)
+    return token.clamp_(max=scores.shape[-1] - 1)
 
 
 def _cut(ids: list[int], limit: int, terminators: set[int]) -> Answer:

@@ -179,7 +179,7 @@ def _run(
     bar = ctx.bar(label, None)
     try:
         with _hushed():
-            found = evaluate(
+            results = evaluate(
                 lm=_watched(model, tokenizer, rows, ctx, bar),
                 task_dict=dict(benchmarks.loaded),
                 limit=limit,
@@ -190,7 +190,7 @@ def _run(
         raise FinetuneError(f"evaluate.tasks: lm-evaluation-harness failed: {error}") from error
     finally:
         bar.close()
-    return dict(found)
+    return dict(results)
 
 
 def _watched(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: int, ctx: Context, bar: Bar) -> HFLM:
@@ -222,15 +222,15 @@ def _watched(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: int, ct
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 
-def _reported_tasks(found: Mapping[str, Any]) -> list[str]:
+def _reported_tasks(results: Mapping[str, Any]) -> list[str]:
     """Return tasks and groups that have metrics, without the tasks of a group that aggregates them."""
     inside: set[str] = set()
-    todo = list(found.get("groups", {}))
+    todo = list(results.get("groups", {}))
     while todo:
-        children = found["group_subtasks"].get(todo.pop(), [])
+        children = results["group_subtasks"].get(todo.pop(), [])
         inside.update(children)
         todo += children
-    return sorted(n for n, values in found["results"].items() if n not in inside and _figures(values))
+    return sorted(n for n, values in results["results"].items() if n not in inside and _figures(values))
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:
@@ -271,13 +271,13 @@ def _difference(
     from finetune.eval.metrics import paired_interval
 
     pair = []
-    for found in (adapter, base):
-        samples = [s for s in found["samples"].get(name, []) if s["filter"] == filtered and metric in s]
+    for results in (adapter, base):
+        samples = [s for s in results["samples"].get(name, []) if s["filter"] == filtered and metric in s]
         values = [s[metric] for s in sorted(samples, key=lambda s: s["doc_id"])]
         if len(values) < 2 or not all(isinstance(v, (bool, int, float, np.number)) for v in values):
             return None
         pair.append(np.array(values, dtype=np.float64))
-        if not np.isclose(pair[-1].mean(), found["results"][name][f"{metric},{filtered}"]):
+        if not np.isclose(pair[-1].mean(), results["results"][name][f"{metric},{filtered}"]):
             return None  # the metric is not a mean over documents, so resampling its mean is not valid
     interval = paired_interval(pair[0], pair[1], np.ones(len(pair[0])))
     return [_six(interval.low), _six(interval.high)]

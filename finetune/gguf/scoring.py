@@ -63,9 +63,9 @@ def score(merged: Path, files: Mapping[str, Kind], rows: Sequence[TokenRow], dev
     for kind, file in files.items():
         model = _streamed(merged, file.weights, device)
         file.prepare(model.model)
-        found = _hidden(model, held_out, kind, ctx)
+        hidden = _hidden(model, held_out, kind, ctx)
         with own.head() as first, model.head() as second:
-            compared = compare(expected, first, found, second, held_out.labels)
+            compared = compare(expected, first, hidden, second, held_out.labels)
         scores.perplexity.setdefault("merged", perplexity(per_row(compared.nll_first, held_out), counts))
         scores.perplexity[kind] = perplexity(per_row(compared.nll_second, held_out), counts)
         if not math.isfinite(scores.perplexity[kind]):

@@ -103,8 +103,8 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
 
 def exact_kind(folder: Path) -> str:
     """The kind that holds the weights of a folder as they are: bf16 or f16 where all are that, else f32."""
-    found = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
-    return {"BF16": "bf16", "F16": "f16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+    dtypes = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
+    return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
 def exact_kind_of(planned: Sequence[Planned]) -> str:

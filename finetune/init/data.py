@@ -128,18 +128,18 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
         decision, rows, chosen = open_source(fields, file.name, chosen, columns, ask)
     else:
         fields["format"] = decision.format
-    found = measure(rows, chosen.keep, tiny=tiny)
-    notes.append(_found(file, decision.format, decision.why, decision.unused, found))
+    measured = measure(rows, chosen.keep, tiny=tiny)
+    notes.append(_found(file, decision.format, decision.why, decision.unused, measured))
     notes += [f"{file.name}: {note} ({count:,})" for note, count in sorted(decision.notes.items())]
     if not file.is_file() and (evaluation := evaluation_files([file])):
         notes.append(f"{file.name}: {TRAINED_ON.format(listed(evaluation))} (--eval-data)")
-    if found.kept == 0:
-        why = f"none can be read: {found.first_reject}"
+    if measured.kept == 0:
+        why = f"none can be read: {measured.first_reject}"
         why = f"--keep {' and '.join(chosen.keep)} keeps none" if chosen.keep else why
-        raise InputError(f"{file.name}: of {found.rows:,} rows {why}. The columns are:\n{table(columns)}")
-    if line := warning(found.private, "training"):
+        raise InputError(f"{file.name}: of {measured.rows:,} rows {why}. The columns are:\n{table(columns)}")
+    if line := warning(measured.private, "training"):
         notes.append(line)
-    return Data(fields, file, decision.format, chosen.keep, chosen.ignore, found, notes)
+    return Data(fields, file, decision.format, chosen.keep, chosen.ignore, measured, notes)
 
 
 class NotNeeded(InputError):
@@ -171,12 +171,14 @@ def open_source(
             chosen = replace(chosen, ignore=(*chosen.ignore, column))
 
 
-def _found(file: Path, format_: str, why: str, unused: tuple[str, ...], found: Measured) -> str:
+def _found(file: Path, format_: str, why: str, unused: tuple[str, ...], measured: Measured) -> str:
     parts = [f"{file.name}: format {format_}, since {why}"]
     parts += [f"not used: {', '.join(unused)}"] if unused else []
-    parts.append(f"{found.kept:,} of {found.rows:,} rows kept" + ("" if found.whole else ", of the first ones"))
-    if found.refused:
-        parts.append(f"{found.refused:,} cannot be read, the first: {found.first_reject}")
+    parts.append(
+        f"{measured.kept:,} of {measured.rows:,} rows kept" + ("" if measured.whole else ", of the first ones")
+    )
+    if measured.refused:
+        parts.append(f"{measured.refused:,} cannot be read, the first: {measured.first_reject}")
     return "; ".join(parts)
 
 

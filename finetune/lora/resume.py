@@ -101,8 +101,8 @@ def require_same(
     """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
     modules, tokens = read_modules(base, trust_remote_code), read_new_tokens(base) is not None
     known = Base(base_id, modules, read_json(base / "config.json"), tokens=tokens)
-    if found := problems(lora, read_adapter(folder), known, importing=importing):
-        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
+    if differences := problems(lora, read_adapter(folder), known, importing=importing):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in differences))
 
 
 def load(model: PeftModel, folder: Path) -> None:

@@ -65,8 +65,8 @@ class AdapterConfig:
         written = self.layers_pattern or []
         named = [written] if isinstance(written, str) else written
         before = [rf"(?:^|.*?\.){pattern}" for pattern in named] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
-        layer = next((int(match["layer"]) for match in found if match), None)
+        matches = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
+        layer = next((int(match["layer"]) for match in matches if match), None)
         return layer in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -236,12 +236,14 @@ def deviation(
     inputs = [values(heads), values(groups), values(groups)]
     weights = torch.randn(sum(lengths), heads, size, generator=generator).to(place["device"])
     scale = 0.5 / math.sqrt(size)
-    found = kernel(*inputs, bounds, max(lengths), scale, window)
+    output = kernel(*inputs, bounds, max(lengths), scale, window)
     plainly = [t.detach().float().requires_grad_() for t in inputs]
     documents = zip(*(t.split(lengths) for t in plainly), strict=True)
     expected = torch.cat([_one_document(q, k, v, scale, window) for q, k, v in documents])
-    pairs = [(found, expected)]
-    gradients = (torch.autograd.grad((o.float() * weights).sum(), i) for o, i in ((found, inputs), (expected, plainly)))
+    pairs = [(output, expected)]
+    gradients = (
+        torch.autograd.grad((o.float() * weights).sum(), i) for o, i in ((output, inputs), (expected, plainly))
+    )
     pairs += zip(*gradients, strict=True)
     return max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
 

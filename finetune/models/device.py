@@ -21,18 +21,18 @@ DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "
 
 def machine_notes() -> list[str]:
     """Return notes for Apple and AMD machines, one sentence each; none elsewhere. Imports no torch."""
-    found = []
+    notes = []
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        found.append(
+        notes.append(
             "Apple: everything runs on the CPU, in fp32; MPS is not used, because bitsandbytes' 4-bit training and "
             "fp16 without a gradient scaler were not proved on it"
         )
     if Path("/dev/kfd").exists():  # the driver's device of an AMD GPU
-        found.append(
+        notes.append(
             "AMD: a ROCm build of torch is used like CUDA, with bitsandbytes' ROCm wheel; variable-length attention "
             "and the predicted speeds were not proved on it, and a kernel that fails its trial is replaced by SDPA"
         )
-    return found
+    return notes
 
 
 def pick_device(ctx_device: str) -> str:

@@ -165,10 +165,10 @@ class StreamedModel:
 
     def end(self) -> list[torch.Tensor]:
         """The final hidden states (B, T, d) of each batch, once all layers have run."""
-        found = [passage.result() for passage in self._passages]
+        results = [passage.result() for passage in self._passages]
         self.close()
         self._drop(self._rest)
-        return found
+        return results
 
     def close(self) -> None:
         """End what still runs, after an error."""
@@ -328,8 +328,8 @@ def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _bodies(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose answer the head may be given: a model calls its body, or (OPT) the decoder inside."""
-    found = [body_of(model), text_body(model)]
-    return [m for i, m in enumerate(found) if m is not model and all(m is not n for n in found[:i])]
+    bodies = [body_of(model), text_body(model)]
+    return [m for i, m in enumerate(bodies) if m is not model and all(m is not n for n in bodies[:i])]
 
 
 class _Given(dict[str, "torch.Tensor"]):

@@ -114,8 +114,8 @@ def refuse_without_safetensors(where: str, names: Sequence[str]) -> None:
     if "model.safetensors" in names or INDEX in names:
         return
     pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
-    found = f"only pickled weights ({pickled[0]}), which can run any code" if pickled else "no weights"
-    raise InputError(f"{where} holds {found}; a base needs model.safetensors, or shards with {INDEX}")
+    actual = f"only pickled weights ({pickled[0]}), which can run any code" if pickled else "no weights"
+    raise InputError(f"{where} holds {actual}; a base needs model.safetensors, or shards with {INDEX}")
 
 
 def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:

@@ -73,11 +73,11 @@ def stored_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
             renamed[target] = name
     made_of: dict[str, tuple[str, ...]] = {}
     functions: dict[str, Convert] = {}
-    for target, found in sources.items():
-        rule = by_pattern[found[0][1]]
+    for target, parts in sources.items():
+        rule = by_pattern[parts[0][1]]
         for result in _results(rule, target, own):
-            made_of[result] = tuple(name for name, _ in found)
-            functions[result] = _conversion(rule, model, target, result, tuple(found))
+            made_of[result] = tuple(name for name, _ in parts)
+            functions[result] = _conversion(rule, model, target, result, tuple(parts))
     return StoredNames(
         renamed={target: name for target, name in renamed.items() if target != name},
         made_of=made_of,
@@ -108,8 +108,8 @@ def _conversion(
         for name, pattern in sources:
             add(target, name, pattern, tensors[name])
         made = own.convert(target, model=model, config=model.config)[result]
-        found: torch.Tensor = made[0] if isinstance(made, list) else made
-        return found
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
     return convert
 

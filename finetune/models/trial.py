@@ -113,11 +113,13 @@ def _training(base: Path, attention: str, trust_remote_code: bool) -> str | None
     try:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         with torch.no_grad():
-            found = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs.float().sum()
+            log_likelihood = (
+                model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs.float().sum()
+            )
     except FAILURES as error:
         refuse_no_memory(error)
         return f"TRL's training forward fails ({_first_line(error, base)})"
-    if not torch.allclose(found, expected, rtol=TOLERANCE["fp32"]):
+    if not torch.allclose(log_likelihood, expected, rtol=TOLERANCE["fp32"]):
         return "TRL's training forward gives other log-probabilities than the model's own"
     return None
 
@@ -194,7 +196,7 @@ def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tens
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (sum(DOCUMENTS),), generator=generator)
-    found, start = [], 0
+    parts, start = [], 0
     for lengths in rows:
         given: dict[str, Any] = {"input_ids": ids[start : start + sum(lengths)][None]}
         start += sum(lengths)
@@ -206,8 +208,8 @@ def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tens
             given |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         given = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         with torch.no_grad():
-            found.append(model(**given, use_cache=False).logits[0].float())
-    return torch.cat(found)
+            parts.append(model(**given, use_cache=False).logits[0].float())
+    return torch.cat(parts)
 
 
 def _relative(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -201,13 +201,13 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
             asked.setdefault(f"dataset {source.id}", ("dataset", source.id, source.revision))
     if not ask:
         return {}
-    found = read_licences(asked, ctx.say)
-    notes, refusal = judge(asked, found, facts.recipe.publish.license, kinds)
+    licences = read_licences(asked, ctx.say)
+    notes, refusal = judge(asked, licences, facts.recipe.publish.license, kinds)
     for note in notes:
         ctx.say(note)
     if refusal:
         raise GateRefused(refusal)
-    return found
+    return licences
 
 
 def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:

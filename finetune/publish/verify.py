@@ -130,9 +130,11 @@ def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[st
     if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # differs by the folder read
         yield "config.json is another"
     every = [GenerationConfig.from_pretrained(p, local_files_only=True).eos_token_id for p in (pulled, staged)]
-    found, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
-    if facts and (found != pushed or not set(found) >= set(facts["terminators"])):  # beside them the base's own others
-        yield f"answers end at tokens {found}, trained to end at {sorted(facts['terminators'])}"
+    actual, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
+    if facts and (
+        actual != pushed or not set(actual) >= set(facts["terminators"])
+    ):  # beside them the base's own others
+        yield f"answers end at tokens {actual}, trained to end at {sorted(facts['terminators'])}"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

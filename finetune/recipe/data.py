@@ -65,12 +65,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
 
 
-def refuse(found: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
+def refuse(mistakes: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
     """Raise one validation error for each (field's path, sentence); call it inside a validator. No effect if empty."""
-    if found:
+    if mistakes:
         details: list[InitErrorDetails] = [
             {"type": PydanticCustomError("contradiction", "{why}", {"why": why}), "loc": at, "input": None}
-            for at, why in found
+            for at, why in mistakes
         ]
         raise ValidationError.from_exception_data("recipe", details)
 

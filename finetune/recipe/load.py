@@ -82,8 +82,8 @@ def find_recipe(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
-        if path.name == name and (found := known_recipes().get(path.stem)) and found.name == name:
-            return found  # `init` writes into recipes/ and the commands are typed above it
+        if path.name == name and (shipped := known_recipes().get(path.stem)) and shipped.name == name:
+            return shipped  # `init` writes into recipes/ and the commands are typed above it
         raise InputError(f"{name}: {'a folder, not a recipe file' if path.is_dir() else 'no such recipe file'}")
     known = known_recipes()
     if name in known:
@@ -120,8 +120,8 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
     raw = reading.read(text)
     where, problems = reading.where, reading.problems
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else shortened(raw)
-        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {found}"
+        actual = "nothing" if raw is None else shortened(raw)
+        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {actual}"
         raise InputError("\n".join(problems or [shape]))
     for option in sets:
         problem = _apply_set(raw, option, where)

@@ -86,9 +86,9 @@ def schema_text() -> str:
 
 def reference_text() -> str:
     """Return the text of docs/recipe-reference.md: one table per section, in the order of the recipe."""
-    found = schema()
-    definitions = found["$defs"]
-    parts = [HEAD, *_table("The whole", Recipe, "", found)]
+    whole = schema()
+    definitions = whole["$defs"]
+    parts = [HEAD, *_table("The whole", Recipe, "", whole)]
     for name, field in written_fields(Recipe).items():
         for model in _models(field.annotation):
             elsewhere = (name in FURTHER_SOURCES and model.__name__.endswith("Source")) or (
@@ -125,12 +125,12 @@ def write(root: Path) -> list[Path]:
 @cache
 def _documented() -> dict[str, dict[str, str]]:
     """Return class → field → the string below the field."""
-    found: dict[str, dict[str, str]] = {}
+    documented: dict[str, dict[str, str]] = {}
     for module in MODULES:
         for item in ast.parse((Path(__file__).parent / module).read_text(encoding="utf-8")).body:
             if isinstance(item, ast.ClassDef):
-                found[item.name] = dict(_pairs(item.body))
-    return found
+                documented[item.name] = dict(_pairs(item.body))
+    return documented
 
 
 def _pairs(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:

@@ -138,11 +138,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        found = (
+        contradictions = (
             self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart,
             self._tokens_apart, self._built_in_writer,
         )  # fmt: skip
-        refuse([problem for problems in found for problem in problems()])
+        refuse([problem for problems in contradictions for problem in problems()])
         return self
 
     def _sizes(self) -> Iterator[Contradiction]:

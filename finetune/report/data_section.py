@@ -191,9 +191,9 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
     pairs = stages["dedup"].file("pairs.parquet")
     if pairs is None or stages["dedup"].manifest is None:
         return []
-    found = largest_groups(pairs, GROUPS)
+    largest = largest_groups(pairs, GROUPS)
     before = rows_before(stages, "dedup")
-    wanted = {group[0].kept_id for group in found} | {d.id for group in found for d in group[:SHOWN_OF_A_GROUP]}
+    wanted = {group[0].kept_id for group in largest} | {d.id for group in largest for d in group[:SHOWN_OF_A_GROUP]}
     texts = rows_by_id(before, wanted) if before else {}
 
     def text(row_id: str) -> tuple[str, str]:
@@ -211,7 +211,7 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
             "lowest": f"{group[0].score:.3f}",
             "rows": [(d.id, d.method, f"{d.score:.3f}", text(d.id)) for d in group[:SHOWN_OF_A_GROUP]],
         }
-        for group in found
+        for group in largest
     ]
 
 

@@ -80,14 +80,14 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """
     from finetune.data.sources import source_fingerprint
 
-    found: dict[str, object] = {}
+    digests_of: dict[str, object] = {}
     if spec.section is not None:
-        found["against"] = [source_fingerprint(source) for source in spec.section.against]
+        digests_of["against"] = [source_fingerprint(source) for source in spec.section.against]
     if spec.embedding is not None:
-        found["model"] = model_fingerprint(spec.embedding, spec.folder)
+        digests_of["model"] = model_fingerprint(spec.embedding, spec.folder)
     if spec.repeats is not None and spec.repeats.embedding is not None:
-        found["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
-    return found
+        digests_of["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
+    return digests_of
 
 
 def also(spec: Spec) -> tuple[str, ...]:
@@ -109,24 +109,24 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     import pyarrow as pa
 
     source_rows = inputs["dedup"] / "rows.parquet"
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     figures: dict[str, Any] = {}
     if spec.repeats is not None:
-        found, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
+        matches, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
     if spec.section is not None:
-        figures |= _matching(spec, spec.section, source_rows, found, ctx)
-    listed = [row.id for row in read_rows(source_rows) if row.id in found]
-    rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
+        figures |= _matching(spec, spec.section, source_rows, matches, ctx)
+    listed = [row.id for row in read_rows(source_rows) if row.id in matches]
+    rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in matches))
     columns: dict[str, Sequence[object]] = {
         "dropped_id": listed,
-        "evaluation_id": [found[i].evaluation_id for i in listed],
-        "method": [found[i].method for i in listed],
-        "score": [found[i].score for i in listed],
-        "words": [found[i].words for i in listed],
-        "text": [found[i].text for i in listed],
+        "evaluation_id": [matches[i].evaluation_id for i in listed],
+        "method": [matches[i].method for i in listed],
+        "score": [matches[i].score for i in listed],
+        "words": [matches[i].words for i in listed],
+        "text": [matches[i].text for i in listed],
     }
     write_table(out / "pairs.parquet", columns, dict.fromkeys(columns, pa.string()) | {"score": pa.float64()})
-    return {"rows_in": rows_out + len(found), "rows_out": rows_out, "dropped": len(found), **figures}
+    return {"rows_in": rows_out + len(matches), "rows_out": rows_out, "dropped": len(matches), **figures}
 
 
 def _repeating(repeats: Repeats, source: Path, theirs: Path, ctx: Context) -> tuple[dict[str, Match], dict[str, Any]]:
@@ -170,14 +170,17 @@ def _repeating(repeats: Repeats, source: Path, theirs: Path, ctx: Context) -> tu
     if pairs:
         ctx.say(f"decontaminate: {len(pairs):,} training rows repeat a row of eval_data and are left out")
     by = {name: sum(pair.method == name for pair in pairs.values()) for name in ("exact", "minhash", "embedding")}
-    found = {
+    matches = {
         ids[row]: Match(ids[pair.kept], "", texts[pair.kept], pair.score, pair.method) for row, pair in pairs.items()
     }
-    return found, {"repeat_eval_data": {name: count for name, count in by.items() if count}, "eval_data_rows": held_out}
+    return matches, {
+        "repeat_eval_data": {name: count for name, count in by.items() if count},
+        "eval_data_rows": held_out,
+    }
 
 
 def _matching(
-    spec: Spec, section: Decontaminate, source: Path, found: dict[str, Match], ctx: Context
+    spec: Spec, section: Decontaminate, source: Path, matches: dict[str, Match], ctx: Context
 ) -> dict[str, Any]:
     """Add the rows that share words or their meaning with `section.against` to `found`; returns the figures."""
     from finetune.data.formats import unique_labels
@@ -191,7 +194,7 @@ def _matching(
             questions.append((row.id, row.joined("user")))
     matched: dict[str, Match] = {}
     asked: dict[str, str] = {}  # the question of every row that shares no words
-    for row in ctx.track((row for row in read_rows(source) if row.id not in found), "compare"):
+    for row in ctx.track((row for row in read_rows(source) if row.id not in matches), "compare"):
         match = index.match(row)
         if match is not None:
             matched[row.id] = match
@@ -202,7 +205,7 @@ def _matching(
         matched |= _alike(spec, asked, questions, ctx)
     if rows and len(matched) == rows:
         raise GateRefused(_why_all(next(iter(matched.values())), rows, section))
-    found |= matched
+    matches |= matched
     return {"words": by_words, "embedding": len(matched) - by_words, "evaluation_rows": len(questions)}
 
 
@@ -282,14 +285,14 @@ class NgramIndex:
             words = _words(text)
             joined = " ".join(words)
             if is_question and joined in self._whole:
-                row_id, found, _ = self._turns[self._whole[joined]]
-                return Match(row_id, joined, found)
+                row_id, matched, _ = self._turns[self._whole[joined]]
+                return Match(row_id, joined, matched)
             for run in _runs(words, self.size):
                 turn = self._first.get(hash(run))
                 # Two runs may share a hash: the words themselves decide.
                 if turn is not None and f" {run} " in self._turns[turn][2]:
-                    row_id, found, _ = self._turns[turn]
-                    return Match(row_id, run, found)
+                    row_id, matched, _ = self._turns[turn]
+                    return Match(row_id, run, matched)
         return None
 
 

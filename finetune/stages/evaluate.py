@@ -72,13 +72,13 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The files of the recipe's own tasks. The harness's tasks are identified by the versions in the result."""
     from finetune.eval.lm_eval import digests
 
-    found: dict[str, object] = {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
+    outside: dict[str, object] = {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
     if spec.judge is not None:
         from finetune.synth.asking import identity
         from finetune.synth.prompts import digests as prompt_digests
 
-        found["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"], "reading": 2}
-    return found
+        outside["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"], "reading": 2}
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -255,7 +255,7 @@ def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, see
 
     values = {"perplexity_base": perplexity(base, counts), "perplexity_adapter": perplexity(adapter, counts)}
     values["perplexity_ratio"] = values["perplexity_adapter"] / values["perplexity_base"]
-    found: dict[str, Any] = {**values, **{f"{name}_interval": None for name in values}}
+    figures: dict[str, Any] = {**values, **{f"{name}_interval": None for name in values}}
     if len(base) > 1:
         tokens = counts.astype(float)
         for name, interval in (
@@ -263,8 +263,8 @@ def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, see
             ("perplexity_adapter", perplexity_interval(adapter, tokens, seed)),
             ("perplexity_ratio", perplexity_ratio_interval(adapter, base, tokens, seed)),
         ):
-            found[f"{name}_interval"] = [interval.low, interval.high]
-    return found
+            figures[f"{name}_interval"] = [interval.low, interval.high]
+    return figures
 
 
 def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:

@@ -118,11 +118,11 @@ def _write_hf(spec: Spec, folder: Path, out: Path, ctx: Context) -> dict[str, Qu
 
     if why := formats.missing(spec.export.hf):
         raise InputError(f"export.hf: {why}")
-    found: dict[str, QuantizedWeights] = {}
+    weights: dict[str, QuantizedWeights] = {}
     for kind in dict.fromkeys(spec.export.hf):
         writer.write(folder, out / kind, writer.plan(folder, kind), ctx)
-        found[kind] = reader.QuantizedWeights(out / kind)
-    return found
+        weights[kind] = reader.QuantizedWeights(out / kind)
+    return weights
 
 
 def _write_gguf(
@@ -330,8 +330,8 @@ def _refuse_other_chats(
         ends = tuple(read_json(trained / "template.json")["terminators"])
     for path in paths:
         ours = partial(_rendered, tokenizer, prompt=True, template=text) if text else None
-        if found := list(differences(path, ours, ends)):
-            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {found[0]}")
+        if differing := list(differences(path, ours, ends)):
+            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {differing[0]}")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, template: str | None = None) -> str:

@@ -79,8 +79,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     section = spec.asked
     read = read_seeds(section.seeds, ctx.scratch, spec.ignore, single=section.method != "answer")
-    found = list(ctx.track(read, "reading seeds"))
-    seeds = require_seeds(found, section.max_refused_fraction)
+    seed_rows = list(ctx.track(read, "reading seeds"))
+    seeds = require_seeds(seed_rows, section.max_refused_fraction)
     budget = Budget(section.max_requests, section.max_tokens)
     method = {"answer": answer_seeds, "evol_instruct": evolve, "self_instruct": write_tasks}[section.method]
     with open_asker(section.model, inputs.get("base", Path()), budget, ctx, "generate.model.endpoint") as asker:
@@ -92,7 +92,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
         job.require_some()
         figures, answered_by, kept = asker.figures(), dict(sorted(asker.answered_by.items())), asker.kept
     rows = write_rows(out / "rows.parquet", (made.example() for made in job.made))
-    refused = [r for r in found if isinstance(r, Reject)]
+    refused = [r for r in seed_rows if isinstance(r, Reject)]
     with reject_writer(out / "rejects.parquet") as reject:
         for row in (*refused, *job.rejects):
             reject(row)

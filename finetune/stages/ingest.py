@@ -42,10 +42,10 @@ def spec(recipe: Recipe) -> Spec:
 
 def fingerprint(spec: Spec) -> dict[str, object]:
     """For each source, what its rows depend on: a file's name and digest, a commit of the Hub, a version of Python."""
-    found: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
+    outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
     if spec.eval_data:
-        found["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
-    return found
+        outside["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:
@@ -132,8 +132,8 @@ def _generated(inputs: Mapping[str, Path], rows_of: Counter[str]) -> Iterator[Ex
 def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:
     """A line for each source whose folder or pattern brings along files that are for evaluation by their names."""
     for label, source in sources:
-        if isinstance(source, LocalSource) and (found := evaluation_files(source.paths)):
-            yield f"{label}: {TRAINED_ON.format(listed(found))}"
+        if isinstance(source, LocalSource) and (names := evaluation_files(source.paths)):
+            yield f"{label}: {TRAINED_ON.format(listed(names))}"
 
 
 def _read_as(decisions: Mapping[str, Decision]) -> str:

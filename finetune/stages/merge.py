@@ -52,8 +52,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
     started = time.monotonic()
     base, adapter = inputs["base"], inputs["train"] / "adapter"
-    found = inputs["certify"] / "certificate.json"
-    certificate: dict[str, Any] = read_json(found) if found.exists() else {"base": "original"}
+    certificate_file = inputs["certify"] / "certificate.json"
+    certificate: dict[str, Any] = read_json(certificate_file) if certificate_file.exists() else {"base": "original"}
     dtype = output_dtype(spec.merge.dtype, base)
     folder = loading.ensure_base(spec.model, base, ctx)
     trip = _round_trip(spec, certificate, ctx) if certificate["base"] == "dequantized" else None
@@ -71,8 +71,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
     base_limits.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
-    if found.exists():
-        write_bytes(out / "certificate.json", found.read_bytes())
+    if certificate_file.exists():
+        write_bytes(out / "certificate.json", certificate_file.read_bytes())
     return {
         "base": certificate["base"],
         "dtype": dtype,

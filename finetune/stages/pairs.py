@@ -117,15 +117,15 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     from finetune.filters import custom
     from finetune.tokenization.chat_template import fingerprint_of
 
-    found: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
+    outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
     if spec.eval_data:
-        found["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
+        outside["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
     if own := {r.function: custom.digest(r) for r in (spec.rules.rules if spec.rules else ()) if isinstance(r, Own)}:
-        found["own_rules"] = own
-    found |= fingerprint_of(spec.rendering.template, spec.rendering.template_file)
+        outside["own_rules"] = own
+    outside |= fingerprint_of(spec.rendering.template, spec.rendering.template_file)
     if (made_by := _made_by(spec.repeats)) is not None:
-        found["model"] = made_by
-    return found
+        outside["model"] = made_by
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metrics:

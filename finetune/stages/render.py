@@ -240,7 +240,7 @@ def _special_text(tallies: Mapping[str, Tally]) -> dict[str, tuple[int, int]]:
     """Special token -> rows of all splits with its text, and those of them with its id."""
     strings = {s for t in tallies.values() for s in t.special_text}
     every = {s: [t.special_text.get(s, [0, 0]) for t in tallies.values()] for s in strings}
-    return {s: (sum(rows for rows, _ in found), sum(ids for _, ids in found)) for s, found in every.items()}
+    return {s: (sum(rows for rows, _ in counts), sum(ids for _, ids in counts)) for s, counts in every.items()}
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
@@ -284,10 +284,10 @@ def _write(
             for row in done.rejects:
                 reject(row)
     written = pq.read_table(target, columns=["length", "supervised"])  # count the rows on disk
-    found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
-    if found != [tally.rows, tally.tokens, tally.supervised]:
+    figures = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
+    if figures != [tally.rows, tally.tokens, tally.supervised]:
         raise FinetuneError(
-            f"{target.name} holds rows, tokens, labels {found}, not what was counted; is the disk full?"
+            f"{target.name} holds rows, tokens, labels {figures}, not what was counted; is the disk full?"
         )
     return tally
 

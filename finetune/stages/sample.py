@@ -162,8 +162,8 @@ def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], spec: Sp
     counts: Counter[str] = Counter()
     for (_, source), count in zip(names, copies, strict=True):
         counts[source] += count
-    found: dict[str, object] = {"weight": {label: counts[label] for label in sorted(spec.weights)}}
-    return found | ({"rows": {label: counts[label] for label in sorted(spec.rows)}} if spec.rows else {})
+    figures: dict[str, object] = {"weight": {label: counts[label] for label in sorted(spec.weights)}}
+    return figures | ({"rows": {label: counts[label] for label in sorted(spec.rows)}} if spec.rows else {})
 
 
 def _ranked(

@@ -143,33 +143,33 @@ class Asker:
 
         Raises FinetuneError or InputError for a model that cannot be asked; the responses before it are kept.
         """
-        found: dict[int, Reply] = {}
+        replies: dict[int, Reply] = {}
         names, todo = [self._name(ask) for ask in asks], []
         for index, name in enumerate(names):
             if (reply := self._store.get(name)) is None:
                 todo.append(index)
             elif self.budget.take():
                 self.budget.spend(reply)
-                found[index] = reply
-        self.kept += len(found)
+                replies[index] = reply
+        self.kept += len(replies)
 
         def keep(position: int, reply: Reply) -> None:
             self._store.put(names[todo[position]], reply)
             self.budget.spend(reply)
-            found[todo[position]] = reply
+            replies[todo[position]] = reply
 
         begun, before = time.monotonic(), self.seconds
         bar = self._ctx.bar(label, len(todo))
         try:
             for position in self._source.answer([asks[i] for i in todo], self.budget, keep) if todo else ():
-                self._tokens += found[todo[position]].tokens
+                self._tokens += replies[todo[position]].tokens
                 self.seconds = before + time.monotonic() - begun
                 bar.advance(1, f"{self._tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
                 self._ctx.stop.check()
         finally:
             bar.close()
-        self.answered_by.update(reply.model for reply in found.values() if reply.model)
-        return [found.get(i) for i in range(len(asks))]
+        self.answered_by.update(reply.model for reply in replies.values() if reply.model)
+        return [replies.get(i) for i in range(len(asks))]
 
     def figures(self) -> dict[str, Any]:
         """Return requests, tokens and seconds."""
@@ -259,9 +259,9 @@ class LocalSource:
                 model.model, requests, sampling, model.terminators, model.pad_id, self._ctx, BATCH_TOKENS
             )
             for batch in made:
-                for i, found in sorted(batch.items()):
-                    text = model.tokenizer.decode(found.ids, skip_special_tokens=True)
-                    keep(group[i][0], Reply(text, found.finish, len(requests[i].prompt), len(found.ids)))
+                for i, generated in sorted(batch.items()):
+                    text = model.tokenizer.decode(generated.ids, skip_special_tokens=True)
+                    keep(group[i][0], Reply(text, generated.finish, len(requests[i].prompt), len(generated.ids)))
                     yield group[i][0]
 
     def _request(self, ask: Ask) -> Request | str:

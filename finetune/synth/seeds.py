@@ -85,20 +85,20 @@ def _seed(row: Example, *, single: bool) -> Seed | Reject:
 
 def check_seeds(source: Source, ignore: Collection[str], method: str) -> None:
     """Read the first rows. Raises InputError if the source cannot be read, or none of them fits."""
-    found = list(islice(read_seeds([source], Path(), ignore, single=method != "answer"), SAMPLE_ROWS))
-    if not any(isinstance(seed, Seed) for seed in found):
-        require_seeds(found, 1.0)
+    seeds = list(islice(read_seeds([source], Path(), ignore, single=method != "answer"), SAMPLE_ROWS))
+    if not any(isinstance(seed, Seed) for seed in seeds):
+        require_seeds(seeds, 1.0)
 
 
-def require_seeds(found: Sequence[Seed | Reject], allowed: float) -> list[Seed]:
+def require_seeds(rows: Sequence[Seed | Reject], allowed: float) -> list[Seed]:
     """Return the seeds. Raises InputError if none is left or a larger share than `allowed` does not fit."""
-    seeds = [s for s in found if isinstance(s, Seed)]
-    refused = [s for s in found if isinstance(s, Reject)]
-    if not seeds or len(refused) > allowed * len(found):
+    seeds = [s for s in rows if isinstance(s, Seed)]
+    refused = [s for s in rows if isinstance(s, Reject)]
+    if not seeds or len(refused) > allowed * len(rows):
         first = " ".join(f"[{r.id}] {r.detail}." for r in refused[:SHOWN_ROWS])
         share = f", allowed are {allowed:.1%} (generate.max_refused_fraction)" if seeds else ""
         raise InputError(
-            f"generate.seeds: {len(refused)} of {len(found)} rows do not fit{share}. {first} Fix them, or set the "
+            f"generate.seeds: {len(refused)} of {len(rows)} rows do not fit{share}. {first} Fix them, or set the "
             "source's format and columns"
         )
     return seeds

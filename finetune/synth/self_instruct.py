@@ -65,7 +65,7 @@ def _tasks(
         asks.append(ask_user(text, section.max_new_tokens, section.temperature, section.top_p, draw))
         shown.append(", ".join(ids[i] for i in chosen))
     prompts = [str(ask.messages[-1]["content"]) for ask in asks]
-    found: list[tuple[str, str, str]] = []
+    drafts: list[tuple[str, str, str]] = []
     new: list[list[str]] = []  # of this chunk: no instance is asked for that is dropped for sure
     replies = job.asker.ask_all(asks, f"round {number}: tasks")
     for request, parents, prompt, reply in zip(requests, shown, prompts, replies, strict=True):
@@ -77,9 +77,9 @@ def _tasks(
                 continue
             if _repeats(job, name, task, [*compared, *new], ids):
                 continue
-            found.append((name, parents, task))
+            drafts.append((name, parents, task))
             new.append(words(task))
-    yield from _instances(job, found, number)
+    yield from _instances(job, drafts, number)
 
 
 def _shown(seed: int, number: int, request: int, seeds: int, all_tasks: int) -> list[int]:

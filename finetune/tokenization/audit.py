@@ -74,8 +74,8 @@ class Tally:
             for reason, count in more.items():
                 counts[reason] = counts.get(reason, 0) + count
         for string, (text, ids) in later.special_text.items():
-            found = self.special_text.setdefault(string, [0, 0])
-            self.special_text[string] = [found[0] + text, found[1] + ids]
+            tally = self.special_text.setdefault(string, [0, 0])
+            self.special_text[string] = [tally[0] + text, tally[1] + ids]
         for reason, names in later.examples.items():
             for name in names:
                 self._remember(reason, name)
@@ -223,7 +223,7 @@ def check_ids(row_id: str, ids: Sequence[int], wanted: Sequence[int], show: Call
     """
     same = shared_length(ids, wanted)
     if same < len(ids) or same < len(wanted):
-        ours, theirs = ([show(i) for i in found[same : same + 6]] for found in (ids, wanted))
+        ours, theirs = ([show(i) for i in tokens[same : same + 6]] for tokens in (ids, wanted))
         raise GateRefused(
             f"row {row_id}: its token ids differ from the base's own apply_chat_template at token {same}: "
             f"{ours} where the base gives {theirs}"

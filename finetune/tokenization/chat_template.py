@@ -97,7 +97,7 @@ class JinjaRenderer:
                 return str(text), []
             if self._marked:
                 count_once(cast("MarkedEnvironment", compiled.environment))
-            found: Any = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [chat],
                 tools=tools,  # type: ignore[arg-type]
                 chat_template=self.template,
@@ -105,7 +105,7 @@ class JinjaRenderer:
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
             )
-        text, spans = found[0][0], found[1]  # annotated as one string
+        text, spans = rendered[0][0], rendered[1]  # annotated as one string
         return str(text), [(int(a), int(b)) for a, b in spans[0]] if self._marked else []
 
 
@@ -167,8 +167,8 @@ def stop_strings(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> froze
     for name in ("generation_config.json", "config.json"):
         path = base / name if base else None
         if path is not None and path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids |= set(found) if isinstance(found, list) else {found}
+            ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(ends) if isinstance(ends, list) else {ends}
     known = [i for i in ids if isinstance(i, int) and 0 <= i < len(tokenizer)]
     return frozenset(str(t) for t in tokenizer.convert_ids_to_tokens(known) if t)
 

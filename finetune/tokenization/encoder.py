@@ -95,8 +95,8 @@ class Encoder:
             if self._sealed is None:
                 self._sealed = self._sealed_copy([r.text for r in rows if r.sealed is None][:PROOFS])
             these = [names[i] for i in sealed] if names else ()
-            found = _encoded(self._sealed, [rows[i].sealed or "" for i in sealed], these)
-            for i, made in zip(sealed, found, strict=True):
+            encoded = _encoded(self._sealed, [rows[i].sealed or "" for i in sealed], these)
+            for i, made in zip(sealed, encoded, strict=True):
                 tokens[i] = made
         return tokens
 
@@ -110,8 +110,8 @@ class Encoder:
 
     def special_id(self, string: str) -> int:
         """The id of a special token."""
-        found = self._plain.token_to_id(string)
-        return -1 if found is None else int(found)
+        token_id = self._plain.token_to_id(string)
+        return -1 if token_id is None else int(token_id)
 
     def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
         """Return the copy after checking that it agrees with the tokenizer on `texts`, which hold no control string."""
@@ -173,8 +173,8 @@ def _renamed(description: str, controls: ControlStrings) -> str:
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> list[Tokens]:
-    found = watched_batch(lambda batch: tokenizer.encode_batch(batch, add_special_tokens=False), texts, names)
-    return [_tokens(e) for e in found]
+    encodings = watched_batch(lambda batch: tokenizer.encode_batch(batch, add_special_tokens=False), texts, names)
+    return [_tokens(e) for e in encodings]
 
 
 def _tokens(encoding: Encoding) -> Tokens:

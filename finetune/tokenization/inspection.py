@@ -47,18 +47,18 @@ def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Se
     """
     special = frozenset(tokenizer.all_special_ids)
     kinds = [(bool(m), i in special) for i, m in zip(ids, mask, strict=True)]
-    found: list[Segment] = []
+    parts: list[Segment] = []
     end, shown = 0, ""
     for (supervised, control), run in groupby(kinds):
         end += len(list(run))
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         same = shared_length(shown, text)
-        if same < len(shown) and found:  # a character was cut in two: the run before showed a replacement for it
-            last = found[-1]
-            found[-1] = Segment(last.text[: len(last.text) - (len(shown) - same)], last.supervised, last.special)
-        found.append(Segment(text[same:], supervised, control))
+        if same < len(shown) and parts:  # a character was cut in two: the run before showed a replacement for it
+            last = parts[-1]
+            parts[-1] = Segment(last.text[: len(last.text) - (len(shown) - same)], last.supervised, last.special)
+        parts.append(Segment(text[same:], supervised, control))
         shown = text
-    return found
+    return parts
 
 
 def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> str:

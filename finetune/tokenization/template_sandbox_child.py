@@ -50,8 +50,8 @@ def problem_of(template: str, special: dict[str, str]) -> str | None:
     try:
         tree = environment.parse(template)
         for loads in (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends):
-            if found := tree.find(loads):
-                return f"line {found.lineno}: it loads another file ({loads.__name__.lower()}); write all in one file"
+            if node := tree.find(loads):
+                return f"line {node.lineno}: it loads another file ({loads.__name__.lower()}); write all in one file"
         compiled = environment.from_string(template)
         for roles, prompt in itertools.product(ROLES, (False, True)):
             chat = [{"role": role, "content": f"words of turn {i}"} for i, role in enumerate(roles)]

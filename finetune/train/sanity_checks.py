@@ -106,7 +106,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
     """Return the first two documents with a supervised token, cut around it; one if there is only one."""
-    found: list[dict[str, list[int]]] = []
+    documents: list[dict[str, list[int]]] = []
     for number in range(min(len(dataset), ROWS_LOOKED_AT)):
         row = dataset[number]
         start = 0
@@ -117,12 +117,12 @@ def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]
             if supervised is None:
                 continue
             cut = slice(max(0, supervised - DOCUMENT_TOKENS // 2), None)
-            found.append({"input_ids": ids[cut][:DOCUMENT_TOKENS], "labels": labels[cut][:DOCUMENT_TOKENS]})
-            if len(found) == 2:
-                return found
-    if not found:
+            documents.append({"input_ids": ids[cut][:DOCUMENT_TOKENS], "labels": labels[cut][:DOCUMENT_TOKENS]})
+            if len(documents) == 2:
+                return documents
+    if not documents:
         raise GateRefused("none of the first rows has a supervised token: there is nothing to learn from")
-    return found
+    return documents
 
 
 def together(documents: Sequence[dict[str, list[int]]], *, packed: bool) -> list[dict[str, list[int]]]:
@@ -281,9 +281,9 @@ def prove_isolation(
     def logits(chosen: Sequence[dict[str, list[int]]]) -> list[torch.Tensor]:
         batch = on_device(collate(together(chosen, packed=packed)), model.device)
         batch.pop("labels")
-        found: torch.Tensor = model(**batch, use_cache=False).logits
+        both: torch.Tensor = model(**batch, use_cache=False).logits
         first, second = (len(d["input_ids"]) for d in chosen)
-        return [found[0, :first], found[0, first:] if packed else found[1, :second]]
+        return [both[0, :first], both[0, first:] if packed else both[1, :second]]
 
     turned = [{**d, "input_ids": d["input_ids"][::-1]} for d in documents]
     with torch.no_grad():
@@ -331,10 +331,10 @@ def _gradients(model: PeftModel, batch: Mapping[str, torch.Tensor], scale: float
     torch.clear_autocast_cache()
     (manual_loss(model, batch) * scale).backward()
     before.restore()
-    found = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-    if not found:
+    gradients = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    if not gradients:
         raise GateRefused("no adapter matrix has a gradient: nothing would be trained")
-    return found
+    return gradients
 
 
 def thinned(tensor: torch.Tensor) -> torch.Tensor:
