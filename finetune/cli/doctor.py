@@ -206,9 +206,9 @@ def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
         return Finding("Hub", f"{where} is there, not tried: HF_HUB_OFFLINE is set")
     answer: list[Finding] = []
     # A name that does not resolve can take longer than a request's own limit, so the wait is limited from outside.
-    worker = threading.Thread(target=lambda: answer.append(_who(where)), daemon=True, name="whoami")
-    worker.start()
-    worker.join(HUB_SECONDS + 1)
+    thread = threading.Thread(target=lambda: answer.append(_who(where)), daemon=True, name="whoami")
+    thread.start()
+    thread.join(HUB_SECONDS + 1)
     return answer[0] if answer else Finding("Hub", f"{where} is there; offline: no answer in {HUB_SECONDS:.0f} s")
 
 

@@ -93,12 +93,12 @@ def _serve(
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / f"{port}.log").absolute()
     screen.say(f"serve: {chosen}; by hand:\n  {shlex.join(command)}")
-    shown = f"[{host}]" if ":" in host else host
+    host_text = f"[{host}]" if ":" in host else host
     with signals_handled(screen) as stop, ExitStack() as stack:
         process = stack.enter_context(
-            running(command, child_environment, f"http://{shown}:{port}", log, screen.say, stop.check)
+            running(command, child_environment, f"http://{host_text}:{port}", log, screen.say, stop.check)
         )
-        url = f"http://{shown}:{port}/v1"
+        url = f"http://{host_text}:{port}/v1"
         model = str(served.merged) if chosen == "transformers" else served.name
         if check:
             _check(name, url, model, exact=chosen == "transformers", roots=roots, screen=screen)

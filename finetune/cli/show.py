@@ -203,9 +203,9 @@ def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[Inspect
             prompt, answer, labels = row["prompt_ids"], row[f"{side}_ids"], row[f"{side}_mask"]
             label = f", label {str(row['label']).lower()}" if "label" in row else ""
             name = f"{row['pair_id']} ({side}{label})"
-            shown = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
+            runs = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
             tokens, supervised = len(prompt) + len(answer), sum(labels)
-            inspected.append(InspectedRow(name, row["source"], tokens, supervised, shown, repeats=[], dropped=0))
+            inspected.append(InspectedRow(name, row["source"], tokens, supervised, runs, repeats=[], dropped=0))
     return inspected
 
 

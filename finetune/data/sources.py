@@ -110,9 +110,9 @@ def _converted(
         try:
             yield to_example(raw.row, decision, found_id, label)
         except RowError as error:
-            yield Reject(found_id, label, error.reason, printable(str(error)), printable(shown(raw.row)))
+            yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(raw.row)))
         except RecursionError:
-            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(shown(raw.row)))
+            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
     everywhere = set().union(*columns_of.values())
     for column in sorted(everywhere):
         lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
@@ -167,7 +167,7 @@ def _commit(source: HubSource, scratch: Path | None) -> str:
     return resolve_revision(source.id, source.revision, repo_type="dataset", scratch=scratch)
 
 
-def shown(row: dict[str, object]) -> str:
+def row_text(row: dict[str, object]) -> str:
     """A raw row as text."""
     try:
         return str(row)

@@ -117,9 +117,9 @@ def nearest(name: object, known: Iterable[object]) -> str | None:
 
 def listed(names: Iterable[object]) -> str:
     """The names, the first ones of very many; what no terminal and no file can hold shown as an escape."""
-    shown = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
-    more = f", … ({len(shown)} in all)" if len(shown) > MOST_LISTED else ""
-    return ", ".join(shown[:MOST_LISTED]) + more or "none"
+    texts = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
+    more = f", … ({len(texts)} in all)" if len(texts) > MOST_LISTED else ""
+    return ", ".join(texts[:MOST_LISTED]) + more or "none"
 
 
 def kind(value: object) -> str:

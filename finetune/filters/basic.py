@@ -114,5 +114,5 @@ def contents(row: Example) -> Iterator[str]:
 
 
 def _roles(messages: Sequence[Message]) -> str:
-    shown = ", ".join(m.role for m in messages[:8])
-    return f"{shown}, … ({len(messages)} turns)" if len(messages) > 8 else shown
+    roles = ", ".join(m.role for m in messages[:8])
+    return f"{roles}, … ({len(messages)} turns)" if len(messages) > 8 else roles

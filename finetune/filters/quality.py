@@ -60,8 +60,8 @@ def repetition(row: Example, max_duplicate_lines: float, max_top_ngram: float, m
         return _above("repetition", "of the lines and sentences repeat an earlier one", share, max_duplicate_lines)
     share, ngram = top_ngram(words) if _most_repeated(words) > max_top_ngram else (0.0, ())
     if share > max_top_ngram:
-        shown = " ".join(ngram)[:60]
-        return _above("repetition", f"of the characters are {shown!r} repeated", share, max_top_ngram)
+        phrase = " ".join(ngram)[:60]
+        return _above("repetition", f"of the characters are {phrase!r} repeated", share, max_top_ngram)
     return None
 
 

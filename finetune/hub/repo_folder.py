@@ -127,7 +127,7 @@ def _quietly() -> Iterator[None]:
     """Silence the client's bars and warnings, which would mix with the lines of the run."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    logger, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    logger, has_bars = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     disable_progress_bars()
@@ -135,5 +135,5 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        if shown:
+        if has_bars:
             enable_progress_bars()

@@ -75,8 +75,8 @@ def _rendered(recipe: Recipe, row: Example, base: Path) -> tuple[str, int, int]:
     spec = recipe.render
     tokenizer: Any = load_tokenizer(base)  # PreTrainedTokenizerBase, whose decode has a wider type
     template = choose_template(spec.template, spec.template_file, tokenizer, [row], spec.system, spec.reasoning, base)
-    worker = RowTokenizer(template, Encoder(tokenizer), _rules(spec, tokenizer, template))
-    rows = worker.batch([row], Tally())
+    row_tokenizer = RowTokenizer(template, Encoder(tokenizer), _rules(spec, tokenizer, template))
+    rows = row_tokenizer.batch([row], Tally())
     if not rows:
         raise FinetuneError(f"row {row.id} does not fit {spec.max_length_tokens} tokens or has no answer to learn")
     ids, mask = list(rows[0].ids), [int(m) for m in rows[0].mask]

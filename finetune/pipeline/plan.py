@@ -87,12 +87,12 @@ def predict(
     options = Options(shapes, Training.of(recipe, pinned))
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
-    shown = choices[named]
+    chosen = choices[named]
     result["trainable_parameters"] = adapter_parameters(shapes, recipe)
-    result["memory_bytes"] = {**shown.parts, "total": shown.total}
+    result["memory_bytes"] = {**chosen.parts, "total": chosen.total}
     result["memory_device"] = named
-    result["sliding_window"] = shapes.window if _warns(shapes, options.run, shown) else None
-    result["ram_bytes"] = ram(shapes, recipe, shown.rows, shown.policy)
+    result["sliding_window"] = shapes.window if _warns(shapes, options.run, chosen) else None
+    result["ram_bytes"] = ram(shapes, recipe, chosen.rows, chosen.policy)
     result["disk_bytes"] = disk(shapes, recipe)
     tokens = _tokens_trained(recipe, result)
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
@@ -105,7 +105,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
     options = Options(shapes, run)
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
-    shown, asked = choices[named], recipe.preference
+    chosen, asked = choices[named], recipe.preference
     assert asked is not None  # noqa: S101
     counted = by_name["pairs"].manifest if "pairs" in by_name else None
     pairs = int(counted.metrics["rows"]) if counted else None
@@ -114,7 +114,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
         "pairs": pairs,
         "steps": total_steps(pairs, recipe.alignment) if pairs is not None else asked.max_steps,
         "memory_device": named,
-        "memory_bytes": {**shown.parts, "total": shown.total},
+        "memory_bytes": {**chosen.parts, "total": chosen.total},
         "devices": {
             name: {
                 "fits": choice.fits,

@@ -160,15 +160,15 @@ def figures(values: Json) -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, int) and name.endswith("_bytes") and value >= 10**8:
             lines.append((name, f"{value / 1e9:.2f} GB"))
-        elif text := _shown(value):
+        elif text := _value_text(value):
             lines.append((name, text))
     return lines
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     """Format a scalar, a pair of numbers or a mapping of those; "" if there is no short form."""
     if isinstance(value, Mapping):
-        parts = [f"{key} {text}" for key, inner in value.items() if (text := _shown(inner))]
+        parts = [f"{key} {text}" for key, inner in value.items() if (text := _value_text(inner))]
         return ", ".join(parts[:LONGEST_LIST])
     if isinstance(value, (list, tuple)):
         return " to ".join(number(v) for v in value) if len(value) == 2 else ""
@@ -237,8 +237,8 @@ def warnings(facts: Facts) -> list[str]:
 
 
 def _clipped(text: str) -> str:
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
-    return shown if len(shown) <= LONGEST_SAMPLE else shown[:LONGEST_SAMPLE] + " …"
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
+    return printable if len(printable) <= LONGEST_SAMPLE else printable[:LONGEST_SAMPLE] + " …"
 
 
 def limits(kind: Kind, facts: Facts) -> list[str]:

@@ -119,7 +119,7 @@ def publish(
                 Prepared(kind, targets[kind], contents | _written(written.files, made / kind), written.text)
             )
         receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
-        receipt["pushes"] = [_shown(push, ctx) for push in prepared] if dry_run else []
+        receipt["pushes"] = [_push_summary(push, ctx) for push in prepared] if dry_run else []
         for push in [] if dry_run else prepared:
             _push(push, recipe, folders, receipt, run.folder / RECEIPT, ctx)
     return receipt
@@ -252,7 +252,7 @@ def _link_or_copy(source: Path, place: Path) -> None:
         shutil.copyfile(source, place)
 
 
-def _shown(push: Prepared, ctx: Context) -> dict[str, Any]:
+def _push_summary(push: Prepared, ctx: Context) -> dict[str, Any]:
     sizes = {name: path.stat().st_size for name, path in push.contents.items()} | {CARD: len(push.card.encode())}
     total = sum(sizes.values())
     ctx.say(f"would push {push.kind} to {push.repo}: {len(sizes)} files, {total / 1e6:,.1f} MB; nothing was sent")

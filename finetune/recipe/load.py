@@ -138,8 +138,8 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
         problems.append(f"{path}: nested too deeply to be a recipe")
     if problems:
         more = [f"{path}: and {len(problems) - MOST_SHOWN:,} more errors"] if len(problems) > MOST_SHOWN else []
-        shown = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
-        raise InputError("\n".join([*shown, *more]))
+        lines = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
+        raise InputError("\n".join([*lines, *more]))
     return recipe, where, notes
 
 
@@ -284,12 +284,12 @@ def _is_text(value: str) -> bool:
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
     """Write `a.b.0=value` into the raw recipe; return an error message, or None."""
     path, equals, text = option.partition("=")
-    shown = option if option.isprintable() else shortened(option)
+    label = option if option.isprintable() else shortened(option)
     steps = path.strip().split(".")
     if not equals or not all(steps):
-        return f"--set {shown}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
+        return f"--set {label}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
     if len(steps) > MOST_LEVELS:
-        return f"--set {clipped(shown, 100)}: {len(steps):,} levels, a recipe has at most {MOST_LEVELS}"
+        return f"--set {clipped(label, 100)}: {len(steps):,} levels, a recipe has at most {MOST_LEVELS}"
     reading = _Reading(f"--set {path if path.isprintable() else shortened(path)}")
     value = reading.read(text)
     if reading.problems:
@@ -301,7 +301,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
         if isinstance(at, list):
             if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
                 here = ".".join(map(str, trail))
-                return f"--set {shown}: {here} has {len(at)} items; found index {step!r}, allowed: 0…{len(at) - 1}"
+                return f"--set {label}: {here} has {len(at)} items; found index {step!r}, allowed: 0…{len(at) - 1}"
             key: str | int = int(step)
         elif isinstance(at, dict):
             key = step
@@ -312,7 +312,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
                 elif at.get(key) is None:
                     at[key] = {}
                 else:
-                    return f"--set {shown}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
+                    return f"--set {label}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
         trail = (*trail, key)
         if last:
             at[key] = value

@@ -140,7 +140,7 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
     captions = {"before": "As read: the tokens of the texts alone, without a template", "after": "As trained on"}
     if step > 1:
         captions["before"] += f"; every {step}th row counted"
-    shown: dict[str, Any] = {}
+    figure: dict[str, Any] = {}
     for name, values, limit in (("before", before, limit_before), ("after", after, limit_after)):
         counts = [0] * (int(widest // width) + 1)
         over = 0
@@ -152,8 +152,8 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
         plot = svg.histogram(label, counts, width, "tokens in a row", "rows", limit=limit)
         more = f"; {over:,} longer than the axis lie in the last bar" if over else ""
         median = f"median {_at(values, 0.5):,}, longest {max(values, default=0):,} tokens"
-        shown[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None
-    return shown
+        figure[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None
+    return figure
 
 
 def _raw(stages: Stages) -> tuple[list[int], int]:

@@ -110,9 +110,9 @@ def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> d
     peak, total = metrics.get("peak_memory_bytes"), predicted["total"]
     whole = max(total, peak or 0)
     parts = sorted(((MEMORY_WORDS.get(k, k), v) for k, v in predicted.items() if k != "total"), key=lambda p: -p[1])
-    shown = [(k, v) for k, v in parts if v >= 0.01 * total]
-    shown += [("the rest", rest)] if (rest := total - sum(v for _, v in shown)) else []
-    lines = [(k, size(v), svg.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in shown]
+    large = [(k, v) for k, v in parts if v >= 0.01 * total]
+    large += [("the rest", rest)] if (rest := total - sum(v for _, v in large)) else []
+    lines = [(k, size(v), svg.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in large]
     lines.append(("predicted in all", size(total), svg.bar(f"predicted: {size(total)}", total, 0, whole)))
     if peak:
         lines.append(("measured peak", size(peak), svg.bar(f"measured: {size(peak)}", peak, 0, whole, "measured")))

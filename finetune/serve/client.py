@@ -229,6 +229,6 @@ def _words(error: BaseException, key: str) -> str:
     from finetune.utils.secrets import redact
 
     text = " ".join(str(error).split())
-    for shown in (key, repr(key)[1:-1]) if len(key) > 4 else ():
-        text = text.replace(shown, "[hidden]")
+    for form in (key, repr(key)[1:-1]) if len(key) > 4 else ():
+        text = text.replace(form, "[hidden]")
     return redact(text)[:300] or type(error).__name__

@@ -157,8 +157,11 @@ def _lineage(made: Sequence[Made], seeds: Sequence[Seed]) -> list[list[dict[str,
         line: list[dict[str, Any]] = []
         at: Made | None = last
         while at is not None:
-            shown = {"text": clipped(at.instruction, SHOWN_CHARACTERS), "answer": clipped(at.answer, SHOWN_CHARACTERS)}
-            line.append({"id": at.id, "operation": at.operation, "round": at.round, **shown})
+            clipped_texts = {
+                "text": clipped(at.instruction, SHOWN_CHARACTERS),
+                "answer": clipped(at.answer, SHOWN_CHARACTERS),
+            }
+            line.append({"id": at.id, "operation": at.operation, "round": at.round, **clipped_texts})
             parent, at = at.parent, rows.get(at.parent)
         seed = texts.get(parent, "")
         start = {"id": parent, "operation": "seed", "round": 0, "text": clipped(seed, SHOWN_CHARACTERS), "answer": ""}

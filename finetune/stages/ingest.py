@@ -84,8 +84,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
                 _keep_first(first, row)
                 _keep_first(here, row)
                 if rows_of[label] == 0 and refused_of[label] >= HOPELESS_ROWS:
-                    shown = f"{_first(here)} {_read_as({label: decision})}"
-                    raise InputError(f"data source {label}: none of its first rows fits. {shown}")
+                    details = f"{_first(here)} {_read_as({label: decision})}"
+                    raise InputError(f"data source {label}: none of its first rows fits. {details}")
             for note, rows_noted in sorted(decision.notes.items()):
                 ctx.say(f"{label}: {note} ({rows_noted:,})")
 
@@ -138,8 +138,8 @@ def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:
 
 def _read_as(decisions: Mapping[str, Decision]) -> str:
     """How each source was read, and what to do where that is wrong."""
-    shown = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
-    return f"(Read: {shown}. Fix those rows, or set the source's format and columns.)"
+    formats = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
+    return f"(Read: {formats}. Fix those rows, or set the source's format and columns.)"
 
 
 def _keep_first(examples: list[Reject], row: Reject) -> None:

@@ -175,9 +175,9 @@ def _check_both_labels(pairs: Sequence[Pair], spec: Spec) -> None:
     labels = {pair.label for pair in pairs}
     if spec.method == "kto" and len(labels) == 1:
         (only,) = labels
-        shown = ", ".join(pair.id for pair in pairs[:SHOWN_ROWS])
+        ids = ", ".join(pair.id for pair in pairs[:SHOWN_ROWS])
         raise GateRefused(
-            f"pairs: all {len(pairs)} answers have the label {str(only).lower()} ({shown}, …); kto needs wanted and "
+            f"pairs: all {len(pairs)} answers have the label {str(only).lower()} ({ids}, …); kto needs wanted and "
             "unwanted ones: is columns.label the right column?"
         )
 
@@ -264,11 +264,11 @@ def _written(
     from finetune.tokenization.encoder import choose_pad
     from finetune.utils.files import write_json
 
-    worker, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
-    pad = choose_pad(tokenizer, template.text, worker.labels)
-    check_pad(tokenizer.get_vocab()[pad], worker.labels)
-    terminators = sorted(worker.terminators)
-    write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    row_tokenizer, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
+    pad = choose_pad(tokenizer, template.text, row_tokenizer.labels)
+    check_pad(tokenizer.get_vocab()[pad], row_tokenizer.labels)
+    terminators = sorted(row_tokenizer.terminators)
+    write_template(out / "template", template, terminators, pad, row_tokenizer.starts_with_bos)
     because = Counter(r.reason for r in curation.left_out.values()) + reading.curated
     dropped, refused = dict(sorted(because.items())), dict(sorted(reading.refused.items()))
     audit = {
@@ -280,7 +280,7 @@ def _written(
         "ids_equal": writer.ids.equal,
         "ids_not_compared": writer.ids.other,
         "terminators": terminators,
-        "label_ids": len(worker.labels),
+        "label_ids": len(row_tokenizer.labels),
     }
     write_json(out / "audit.json", audit)
     sides = enumerate(train[0].pair.sides)

@@ -134,8 +134,8 @@ def _why_not(row: Example, place: int, spec: Spec, ranking: Ranking) -> Reject:
         return Reject.of(row, "diverse", f"{spec.diverse} {taken}")
     own, last = (ranking.figures[i] for i in (place, ranking.order[(spec.top_k or 1) - 1][0]))
     has, least = (None if math.isinf(f) else f for f in (own, last))
-    shown = ["none" if f is None else f"{f:g}" for f in (has, least)]
-    detail = f"{spec.by} {shown[0]}; the last of the {spec.top_k} rows that are used has {shown[1]}"
+    values = ["none" if f is None else f"{f:g}" for f in (has, least)]
+    detail = f"{spec.by} {values[0]}; the last of the {spec.top_k} rows that are used has {values[1]}"
     return Reject.of(row, "top_k", detail, has, least)
 
 

@@ -78,8 +78,8 @@ class Job:
 
     def reject(self, name: str, reason: str, detail: str, text: str) -> None:
         """Leave a candidate out; `name` says from which row and by which step it came."""
-        shown = text[:REJECTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
-        self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, shown))
+        start = text[:REJECTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+        self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, start))
 
     def unfinished(self, name: str, reply: Reply | None) -> bool:
         """Leave a candidate out whose response cannot be used as it is; True if so, or if there was no budget for it.

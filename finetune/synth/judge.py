@@ -81,7 +81,7 @@ def figures(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
     """
     scored = [v for v in verdicts if v.score is not None]
     scores = np.array([v.score for v in scored], dtype=np.float64)
-    shown = [s for v in scored for s in (v.forward, 1 - (v.backward or 0.0)) if s != 0.5]
+    decided = [s for v in scored for s in (v.forward, 1 - (v.backward or 0.0)) if s != 0.5]
     summary: dict[str, Any] = {"rows": len(scored), "unreadable": len(verdicts) - len(scored)}
     if not len(scored):
         return summary | {"win_rate": None, "win_rate_interval": None, "order_agreement": None}
@@ -93,7 +93,7 @@ def figures(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
         "win_rate": interval.value,
         "win_rate_interval": [interval.low, interval.high] if len(scores) > 1 else None,
         "order_agreement": float(np.mean([v.forward == v.backward for v in scored])),
-        "first_shown": shown.count(0.0) / len(shown) if shown else None,
+        "first_shown": decided.count(0.0) / len(decided) if decided else None,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.formats import FormatError, decide, to_example, unique_labels
 from finetune.data.records import Example, Reject
-from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, shown
+from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, row_text
 from finetune.data.values import RowError
 from finetune.errors import InputError
 from finetune.eval.prompts import prompt_of, with_answer
@@ -63,9 +63,9 @@ def read_seeds(
             try:
                 yield _seed(to_example(row.row, decision, found_id, label), single=single)
             except RowError as error:
-                yield Reject(found_id, label, error.reason, printable(str(error)), printable(shown(row.row)))
+                yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(row.row)))
             except RecursionError:
-                yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(shown(row.row)))
+                yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(row.row)))
 
 
 def _seed(row: Example, *, single: bool) -> Seed | Reject:

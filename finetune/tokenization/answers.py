@@ -258,8 +258,8 @@ class Finder:
                 hit = self._control.match(after, skip_space(after, len(bare)))
                 break
         if hit is None or hit[0] not in self.stops:
-            shown = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
-            raise NoEnd(f"the chat template writes no token that ends an answer{shown}")
+            note = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
+            raise NoEnd(f"the chat template writes no token that ends an answer{note}")
         raw = raw.rstrip() + after[len(bare) : hit.end()]
         return raw, len(raw)
 
@@ -370,17 +370,17 @@ class Finder:
                 names[k] = chr(STAND_IN + number % 60_000) * len(core)
                 swapped[k] = with_core(chat[k], core, names[k])
         try:
-            shown = write(swapped, prompted)[0]
+            rendered = write(swapped, prompted)[0]
         except TemplateRefused:
             return {}
         pieces: list[str] = []
         spots: dict[int, Span] = {}
         cursor = 0
         for k, name in names.items():
-            at = shown.find(name, cursor)
+            at = rendered.find(name, cursor)
             if at < 0:
                 continue
-            pieces += [shown[cursor:at], answer_core(chat[k])]
+            pieces += [rendered[cursor:at], answer_core(chat[k])]
             cursor = at + len(name)
             spots[k] = (at, cursor)
-        return spots if "".join([*pieces, shown[cursor:]]) == text else {}
+        return spots if "".join([*pieces, rendered[cursor:]]) == text else {}

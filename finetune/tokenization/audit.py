@@ -251,18 +251,18 @@ def check_start(row_id: str, ids: Sequence[int], bos: int | None) -> None:
         raise GateRefused(f"row {row_id} begins with two BOS tokens; take one out of the template or the text")
 
 
-def check_terminator(row_id: str, token: int, supervised: bool, special: Collection[int], shown: str) -> None:
+def check_terminator(row_id: str, token: int, supervised: bool, special: Collection[int], end: str) -> None:
     """Raise GateRefused unless a turn's last token is a supervised special token.
 
     Only such a token can stop generation; without it the model never learns to stop.
     """
     if token not in special:
         raise GateRefused(
-            f"row {row_id}: the template ends an answer with {shown!r}, which is no special token of this base, so "
+            f"row {row_id}: the template ends an answer with {end!r}, which is no special token of this base, so "
             "nothing would stop generation; take a template whose terminator it has (alpaca and mistral use its EOS)"
         )
     if not supervised:
-        raise GateRefused(f"row {row_id}: the terminator {shown!r} carries no label, so the model would never stop")
+        raise GateRefused(f"row {row_id}: the terminator {end!r} carries no label, so the model would never stop")
 
 
 def check_prompt(row_id: str, prompt: Sequence[int], full: Sequence[int], template: str) -> None:

@@ -247,8 +247,8 @@ def with_core(turn: dict[str, object], core: str, name: str) -> dict[str, object
 def padding_of(turn: dict[str, object]) -> tuple[str, str]:
     """The white space at both edges of an answer's words."""
     text = without_reasoning(turn)["content"]
-    shown = text_of(text)
-    return shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
+    visible = text_of(text)
+    return visible[: len(visible) - len(visible.lstrip())], visible[len(visible.rstrip()) :]
 
 
 def same_form(content: object, word: str) -> object:

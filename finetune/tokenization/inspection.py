@@ -48,16 +48,16 @@ def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Se
     special = frozenset(tokenizer.all_special_ids)
     kinds = [(bool(m), i in special) for i, m in zip(ids, mask, strict=True)]
     parts: list[Segment] = []
-    end, shown = 0, ""
+    end, before = 0, ""
     for (supervised, control), run in groupby(kinds):
         end += len(list(run))
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        same = shared_length(shown, text)
-        if same < len(shown) and parts:  # a character was cut in two: the run before showed a replacement for it
+        same = shared_length(before, text)
+        if same < len(before) and parts:  # a character was cut in two: the run before showed a replacement for it
             last = parts[-1]
-            parts[-1] = Segment(last.text[: len(last.text) - (len(shown) - same)], last.supervised, last.special)
+            parts[-1] = Segment(last.text[: len(last.text) - (len(before) - same)], last.supervised, last.special)
         parts.append(Segment(text[same:], supervised, control))
-        shown = text
+        before = text
     return parts
 
 
@@ -78,8 +78,8 @@ def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> st
     if len(text) > most:
         text = f"{text[: most // 2]} … {text[-most // 2 :]}"
     names = tokenizer.convert_ids_to_tokens(ids)
-    shown = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
-    ends = ", ".join(shown) if len(shown) <= 8 else f"{', '.join(shown[:4])} … {', '.join(shown[-4:])}"
+    named = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
+    ends = ", ".join(named) if len(named) <= 8 else f"{', '.join(named[:4])} … {', '.join(named[-4:])}"
     return visible(
         f"render: row {row['id']} as the model sees it, {sum(row['mask'])} of {len(ids)} ids supervised (»…«):\n"
         f"{text}\n  ids {ends}"

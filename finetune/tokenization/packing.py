@@ -130,10 +130,10 @@ def _quiet() -> Iterator[None]:
     """Without the progress bars of `datasets`; ours is on the screen already."""
     from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = not are_progress_bars_disabled()
+    has_bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if has_bars:
             enable_progress_bars()

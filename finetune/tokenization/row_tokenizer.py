@@ -244,9 +244,9 @@ class RowTokenizer:
         for index in self._ends(prepared, offsets):
             if index is not None and (index < rules.max_length or (raw and rules.overlong == "split")):
                 start, end = offsets[index]
-                shown = prepared.text.text[start:end]
+                end_text = prepared.text.text[start:end]
                 stops = self.encoder.special_ids | rules.stop_ids
-                check_terminator(prepared.row.id, ids[index], bool(mask[index]), stops, shown)
+                check_terminator(prepared.row.id, ids[index], bool(mask[index]), stops, end_text)
                 self.terminators.add(int(ids[index]))
         return "", mask
 
