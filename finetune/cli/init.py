@@ -34,7 +34,7 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
 TINY_POSITIONS = 512
-TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml tells why
+TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml gives the reasons
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
 ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
@@ -315,7 +315,7 @@ def _written_model(model: str, recipe: Path) -> str:
 
 
 def _template(recipe: Recipe, name: str) -> tuple[str, str]:
-    """`template: …, ` where the base has or seems to have none of its own, and the comment that says so."""
+    """`template: …, ` where the base has or seems to have none of its own, and the comment on it."""
     folder = recipe.model.folder
     if folder is not None:
         settings = folder / "tokenizer_config.json"
@@ -341,7 +341,7 @@ def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
     shapes = read_shapes(recipe)
     hub = recipe.model.id
     if shapes is None:
-        return True, f"meant for {_named(device)}; `finetune plan` tells once the base's config has been read"
+        return True, f"meant for {_named(device)}; `finetune plan` can check it after the base's config was read"
     if device == "cpu":
         what = f"{shapes.parameters / 1e9:.1f} billion parameters"
         if shapes.parameters >= LARGEST_ON_CPU:

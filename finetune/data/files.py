@@ -25,7 +25,7 @@ FACTS = (SPLITS, STATE, "dataset_info.json", "dataset_infos.json")  # about rows
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of rows; `name` is the part of its path that does not depend on where the data lie."""
+    """A file of rows; `name` is the part of its path that does not depend on the folder of the data."""
 
     path: Path
     name: str
@@ -123,7 +123,7 @@ def _inside(folder: Path) -> Iterator[Path]:
 def _require_no_way_out(path: Path, folder: Path) -> None:
     """Raise InputError for a file that only a link, or `..` in a list of files, puts into the folder.
 
-    The folder may come from somebody else. A snapshot of the Hub's cache consists of links to its blobs, and may.
+    The folder may come from a third party. A snapshot of the Hub's cache consists of links to its blobs, and may.
     """
     if (link := way_out(path, folder)) is None:
         return

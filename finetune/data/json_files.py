@@ -21,7 +21,7 @@ WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to se
 class RawRow:
     """One row as its source holds it.
 
-    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` says what is wrong with this row alone;
+    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` is about this row alone;
     `text` is then the start of what was found.
     """
 
@@ -121,7 +121,7 @@ def _only_object(path: Path, encoding: str | None) -> dict[str, object] | None:
         value = text.value()
         return value if isinstance(value, dict) and not text.peek() else {}
     except (ValueError, RecursionError):
-        return None  # damaged: the reader that comes to the place says where
+        return None  # damaged: the reader reports the place
 
 
 def _columns(only: dict[str, object]) -> dict[str, list[object]] | None:

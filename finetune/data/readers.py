@@ -157,7 +157,7 @@ def _hub_errors(repo_id: str, split: str) -> Iterator[None]:
 
 
 def file_ending(path: Path) -> str:
-    """The ending that says how a file is read. Raises InputError for another name."""
+    """The ending that decides how a file is read. Raises InputError for another name."""
     name = path.name.lower()
     packed = next((p for p in PACKED if name.endswith(p)), "")
     ending = next((e for e in ENDINGS if name.removesuffix(packed).endswith(e)), None)

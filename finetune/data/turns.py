@@ -98,7 +98,7 @@ def turns_of(where: str, value: object, notes: Counter[str]) -> tuple[Message, .
     else:
         for i, turn in enumerate(value):
             _add_turn(f"{where}[{i}]", turn, messages, notes)
-    # An empty system turn says nothing, but some templates would render its brackets.
+    # An empty system turn has no effect, but some templates would render its brackets.
     kept = tuple(m for m in messages if m.role != "system" or m.content.strip())
     if not kept:
         raise RowError("empty", where, "only an empty system turn", "one turn or more")
@@ -141,7 +141,7 @@ def _add_turn(where: str, turn: object, messages: list[Message], notes: Counter[
         _add_calls(messages, calls, _extra(where, rest, notes), learn)
         return
     if is_blank(content) and role == "assistant" and speechless:
-        content = content or ""  # a turn that only calls a tool says nothing beside
+        content = content or ""  # a turn that only calls a tool has no text
     extra = _extra(where, rest, notes)
     messages.append(Message(role, _content(f"{where}.{content_key}", content, role), _json(where, extra), learn))
 
@@ -186,7 +186,7 @@ def _role(where: str, value: object) -> str:
 
 
 def _learn(where: str, rest: dict[str, Any]) -> bool:
-    """Whether the turn is learned; takes the fields that say so out of `rest`."""
+    """Whether the turn is learned; removes the fields that decide it from `rest`."""
     learn = True
     for key in (*LEARN_KEYS, *MASK_KEYS):
         if key not in rest:

@@ -40,7 +40,7 @@ def require_quantizer(kinds: Iterable[str]) -> str:
 def quantizer_digests() -> dict[str, str] | None:
     """Digests of llama-quantize and the libraries it is released with, by name; None where it is not on the PATH.
 
-    It has no option that says its version, and does its arithmetic in libraries that lie beside it or in ../lib.
+    It has no option that prints its version, and computes in libraries that are next to it or in ../lib.
     """
     tool = shutil.which(PROGRAM)
     if tool is None:

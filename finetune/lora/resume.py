@@ -98,7 +98,7 @@ def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code:
 def require_same(
     lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool, *, importing: bool = False
 ) -> None:
-    """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
+    """Refuse an adapter whose files differ from the recipe or the base. Raises InputError, a line each."""
     modules, tokens = read_modules(base, trust_remote_code), read_new_tokens(base) is not None
     known = Base(base_id, modules, read_json(base / "config.json"), tokens=tokens)
     if differences := problems(lora, read_adapter(folder), known, importing=importing):

@@ -44,11 +44,11 @@ def choose(
     *,
     trust_remote_code: bool = False,
 ) -> str:
-    """The attention to train with, in transformers' words, and a line that says why.
+    """The attention to train with, in transformers' words, and a line with the reason.
 
     `base` is a folder with config.json. Variable-length attention is taken where rows are packed, on a GPU and in a
     precision that have it, after a trial on that GPU with the base's heads and with a tiny copy of the base; elsewhere
-    what `ordinary` says.
+    that of `ordinary`.
     """
     settings = settings_of(base, trust_remote_code=trust_remote_code)
     name, why = _choice(device, packed, precision, base, settings, trust_remote_code)
@@ -95,7 +95,7 @@ def _model_trial(name: str, base: Path, device: str, precision: str) -> str | No
 
 
 def ordinary(base: Path, *, trust_remote_code: bool = False) -> str:
-    """The attention that every device has: what the base stage's trial found, else what `plain` says."""
+    """The attention that every device has: by the base stage's trial, else that of `plain`."""
     path = base / FILE
     if path.is_file():
         return str(read_json(path)["attention"])
@@ -280,7 +280,7 @@ def register(name: str, kernel: Kernel) -> None:
 
 
 def _mask(*sizes: int, attention_mask: torch.Tensor | None = None, **settings: object) -> torch.Tensor | None:
-    """No mask where rows are packed (document bounds say all); where rows are padded, the one that SDPA takes."""
+    """No mask for packed rows (the kernel takes document bounds); for padded ones that of SDPA."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None:
@@ -308,7 +308,7 @@ def _forward(
     """An attention of transformers: query (B, H, T, D), key and value (B, K, T, D) in; (B, T, H, D) out.
 
     TRL's padding-free collator gives the bounds of the documents. Rows that come without them (held-out ones, padded)
-    go through SDPA with a dense mask. Raises FinetuneError where nothing says which tokens see each other.
+    go through SDPA with a dense mask. Raises FinetuneError if nothing defines which tokens see each other.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -36,7 +36,7 @@ def machine_notes() -> list[str]:
 
 
 def pick_device(ctx_device: str) -> str:
-    """`cpu` or `cuda` for what the context says (`auto` takes the GPU where there is one). Raises InputError."""
+    """`cpu` or `cuda` for the context's device (`auto` takes the GPU where there is one). Raises InputError."""
     import torch
 
     if ctx_device == "auto":
@@ -49,7 +49,7 @@ def pick_device(ctx_device: str) -> str:
 
 
 def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> tuple[Precision, str]:
-    """The precision to compute in, and the sentence that says why. Raises InputError for fp16 on a CPU."""
+    """The precision to compute in, and a sentence with the reason. Raises InputError for fp16 on a CPU."""
     import torch
 
     if device == "cpu":

@@ -48,7 +48,7 @@ def empty_model(
     """The causal model that `base`/config.json describes: parameters on the meta device, buffers real, eval mode.
 
     `attention` is transformers' name of an implementation; None leaves the choice to the class (Gemma 2 has no SDPA).
-    `untie` gives the head a weight of its own whatever the configuration says.
+    `untie` gives the head a weight of its own whatever the configuration has.
     Raises InputError when transformers knows no causal language model for the configuration.
     """
     from accelerate import init_empty_weights
@@ -272,7 +272,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    given = _Given(last_hidden_state=hidden.unsqueeze(0))
+    given = _BodyOutput(last_hidden_state=hidden.unsqueeze(0))
     bodies = _bodies(model)
     kept = [vars(body).get("forward") for body in bodies]
     for body in bodies:
@@ -332,7 +332,7 @@ def _bodies(model: PreTrainedModel) -> list[nn.Module]:
     return [m for i, m in enumerate(bodies) if m is not model and all(m is not n for n in bodies[:i])]
 
 
-class _Given(dict[str, "torch.Tensor"]):
+class _BodyOutput(dict[str, "torch.Tensor"]):
     """The answer of a body that has already run: `last_hidden_state`; every other part is None."""
 
     def __getattr__(self, name: str) -> torch.Tensor | None:

@@ -187,7 +187,7 @@ def load_base(
     device: str,
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` says so, the rest in
+    """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` asks for it, the rest in
     `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU. `attention` is a name of
     models/attention; None takes what every device has.
 

@@ -61,7 +61,7 @@ def find(folder: Path, about: dict[str, Any], ctx: Context) -> bool:
     wrong = _fault(folder, about)
     if wrong is None:
         return True
-    ctx.say(f"base: the 4-bit copy in {folder} is of no use ({wrong}); it is made again")
+    ctx.say(f"base: the 4-bit copy in {folder} is stale ({wrong}); rebuilding")
     if ctx.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return False

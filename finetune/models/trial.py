@@ -353,6 +353,6 @@ def _seeded() -> Iterator[None]:
 
 
 def _first_line(error: Exception, base: Path | None = None) -> str:
-    """The first line of what an error says, without the folder: the same base gives the same words anywhere."""
+    """The first line of an error, without the folder: the same base gives the same words anywhere."""
     text = first_line(error)
     return (text.replace(str(base), "the base") if base else text)[:160]

@@ -230,7 +230,7 @@ def hash_file(path: Path) -> str:
 
 
 def _raise_fault(path: Path, error: OSError) -> None:
-    """Raise FinetuneError where the machine, and not the absence of a file, is what `error` tells of."""
+    """Raise FinetuneError if the cause of `error` is the machine, not the absence of a file."""
     if error.errno in MACHINE:
         raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run the same command again")
 

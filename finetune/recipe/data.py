@@ -207,7 +207,7 @@ class HubSource(_SourceFields):
     streaming: bool = False
     """Stream the rows, so that `take` does not download the whole dataset."""
     format: Format = "auto"
-    """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
+    """How a row is laid out; auto looks at the columns of the first 100 rows and reports the format."""
 
     @property
     def label(self) -> str:
@@ -225,7 +225,7 @@ class LocalSource(_SourceFields):
     )
     """A file, a folder, a pattern (part-*.jsonl) or a list: next to the recipe, else under the working folder."""
     format: Format = "auto"
-    """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
+    """How a row is laid out; auto looks at the columns of the first 100 rows and reports the format."""
     encoding: Annotated[str, AfterValidator(_is_encoding)] | None = None
     """The encoding of a text file, as in cp1252 or utf-16; null: UTF-8."""
 

@@ -234,7 +234,7 @@ class LanguageModel(Section):
     local: Model | None = None
     """A model loaded here instead: OWNER/NAME on the Hub, a folder (/… or ./…), or the recipe's own builtin base."""
     license: str | None = None
-    """Licence or terms of its answers, for the card; null: what the Hub says of a local model, else unknown."""
+    """Licence or terms of its answers, for the card; null: the licence of a local Hub model, else unknown."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests to the endpoint at once."""
     timeout_seconds: Positive = 120.0

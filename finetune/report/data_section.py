@@ -150,7 +150,7 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
             counts[min(place, len(counts) - 1)] += 1
         label = f"{captions[name]}: histogram of {len(values)} rows, at most {max(values, default=0)} tokens"
         plot = svg.histogram(label, counts, width, "tokens in a row", "rows", limit=limit)
-        more = f"; {over:,} longer than the axis lie in the last bar" if over else ""
+        more = f"; {over:,} longer than the axis are in the last bar" if over else ""
         median = f"median {_at(values, 0.5):,}, longest {max(values, default=0):,} tokens"
         figure[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.eval.compare import ENOUGH_TOKENS
 from finetune.utils.format import size
 
-ROWS = {  # stage → the metrics that say how many rows went in and came out
+ROWS = {  # stage → its metrics of rows in and out
     "generate": ("candidates", "rows_out"),
     "ingest": (None, "rows_out"),
     "filter": ("rows_in", "rows_out"),

@@ -38,7 +38,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off without a preference section. What that does not say of the optimisation, the train section does."""
+    """Off without a preference section. Settings of the optimisation that it lacks are those of the train section."""
     asked = recipe.preference
     if asked is None:
         return None
@@ -121,7 +121,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
 
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:
-    """The checkpointing policy, and the pairs at once (None: as the runtime says); as stage train decides them."""
+    """The checkpointing policy, and the pairs at once (None: as runtime has it); as stage train decides them."""
     from finetune.estimate.choice import Options, device_like, this_gpu
     from finetune.estimate.memory import Training
     from finetune.estimate.shapes import shapes_in

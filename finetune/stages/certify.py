@@ -37,7 +37,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so, when nothing is merged, or when no row is held out."""
+    """Off if the recipe has certify: null, if nothing is merged, or if no row is held out."""
     if recipe.certify is None or recipe.merge is None or not recipe.holds_out:
         return None
     return Spec(

@@ -32,7 +32,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so."""
+    """Off if the recipe has dedup: null."""
     dedup: Dedup | None = recipe.dedup
     if dedup is None:
         return None

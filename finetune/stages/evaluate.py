@@ -49,7 +49,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so, or when it holds nothing out."""
+    """Off if the recipe has evaluate: null, or holds nothing out."""
     if recipe.evaluate is None or not recipe.holds_out:
         return None
     return Spec(
@@ -248,7 +248,7 @@ def _score_answers(lines: list[dict[str, Any]], names: Sequence[str], seed: int)
 def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> dict[str, Any]:
     """Both, and adapter / base, each with its 95 % bootstrap interval over rows; null for a single row.
 
-    The ratio's draws are paired (each takes both figures of a row), so it tells the two apart where their own
+    The ratio's draws are paired (each takes both figures of a row), so it separates the two where their own
     intervals overlap.
     """
     from finetune.eval.metrics import perplexity, perplexity_interval, perplexity_ratio_interval

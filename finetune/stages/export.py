@@ -59,7 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
     weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
     each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
-    reads small models too, and must find the same weights; `not_loaded` says why it did not. Raises InputError where
+    reads small models too, and must find the same weights; `not_loaded`: why it did not. Raises InputError where
     a package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
     llama.cpp; FinetuneError where the weights in a file are others; GateRefused where a file's perplexity or template
     is not the merged model's.
@@ -306,7 +306,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
 
 
 def _write_modelfile(out: Path, weights: str, header: Header, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the Modelfile; says where Ollama has its template from: "modelfile", or "gguf"."""
+    """Write the Modelfile; return the source of Ollama's template: "modelfile", or "gguf"."""
     from finetune.gguf.ollama import modelfile, read_pieces
 
     tokens = header.vocabulary.tokens

@@ -48,7 +48,7 @@ def also(spec: Spec) -> tuple[str, ...]:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """Return digests of the seeds and the prompts, and what tells the model from others."""
+    """Return digests of the seeds and the prompts, and the identity of the model."""
     from finetune.synth.asking import identity
     from finetune.synth.prompts import digests
 

@@ -1,4 +1,4 @@
-"""Write the merged model: safetensors one tensor at a time, and everything that has to lie beside them."""
+"""Write the merged model: safetensors one tensor at a time, and every file that a model folder needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL_FILES_BYTES = 64_000_000  # tokenizer, template and configurations beside 
 
 
 class Spec(Section):
-    """The merge section, and what says how the base was quantised while training."""
+    """The merge section, and how the base was quantised while training."""
 
     model: Model
     quantization: Quantization | None
@@ -30,7 +30,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so."""
+    """Off if the recipe has merge: null."""
     if recipe.merge is None:
         return None
     return Spec(model=recipe.model, quantization=recipe.quantization, merge=recipe.merge)

@@ -22,7 +22,7 @@ Pick = tuple[int, int]  # a row's number, and which copy of it, from 1
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """The pool by the recipe's rule, best first; what the metrics say of it; each row's figure where one decides."""
+    """The pool by the recipe's rule, best first; its metrics; each row's figure where one decides."""
 
     order: Sequence[Pick]
     limits: Mapping[str, object]
@@ -169,7 +169,7 @@ def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], spec: Sp
 def _ranked(
     pool: Sequence[Pick], names: Sequence[tuple[str, str]], spec: Spec, inputs: Mapping[str, Path], ctx: Context
 ) -> Ranking:
-    """The pool by the recipe's rule, with what the metrics say of the last one that is kept."""
+    """The pool by the recipe's rule, with the metrics of the last one that is kept."""
     from finetune.dedup.select import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"

@@ -343,9 +343,9 @@ def require_askable(model: LanguageModel, base: Path, ctx: Context, field: str) 
 
 
 def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object]:
-    """Return what tells this model from others: address and name, a commit, or the digests of its files.
+    """Return the identity of this model: address and name, a commit, or the digests of its files.
 
-    A builtin is told apart by the weights in `base`; without it, by its name only.
+    A builtin is identified by the weights in `base`; without it, by its name only.
     """
     local = model.local
     if local is None:

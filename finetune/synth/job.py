@@ -77,7 +77,7 @@ class Job:
         return self.made[-1]
 
     def reject(self, name: str, reason: str, detail: str, text: str) -> None:
-        """Leave a candidate out; `name` says from which row and by which step it came."""
+        """Leave a candidate out; `name` states its row and step."""
         start = text[:REJECTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
         self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, start))
 

@@ -297,7 +297,7 @@ def check_shares(
 ) -> None:
     """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
 
-    `first` says of which rows the first of `tallies` is: the training ones, or the held-out ones if no row is trained.
+    `first` names the rows of the first of `tallies`: the training ones, or the held-out ones if no row is trained.
     """
     total = sum(t.rows_in for t in tallies)
     cut = sum(t.truncated for t in tallies)

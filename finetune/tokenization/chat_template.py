@@ -260,7 +260,7 @@ def _require_end(profile: TemplateProfile, finder: Finder, label: str) -> None:
             "an answer with a token of this base (alpaca and mistral use its EOS)"
         ) from None
     except InputError:
-        return  # this conversation; the rows say more
+        return  # of this conversation only; the rows are checked too
 
 
 def _require_one_row(profile: TemplateProfile, rows: Sequence[Example], label: str) -> None:

@@ -35,8 +35,8 @@ def watched_batch(
 ) -> list[T]:
     """Return `encode(texts)`, unless it takes far more time or memory than any tokenizer, or panics.
 
-    A tokenizer is native code by somebody's patterns: on a text that its trial (models/base_limits) does not have it
-    may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.
+    A tokenizer is native code with a third party's patterns: on a text that its trial (models/base_limits) does not
+    have it may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.
     """
     size = sum(map(len, texts))
     try:

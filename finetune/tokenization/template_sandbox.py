@@ -37,7 +37,7 @@ def check_template(template: str, special: Mapping[str, str], name: str) -> None
     """Try a template out in a process of its own before it is used here.
 
     Raises InputError where it does not end, outgrows the memory, loads other files, does not parse, or does what
-    the sandbox forbids; FinetuneError where somebody else ended that process. `name` says in the message which
+    the sandbox forbids; FinetuneError if another process ended that one. `name` is in the message and states which
     template it is.
     """
     if len(template) > MOST_CHARACTERS:
@@ -64,7 +64,7 @@ def _problem(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return TOO_MUCH
-    if from_outside(done.returncode):  # says nothing of the template
+    if from_outside(done.returncode):  # not the fault of the template
         raise FinetuneError(f"the process that tries a chat template out {how_it_ended(done.returncode)}; run again")
     if done.returncode < 0:  # ended by the system: out of time, or of memory or stack in a library's depths
         return TOO_MUCH

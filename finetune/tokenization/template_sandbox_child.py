@@ -90,7 +90,7 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # SIGXCPU comes at the first limit; SIGKILL, which somebody else may have sent too, only at the second.
+    # SIGXCPU comes at the first limit; SIGKILL, which another process may have sent too, only at the second.
     limits = [(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)]
     if sys.platform == "linux":
         limits.append((resource.RLIMIT_AS, memory_bytes, memory_bytes))

@@ -164,7 +164,7 @@ def planned_parameters(
     lora: Lora,
     tokens: NewTokens | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what `lora` says is trained, worked out from the base's matrices and not from peft's layers."""
+    """Name → shape of the parameters that `lora` trains, from the base's matrices, not peft's layers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
