@@ -318,7 +318,8 @@ class Mirror:
         if not last and _lately(self._checkpoint_at, CHECKPOINT_SECONDS):
             return None
         wanted = [n for n in names if (m := CHECKPOINT.match(n)) and int(m[1]) == newest]
-        small = {n: (folder / n).read_bytes() for n in (BUILDING, LOG, "checkpoints/tracking.json") if n in names}
+        records = (BUILDING, LOG, "checkpoints/tracking.json", "checkpoints/precision.json")
+        small = {n: (folder / n).read_bytes() for n in records if n in names}
         if LOG in small:  # it grows: send complete lines only
             small[LOG] = small[LOG][: small[LOG].rfind(b"\n") + 1]
         return {n: folder / n for n in wanted} | small

@@ -204,7 +204,8 @@ class Train(Section):
     patience: Count | None = None
     """Stop after this many measurements without a lower held-out loss; null: no early stop."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute dtype: auto uses bf16 if the GPU has it (Ampere and newer), else fp16; fp32 on a CPU."""
+    """Compute dtype: auto uses bf16 if the GPU has it (Ampere and newer), else fp16; on a CPU fp32, or bf16 if a trial
+    before training is clearly faster."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

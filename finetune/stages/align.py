@@ -69,15 +69,16 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     """
     from finetune.models import attention, loading
     from finetune.models import compile as models_compile
-    from finetune.models.device import pick_device, pick_precision
+    from finetune.models.device import pick_device
     from finetune.preference.align import align
+    from finetune.train import cpu_precision
     from finetune.train.arguments import Job
     from finetune.train.trainer import save_adapter
     from finetune.utils import runtime
 
     adapter = inputs["train"] / "adapter"
     device = pick_device(ctx.device)
-    precision, why = pick_precision(spec.train.precision, device)
+    precision, why = cpu_precision.decide(spec.train.precision, device, inputs["base"], out / "checkpoints", ctx)
     ctx.say(f"align: {spec.method} ({spec.loss}), {precision} on {device}: {why}")
     tokenizer = loading.load_tokenizer(inputs["base"])
     template = adapter / "template" if (adapter / "template").is_dir() else inputs["pairs"] / "template"

@@ -58,8 +58,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     from finetune.lora import resume as lora_resume
     from finetune.models import attention, loading, new_tokens
     from finetune.models import compile as models_compile
-    from finetune.models.device import pick_device, pick_precision
+    from finetune.models.device import pick_device
     from finetune.tokenization.token_rows import read_rendered, read_token_rows
+    from finetune.train import cpu_precision
     from finetune.train import trainer as train_trainer
     from finetune.train.arguments import Job
     from finetune.utils import runtime
@@ -71,7 +72,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Metr
     if start is not None:
         lora_resume.check(spec.lora, start, inputs["base"], spec.model.id, spec.model.trust_remote_code)
     device = pick_device(ctx.device)
-    precision, why = pick_precision(spec.train.precision, device)
+    precision, why = cpu_precision.decide(spec.train.precision, device, inputs["base"], out / "checkpoints", ctx)
     ctx.say(f"train: {precision} on {device}: {why}")
     packed = inputs["pack"] / "packed.parquet"
     rows = packed if packed.exists() else read_rendered(inputs["render"] / "train.parquet")

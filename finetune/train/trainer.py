@@ -163,7 +163,7 @@ def _trainer(
     from finetune.lora import config as lora_config
     from finetune.lora import fused_linear as fused_adapters
     from finetune.lora import resume as lora_resume
-    from finetune.train.lora_plus import RecipeTrainer
+    from finetune.train.recipe_trainer import RecipeTrainer, keeps_logits
 
     adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
@@ -176,6 +176,8 @@ def _trainer(
         peft_config=adapter,
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
+    longest = max(map(len, dataset.with_format(None)["input_ids"]))
+    trainer.own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:

@@ -184,7 +184,7 @@ def test_b_learns_faster_with_every_optimiser(optimizer, load, base, ctx, tmp_pa
 def test_the_groups_of_lora_plus_are_those_of_peft(load, base, ctx, tmp_path):
     from peft.optimizers import create_loraplus_optimizer
 
-    from finetune.train.lora_plus import RecipeTrainer
+    from finetune.train.recipe_trainer import RecipeTrainer
 
     trainer = build_trainer(load(), base, unpacked(documents()), tmp_path, Lora(r=4), kind=RecipeTrainer)
     trainer.args.learning_rate, trainer.lora_plus_ratio = 1e-3, 8.0

@@ -1,0 +1,84 @@
+"""The loss on a CPU is TRL's, from the logits of the supervised positions alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finetune.recipe import Runtime
+from finetune.train import recipe_trainer
+from tests.helpers.trainings import assert_close, documents, job, packed, trained, unpacked
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("items", [None, 31])
+def test_loss_and_gradients_are_trls(layout, items, load, base, ctx, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(recipe_trainer.RecipeTrainer, "train", lambda trainer, **_: made.append(trainer))
+    rows = documents(4)
+    table = packed(rows, tmp_path) if layout == "packed" else unpacked(rows)
+    with pytest.raises(Exception, match="logged no loss"):
+        trained(job(tmp_path, max_steps=1), load(), base, table, ctx)
+    trainer = made[0]
+    assert trainer.own_logits
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    found = []
+    for own in (True, False):
+        trainer.own_logits = own
+        trainer.model.train()
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert_close(found[0][1], found[1][1], 1e-5)
+
+
+def test_a_training_by_either_loss_ends_with_the_same_adapter_and_figures(load, base, ctx, tmp_path, monkeypatch):
+    rows = packed(documents(), tmp_path)
+    ends = []
+    for name in ("own", "trl"):
+        if name == "trl":
+            monkeypatch.setattr(recipe_trainer, "keeps_logits", lambda model, tokens: False)
+        _, weights = trained(job(tmp_path, name), load(), base, rows, ctx)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        ends.append((weights, lines))
+    assert_close(ends[0][0], ends[1][0])
+    for own, theirs in zip(ends[0][1], ends[1][1], strict=True):
+        assert own.keys() == theirs.keys() and own["tokens"] == theirs["tokens"]
+        assert own["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_large_logits_and_models_that_cannot_choose_positions_are_left_to_trl(load):
+    model = load()
+    most = recipe_trainer.LOGIT_BYTES // (12 * model.config.vocab_size)
+    assert recipe_trainer.keeps_logits(model, most)
+    assert not recipe_trainer.keeps_logits(model, most + 1)
+
+    original = type(model).forward
+
+    class Whole(type(model)):
+        def forward(self, input_ids=None, use_cache=None):
+            return original(self, input_ids)
+
+    class Last(type(model)):
+        def forward(self, input_ids=None, use_cache=None, logits_to_keep=0):
+            return original(
+                self, input_ids, logits_to_keep=len(logits_to_keep) if torch.is_tensor(logits_to_keep) else 0
+            )
+
+    for kind in (Whole, Last):
+        model.__class__ = kind
+        assert not recipe_trainer.keeps_logits(model, 1)
+
+
+def test_a_row_without_a_supervised_token_adds_nothing_to_the_loss(load, base, ctx, tmp_path):
+    ids = list(range(5, 15))
+    rows = [*documents(3), (ids, [-100] * len(ids))]
+    losses = []
+    for name, table in (("all", rows), ("supervised", rows[:3])):
+        one = replace(ctx, runtime=Runtime(micro_batch_rows=1, save_steps=100))
+        settings = job(tmp_path, name, max_steps=1, batch_rows=len(table))
+        losses.append(trained(settings, load(), base, unpacked(table), one)[0].loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
