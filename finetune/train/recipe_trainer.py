@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from trl import SFTTrainer
@@ -92,7 +92,7 @@ class RecipeTrainer(SFTTrainer):
         right = (logits.detach().argmax(-1) == targets)[supervised].sum()
         mask = inputs.get("attention_mask")  # packed rows have none, and no padding
         tokens = mask.sum() if mask is not None else torch.tensor(inputs["labels"].numel())
-        if self.model.training:
+        if cast("torch.nn.Module", self.model).training:
             self.counts = self.counts + torch.stack([right, supervised.sum(), tokens])
         return loss
 
