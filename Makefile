@@ -48,7 +48,7 @@ check: $(VENV)/.ready-check ## lint, format, types, recipes and the documentatio
 	@$(BIN)/finetune validate recipes/*.yaml
 	@$(BIN)/python scripts/docs_site.py
 
-docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md anew, from the models
+docs: $(VENV)/.ready ## write recipes/schema.json and docs/recipe-reference.md from the models
 	@$(BIN)/python -m finetune.recipe.reference
 
 site: $(VENV)/.ready-check ## build the documentation site in build/site, links checked

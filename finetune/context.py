@@ -75,7 +75,7 @@ class Context:
     device: str = "auto"  # "auto", "cpu" or "cuda"; models/loading.py decides what auto means
     rank: int = 0
     world: int = 1
-    launch: str = ""  # tells the processes of one launch from those of another
+    launch: str = ""  # identifies the processes of one launch
     engine: Engine = field(default_factory=Local)  # runs the partitions of data stages
     environment: Mapping[str, str] = field(default_factory=dict)  # recorded by the tracker; never a secret
     artifacts: Path | None = None  # the durable root; None: scratch holds what is kept between stages as well

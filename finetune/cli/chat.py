@@ -10,11 +10,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from finetune.cli.voice import Voice, folder_voice, model_folder, prompt_ids, run_voice
 from finetune.errors import FinetuneError, InputError, Stopped
 from finetune.utils.console import Screen
 from finetune.utils.files import canonical_json
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from finetune.models.layerwise import Generator
 
 HELP = (
     "/system TEXT  start again with this system message (without TEXT: under none)\n"
@@ -197,7 +204,7 @@ def _exchange(voice: Voice, conversation: Conversation, question: str, options: 
     _write("\n")
     if labelled:
         _write("base> ")
-        with voice.model.disable_adapter():
+        with cast("PeftModel", voice.model).disable_adapter():
             _answer(voice, ids, options, seed, _write)
         _write("\n")
     conversation.messages += [asked, {"role": "assistant", "content": answer}]
@@ -233,7 +240,7 @@ def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Ca
     torch.manual_seed(seed)
     prompt = torch.tensor([ids], device=voice.model.device)
     with torch.inference_mode():
-        out = voice.model.generate(
+        out: torch.Tensor = cast("Generator", voice.model).generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=config,

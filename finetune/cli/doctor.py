@@ -83,8 +83,10 @@ def quantizer() -> Finding:
     """Return whether llama.cpp's program for K-quants is installed."""
     from finetune.gguf.llama_cpp import PROGRAM
 
-    found = shutil.which(PROGRAM)
-    return Finding(PROGRAM, found or "missing, needed only for export.gguf of q…_k kinds", "" if found else QUANTIZER)
+    program = shutil.which(PROGRAM)
+    return Finding(
+        PROGRAM, program or "missing, needed only for export.gguf of q…_k kinds", "" if program else QUANTIZER
+    )
 
 
 def required_versions() -> dict[str, str]:
@@ -107,8 +109,8 @@ def package(name: str, asked: str, needed_for: str | None = None) -> Finding:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        found = "missing" if core else f"missing, needed only for {needed_for}"
-        return Finding(name, found, fix, broken=core)
+        state = "missing" if core else f"missing, needed only for {needed_for}"
+        return Finding(name, state, fix, broken=core)
     if not SpecifierSet(asked).contains(version, prereleases=True):
         return Finding(name, f"{version}, but {asked} is asked for", fix, broken=core)
     return Finding(name, version)
@@ -125,7 +127,7 @@ def devices() -> list[Finding]:
     others = [Finding(note.partition(": ")[0], note.partition(": ")[2]) for note in machine_notes()]
     if not torch.cuda.is_available():
         return [_no_gpu(torch.__version__, torch.version.cuda), *others, _quantises("cpu")]
-    found = others
+    listed = others
     for i in range(torch.cuda.device_count()):
         properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
         precision, _ = pick_precision("auto", f"cuda:{i}")
@@ -133,8 +135,8 @@ def devices() -> list[Finding]:
             f"{properties.name}, {gb(free)} of {gb(total)} free, compute capability {properties.major}."
             f"{properties.minor}, trains in {precision}"
         )
-        found.append(Finding(f"GPU {i}", about))
-    return [*found, _quantises("cuda")]
+        listed.append(Finding(f"GPU {i}", about))
+    return [*listed, _quantises("cuda")]
 
 
 def _no_gpu(version: str, cuda: str | None) -> Finding:
@@ -204,9 +206,9 @@ def hub_login(environment: Mapping[str, str] = os.environ) -> Finding:
         return Finding("Hub", f"{where} is there, not tried: HF_HUB_OFFLINE is set")
     answer: list[Finding] = []
     # A name that does not resolve can take longer than a request's own limit, so the wait is limited from outside.
-    worker = threading.Thread(target=lambda: answer.append(_who(where)), daemon=True, name="whoami")
-    worker.start()
-    worker.join(HUB_SECONDS + 1)
+    thread = threading.Thread(target=lambda: answer.append(_who(where)), daemon=True, name="whoami")
+    thread.start()
+    thread.join(HUB_SECONDS + 1)
     return answer[0] if answer else Finding("Hub", f"{where} is there; offline: no answer in {HUB_SECONDS:.0f} s")
 
 

@@ -153,10 +153,10 @@ def _answer_all(
         made = answer(voice.model, requests, sampling, voice.terminators, voice.pad_id, ctx, options.batch_tokens)
         for batch in made:
             lines = []
-            for i, found in sorted(batch.items()):
-                tokens += len(found.ids)
-                text = voice.tokenizer.decode(found.ids, skip_special_tokens=True)
-                lines.append(_line(tasks[i], text, found.finish, len(found.ids), made_by))
+            for i, generated in sorted(batch.items()):
+                tokens += len(generated.ids)
+                text = voice.tokenizer.decode(generated.ids, skip_special_tokens=True)
+                lines.append(_line(tasks[i], text, generated.finish, len(generated.ids), made_by))
             append(target, lines)
             bar.advance(len(batch), f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s")
     finally:
@@ -229,18 +229,18 @@ def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
     """
     if not target.exists():
         return set()
-    found: set[str] = set()
+    ids: set[str] = set()
     for number, line in enumerate(_read_lines(target), start=1):
         other = "is of another model or other options" if line["made_by"] != made_by else ""
         if line["id"] not in expected:
             other = "answers a row that the input does not have (or --system, or --n, was another)"
-        if line["id"] in found:
+        if line["id"] in ids:
             other = "answers a row for a second time"
         if other:
             raise InputError(f"--output {target}: line {number} {other}; name another file, or remove this one")
-        found.add(line["id"])
+        ids.add(line["id"])
     _cut_torn(target)
-    return found
+    return ids
 
 
 def _read_lines(target: Path) -> list[dict[str, Any]]:

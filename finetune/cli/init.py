@@ -34,7 +34,7 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
 # Names by which publishers tell a model with a chat template from a bare one.
 CHATTY = re.compile(r"(?i)instruct|chat|zephyr|hermes|tulu|assistant|[-_]it\b|[-_]sft|[-_]dpo|qwen3|gpt-oss")
 TINY_POSITIONS = 512
-TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml tells why
+TINY_TRAIN = "train: {learning_rate: 1e-2, max_steps: 150, batch_rows: 4}"  # recipes/tiny-pydoc.yaml gives the reasons
 LORA = "lora: {r: 16, alpha: 32}"
 TRAIN = "train: {learning_rate: 2e-4, epochs: 1, batch_rows: 16}"
 ANY_MACHINE = "any machine with 2 cores and 4 GB of memory; no GPU"
@@ -151,16 +151,16 @@ def from_axolotl(file: Path, name: str | None, out: Path | None, *, force: bool 
     """Write the recipe for an axolotl configuration; returns its text and the keys that have no counterpart."""
     from finetune.init import axolotl
 
-    found = axolotl.translate(axolotl.read(file), name or suggested_name(file.stem))
-    path = target(found.recipe["name"], out, force=force)
-    for source in found.recipe.get("data", []):
+    translated = axolotl.translate(axolotl.read(file), name or suggested_name(file.stem))
+    path = target(translated.recipe["name"], out, force=force)
+    for source in translated.recipe.get("data", []):
         if source["source"] == "local":
             source["path"] = _written_path(_path("from", source["path"]), path)
-    text = "\n".join([*_schema_line(path), f"# Translated from axolotl's {file.name}.", axolotl.text(found)])
+    text = "\n".join([*_schema_line(path), f"# Translated from axolotl's {file.name}.", axolotl.text(translated)])
     parse_recipe(text, path)
     lines = [text]
-    lines += [f"needs no key: {key} ({why})" for key, why in found.by_itself.items()]
-    lines += [f"NO COUNTERPART: {key}: {why}" for key, why in found.lost.items()]
+    lines += [f"needs no key: {key} ({why})" for key, why in translated.by_itself.items()]
+    lines += [f"NO COUNTERPART: {key}: {why}" for key, why in translated.lost.items()]
     write_file(text, path)
     return "\n".join([*lines, f"wrote {path}", f"next: finetune plan {path}, then finetune run {path}"])
 
@@ -176,8 +176,8 @@ def _held_out(data: str, path: Path, ignore: tuple[str, ...]) -> tuple[str, list
     fields = {"source": "local", "path": file.absolute()}
     decision, _, _ = open_source(fields, file.name, Chosen(ignore=ignore))
     where = _scalar(_written_path(file, path))
-    found = f"{file.name}: format {decision.format}, since {decision.why}"
-    return f"{{source: local, path: {where}, format: {decision.format}}}", [found]
+    note = f"{file.name}: format {decision.format}, since {decision.why}"
+    return f"{{source: local, path: {where}, format: {decision.format}}}", [note]
 
 
 def recipe_text(
@@ -230,18 +230,18 @@ def recipe_text(
 def _sized(data: Data, length: int, rate: str, *, own_held_out: bool) -> tuple[list[str], list[str]]:
     """Return the lines that depend on the number of rows, train last, and a note on how they were chosen."""
     keep = [f"filter: {{keep_where: [{', '.join(canonical_json(c) for c in data.keep)}]}}"] if data.keep else []
-    found = data.measured
-    if found is None:
+    measured = data.measured
+    if measured is None:
         return [*keep, TRAIN], []
-    sizing, share = batch_for(found, length), held_out_fraction(found)
+    sizing, share = batch_for(measured, length), held_out_fraction(measured)
     share = 0.0 if own_held_out else share
     lines = [*keep, *([f"split: {{eval_fraction: {share:g}}}"] if share not in (0.0, 0.05) else [])]
     lines += [] if sizing.packed else ["pack: null"]
     train = f"train: {{learning_rate: {rate}, epochs: {sizing.epochs}, batch_rows: {sizing.batch_rows}}}"
-    about = "about " if found.whole else "over "
-    words = f"{found.kept:,} rows, about {sum(found.lengths):,} tokens: {about}{sizing.steps:,} optimiser steps"
-    notes = [f"{words}, about {round(share * found.kept):,} rows held out"]
-    if longer := sum(n > length for n in found.lengths):
+    about = "about " if measured.whole else "over "
+    words = f"{measured.kept:,} rows, about {sum(measured.lengths):,} tokens: {about}{sizing.steps:,} optimiser steps"
+    notes = [f"{words}, about {round(share * measured.kept):,} rows held out"]
+    if longer := sum(n > length for n in measured.lengths):
         notes.append(f"about {longer:,} rows are longer than {length:,} tokens and would be cut (render.overlong)")
     if few := few_steps(sizing.steps, "add rows; so few cannot teach a model much"):
         notes.append(few)
@@ -315,7 +315,7 @@ def _written_model(model: str, recipe: Path) -> str:
 
 
 def _template(recipe: Recipe, name: str) -> tuple[str, str]:
-    """`template: …, ` where the base has or seems to have none of its own, and the comment that says so."""
+    """`template: …, ` where the base has or seems to have none of its own, and the comment on it."""
     folder = recipe.model.folder
     if folder is not None:
         settings = folder / "tokenizer_config.json"
@@ -332,8 +332,8 @@ def _positions(recipe: Recipe) -> int:
     """Return the maximum positions of a base in a local folder; the default length for any other base."""
     if recipe.model.folder is None:
         return LENGTHS[0]
-    found = read_json(recipe.model.folder / "config.json").get("max_position_embeddings")
-    return found if isinstance(found, int) and found >= 16 else LENGTHS[0]
+    positions = read_json(recipe.model.folder / "config.json").get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions >= 16 else LENGTHS[0]
 
 
 def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
@@ -341,7 +341,7 @@ def _fits(recipe: Recipe, device: str) -> tuple[bool, str]:
     shapes = read_shapes(recipe)
     hub = recipe.model.id
     if shapes is None:
-        return True, f"meant for {_named(device)}; `finetune plan` tells once the base's config has been read"
+        return True, f"meant for {_named(device)}; `finetune plan` can check it after the base's config was read"
     if device == "cpu":
         what = f"{shapes.parameters / 1e9:.1f} billion parameters"
         if shapes.parameters >= LARGEST_ON_CPU:

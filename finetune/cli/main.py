@@ -385,12 +385,12 @@ def main() -> None:
     try:
         app()
     except (FinetuneError, OSError, MemoryError) as error:
-        told = error if isinstance(error, FinetuneError) else of_the_machine(error, "finetune")
-        if told is None:
+        reported = error if isinstance(error, FinetuneError) else of_the_machine(error, "finetune")
+        if reported is None:
             raise
         from finetune.pipeline.launch import message
         from finetune.utils.console import print_error
 
-        if text := message(told, os.environ):
+        if text := message(reported, os.environ):
             print_error(text)
-        sys.exit(told.exit_status)
+        sys.exit(reported.exit_status)

@@ -139,13 +139,13 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
         pinned = f"{value['recipe']}@{value['run']}"
         path = value["folder"] / "recipe.yaml"
         own = parse_recipe(path.read_text(encoding="utf-8"), path, value["sets"])
-        found = Path(trained["path"]) / "adapter"
-        return start.model_copy(update={"start_from": pinned, "start_folder": found}), own
+        trained_folder = Path(trained["path"]) / "adapter"
+        return start.model_copy(update={"start_from": pinned, "start_folder": trained_folder}), own
     ctx = Context(store.scratch, Runtime(), Tracking(), say=screen.say, bar=screen.bar)
     return start.model_copy(update={"start_folder": folder_of(start, ctx)}), None
 
 
-def _model_of(base: str, revision: Any, own: Recipe | None) -> Any:  # noqa: ANN401 - YAML
+def _model_of(base: str, revision: object, own: Recipe | None) -> str | dict[str, object]:
     """Return the recipe's model: --base or the adapter's base, with the revision that the adapter pins."""
     if own is not None and own.model.id == base:
         if own.model.folder is not None:

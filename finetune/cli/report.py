@@ -81,8 +81,8 @@ def sweep(
     best, page = "", None
     try:
         for results in sweeps.run_points(planned, store, note, launch.run_alone, options):
-            if found := planned.best(results):
-                values = [f"--set={text}" for text in found.point.sets]
+            if winner := planned.best(results):
+                values = [f"--set={text}" for text in winner.point.sets]
                 best = shlex.join(["finetune", "run", recipe, *values, *options, *root_options(store)])
             page = sweep_page.write_page(store, planned, results, best)
     finally:

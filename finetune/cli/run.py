@@ -239,13 +239,13 @@ def warnings_before_training(recipe: Recipe, step: runner.Step) -> Iterator[str]
 
 def dropped_rows(steps: Sequence[runner.Step]) -> dict[str, int]:
     """Return the number of rows dropped by each stage, without stages that dropped none."""
-    found = {}
+    dropped = {}
     for step in steps:
         files = step.manifest.files if step.manifest else {}
         named = [files[n].rows or 0 for n in ("refused.parquet", "rejects.parquet", "pairs.parquet") if n in files]
         if total := sum(named):
-            found[step.stage.name] = total
-    return found
+            dropped[step.stage.name] = total
+    return dropped
 
 
 def _print_verdict(steps: Sequence[runner.Step], folder: Path) -> Verdict | None:

@@ -135,16 +135,16 @@ def clean_store(store: Store, keep: int, *, yes: bool) -> None:
     """List what may go, and delete it if `yes`, or if a person on a terminal agrees."""
     import typer
 
-    found = unused(store, keep)
-    if not found:
+    unneeded = unused(store, keep)
+    if not unneeded:
         print_text("nothing to clean")
         return
-    for item in found:
+    for item in unneeded:
         link = " (a link; what it names stays)" if item.folder.is_symlink() else ""
         print_text(f"{item.bytes:>15,} bytes  {item.folder}{link}")
-    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(found)} folders?")):
+    if yes or (sys.stdin.isatty() and typer.confirm(f"Delete these {len(unneeded)} folders?")):
         still = {item.folder for item in unused(store, keep)}  # a run may have begun while the question stood
-        print_text(f"{remove(store, [item for item in found if item.folder in still]):,} bytes freed")
+        print_text(f"{remove(store, [item for item in unneeded if item.folder in still]):,} bytes freed")
     else:
         print_text("nothing deleted; add --yes")
 

@@ -93,12 +93,12 @@ def _serve(
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / f"{port}.log").absolute()
     screen.say(f"serve: {chosen}; by hand:\n  {shlex.join(command)}")
-    shown = f"[{host}]" if ":" in host else host
+    host_text = f"[{host}]" if ":" in host else host
     with signals_handled(screen) as stop, ExitStack() as stack:
         process = stack.enter_context(
-            running(command, child_environment, f"http://{shown}:{port}", log, screen.say, stop.check)
+            running(command, child_environment, f"http://{host_text}:{port}", log, screen.say, stop.check)
         )
-        url = f"http://{shown}:{port}/v1"
+        url = f"http://{host_text}:{port}/v1"
         model = str(served.merged) if chosen == "transformers" else served.name
         if check:
             _check(name, url, model, exact=chosen == "transformers", roots=roots, screen=screen)
@@ -168,13 +168,13 @@ def _refuse_older(gguf: Path, served: engines.Served, screen: Screen) -> None:
     if served.template is None:
         return
     try:
-        found = read_facts(gguf)["template"]
+        template = read_facts(gguf)["template"]
     except ImportError:
         screen.say("serve: the template in the GGUF is not compared: pip install gguf")
         return
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{gguf}: no GGUF that can be read: {error}") from None
-    if found != served.template.read_text(encoding="utf-8"):
+    if template != served.template.read_text(encoding="utf-8"):
         raise InputError(
             f"{gguf} was made with another chat template than {served.template}: run the recipe again, which writes it "
             "again, or delete the file"
@@ -267,14 +267,14 @@ def _expecting(voice: Voice, screen: Screen) -> Callable[[list[dict[str, Any]], 
             screen.say("check: this template writes no tools: an engine that is given some ignores them")
             return None
         made = answer(voice.model, [Request(ids, TOKENS)], Sampling(), voice.terminators, voice.pad_id, ctx, 1)
-        found = next(made)[0]
+        reply = next(made)[0]
         decode = voice.tokenizer.decode
         return Expected(
             ids,
             decode(ids),
-            decode(found.ids, skip_special_tokens=True),
-            decode(found.ids[:1], skip_special_tokens=True),
-            found.finish == "stop",
+            decode(reply.ids, skip_special_tokens=True),
+            decode(reply.ids[:1], skip_special_tokens=True),
+            reply.finish == "stop",
         )
 
     return expect

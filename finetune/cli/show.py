@@ -20,6 +20,7 @@ from finetune.utils.format import NONE, first_line, visible
 
 if TYPE_CHECKING:
     from finetune.report.rows import InspectedRow
+    from finetune.tokenization.inspection import Decoder
 
 
 def print_runs(values: list[dict[str, Any]]) -> None:
@@ -177,7 +178,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     ] + sides
 
 
-def _inspected_pairs(path: Path, tokenizer: Any, count: int) -> list[InspectedRow]:  # noqa: ANN401
+def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[InspectedRow]:
     """The first pairs of the stage pairs: a row for each side, the prompt with that answer."""
     import pyarrow.parquet as pq
 
@@ -187,16 +188,16 @@ def _inspected_pairs(path: Path, tokenizer: Any, count: int) -> list[InspectedRo
 
     with pq.ParquetFile(path) as file:
         table = next(file.iter_batches(batch_size=count), None)
-    found = []
+    inspected = []
     for row in table.to_pylist() if table is not None else []:
         for side in SIDES["kto" if "label" in row else "dpo"]:
             prompt, answer, labels = row["prompt_ids"], row[f"{side}_ids"], row[f"{side}_mask"]
             label = f", label {str(row['label']).lower()}" if "label" in row else ""
             name = f"{row['pair_id']} ({side}{label})"
-            shown = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
+            runs = segments(tokenizer, prompt + answer, [0] * len(prompt) + labels)
             tokens, supervised = len(prompt) + len(answer), sum(labels)
-            found.append(InspectedRow(name, row["source"], tokens, supervised, shown, repeats=[], dropped=0))
-    return found
+            inspected.append(InspectedRow(name, row["source"], tokens, supervised, runs, repeats=[], dropped=0))
+    return inspected
 
 
 def print_rows(recipe: Recipe, store: Store, count: int) -> None:

@@ -105,8 +105,8 @@ def parse_chat_text(text: str, where: str = "text") -> tuple[str, tuple[Message,
     """
     if LLAMA2_START.match(text):
         return "[INST]", parse_llama2(text, where)
-    if "### Instruction:" in text and "### Response:" in text and (found := ALPACA_START.match(text)):
-        return "### Instruction:", _alpaca(found, text, where)
+    if "### Instruction:" in text and "### Response:" in text and (header := ALPACA_START.match(text)):
+        return "### Instruction:", _alpaca(header, text, where)
     start = _BEGIN.match(text)
     at = start.end() if start else 0
     for notation in NOTATIONS:
@@ -138,13 +138,13 @@ def _parsed(notation: Notation, text: str, at: int, where: str) -> tuple[Message
             break  # an open generation prompt
         content = body.strip() if notation.loose else body
         if (bad := CONTROL.search(content)) or any(s.search(content) for s in _own(notation)):
-            found = repr(bad[0]) if bad else "a second turn"
-            raise RowError("control_tokens", where, f"{found} inside a turn of {role}", ADVICE)
+            actual = repr(bad[0]) if bad else "a second turn"
+            raise RowError("control_tokens", where, f"{actual} inside a turn of {role}", ADVICE)
         style = styles.setdefault(written, (start, close))
         # Every turn of a role is written as the first one was, the last perhaps cut off: this is the proof.
         if not notation.loose and (style[0] != start or (style[1] != close and not last)):
-            found = f"a turn of {role} that is written otherwise than the one before: {(start + body[:20])!r}"
-            raise RowError("control_tokens", where, found, ADVICE)
+            actual = f"a turn of {role} that is written otherwise than the one before: {(start + body[:20])!r}"
+            raise RowError("control_tokens", where, actual, ADVICE)
         if role != "system" or content.strip():
             messages.append(Message(role, content))
     if text[:at] + "".join(start + body + close for _, start, body, close in pieces) != text or not messages:

@@ -25,7 +25,7 @@ FACTS = (SPLITS, STATE, "dataset_info.json", "dataset_infos.json")  # about rows
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of rows; `name` is the part of its path that does not depend on where the data lie."""
+    """A file of rows; `name` is the part of its path that does not depend on the folder of the data."""
 
     path: Path
     name: str
@@ -36,8 +36,8 @@ def data_files(paths: Sequence[Path]) -> list[DataFile]:
 
     Raises InputError for a path that means no file, or a folder whose splits are to be chosen from.
     """
-    found = [file for path in paths for file in _meant(path)]
-    unique = {str(file.path.absolute()): file for file in found}
+    files = [file for path in paths for file in _meant(path)]
+    unique = {str(file.path.absolute()): file for file in files}
     if len({file.name for file in unique.values()}) < len(unique):  # like names in several folders
         common = os.path.commonpath([Path(p).parent for p in unique])
         unique = {p: DataFile(f.path, Path(p).relative_to(common).as_posix()) for p, f in unique.items()}
@@ -60,8 +60,8 @@ def evaluation_files(paths: Sequence[Path]) -> list[str]:
     Files that are named one by one were chosen; so were they if there are no others.
     """
     files = data_files([path for path in paths if path.is_dir() or glob_parts(path) is not None])
-    found = [file.name for file in files if EVALUATION.search(Path(file.name).stem)]
-    return found if len(found) < len(data_files(paths)) else []
+    names = [file.name for file in files if EVALUATION.search(Path(file.name).stem)]
+    return names if len(names) < len(data_files(paths)) else []
 
 
 def digest(paths: Sequence[Path]) -> dict[str, object]:
@@ -123,7 +123,7 @@ def _inside(folder: Path) -> Iterator[Path]:
 def _require_no_way_out(path: Path, folder: Path) -> None:
     """Raise InputError for a file that only a link, or `..` in a list of files, puts into the folder.
 
-    The folder may come from somebody else. A snapshot of the Hub's cache consists of links to its blobs, and may.
+    The folder may come from a third party. A snapshot of the Hub's cache consists of links to its blobs, and may.
     """
     if (link := way_out(path, folder)) is None:
         return

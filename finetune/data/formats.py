@@ -212,7 +212,7 @@ def _check_mapping(asked: str, columns: Mapping[str, str], present: Sequence[str
     for ours, theirs in columns.items():
         if ours not in canonical:
             close = _near(ours, canonical)
-            raise FormatError(f"columns: {ours!r} is no name of ours{close}; there is {listed(canonical)}")
+            raise FormatError(f"columns: unknown key {ours!r}{close}; allowed: {listed(canonical)}")
         if theirs not in present:
             close = _near(theirs, present)
             raise FormatError(f"columns.{ours}: there is no column {theirs!r}{close}; there is {listed(present)}")

@@ -21,7 +21,7 @@ WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to se
 class RawRow:
     """One row as its source holds it.
 
-    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` says what is wrong with this row alone;
+    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` is about this row alone;
     `text` is then the start of what was found.
     """
 
@@ -121,7 +121,7 @@ def _only_object(path: Path, encoding: str | None) -> dict[str, object] | None:
         value = text.value()
         return value if isinstance(value, dict) and not text.peek() else {}
     except (ValueError, RecursionError):
-        return None  # damaged: the reader that comes to the place says where
+        return None  # damaged: the reader reports the place
 
 
 def _columns(only: dict[str, object]) -> dict[str, list[object]] | None:
@@ -208,8 +208,8 @@ def _json_array(path: Path, text: ArrayText, last: bool = True) -> Iterator[RawR
         if mark == "]":
             break
         if mark != ",":
-            found = repr(mark) if mark else "the end of the file"
-            refuse(path, text.line, f"{found} after element {number}", "a comma or the closing ]")
+            actual = repr(mark) if mark else "the end of the file"
+            refuse(path, text.line, f"{actual} after element {number}", "a comma or the closing ]")
         text.skip()
         if text.peek() == "]":
             refuse(path, text.line, "a comma after the last element", "no comma there")
@@ -290,8 +290,8 @@ class ArrayText:
 def _as_row(number: int, value: object, place: str, hint: str = "") -> RawRow:
     if isinstance(value, dict):
         return RawRow(number, value)
-    found = json.dumps(value)[:60]
-    return RawRow(number, None, f"{place}: found {found}, allowed is an object {{…}} with named columns{hint}", found)
+    actual = json.dumps(value)[:60]
+    return RawRow(number, None, f"{place}: found {actual}, allowed is an object {{…}} with named columns{hint}", actual)
 
 
 def _array_hint(line: str) -> str:

@@ -83,8 +83,8 @@ def module_entries(module: ModuleType) -> Iterator[Entry]:
     """A module, then what it makes public, re-exports too."""
     space = vars(module)
     names = public_names(module)
-    shown = [n for n in names if callable(space[n])]
-    yield entry("module", module.__name__, "", module.__name__, document(module), members=shown[:PUBLIC_MEMBERS])
+    callables = [n for n in names if callable(space[n])]
+    yield entry("module", module.__name__, "", module.__name__, document(module), members=callables[:PUBLIC_MEMBERS])
     for name in names:
         value = space[name]
         if inspect.isclass(value):

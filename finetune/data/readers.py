@@ -53,7 +53,7 @@ def require_file(path: Path) -> None:
     """Raise InputError unless `path` is a file that is not empty, of a kind that we read."""
     try:
         str(path).encode()  # a row's id begins with the name, so it has to be text
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise InputError(f"{path} is a link to a file that is not there") from None
@@ -62,11 +62,11 @@ def require_file(path: Path) -> None:
         ) from None
     except (OSError, ValueError) as error:  # a link to itself, no permission, a name too long or with a zero in it
         raise InputError(f"{str(path)!r} cannot be looked at: {_reason(error)}; name another file") from None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise InputError(f"{path} is a folder, not a file ({', '.join(ENDINGS)}, also .gz and .zst)")
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe waits for ever, and a device has no end
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for ever, and a device has no end
         raise InputError(f"{path} is no regular file but a pipe, a socket or a device; save its rows in a file first")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise InputError(f"{path} is empty")
     file_ending(path)
 
@@ -98,9 +98,9 @@ def _require_text(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(16)
     except OSError:
-        return  # told by the reader
-    if (found := next((words for mark, words in BYTES_OF.items() if start.startswith(mark)), None)) is not None:
-        raise InputError(f"{path}: its name is that of a text file and its content is {found}")
+        return  # the reader reports it
+    if (content := next((words for mark, words in BYTES_OF.items() if start.startswith(mark)), None)) is not None:
+        raise InputError(f"{path}: its name is that of a text file and its content is {content}")
 
 
 def hub_rows(
@@ -152,7 +152,7 @@ def _hub_errors(repo_id: str, split: str) -> Iterator[None]:
 
 
 def file_ending(path: Path) -> str:
-    """The ending that says how a file is read. Raises InputError for another name."""
+    """The ending that decides how a file is read. Raises InputError for another name."""
     name = path.name.lower()
     packed = next((p for p in PACKED if name.endswith(p)), "")
     ending = next((e for e in ENDINGS if name.removesuffix(packed).endswith(e)), None)
@@ -194,11 +194,11 @@ def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
             else:
                 yield RawRow(number, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        found = f"{first_line(error)}, in the record that begins on line {begin}"
+        actual = f"{first_line(error)}, in the record that begins on line {begin}"
         if "unexpected end of data" in str(error):
-            found = f'a quotation mark (") opened in the record that begins on line {begin} and never closed'
+            actual = f'a quotation mark (") opened in the record that begins on line {begin} and never closed'
         allowed = f'CSV with {DELIMITERS.get(mark, repr(mark))}, quoted by ", a quotation mark inside doubled'
-        refuse(path, reader.line_num, found, allowed)
+        refuse(path, reader.line_num, actual, allowed)
 
 
 def _delimiter(header: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +54,7 @@ class Example:
             return self.text
         return "\n".join(m.content for m in self.messages if m.role in roles)
 
-    def column(self, name: str) -> Any:  # noqa: ANN401 - a scalar of whatever type the data file had
+    def column(self, name: str) -> str | int | float | bool | None:
         """The scalar that column `name` had in the source, or None."""
         return json.loads(self.extra).get(name) if self.extra else None
 

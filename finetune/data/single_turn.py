@@ -24,7 +24,10 @@ def question_and_answer(
         # As the data sets of either kind are written: Alpaca's input comes after, a passage before its question.
         parts = (last.content, given) if beside == "input" else (given, last.content)
         question = (*question[:-1], replace(last, content="\n\n".join(parts)))
-    answer = _side(*_first_answer(*get[answered], notes), "assistant", notes)
+    where, first, several = _first_answer(*get[answered])
+    if several:
+        notes["rows have several answers; the first is learned"] += 1
+    answer = _side(where, first, "assistant", notes)
     thoughts = optional_text(*get["reasoning_content"]) if "reasoning_content" in get else ""
     if thoughts.strip():
         if answer[0].extra is not None:
@@ -48,21 +51,22 @@ def _history(where: str, value: object, notes: Counter[str]) -> tuple[Message, .
     return tuple(messages)
 
 
-def _first_answer(where: str, value: object, notes: Counter[str]) -> tuple[str, object]:
-    """The answer in SQuAD's nesting ({"text": […], …}) or in a list of answers; a plain answer as it is."""
+def _first_answer(where: str, value: object) -> tuple[str, object, bool]:
+    """Where the answer is, the answer, and whether there are others: in SQuAD's nesting ({"text": […], …}) or in a list
+    of answers; a plain answer as it is.
+    """
     if isinstance(value, Mapping):
         key = next((k for k in ("text", "value", "answer") if k in value), None)
         if key is None:
             raise RowError("type", where, f"the keys {listed(value)}", "a text, or a mapping with text")
-        return _first_answer(f"{where}.{key}", value[key], notes)
+        return _first_answer(f"{where}.{key}", value[key])
     if not isinstance(value, list) or any(isinstance(v, Mapping) and ("role" in v or "from" in v) for v in value):
-        return where, value
+        return where, value, False
     if not value:
         raise RowError("no_answer", where, "an empty list (a question without an answer)", "one answer or more")
-    answers = [_first_answer(where, v, notes)[1] for v in value]
-    if any(answer != answers[0] for answer in answers):
-        notes["rows have several answers; the first is learned"] += 1
-    return where, answers[0]
+    answers = [_first_answer(where, v) for v in value]
+    several = any(inner or answer != answers[0][1] for _, answer, inner in answers)
+    return where, answers[0][1], several
 
 
 def _side(where: str, value: object, role: str, notes: Counter[str]) -> tuple[Message, ...]:

@@ -44,8 +44,8 @@ def first_rows(
     head = list(islice(raw, SAMPLE_ROWS))
     sample = [r.row for _, r in head if r.row is not None]
     if not sample:
-        found = head[0][1].problem if head else "no row at all"
-        raise InputError(f"{name}: nothing in it can be read as a row: {found}{place_of(source)}")
+        problem = head[0][1].problem if head else "no row at all"
+        raise InputError(f"{name}: nothing in it can be read as a row: {problem}{place_of(source)}")
     return head, sample
 
 
@@ -110,9 +110,9 @@ def _converted(
         try:
             yield to_example(raw.row, decision, found_id, label)
         except RowError as error:
-            yield Reject(found_id, label, error.reason, printable(str(error)), printable(shown(raw.row)))
+            yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(raw.row)))
         except RecursionError:
-            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(shown(raw.row)))
+            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
     everywhere = set().union(*columns_of.values())
     for column in sorted(everywhere):
         lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
@@ -167,7 +167,7 @@ def _commit(source: HubSource, scratch: Path | None) -> str:
     return resolve_revision(source.id, source.revision, repo_type="dataset", scratch=scratch)
 
 
-def shown(row: dict[str, object]) -> str:
+def row_text(row: dict[str, object]) -> str:
     """A raw row as text."""
     try:
         return str(row)

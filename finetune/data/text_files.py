@@ -142,11 +142,11 @@ def _without_mark(path: Path, start: bytes) -> bytes:
 
 
 def _refuse_encoding(path: Path, line: int, error: UnicodeError, encoding: str | None) -> NoReturn:
-    found = first_line(error)
+    problem = first_line(error)
     if isinstance(error, UnicodeDecodeError):
         byte = f"the byte 0x{error.object[error.start]:02x}"
-        found = byte if encoding is not None else f"{byte} at byte {error.start}"
-    refuse(path, line, found, f"{encoding or 'UTF-8'} text; {_advice(path, encoding)}")
+        problem = byte if encoding is not None else f"{byte} at byte {error.start}"
+    refuse(path, line, problem, f"{encoding or 'UTF-8'} text; {_advice(path, encoding)}")
 
 
 def _advice(path: Path, tried: str | None = None) -> str:
@@ -213,6 +213,6 @@ def _decodes(path: Path, encoding: str) -> bool:
     return True
 
 
-def refuse(path: Path, line: int, found: str, allowed: str) -> NoReturn:
+def refuse(path: Path, line: int, actual: str, allowed: str) -> NoReturn:
     """Raise the InputError of a file that cannot be read on from `line`."""
-    raise InputError(f"{path}, line {line}: found {found}; allowed is {allowed}")
+    raise InputError(f"{path}, line {line}: found {actual}; allowed is {allowed}")

@@ -47,12 +47,12 @@ def tools_of(where: str, value: object, notes: Counter[str]) -> str | None:
     """
     if is_blank(value):
         return None
-    found = parsed(where, value, DEFINITION, "tools")
-    if isinstance(found, Mapping):
-        found = [found]
-    if not isinstance(found, list):
-        raise RowError("tools", where, kind(found), DEFINITION)
-    tools = [_definition(f"{where}[{i}]", tool, notes) for i, tool in enumerate(found) if tool is not None]
+    listed_tools = parsed(where, value, DEFINITION, "tools")
+    if isinstance(listed_tools, Mapping):
+        listed_tools = [listed_tools]
+    if not isinstance(listed_tools, list):
+        raise RowError("tools", where, kind(listed_tools), DEFINITION)
+    tools = [_definition(f"{where}[{i}]", tool, notes) for i, tool in enumerate(listed_tools) if tool is not None]
     return plain_json(where, tools) if tools else None
 
 
@@ -72,12 +72,12 @@ def _definition(where: str, value: object, notes: Counter[str]) -> dict[str, Any
 
 def calls_of(where: str, value: object, notes: Counter[str]) -> list[dict[str, Any]]:
     """Tool calls (a list, one call, or their JSON text), each in the form above. Raises RowError."""
-    found = parsed(where, value, f"a tool call {CALL}", "tool_call")
-    if isinstance(found, Mapping):
-        found = [found]
-    if not isinstance(found, list):
-        raise RowError("tool_call", where, kind(found), f"a tool call {CALL}, or a list of them")
-    return [_call(f"{where}[{i}]", call, notes) for i, call in enumerate(found)]
+    listed_calls = parsed(where, value, f"a tool call {CALL}", "tool_call")
+    if isinstance(listed_calls, Mapping):
+        listed_calls = [listed_calls]
+    if not isinstance(listed_calls, list):
+        raise RowError("tool_call", where, kind(listed_calls), f"a tool call {CALL}, or a list of them")
+    return [_call(f"{where}[{i}]", call, notes) for i, call in enumerate(listed_calls)]
 
 
 def _call(where: str, value: object, notes: Counter[str]) -> dict[str, Any]:
@@ -109,17 +109,17 @@ def _arguments(value: object, notes: Counter[str]) -> object:
     if not value.strip():
         return {}
     try:
-        found = json.loads(value)
+        loaded = json.loads(value)
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
+        loaded = None
+    if isinstance(loaded, dict):
+        return loaded
     notes[NOT_AN_OBJECT] += 1
     return value
 
 
 def _pruned(value: Mapping[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    pruned: dict[str, Any] = without_nulls(value)
+    pruned = {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
     if pruned != value:
         notes[NULLS] += 1
     return pruned

@@ -88,7 +88,7 @@ def turns_of(where: str, value: object, notes: Counter[str]) -> tuple[Message, .
     else:
         for i, turn in enumerate(value):
             _add_turn(f"{where}[{i}]", turn, messages, notes)
-    # An empty system turn says nothing, but some templates would render its brackets.
+    # An empty system turn has no effect, but some templates would render its brackets.
     kept = tuple(m for m in messages if m.role != "system" or m.content.strip())
     if not kept:
         raise RowError("empty", where, "only an empty system turn", "one turn or more")
@@ -131,7 +131,7 @@ def _add_turn(where: str, turn: object, messages: list[Message], notes: Counter[
         _add_calls(messages, calls, _extra(where, rest, notes), learn)
         return
     if is_blank(content) and role == "assistant" and speechless:
-        content = content or ""  # a turn that only calls a tool says nothing beside
+        content = content or ""  # a turn that only calls a tool has no text
     extra = _extra(where, rest, notes)
     messages.append(Message(role, _content(f"{where}.{content_key}", content, role), _json(where, extra), learn))
 
@@ -176,7 +176,7 @@ def _role(where: str, value: object) -> str:
 
 
 def _learn(where: str, rest: dict[str, Any]) -> bool:
-    """Whether the turn is learned; takes the fields that say so out of `rest`."""
+    """Whether the turn is learned; removes the fields that decide it from `rest`."""
     learn = True
     for key in (*LEARN_KEYS, *MASK_KEYS):
         if key not in rest:
@@ -195,7 +195,7 @@ def _extra(where: str, rest: dict[str, Any], notes: Counter[str]) -> dict[str, A
     extra = {k: v for k, v in rest.items() if k not in ("tool_calls", "function_call", *REASONING_KEYS)}
     calls = [rest[key] for key in ("tool_calls", "function_call") if not is_blank(rest.get(key))]
     if calls:
-        extra["tool_calls"] = [call for found in calls for call in calls_of(f"{where}.tool_calls", found, notes)]
+        extra["tool_calls"] = [call for written in calls for call in calls_of(f"{where}.tool_calls", written, notes)]
     thoughts = {key: text_of(f"{where}.{key}", rest[key]) for key in REASONING_KEYS if not is_blank(rest.get(key))}
     if len(set(thoughts.values())) > 1:
         raise RowError("reasoning", where, f"different texts in {listed(thoughts)}", "one of them")
@@ -243,5 +243,5 @@ def _content_key(keys: Mapping[str, object] | set[str]) -> str | None:
 
 def _pair(keys: Mapping[str, object] | set[str]) -> tuple[str, str] | None:
     """The names of a question and its answer; the answer may be missing (null) in a last element."""
-    found = next((pair for pair in PAIR_KEYS if pair[0] in keys and pair[1] in keys), None)
-    return found or next((pair for pair in PAIR_KEYS if pair[0] in keys), None)
+    pair_keys = next((pair for pair in PAIR_KEYS if pair[0] in keys and pair[1] in keys), None)
+    return pair_keys or next((pair for pair in PAIR_KEYS if pair[0] in keys), None)

@@ -6,7 +6,6 @@ import ast
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 MOST_LITERAL = 1_000_000  # characters of Python text; reading it takes a hundred times that in memory
 MOST_LISTED = 20  # column names in a message
@@ -19,9 +18,9 @@ class RowError(ValueError):
     `reason` is a short name to count by, `where` the column or the place in it.
     """
 
-    def __init__(self, reason: str, where: str, found: str, allowed: str, near: str | None = None) -> None:
+    def __init__(self, reason: str, where: str, actual: str, allowed: str, near: str | None = None) -> None:
         hint = f"; did you mean {near!r}?" if near else ""
-        super().__init__(f"{where}: found {found}, allowed is {allowed}{hint}")
+        super().__init__(f"{where}: found {actual}, allowed is {allowed}{hint}")
         self.reason, self.where = reason, where
 
 
@@ -38,8 +37,8 @@ def require_unicode(value: str, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
-        raise RowError("surrogate", where, found, "Unicode text") from None
+        actual = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start}"
+        raise RowError("surrogate", where, actual, "Unicode text") from None
 
 
 def is_blank(value: object) -> bool:
@@ -75,7 +74,7 @@ def loads(text: str) -> object:
         raise ValueError(str(error)) from None
 
 
-def without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON
+def without_nulls(value: object) -> object:
     """`value` without the null fields that Arrow adds to mappings; nulls that are elements of a list stay."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
@@ -112,9 +111,9 @@ def leaves(value: object) -> Iterator[str]:
 
 def listed(names: Iterable[object]) -> str:
     """The names, the first ones of very many; what no terminal and no file can hold shown as an escape."""
-    shown = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
-    more = f", … ({len(shown)} in all)" if len(shown) > MOST_LISTED else ""
-    return ", ".join(shown[:MOST_LISTED]) + more or "none"
+    texts = [name if (name := str(n)).isprintable() else ascii(name) for n in names]
+    more = f", … ({len(texts)} in all)" if len(texts) > MOST_LISTED else ""
+    return ", ".join(texts[:MOST_LISTED]) + more or "none"
 
 
 def kind(value: object) -> str:

@@ -93,16 +93,16 @@ class Cells:
 
         index = faiss.IndexFlatIP(self.centres.shape[1])
         index.add(self.centres)
-        found = np.empty((len(vectors), min(self.probes, len(self.centres))), np.int16)
+        cells = np.empty((len(vectors), min(self.probes, len(self.centres))), np.int16)
 
         def place(start: int) -> None:
             faiss.omp_set_num_threads(1)  # of this thread
             part = _unit(vectors[start : start + PLACED_TOGETHER] @ self.directions)
-            found[start : start + PLACED_TOGETHER] = index.search(part, found.shape[1])[1]
+            cells[start : start + PLACED_TOGETHER] = index.search(part, cells.shape[1])[1]
 
         with threadpool_limits(1), ThreadPoolExecutor(usable_cpus()) as pool:
             list(pool.map(place, range(0, len(vectors), PLACED_TOGETHER)))
-        return found
+        return cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +161,11 @@ class CellIndex:
         start = 0
         while start < len(queries):
             block = queries[start : start + self._size.rows]
-            found = self._above(block, score)
-            if sum(len(i) for i, _, _ in found) > MOST_PAIRS and self._size.shrink():
+            chunks = self._above(block, score)
+            if sum(len(i) for i, _, _ in chunks) > MOST_PAIRS and self._size.shrink():
                 continue
-            self._size.report(len(block), sum(len(i) for i, _, _ in found))
-            i, j, scores = sorted_pairs(found)
+            self._size.report(len(block), sum(len(i) for i, _, _ in chunks))
+            i, j, scores = sorted_pairs(chunks)
             yield i + start, j, scores
             start += len(block)
 

@@ -55,10 +55,10 @@ def clustered(
         )
         rows = np.ascontiguousarray(vectors, np.float32)
         means.train(rows)
-        distances, found = means.index.search(rows, 1)
+        distances, nearest = means.index.search(rows, 1)
     finally:
         faiss.omp_set_num_threads(threads)
-    return found[:, 0], distances[:, 0]
+    return nearest[:, 0], distances[:, 0]
 
 
 def cluster_count(rows: int, wanted: int) -> int:

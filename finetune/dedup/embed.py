@@ -72,14 +72,14 @@ def embed_counted(
     if unique:
         # Each text once: copies then are copies bit by bit, whatever batch they would have been in.
         rows = {text: row for row, text in enumerate(unique)}
-        found, made = _found(list(unique), name, ctx, folder, made_by)
-        vectors = np.zeros((len(texts), found.shape[1]), np.float32)
+        cached, made = _cached_vectors(list(unique), name, ctx, folder, made_by)
+        vectors = np.zeros((len(texts), cached.shape[1]), np.float32)
         filled = [i for i, text in enumerate(texts) if text in rows]
-        vectors[filled] = _unit(found)[[rows[texts[i]] for i in filled]]
+        vectors[filled] = _unit(cached)[[rows[texts[i]] for i in filled]]
     return vectors, made
 
 
-def _found(
+def _cached_vectors(
     texts: list[str], name: str, ctx: Context, folder: Path | None, made_by: Mapping[str, object] | None
 ) -> tuple[NDArray[np.float32], int]:
     from finetune.dedup import encoders

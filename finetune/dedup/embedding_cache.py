@@ -46,20 +46,20 @@ class EmbeddingCache:
         """Return the positions in `texts` (ascending) that have a vector, and those vectors (M, d); each text once."""
         places = {text_digest(text): i for i, text in enumerate(texts)}
         rows: list[int] = []
-        found: list[NDArray[np.float32]] = []
+        cached: list[NDArray[np.float32]] = []
         for shard in sorted(self._folder.glob("*.parquet")):
             read = self._read(shard)
-            if read is None or (found and read[1].shape[1] != found[0].shape[1]):
+            if read is None or (cached and read[1].shape[1] != cached[0].shape[1]):
                 continue
             digests, vectors = read
             here = [(k, places.pop(d)) for k, d in enumerate(digests) if d in places]
             if here:
-                found.append(vectors[[k for k, _ in here]])
+                cached.append(vectors[[k for k, _ in here]])
                 rows += [place for _, place in here]
         if not rows:
             return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
         order = np.argsort(rows)
-        return np.array(rows, np.int64)[order], np.concatenate(found)[order]
+        return np.array(rows, np.int64)[order], np.concatenate(cached)[order]
 
     def keep(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
         """Add a shard with the vectors (N, d) of `texts`. A failed write only costs the next run time."""

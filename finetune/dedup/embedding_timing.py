@@ -58,7 +58,7 @@ def embedding_time(embedding: str, rows: int, scratch: Path) -> dict[str, Any]:
 
 def describe(expected: dict[str, Any]) -> str:
     """Format the result of `embedding_time` as text."""
-    others = "; ".join(f"{_words(name, found)}" for name, found in expected["others"].items())
+    others = "; ".join(f"{_words(name, timing)}" for name, timing in expected["others"].items())
     return f"{_words(expected['model'], expected)} for {expected['rows']:,} rows; instead: {others}"
 
 
@@ -68,10 +68,10 @@ def _expected(name: str, kind: str, rows: int, known: dict[str, float]) -> dict[
     return {"rows_per_second": rate, "seconds": rows / rate, "measured": name in known}
 
 
-def _words(name: str, found: dict[str, Any]) -> str:
+def _words(name: str, timing: dict[str, Any]) -> str:
     label = "a static model" if name == STATIC else "a small transformer" if name == SENTENCES else name
-    how = "measured here" if found["measured"] else "an estimate for 2 cores"
-    return f"{label} about {found['seconds']:,.0f} s ({how})"
+    how = "measured here" if timing["measured"] else "an estimate for 2 cores"
+    return f"{label} about {timing['seconds']:,.0f} s ({how})"
 
 
 def _file(scratch: Path) -> Path:
@@ -80,7 +80,7 @@ def _file(scratch: Path) -> Path:
 
 def _known(scratch: Path) -> dict[str, float]:
     try:
-        found = json.loads(_file(scratch).read_bytes())
-        return {str(name): float(rate) for name, rate in found.items() if float(rate) > 0}
+        timings = json.loads(_file(scratch).read_bytes())
+        return {str(name): float(rate) for name, rate in timings.items() if float(rate) > 0}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # no measurement, or a damaged file

@@ -148,7 +148,7 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
 
 
 def _try_tokenizers(folder: Path | None) -> None:
-    """Raise InputError where a tokenizer in an encoder's folder does not end: it is somebody else's, as a base's is."""
+    """Raise InputError where a tokenizer in an encoder's folder does not end; it may come from a third party."""
     from finetune.models.base_limits import check_tokenizer
 
     for path in sorted(folder.glob("**/tokenizer.json")) if folder else ():
@@ -163,13 +163,13 @@ def batches(model: SentenceTransformer, texts: Sequence[str], budget: int) -> li
     """
     lengths = np.fromiter(_token_counts(model, texts), np.int64, len(texts))
     order = np.argsort(-lengths, kind="stable").tolist()
-    found = []
+    groups = []
     start = 0
     while start < len(order):
         stop = start + max(1, budget // max(1, int(lengths[order[start]])))
-        found.append(order[start:stop])
+        groups.append(order[start:stop])
         start = stop
-    return found
+    return groups
 
 
 def _token_counts(model: SentenceTransformer, texts: Sequence[str]) -> Iterator[int]:

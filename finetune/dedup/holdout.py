@@ -85,7 +85,7 @@ def _why_empty(rows: int, allowed: int, sizes: Mapping[int, int], split: Split, 
         advice = f"raise {words.most} to {smallest} or more"
     return (
         f"{stage}: {split.eval_fraction:g} of {rows} rows leaves room for {allowed} held-out "
-        f"row{'s' * (allowed != 1)}, and the smallest near-duplicate group has {smallest}; {advice}, {turn_off}"
+        f"row{'' if allowed == 1 else 's'}, and the smallest near-duplicate group has {smallest}; {advice}, {turn_off}"
     )
 
 
@@ -115,12 +115,12 @@ def near_links(
     from finetune.dedup.index import FlatIndex
     from finetune.dedup.select import links_between
 
-    found: list[tuple[int, int]] = []
+    links: list[tuple[int, int]] = []
     if vectors is None:
-        return found
+        return links
     there = vectors[np.asarray(held, np.int64)]
     for start in range(0, len(train), PART_ROWS):
         part = train[start : start + PART_ROWS]
         rows, partners, _ = links_between(vectors[np.asarray(part, np.int64)], there, threshold, FlatIndex)
-        found += [(part[i], held[j]) for i, j in zip(rows.tolist(), partners.tolist(), strict=True)]
-    return found
+        links += [(part[i], held[j]) for i, j in zip(rows.tolist(), partners.tolist(), strict=True)]
+    return links

@@ -29,8 +29,8 @@ def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchInd
         return FlatIndex
     from finetune.models.device import pick_device
 
-    found = pick_device(device)
-    return FlatIndex if found == "cpu" else lambda dimension: TorchIndex(dimension, found)
+    device_name = pick_device(device)
+    return FlatIndex if device_name == "cpu" else lambda dimension: TorchIndex(dimension, device_name)
 
 
 class Queries:
@@ -97,15 +97,15 @@ class FlatIndex:
             return
         for start, stop in self._queries.parts(len(queries)):
             block = np.ascontiguousarray(queries[start:stop], dtype=np.float32)
-            limits, scores, found = self._index.range_search(block, score)
+            limits, scores, neighbours = self._index.range_search(block, score)
             counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
-            self._queries.report(stop - start, len(found))
-            yield sorted_pairs([(np.repeat(np.arange(start, stop), counts), found, scores)])
+            self._queries.report(stop - start, len(neighbours))
+            yield sorted_pairs([(np.repeat(np.arange(start, stop), counts), neighbours, scores)])
 
     def vectors(self) -> NDArray[np.float32]:
         """Return a copy of the vectors (N, d)."""
-        found: NDArray[np.float32] = self._index.reconstruct_n(0, len(self))
-        return found
+        stored: NDArray[np.float32] = self._index.reconstruct_n(0, len(self))
+        return stored
 
 
 class TorchIndex:
@@ -137,14 +137,14 @@ class TorchIndex:
             return
         for start, stop in self._queries.parts(len(queries)):
             block = self._there(queries[start:stop])
-            found: list[Pairs] = []
+            chunks: list[Pairs] = []
             first = 0
             for part in self._parts:
                 for low in range(0, len(part), GPU_COLUMNS):
-                    found += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
+                    chunks += self._above(block, part[low : low + GPU_COLUMNS], score, start, first + low)
                 first += len(part)
-            self._queries.report(stop - start, sum(len(i) for i, _, _ in found))
-            yield sorted_pairs(found)
+            self._queries.report(stop - start, sum(len(i) for i, _, _ in chunks))
+            yield sorted_pairs(chunks)
 
     def _above(self, block: torch.Tensor, part: torch.Tensor, score: float, start: int, first: int) -> list[Pairs]:
         import torch
@@ -173,10 +173,10 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def sorted_pairs(found: list[Pairs]) -> Pairs:
+def sorted_pairs(chunks: list[Pairs]) -> Pairs:
     """Return the pairs of one chunk, sorted by query and then by row."""
-    if not found:
+    if not chunks:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    i, j, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    i, j, scores = (np.concatenate(column) for column in zip(*chunks, strict=True))
     order = np.lexsort((j, i))
     return i[order], j[order], scores[order]

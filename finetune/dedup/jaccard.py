@@ -88,8 +88,8 @@ def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
         step = max(1, MAX_CANDIDATES // max(1, int(lengths[start:stop].max())))
         for low in range(start, stop, step):
             part = slice(low, min(low + step, stop))
-            found = here[right.tokens[ranges(right.starts[j[part]], lengths[part])]]
-            ends = np.concatenate([[0], np.cumsum(found)])
+            shared = here[right.tokens[ranges(right.starts[j[part]], lengths[part])]]
+            ends = np.concatenate([[0], np.cumsum(shared)])
             edges = np.concatenate([[0], np.cumsum(lengths[part])])
             common[part] = ends[edges[1:]] - ends[edges[:-1]]
         here[own] = False
@@ -139,28 +139,28 @@ class SetSearch:
             start = stop
 
     def _verified(self, queries: Sets, i: Rows, j: Rows, score: float) -> Iterator[tuple[Rows, Rows, Scores]]:
-        found = np.zeros(len(i), np.float64)
+        overlaps = np.zeros(len(i), np.float64)
         base = 0
         for part in self._parts:
             here = np.flatnonzero((j >= base) & (j < base + len(part)))
-            found[here] = jaccard(queries, i[here], part, j[here] - base)
+            overlaps[here] = jaccard(queries, i[here], part, j[here] - base)
             base += len(part)
-        reach = found >= score
+        reach = overlaps >= score
         if reach.any():
-            yield i[reach], j[reach], found[reach]
+            yield i[reach], j[reach], overlaps[reach]
 
     def _candidates(
         self, queries: Sets, owner: Rows, spans: list[tuple[Rows, Rows, NDArray[np.int32]]]
     ) -> tuple[Rows, Rows]:
         """Return the pairs that share an n-gram of their prefixes and have compatible sizes, each once."""
-        found = [np.zeros(0, np.int64)]
+        codes = [np.zeros(0, np.int64)]
         for low, high, sets in spans:
             j = sets[ranges(low, high - low)].astype(np.int64)
             i = np.repeat(owner, high - low)
             a, b = queries.sizes[i], self._sizes()[j]
             fits = np.minimum(a, b) >= self._threshold * np.maximum(a, b) - SLACK
-            found.append(i[fits] * self._count + j[fits])
-        unique = np.unique(np.concatenate(found))
+            codes.append(i[fits] * self._count + j[fits])
+        unique = np.unique(np.concatenate(codes))
         return unique // max(self._count, 1), unique % max(self._count, 1)
 
     def _sizes(self) -> Rows:

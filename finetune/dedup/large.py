@@ -60,15 +60,15 @@ def select_measured(
     while cells.probes < len(cells.centres):
         measure = CellCosine.of(vectors, threshold, cells)
         pairs = select(order, keys, [*measures, measure], BLOCK_ROWS, check)
-        found = measured(measure, np.asarray(order, np.int64), pairs, check)
-        if found is None:
+        stats = measured(measure, np.asarray(order, np.int64), pairs, check)
+        if stats is None:
             say("dedup: too few rows repeat another by cosine to prove a search by a sample: comparing every pair")
             break
         share = cells.probes / len(cells.centres)
-        if float(found["recall"] or 0) >= RECALL and float(found["low"] or 0) >= LOW:
-            return pairs, {**found, "probed": share}
+        if float(stats["recall"] or 0) >= RECALL and float(stats["low"] or 0) >= LOW:
+            return pairs, {**stats, "probed": share}
         say(
-            f"dedup: {share:.1%} of the cells searched: recall {found['recall']:.4f}, 95 % from {found['low']:.4f}; "
+            f"dedup: {share:.1%} of the cells searched: recall {stats['recall']:.4f}, 95 % from {stats['low']:.4f}; "
             "searching more of them"
         )
         cells = cells.wider()

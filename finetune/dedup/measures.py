@@ -29,7 +29,7 @@ class Search(Protocol):
     def add(self, features: Any) -> None:  # noqa: ANN401 - whatever its measure's features are
         """Append the features of some rows; they get the next numbers, from 0."""
 
-    def pairs(self, queries: Any, score: float) -> Iterator[tuple[Rows, Rows, NDArray[Any]]]:  # noqa: ANN401
+    def pairs(self, queries: Any, score: float) -> Iterator[tuple[Rows, Rows, NDArray[Any]]]:  # noqa: ANN401 - the same
         """Yield all (query i, added j, score) above `score`, sorted by i and j, in chunks that end between queries."""
 
 
@@ -55,7 +55,7 @@ class Measure(Protocol):
     def search(self) -> Search:
         """An empty search."""
 
-    def features(self, rows: Rows) -> Any:  # noqa: ANN401
+    def features(self, rows: Rows) -> Any:  # noqa: ANN401 - the same
         """Return the features of `rows` for the search."""
 
     def settled(self, a: Rows, b: Rows, scores: NDArray[Any]) -> Scores:

@@ -59,19 +59,19 @@ def measured_recall(
         methods["exact"] = lambda rows, kept: _same_key(keys, rows, kept)
     for measure in measures:
         methods[measure.name] = _of(measure)
-    found: dict[str, dict[str, float | int | None]] = {}
+    recalls: dict[str, dict[str, float | int | None]] = {}
     for name, repeats in methods.items():
         check()
         twin = repeats(some, kept)
         share = float(gone[twin].mean()) if twin.any() else None
-        found[name] = {"sampled": len(some), "repeats": int(twin.sum()), "recall": share}
-    return found
+        recalls[name] = {"sampled": len(some), "repeats": int(twin.sum()), "recall": share}
+    return recalls
 
 
 def missed_twins(measure: Cosine, kept: Rows, sampled: int, check: Callable[[], None] = lambda: None) -> int:
     """Return how many of `sampled` evenly spread rows of `kept` (m,) reach the threshold with a row before them."""
     places = np.unique(np.linspace(0, len(kept) - 1, sampled).astype(np.int64))
-    found = np.zeros(len(places), bool)
+    has_twin = np.zeros(len(places), bool)
     for start in range(0, len(kept), COLUMNS):
         check()
         later = np.flatnonzero(places > start)
@@ -85,8 +85,8 @@ def missed_twins(measure: Cosine, kept: Rows, sampled: int, check: Callable[[], 
             a, b = queries[i].astype(np.float64), part[j].astype(np.float64)
             norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
             scores = np.round(np.einsum("ij,ij->i", a, b) / np.where(norms > 0, norms, 1), SCORE_DECIMALS)
-            found[some[i[scores >= measure.threshold]]] = True
-    return int(found.sum())
+            has_twin[some[i[scores >= measure.threshold]]] = True
+    return int(has_twin.sum())
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -116,13 +116,13 @@ def _cosine(measure: Cosine, rows: Rows, kept: Rows) -> Twins:
         scaled: NDArray[np.float64] = wide / np.where(lengths > 0, lengths, 1)
         return scaled
 
-    queries, found = unit(rows), np.zeros(len(rows), bool)
+    queries, has_twin = unit(rows), np.zeros(len(rows), bool)
     for start in range(0, len(kept), COLUMNS):
         part = kept[start : start + COLUMNS]
         reach = np.round(queries @ unit(part).T, SCORE_DECIMALS) >= measure.threshold
         reach &= rows[:, None] != part[None, :]
-        found |= reach.any(axis=1)
-    return found
+        has_twin |= reach.any(axis=1)
+    return has_twin
 
 
 def _jaccard(measure: Jaccard, rows: Rows, kept: Rows) -> Twins:
@@ -132,13 +132,13 @@ def _jaccard(measure: Jaccard, rows: Rows, kept: Rows) -> Twins:
     order = np.argsort(others.tokens, kind="stable")
     tokens, holder = others.tokens[order], holder[order]
     queries = measure.sets.take(rows)
-    found = np.zeros(len(rows), bool)
+    has_twin = np.zeros(len(rows), bool)
     for place, own in enumerate(_each(queries)):
         low, high = (np.searchsorted(tokens, own, side) for side in ("left", "right"))
         common = np.bincount(holder[ranges(low, high - low)], minlength=len(kept))
         scores = common / np.maximum(queries.sizes[place] + others.sizes - common, 1)
-        found[place] = bool(((scores >= measure.threshold) & (kept != rows[place])).any())
-    return found
+        has_twin[place] = bool(((scores >= measure.threshold) & (kept != rows[place])).any())
+    return has_twin
 
 
 def _each(sets: Sets) -> Iterator[NDArray[np.int32]]:

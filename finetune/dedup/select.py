@@ -84,10 +84,10 @@ def select(
         block = rows[start : start + size]
         best = [Best(block, m) for m in measures]
         fresh = np.array([p for p, r in enumerate(block.tolist()) if known[r] not in by_key], np.int64)
-        for found, measure, search in zip(best, measures, searches, strict=True):
+        for matches, measure, search in zip(best, measures, searches, strict=True):
             for i, j, scores in search.pairs(measure.features(block[fresh]), measure.threshold - measure.band):
-                found.take(fresh[i], kept[j], scores)
-            fresh = fresh[found.row[fresh] < 0]
+                matches.take(fresh[i], kept[j], scores)
+            fresh = fresh[matches.row[fresh] < 0]
         among = _greedy(block[fresh], known, measures)
         if among is None:
             size = len(block) // 2
@@ -96,9 +96,9 @@ def select(
         twins = _twins_by_key(block, chosen, known, by_key)
         left = np.array([p for p in range(len(block)) if p not in twins], np.int64)
         left = left[~np.isin(left, chosen)]
-        for found, measure, search in zip(best, measures, searches, strict=True):
-            _take_earlier(found, measure, block, chosen, left)
-            left = left[found.row[left] < 0]
+        for matches, measure, search in zip(best, measures, searches, strict=True):
+            _take_earlier(matches, measure, block, chosen, left)
+            left = left[matches.row[left] < 0]
             search.add(measure.features(block[chosen]))
         kept[count : count + len(chosen)] = block[chosen]
         count += len(chosen)
@@ -191,16 +191,16 @@ def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measur
     Rows match as in `select`: the same key, or the threshold of one of `measures`. Every pair counts, even if `others`
     match each other.
     """
-    found: dict[int, Pair] = {}
+    pair_of: dict[int, Pair] = {}
     if keys is not None:
         first: dict[Hashable, int] = {}
         for other in others.tolist():
             first.setdefault(keys[other], other)
-        found = {r: Pair(r, first[keys[r]], 1.0, "exact") for r in rows.tolist() if keys[r] and keys[r] in first}
+        pair_of = {r: Pair(r, first[keys[r]], 1.0, "exact") for r in rows.tolist() if keys[r] and keys[r] in first}
     for measure in measures:
         for row, other, score in zip(*(part.tolist() for part in _best_partners(measure, rows, others)), strict=True):
-            found.setdefault(row, Pair(row, other, score, measure.name))
-    return [found[row] for row in sorted(found)]
+            pair_of.setdefault(row, Pair(row, other, score, measure.name))
+    return [pair_of[row] for row in sorted(pair_of)]
 
 
 def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Rows, Scores]:
@@ -214,7 +214,7 @@ def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Ro
     return rows[hits], best.row[hits], best.score[hits]
 
 
-def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:
+def _take_earlier(matches: Best, measure: Measure, block: Rows, chosen: Rows, left: Rows) -> None:
     """Update `found` for the positions `left` of a block from the positions `chosen` before each."""
     if not len(chosen) or not len(left):
         return
@@ -222,7 +222,7 @@ def _take_earlier(found: Best, measure: Measure, block: Rows, chosen: Rows, left
     inside.add(measure.features(block[chosen]))
     for i, j, scores in inside.pairs(measure.features(block[left]), measure.threshold - measure.band):
         earlier = chosen[j] < left[i]
-        found.take(left[i[earlier]], block[chosen[j[earlier]]], scores[earlier])
+        matches.take(left[i[earlier]], block[chosen[j[earlier]]], scores[earlier])
 
 
 def _twins_by_key(block: Rows, chosen: Rows, keys: Sequence[Hashable], by_key: dict[Hashable, int]) -> dict[int, int]:
@@ -245,9 +245,9 @@ def _named(block: Rows, twins: dict[int, int], measures: Sequence[Measure], best
         if place in twins:
             pairs.append(Pair(row, twins[place], 1.0, "exact"))
             continue
-        for measure, found in zip(measures, best, strict=True):
-            if found.row[place] >= 0:
-                pairs.append(Pair(row, int(found.row[place]), float(found.score[place]), measure.name))
+        for measure, matches in zip(measures, best, strict=True):
+            if matches.row[place] >= 0:
+                pairs.append(Pair(row, int(matches.row[place]), float(matches.score[place]), measure.name))
                 break
     return pairs
 

@@ -70,7 +70,7 @@ def _start(build: Callable[[], Any]) -> None:
     _state["build"] = build
 
 
-def _work(part: Any) -> Any:  # noqa: ANN401 - whatever the stage's function takes and returns
+def _work(part: object) -> object:
     if "function" not in _state:
         _state["function"] = _state["build"]()  # here, so that its error reaches the parent
     return _state["function"](part)

@@ -85,14 +85,14 @@ class _Raised:
         self.error = error
 
 
-def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401
+def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401 - what the function returned
     from ray import get
 
     with _one_sentence(which):
-        found = get(reference)
-    if isinstance(found, _Raised):
-        raise found.error
-    return found
+        result = get(reference)
+    if isinstance(result, _Raised):
+        raise result.error
+    return result
 
 
 @contextmanager
@@ -185,9 +185,9 @@ def started(
 
 def _processors(resources: Mapping[str, float]) -> int:
     """Return the cluster's processors. A partition needs a whole one, and would wait for it without end."""
-    if (found := int(resources.get("CPU", 0))) < 1:
+    if (processors := int(resources.get("CPU", 0))) < 1:
         raise InputError("--engine ray: the cluster has no processors: start a node with `ray start --num-cpus N`")
-    return found
+    return processors
 
 
 def _check_address(address: str) -> None:

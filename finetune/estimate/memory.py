@@ -163,15 +163,15 @@ def training(
     """
     several = rows * world < run.train.batch_rows
     batch = micro_batch(shapes, run, rows, policy, attention, held=several)
-    found = peak(decoder(shapes, run.lora, quantized=run.quantization is not None), batch)
+    step_peak = peak(decoder(shapes, run.lora, quantized=run.quantization is not None), batch)
     adapter = adapter_bytes(shapes, run.lora)
     whole = 4 * sum(saved_tensors(shapes, run.lora))
-    gradients = found.get("gradients", 0) + (adapter if several else whole)
+    gradients = step_peak.get("gradients", 0) + (adapter if several else whole)
     # torch's AdamW computes the root of all second moments at once
     in_step = {"gradients": adapter, "optimizer_step": adapter if run.train.optimizer == "adamw" else 0}
-    in_backward = {"gradients": gradients, **{k: found.get(k, 0) for k in KINDS}}
+    in_backward = {"gradients": gradients, **{k: step_peak.get(k, 0) for k in KINDS}}
     if shapes.inventory is not None:
-        in_backward["other_layers"] = int(OTHER_LAYERS * found.get("activations", 0))
+        in_backward["other_layers"] = int(OTHER_LAYERS * step_peak.get("activations", 0))
     in_backward["new_tokens"] = new_token_bytes(shapes, run.lora, 2 if batch.half else 4)
     most = max((in_backward, in_step), key=lambda parts: sum(parts.values()))
     return {

@@ -97,11 +97,11 @@ def expect(recipe: Recipe) -> Expected | None:
         if not isinstance(source, LocalSource):
             return None
         _, rows = read_source(source, source.label, Path())
-        found = measure(rows, keep, tiny=tiny)
-        share = source.weight * (1.0 if found.whole else _more(source, found))
-        share *= min(1.0, source.rows / max(1.0, found.kept * share)) if source.rows else 1.0
-        documents += share * found.kept
-        tokens += share * sum(min(length, longest) for length in found.lengths)
+        measured = measure(rows, keep, tiny=tiny)
+        share = source.weight * (1.0 if measured.whole else _more(source, measured))
+        share *= min(1.0, source.rows / max(1.0, measured.kept * share)) if source.rows else 1.0
+        documents += share * measured.kept
+        tokens += share * sum(min(length, longest) for length in measured.lengths)
     trained = 1 - (recipe.split.eval_fraction if recipe.split else 0.0)
     documents, tokens = trained * documents, trained * tokens
     if recipe.sample and (wanted := recipe.sample.top_k or recipe.sample.random or recipe.sample.diverse):
@@ -111,8 +111,8 @@ def expect(recipe: Recipe) -> Expected | None:
     return Expected(math.ceil(documents), math.ceil(tokens), max(1, math.ceil(min(bins, documents))))
 
 
-def _more(source: LocalSource, found: Measured) -> float:
+def _more(source: LocalSource, measured: Measured) -> float:
     """Return total rows / rows read of a file, by its bytes (compressed files hold about four times more)."""
     files = [f.path for f in data_files(source.paths)]
     size = sum(path.stat().st_size * (4 if path.suffix in (".gz", ".zst", ".parquet") else 1) for path in files)
-    return max(1.0, size / max(1, found.characters))
+    return max(1.0, size / max(1, measured.characters))

@@ -116,15 +116,15 @@ def _llama_path(layer: int, name: str) -> str:
 def read_shapes(recipe: Recipe, base_folder: Path | None = None) -> Shapes | None:
     """Read from the finished base stage, the local folder or recipes/shapes; None if only the Hub has them."""
     config = read_config(recipe, base_folder)
-    found = None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
-    return replace(found, new_tokens=len(recipe.tokens.add)) if found and recipe.tokens else found
+    shapes = None if config is None else shapes_of(config, read_inventory(base_folder) if base_folder else None)
+    return replace(shapes, new_tokens=len(recipe.tokens.add)) if shapes and recipe.tokens else shapes
 
 
 def shapes_in(base: Path) -> Shapes | None:
     """The shapes of the base in the folder of a finished base stage; None if they are unknown."""
-    found = shapes_of(json.loads((base / "config.json").read_text(encoding="utf-8")), read_inventory(base))
+    shapes = shapes_of(json.loads((base / "config.json").read_text(encoding="utf-8")), read_inventory(base))
     tokens = read_new_tokens(base)
-    return replace(found, new_tokens=len(tokens.ids)) if found and tokens else found
+    return replace(shapes, new_tokens=len(tokens.ids)) if shapes and tokens else shapes
 
 
 def read_config(recipe: Recipe, base_folder: Path | None = None) -> dict[str, Any] | None:
@@ -153,8 +153,8 @@ def shapes_of(config: Mapping[str, Any], inventory: Inventory | None = None) -> 
     architecture: no prediction is better than a wrong one.
     """
     if not _by_formula(config):
-        found = inventory or count(config)
-        return None if found is None else _counted(config, found)
+        counted = inventory or count(config)
+        return None if counted is None else _counted(config, counted)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         kv = int(config.get("num_key_value_heads") or heads)
@@ -263,13 +263,13 @@ def trained_tensors(shapes: Shapes, lora: Lora) -> list[int]:
     """Elements of each trained tensor: A and B of every adapted matrix, a magnitude a row for DoRA, what is trained
     whole, the rows of new tokens.
     """
-    found = saved_tensors(shapes, lora)
-    found += [shapes.new_tokens * shapes.hidden] * len(token_tables(shapes, lora))
+    sizes = saved_tensors(shapes, lora)
+    sizes += [shapes.new_tokens * shapes.hidden] * len(token_tables(shapes, lora))
     for path, inner, outer in shapes.adaptable:
         if rank := _rank(shapes, lora, path):
-            found += [rank * inner, rank * outer]
-            found += [outer] if lora.dora else []
-    return found
+            sizes += [rank * inner, rank * outer]
+            sizes += [outer] if lora.dora else []
+    return sizes
 
 
 def saved_tensors(shapes: Shapes, lora: Lora) -> list[int]:

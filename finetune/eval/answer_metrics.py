@@ -41,8 +41,8 @@ def missing(names: Sequence[str]) -> list[str]:
         if module and importlib.util.find_spec(module) is None:
             lacks.setdefault(package, []).append(name)
     return [
-        f"{', '.join(found)} needs {package}, which is not installed (pip install '.[metrics]', or remove the metric)"
-        for package, found in lacks.items()
+        f"{', '.join(metrics)} needs {package}, which is not installed (pip install '.[metrics]', or remove the metric)"
+        for package, metrics in lacks.items()
     ]
 
 
@@ -62,11 +62,11 @@ def _squeezed(text: str) -> str:
 
 def f1(answer: str, reference: str) -> float:
     """Return the F1 score of the words as multisets (SQuAD, arXiv:1606.05250); 1 if both are empty."""
-    found, wanted = Counter(words(answer)), Counter(words(reference))
-    if not found or not wanted:
-        return float(found == wanted)
-    common = (found & wanted).total()
-    return 2 * common / (found.total() + wanted.total())
+    answered, wanted = Counter(words(answer)), Counter(words(reference))
+    if not answered or not wanted:
+        return float(answered == wanted)
+    common = (answered & wanted).total()
+    return 2 * common / (answered.total() + wanted.total())
 
 
 def json_valid(answer: str, reference: str) -> float | None:
@@ -74,7 +74,7 @@ def json_valid(answer: str, reference: str) -> float | None:
     return None if _structure(reference) is None else float(_structure(answer) is not None)
 
 
-def _structure(text: str) -> Any:  # noqa: ANN401 - JSON
+def _structure(text: str) -> dict[str, Any] | list[Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -90,7 +90,7 @@ def tool_call_match(answer: str, reference: str) -> float | None:
 
 def tool_calls(text: str) -> Counter[str]:
     """Return the tool calls in a text: JSON objects with a name and arguments, regardless of the template's markup."""
-    found: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     decoder, position = json.JSONDecoder(), 0
     while (position := text.find("{", position)) >= 0:
         try:
@@ -98,11 +98,11 @@ def tool_calls(text: str) -> Counter[str]:
         except (ValueError, RecursionError):
             position += 1
             continue
-        found += _calls_in(value)
-    return found
+        calls += _calls_in(value)
+    return calls
 
 
-def _calls_in(value: Any) -> Counter[str]:  # noqa: ANN401 - JSON
+def _calls_in(value: object) -> Counter[str]:
     if isinstance(value, list):
         return sum((_calls_in(v) for v in value), Counter())
     if not isinstance(value, dict):
@@ -155,7 +155,7 @@ def compare(
         (base, adapter).
     """
     rows: list[dict[str, tuple[float | None, float | None]]] = [{} for _ in references]
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for name in names:
         if name == "bleu":
             pairs, figures = _bleu(references, base, adapter, seed)
@@ -166,10 +166,10 @@ def compare(
             figures = _means(pairs, seed)
         better = sum(b is not None and a is not None and a > b for b, a in pairs)
         worse = sum(b is not None and a is not None and a < b for b, a in pairs)
-        found[name] = {**figures, "better": better, "worse": worse}
+        compared[name] = {**figures, "better": better, "worse": worse}
         for row, pair in zip(rows, pairs, strict=True):
             row[name] = pair
-    return found, rows
+    return compared, rows
 
 
 def _means(pairs: Sequence[tuple[float | None, float | None]], seed: int) -> dict[str, Any]:

@@ -41,11 +41,11 @@ def kept_copies(samples: Path, train: Path, kept: Path | None) -> Copies | None:
                 return Copies(*(int(n) for n in before["copies"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # counted again
-    found = read_copies(samples, train)
-    if found is not None and kept is not None and kept.parent.is_dir():
+    copies = read_copies(samples, train)
+    if copies is not None and kept is not None and kept.parent.is_dir():
         with suppress(OSError):
-            kept.write_text(json.dumps({"of": places, "copies": list(astuple(found))}), encoding="utf-8")
-    return found
+            kept.write_text(json.dumps({"of": places, "copies": list(astuple(copies))}), encoding="utf-8")
+    return copies
 
 
 def read_copies(samples: Path, train: Path) -> Copies | None:

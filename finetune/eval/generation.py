@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from finetune.eval.scoring import batches
 if TYPE_CHECKING:
     import torch
     from transformers import LogitsProcessor
+
+    from finetune.models.layerwise import CausalModel, Generator
 
 Prompt = Sequence[int] | np.ndarray
 
@@ -49,7 +51,7 @@ class Sampling:
 
 
 def greedy(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     prompts: Sequence[np.ndarray],
     limits: Sequence[int],
     terminators: Sequence[int],
@@ -74,7 +76,7 @@ def greedy(
 
 
 def answer(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     requests: Sequence[Request],
     sampling: Sampling,
     terminators: Sequence[int],
@@ -106,7 +108,7 @@ def answer(
 
 
 def _generate(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     requests: Sequence[Request],
     sampling: Sampling,
     terminators: Sequence[int],
@@ -141,7 +143,7 @@ def _generate(
         use_cache=True,
     )
     with torch.inference_mode():
-        out = model.generate(
+        out: torch.Tensor = cast("Generator", model).generate(
             input_ids=ids.to(device),
             attention_mask=attention.to(device),
             generation_config=config,
@@ -151,7 +153,7 @@ def _generate(
     return [row[width:].tolist() for row in out.cpu()]
 
 
-def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device: Any) -> LogitsProcessor:  # noqa: ANN401
+def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device: torch.device) -> LogitsProcessor:
     """Return a logits processor that keeps only the token chosen by each row's random stream at this step."""
     import torch
     from transformers import LogitsProcessor
@@ -192,8 +194,8 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
         outside = (ranked.cumsum(-1) - ranked) >= sampling.top_p
         chances = chances.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), 0.0)
     total = chances.to(uniform.dtype).cumsum(-1)
-    found: torch.Tensor = (total <= (uniform * total[:, -1]).unsqueeze(1)).sum(-1)
-    return found.clamp_(max=scores.shape[-1] - 1)
+    token: torch.Tensor = (total <= (uniform * total[:, -1]).unsqueeze(1)).sum(-1)
+    return token.clamp_(max=scores.shape[-1] - 1)
 
 
 def _cut(ids: list[int], limit: int, terminators: set[int]) -> Answer:

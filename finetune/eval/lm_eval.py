@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,11 @@ from finetune.utils.format import six
 from finetune.utils.progress import Bar
 
 if TYPE_CHECKING:
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "lm_eval"
@@ -91,7 +96,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     return Benchmarks(loaded)
 
 
-def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 - TaskManager, imported late
+def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     """Return a TaskManager; the harness's 14,000 tasks are indexed only if a name is not in the folder."""
     from lm_eval.tasks import TaskManager
 
@@ -115,7 +120,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:  # noqa: ANN401 
 
 
 @contextlib.contextmanager
-def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
+def _hushed() -> Iterator[None]:
     """Let only errors of the harness through."""
     from finetune.utils.quiet import quiet
 
@@ -130,7 +135,7 @@ def _hushed() -> Any:  # noqa: ANN401 - an iterator of nothing
 
 
 def score(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Benchmarks,
     limit: int | None,
@@ -153,7 +158,7 @@ def score(
 
 
 def _run(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Benchmarks,
     limit: int | None,
@@ -175,7 +180,7 @@ def _run(
     bar = ctx.bar(label, None)
     try:
         with _hushed():
-            found = evaluate(
+            results = evaluate(
                 lm=_watched(model, tokenizer, rows, ctx, bar),
                 task_dict=dict(benchmarks.loaded),
                 limit=limit,
@@ -186,31 +191,31 @@ def _run(
         raise FinetuneError(f"evaluate.tasks: lm-evaluation-harness failed: {error}") from error
     finally:
         bar.close()
-    return dict(found)
+    return dict(results)
 
 
-def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> Any:  # noqa: ANN401 - late imports
+def _watched(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: int, ctx: Context, bar: Bar) -> HFLM:
     """Wrap the model for the harness; it stops between two batches if a signal was received."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
         """HFLM with our progress bar instead of the harness's."""
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ANN401
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
             return super().generate_until(requests, disable_tqdm=True)
 
-        def _model_call(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+        def _model_call(self, *inputs: torch.Tensor, **options: object) -> torch.Tensor:
             ctx.stop.check()
             bar.advance()
             return super()._model_call(*inputs, **options)
 
-        def _model_generate(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401
+        def _model_generate(self, *inputs: object, **options: object) -> torch.Tensor:
             ctx.stop.check()
             bar.advance()
             return super()._model_generate(*inputs, **options)
@@ -218,15 +223,15 @@ def _watched(model: Any, tokenizer: Any, rows: int, ctx: Context, bar: Bar) -> A
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 
-def _reported_tasks(found: Mapping[str, Any]) -> list[str]:
+def _reported_tasks(results: Mapping[str, Any]) -> list[str]:
     """Return tasks and groups that have metrics, without the tasks of a group that aggregates them."""
     inside: set[str] = set()
-    todo = list(found.get("groups", {}))
+    todo = list(results.get("groups", {}))
     while todo:
-        children = found["group_subtasks"].get(todo.pop(), [])
+        children = results["group_subtasks"].get(todo.pop(), [])
         inside.update(children)
         todo += children
-    return sorted(n for n, values in found["results"].items() if n not in inside and _figures(values))
+    return sorted(n for n, values in results["results"].items() if n not in inside and _figures(values))
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, float]:
@@ -267,13 +272,13 @@ def _difference(
     from finetune.eval.metrics import paired_interval
 
     pair = []
-    for found in (adapter, base):
-        samples = [s for s in found["samples"].get(name, []) if s["filter"] == filtered and metric in s]
+    for results in (adapter, base):
+        samples = [s for s in results["samples"].get(name, []) if s["filter"] == filtered and metric in s]
         values = [s[metric] for s in sorted(samples, key=lambda s: s["doc_id"])]
         if len(values) < 2 or not all(isinstance(v, (bool, int, float, np.number)) for v in values):
             return None
         pair.append(np.array(values, dtype=np.float64))
-        if not np.isclose(pair[-1].mean(), found["results"][name][f"{metric},{filtered}"]):
+        if not np.isclose(pair[-1].mean(), results["results"][name][f"{metric},{filtered}"]):
             return None  # the metric is not a mean over documents, so resampling its mean is not valid
     interval = paired_interval(pair[0], pair[1], np.ones(len(pair[0])))
     return [_six(interval.low), _six(interval.high)]

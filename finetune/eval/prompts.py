@@ -48,15 +48,15 @@ def read_prompts(path: Path, system: str | None) -> list[PromptRow]:
     """
     if path.suffix == ".txt":
         rows = [(n, _user(line)) for n, line in enumerate(_lines(path), start=1) if line.strip()]
-        found = [PromptRow(i, messages) for i, (_, messages) in enumerate(rows)]
+        prompts = [PromptRow(i, messages) for i, (_, messages) in enumerate(rows)]
     else:
-        found = _rows(path)
-    if not found:
+        prompts = _rows(path)
+    if not prompts:
         raise InputError(f"{path} holds no prompt")
     if system is None:
-        return found
+        return prompts
     first = {"role": "system", "content": system}
-    return [r if _has_system(r) else PromptRow(r.number, [first, *r.messages], r.tools) for r in found]
+    return [r if _has_system(r) else PromptRow(r.number, [first, *r.messages], r.tools) for r in prompts]
 
 
 def _lines(path: Path) -> list[str]:
@@ -88,7 +88,7 @@ def _rows(path: Path) -> list[PromptRow]:
         decision = decide("auto", {}, asked[:SAMPLE_ROWS])
     except FormatError as error:
         raise InputError(f'{path}: {error}; or write each row as {{"prompt": …}}') from None
-    found = []
+    rows_read = []
     for number, (raw, row) in enumerate(zip(rows, asked, strict=True)):
         try:
             example = to_example(row, decision, f"{path.name}:{raw.number}", path.name)
@@ -97,8 +97,8 @@ def _rows(path: Path) -> list[PromptRow]:
         messages = _user(example.text) if example.text is not None else prompt_of(chat_of(example.messages))
         if not messages:
             raise InputError(f"{path}, row {raw.number}: no prompt: the answer is the first turn")
-        found.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
-    return found
+        rows_read.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
+    return rows_read
 
 
 def with_answer(row: dict[str, Any], columns: Mapping[str, str] | None = None) -> dict[str, Any]:

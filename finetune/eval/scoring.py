@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from finetune.tokenization.token_rows import TokenRow
 
 if TYPE_CHECKING:
     import torch
+
+    from finetune.models.layerwise import CausalModel
 
 POSITIONS = 1024  # whose logits exist at once
 
@@ -30,7 +32,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def row_nll(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     rows: Sequence[TokenRow],
     batch_tokens: int,
     ctx: Context,
@@ -65,7 +67,7 @@ def padded(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def _batch_nll(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     ids: torch.Tensor,
     attention: torch.Tensor,
     wanted: torch.Tensor,
@@ -81,7 +83,7 @@ def _batch_nll(
 
 
 def token_nll(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     ids: torch.Tensor,
     attention: torch.Tensor,
     wanted: torch.Tensor,
@@ -94,9 +96,9 @@ def token_nll(
     """
     import torch
 
-    from finetune.models.layerwise import head_logits
+    from finetune.models.layerwise import head_logits, without_adapter
 
-    causal = model.get_base_model() if _is_adapted(model) else model
+    causal = without_adapter(model)
     keep, targets = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
     parts: list[torch.Tensor] = []
 
@@ -119,9 +121,3 @@ def token_nll(
             f"{type(causal).__name__} computes logits without calling its head; its rows cannot be scored"
         )
     return torch.cat(parts) if parts else torch.zeros(0, device=ids.device)
-
-
-def _is_adapted(model: object) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)

@@ -126,7 +126,7 @@ def few_steps(steps: int, to_set: str = "") -> str:
     if steps >= FEW_STEPS:
         return ""
     advice = to_set or "set a larger train.epochs or a smaller train.batch_rows"
-    return f"ONLY {steps} OPTIMISER STEP{'S' * (steps != 1)} ({FEW_STEPS} or more are usual): {advice}"
+    return f"ONLY {steps} OPTIMISER STEP{'' if steps == 1 else 'S'} ({FEW_STEPS} or more are usual): {advice}"
 
 
 def no_difference(evaluate: EvaluateMetrics) -> str:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest, read_json
 from finetune.utils.format import first_line
 from finetune.utils.runtime import available_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finetune.models.layerwise import CausalModel
 
 ROOM_FOR_CACHE = 0.85  # share of the free GPU memory for weights; the rest is for keys, values and activations
 
@@ -28,7 +33,7 @@ class Says(Protocol):
 class Voice:
     """A loaded model with the template and terminators for its prompts and answers."""
 
-    model: Any  # PreTrainedModel or PeftModel
+    model: CausalModel
     tokenizer: Any  # PreTrainedTokenizerBase
     encoder: Any  # tokenization.encoder.Encoder
     profile: Any  # tokenization.template_profile.TemplateProfile
@@ -91,7 +96,7 @@ def _no_template(folder: Path) -> str:
     return f"{folder} has no chat template (chat_template.jinja): it was not made to chat"
 
 
-def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], device: str) -> Any:  # noqa: ANN401 - model
+def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], device: str) -> PreTrainedModel:
     import torch
     import transformers
 
@@ -127,7 +132,7 @@ def generation_stops(folder: Path) -> list[int]:
 
 
 def make_voice(
-    model: Any,  # noqa: ANN401 - PreTrainedModel or PeftModel
+    model: CausalModel,
     tokenizer_folder: Path,
     template_folder: Path,
     terminators: list[int],

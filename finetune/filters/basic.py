@@ -73,11 +73,11 @@ def length_outside(row: Example, role: str, least: int, most: int | None) -> Ver
     """
     if row.text is not None and role != "assistant":
         return None
-    found = len(row.joined(role)) + sum(len(m.extra or "") for m in row.messages if m.role == role and _calls(m))
-    if found < least:
-        return Drop(f"{role}_short", f"{found} characters, at least {least}", found, least)
-    if most is not None and found > most:
-        return Drop(f"{role}_long", f"{found} characters, at most {most}", found, most)
+    length = len(row.joined(role)) + sum(len(m.extra or "") for m in row.messages if m.role == role and _calls(m))
+    if length < least:
+        return Drop(f"{role}_short", f"{length} characters, at least {least}", length, least)
+    if most is not None and length > most:
+        return Drop(f"{role}_long", f"{length} characters, at most {most}", length, most)
     return None
 
 
@@ -86,8 +86,8 @@ def matching(row: Example, drop: Sequence[re.Pattern[str]], keep: Sequence[re.Pa
     texts = list(contents(row))
     for pattern in drop:
         for text in texts:
-            if found := pattern.search(text):
-                return Drop("drop_matching", f"{pattern.pattern!r} matches {found[0][:60]!r}")
+            if match := pattern.search(text):
+                return Drop("drop_matching", f"{pattern.pattern!r} matches {match[0][:60]!r}")
     if keep and not any(pattern.search(text) for pattern in keep for text in texts):
         return Drop("keep_matching", f"matches none of {', '.join(repr(p.pattern) for p in keep)}")
     return None
@@ -114,5 +114,5 @@ def contents(row: Example) -> Iterator[str]:
 
 
 def _roles(messages: Sequence[Message]) -> str:
-    shown = ", ".join(m.role for m in messages[:8])
-    return f"{shown}, … ({len(messages)} turns)" if len(messages) > 8 else shown
+    roles = ", ".join(m.role for m in messages[:8])
+    return f"{roles}, … ({len(messages)} turns)" if len(messages) > 8 else roles

@@ -40,9 +40,9 @@ def _judge(row: Example, text: str, column: str, sign: str, limit: str) -> Verdi
     value = row.column(column)
     if value is None:
         return Drop("keep_where", f"{text}: this row has no value in the column {column!r}")
-    found, bound = _number(value), _number(limit)
-    if found is not None and bound is not None:
-        return None if COMPARE[sign](found, bound) else Drop("keep_where", f"{text}: {found:g}", found, bound)
+    number, bound = _number(value), _number(limit)
+    if number is not None and bound is not None:
+        return None if COMPARE[sign](number, bound) else Drop("keep_where", f"{text}: {number:g}", number, bound)
     if sign not in ("==", "!="):
         return Drop("keep_where", f"{text}: the value {str(value)[:40]!r} is no number")
     same = str(value).strip() == limit

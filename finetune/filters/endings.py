@@ -104,10 +104,10 @@ def refusals(row: Example, phrases: Sequence[str]) -> Drop | None:
             continue
         text = plain(message.content)
         opening = text[:OPENING_CHARACTERS]
-        found = next((p for p in known if (at := text.find(p)) >= 0 and text.count('"', 0, at) % 2 == 0), None)
-        found = found or next((p for p in REFUSALS if p in opening), None)
-        if found is not None:
-            return Drop("refusals", f"turn {number} says {found!r}")
+        phrase = next((p for p in known if (at := text.find(p)) >= 0 and text.count('"', 0, at) % 2 == 0), None)
+        phrase = phrase or next((p for p in REFUSALS if p in opening), None)
+        if phrase is not None:
+            return Drop("refusals", f"turn {number} says {phrase!r}")
     return None
 
 

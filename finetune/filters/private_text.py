@@ -37,25 +37,25 @@ def count_private(rows: Iterable[Example]) -> dict[str, int]:
 
 def kinds_in(text: str) -> list[str]:
     """Return the apparent kinds of private text in `text`, each once."""
-    found = []
+    kinds = []
     if "@" in text and EMAIL.search(text):
-        found.append(KINDS[0])
+        kinds.append(KINDS[0])
     if any(_is_card(m[0]) for m in CARD.finditer(text)):
-        found.append(KINDS[2])
+        kinds.append(KINDS[2])
     if any(_is_phone(m[0]) for m in PHONE.finditer(text)):
-        found.append(KINDS[1])
+        kinds.append(KINDS[1])
     if KEY.search(text) or find_secrets(text):
-        found.append(KINDS[3])
-    return found
+        kinds.append(KINDS[3])
+    return kinds
 
 
 def warning(counts: dict[str, int], before: str) -> str:
     """Return one line with the counts, or "" if there are none; `before` names the next step: training, a push."""
-    found = [f"{counts[kind]:,} with {kind}" for kind in KINDS if counts.get(kind)]
-    if not found:
+    counted = [f"{counts[kind]:,} with {kind}" for kind in KINDS if counts.get(kind)]
+    if not counted:
         return ""
     return (
-        f"PRIVATE TEXT? before {before}: of {counts['rows']:,} rows {', '.join(found)} (by pattern, counts only). "
+        f"PRIVATE TEXT? before {before}: of {counts['rows']:,} rows {', '.join(counted)} (by pattern, counts only). "
         "A model can repeat what it was trained on: remove them from the file, or drop such rows, for e-mail addresses "
         r"with filter: {drop_matching: ['\S+@\S+\.\w+']}"
     )

@@ -36,11 +36,11 @@ def turns(row: Example, least: int, most: int | None) -> Drop | None:
     """Drop a row with fewer or more turns than allowed, a system turn not counted. A raw text is kept."""
     if row.text is not None:
         return None
-    found = sum(m.role != "system" for m in row.messages)
-    if found < least:
-        return Drop("turns", f"{found} turns, at least {least}", found, least)
-    if most is not None and found > most:
-        return Drop("turns", f"{found} turns, at most {most}", found, most)
+    count = sum(m.role != "system" for m in row.messages)
+    if count < least:
+        return Drop("turns", f"{count} turns, at least {least}", count, least)
+    if most is not None and count > most:
+        return Drop("turns", f"{count} turns, at most {most}", count, most)
     return None
 
 
@@ -60,8 +60,8 @@ def repetition(row: Example, max_duplicate_lines: float, max_top_ngram: float, m
         return _above("repetition", "of the lines and sentences repeat an earlier one", share, max_duplicate_lines)
     share, ngram = top_ngram(words) if _most_repeated(words) > max_top_ngram else (0.0, ())
     if share > max_top_ngram:
-        shown = " ".join(ngram)[:60]
-        return _above("repetition", f"of the characters are {shown!r} repeated", share, max_top_ngram)
+        phrase = " ".join(ngram)[:60]
+        return _above("repetition", f"of the characters are {phrase!r} repeated", share, max_top_ngram)
     return None
 
 
@@ -86,7 +86,7 @@ def top_ngram(words: Sequence[str]) -> tuple[float, tuple[str, ...]]:
                 counts[ngram] += 1
                 end[ngram] = i + n
         shares = ((count * sum(map(len, g)) / total, g) for g, count in counts.items() if count > 1)
-        best = max(best, max(shares, default=best), key=lambda found: found[0])  # the shortest on a tie
+        best = max(best, max(shares, default=best), key=lambda pair: pair[0])  # the shortest on a tie
     return best
 
 
@@ -113,9 +113,9 @@ def symbols(row: Example, max_symbols: float, max_digits: float, min_characters:
     digits = sum(n for c, n in counts.items() if c.isdigit()) / total
     if digits > max_digits:
         return _above("symbols", "of the characters are digits", digits, max_digits)
-    found = sum(n for c, n in counts.items() if not c.isalnum() and unicodedata.category(c)[0] != "M") / total
-    if found > max_symbols:
-        return _above("symbols", "of the characters are neither letters nor digits", found, max_symbols)
+    share = sum(n for c, n in counts.items() if not c.isalnum() and unicodedata.category(c)[0] != "M") / total
+    if share > max_symbols:
+        return _above("symbols", "of the characters are neither letters nor digits", share, max_symbols)
     return None
 
 
@@ -125,7 +125,7 @@ def links(row: Example, max_share: float) -> Drop | None:
     if not any(mark in text for mark in ("@", "://", "www.")):
         return None
     total = sum(map(len, text.split()))
-    share = sum(len(found) for found in LINK.findall(text)) / max(1, total)
+    share = sum(len(link) for link in LINK.findall(text)) / max(1, total)
     if share > max_share:
         return _above("links", "of the characters are URLs or e-mail addresses", share, max_share)
     return None
@@ -150,11 +150,11 @@ def language(
     text = LINK.sub(" ", without_code(row.joined("assistant")))
     if sum(map(str.isalpha, text)) < min_characters:
         return None
-    found, confidence = detect(text)
-    if found in allowed or confidence < min_confidence:
+    code, confidence = detect(text)
+    if code in allowed or confidence < min_confidence:
         return None
     return Drop(
-        "language", f"{found} ({confidence:.2f}), allowed is {', '.join(allowed)}", round(confidence, 6), min_confidence
+        "language", f"{code} ({confidence:.2f}), allowed is {', '.join(allowed)}", round(confidence, 6), min_confidence
     )
 
 

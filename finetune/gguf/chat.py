@@ -38,9 +38,9 @@ def differences(path: Path, ours: Render | None, terminators: Sequence[int]) -> 
     elif ours is not None:
         theirs = _renderer(facts)
         for chat in CHATS:
-            expected, found = _attempt(ours, chat), _attempt(theirs, chat)
-            if expected != found:
-                yield f"its chat template writes {_near(found, expected)} instead of {_near(expected, found)}"
+            expected, actual = _attempt(ours, chat), _attempt(theirs, chat)
+            if expected != actual:
+                yield f"its chat template writes {_near(actual, expected)} instead of {_near(expected, actual)}"
                 return
 
 

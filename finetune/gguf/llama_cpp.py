@@ -27,25 +27,25 @@ def require_quantizer(kinds: Iterable[str]) -> str:
     asked = [k for k in kinds if k in K_QUANTS]
     if not asked:
         return ""
-    found = shutil.which(PROGRAM)
-    if found is None:
+    program = shutil.which(PROGRAM)
+    if program is None:
         raise InputError(
             f"export.gguf: {', '.join(asked)} is made by llama.cpp's {PROGRAM}, which is not on the PATH; take a "
             "release from https://github.com/ggml-org/llama.cpp/releases (or brew install llama.cpp), or ask for q8_0 "
             "or q4_0, which are written here"
         )
-    return found
+    return program
 
 
 def quantizer_digests() -> dict[str, str] | None:
     """Digests of llama-quantize and the libraries it is released with, by name; None where it is not on the PATH.
 
-    It has no option that says its version, and does its arithmetic in libraries that lie beside it or in ../lib.
+    It has no option that prints its version, and computes in libraries that are next to it or in ../lib.
     """
-    found = shutil.which(PROGRAM)
-    if found is None:
+    tool = shutil.which(PROGRAM)
+    if tool is None:
         return None
-    program = Path(found).resolve()
+    program = Path(tool).resolve()
     folders = (program.parent, program.parent.parent / "lib")
     libraries = {p.resolve() for folder in folders for stem in ("libggml", "libllama") for p in folder.glob(f"{stem}*")}
     return {p.name: file_digest(p) for p in (program, *libraries) if p.is_file()}

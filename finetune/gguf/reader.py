@@ -60,13 +60,13 @@ class GgufWeights:
         largest = 0.0
         step = max(1, BLOCK_ELEMENTS // max(1, merged[:1].numel()))
         for start in range(0, len(merged), step):
-            found, source = there[start : start + step], merged[start : start + step]
+            stored, source = there[start : start + step], merged[start : start + step]
             expected = source.to(dtype).float()
             if planned.offset:  # as a reader gets it back, rounded by the sum
                 expected = (source.float() + planned.offset) - planned.offset
-            if not torch.equal(found, expected):
+            if not torch.equal(stored, expected):
                 raise _other_weights(self.path, planned)
-            largest = max(largest, float((found - source.float()).abs().max()))
+            largest = max(largest, float((stored - source.float()).abs().max()))
         return largest
 
     def require_finite(self) -> None:

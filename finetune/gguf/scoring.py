@@ -63,9 +63,9 @@ def score(merged: Path, files: Mapping[str, Kind], rows: Sequence[TokenRow], dev
     for kind, file in files.items():
         model = _streamed(merged, file.weights, device)
         file.prepare(model.model)
-        found = _hidden(model, held_out, kind, ctx)
+        hidden = _hidden(model, held_out, kind, ctx)
         with own.head() as first, model.head() as second:
-            compared = compare(expected, first, found, second, held_out.labels)
+            compared = compare(expected, first, hidden, second, held_out.labels)
         scores.perplexity.setdefault("merged", perplexity(per_row(compared.nll_first, held_out), counts))
         scores.perplexity[kind] = perplexity(per_row(compared.nll_second, held_out), counts)
         if not math.isfinite(scores.perplexity[kind]):
@@ -101,7 +101,8 @@ def _timed(layers: Sequence[int], label: str, tokens: int, models: int, ctx: Con
         layer = time.monotonic() - started
         expected = layer * len(layers) * models
         if expected >= WORTH_SAYING_SECONDS:
+            others = f"{models - 1} file{'' if models == 2 else 's'}"
             ctx.say(
-                f"export: scoring the merged model and {models - 1} file{'s' * (models != 2)} on {tokens:,} tokens, a "
-                f"layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
+                f"export: scoring the merged model and {others} on {tokens:,} tokens, "
+                f"a layer at a time, takes about {expected / 60:.1f} min ({layer:.1f} s a layer)"
             )

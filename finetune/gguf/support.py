@@ -222,10 +222,10 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Gemma-3 has them by kind of layer: those of the layers that attend to all tokens.
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found = dict(found.get("full_attention") or found)
-    found.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-    found.setdefault("rope_type", found.get("type", "default"))
-    share = found.get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    found["partial_rotary_factor"] = share or PARTIAL.get(str(config.get("model_type")), 1.0)
-    return found
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    settings = dict(settings.get("full_attention") or settings)
+    settings.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    settings.setdefault("rope_type", settings.get("type", "default"))
+    share = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    settings["partial_rotary_factor"] = share or PARTIAL.get(str(config.get("model_type")), 1.0)
+    return settings

@@ -159,7 +159,7 @@ def _habits(content: Mapping[str, Any], bos: str | None, sentencepiece: bool) ->
     tokenizer = Tokenizer.from_str(json.dumps(content))
     habits = {"add_bos": bos is not None and tokenizer.encode("x").tokens[:1] == [bos]}
     if sentencepiece and bos is not None:
-        # chats begin with BOS; there llama.cpp puts a space in front or not, as this flag says
+        # chats begin with BOS; there llama.cpp puts a space in front or not, by this flag
         first = tokenizer.encode(bos + "x", add_special_tokens=False).tokens[1]
         habits["add_space_prefix"] = first.startswith("▁")
     return habits

@@ -24,6 +24,7 @@ from finetune.utils.safetensors_io import FLOATS, TensorRef, read_folder
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from gguf import GGUFWriter
 
 # name in the file -> (values a block, bytes a block), for a plan made without the package gguf
 TYPES = {
@@ -101,8 +102,8 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
 
 def exact_kind(folder: Path) -> str:
     """The kind that holds the weights of a folder as they are: bf16 or f16 where all are that, else f32."""
-    found = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
-    return {"BF16": "bf16", "F16": "f16"}.get(found.pop(), "f32") if len(found) == 1 else "f32"
+    dtypes = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
+    return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
 def exact_kind_of(planned: Sequence[Planned]) -> str:
@@ -239,7 +240,7 @@ def _order(name: str) -> tuple[int, str]:
     return (0, name) if name.startswith("token") else (1 << 30, name)
 
 
-def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+def _describe(writer: GGUFWriter, header: Header, kind: str, parameters: int) -> None:
     """Return every key of the metadata, from the files of the merged folder: no date, no path, no program."""
     import gguf
 
@@ -267,7 +268,7 @@ def _describe(writer: Any, header: Header, kind: str, parameters: int) -> None: 
     _describe_vocabulary(writer, header)
 
 
-def _describe_architecture(writer: Any, arch: str, config: Mapping[str, Any], width: int) -> None:  # noqa: ANN401
+def _describe_architecture(writer: GGUFWriter, arch: str, config: Mapping[str, Any], width: int) -> None:
     """Return metadata that llama.cpp needs for some architectures; `width` is that of a head."""
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -298,7 +299,7 @@ def _describe_architecture(writer: Any, arch: str, config: Mapping[str, Any], wi
         writer.add_logit_scale(config.get("logits_scaling", 1.0))  # llama.cpp divides by it, as transformers does
 
 
-def _describe_rope(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+def _describe_rope(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     import gguf
 
     settings = rope(config)
@@ -332,7 +333,7 @@ def _rope_factors(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
     return np.array(factors, dtype=np.float32)
 
 
-def _describe_vocabulary(writer: Any, header: Header) -> None:  # noqa: ANN401 - gguf.GGUFWriter
+def _describe_vocabulary(writer: GGUFWriter, header: Header) -> None:
     vocabulary, special = header.vocabulary, header.special
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)

@@ -273,7 +273,8 @@ def tree_of(api: HfApi, repo_id: str, repo_type: RepoType, revision: str) -> lis
 
 def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFile]) -> list[str]:
     paths = sorted(f.path for f in listed)
-    others = [pattern for name, pattern in OWN.items() if name != kind] + [OTHER_ROWS] * (kind == "dataset")
+    others = [pattern for name, pattern in OWN.items() if name != kind]
+    others += [OTHER_ROWS] if kind == "dataset" else []
     foreign = [p for p in paths if not OWN[kind].fullmatch(p) and any(o.fullmatch(p) for o in others)]
     if foreign:
         raise InputError(
@@ -283,8 +284,8 @@ def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFi
     return [p for p in paths if OWN[kind].fullmatch(p) and not (folder / p).exists()]
 
 
-def _require_private(wanted: bool, found: bool | None, repo_id: str) -> None:
-    if wanted and found is False:
+def _require_private(wanted: bool, is_private: bool | None, repo_id: str) -> None:
+    if wanted and is_private is False:
         raise InputError(
             f"{repo_id} exists and is public, but publish.private is true: make it private in its settings on the "
             "Hub, write `private: false`, or name another repository"
@@ -305,10 +306,10 @@ def _compared(
             wrong.append(f"{name} is missing")
             continue
         hashed, expected = ("sha256", there.lfs.sha256) if there.lfs else ("git_sha1", there.blob_id)
-        found = hub_digest(path, size, hashed)
-        if there.size != size or found != expected:
-            wrong.append(f"{name} has {size} bytes, {hashed} {found[:12]}; there {there.size}, {expected[:12]}")
-        files.append({"path": name, "bytes": size, hashed: found})
+        digest = hub_digest(path, size, hashed)
+        if there.size != size or digest != expected:
+            wrong.append(f"{name} has {size} bytes, {hashed} {digest[:12]}; there {there.size}, {expected[:12]}")
+        files.append({"path": name, "bytes": size, hashed: digest})
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise FinetuneError(

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune.errors import FinetuneError, InputError
 from finetune.hub.guard import install
 from finetune.utils.secrets import redact
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 
@@ -94,7 +97,7 @@ def sentences(action: str, repo_id: str, repo_type: str) -> Iterator[None]:
         raise FinetuneError(f"{what}: {_first_line(error)}") from error
 
 
-def _of_status(error: Any, what: str, repo_id: str, repo_type: str) -> FinetuneError:  # noqa: ANN401 - an error
+def _of_status(error: HfHubHTTPError, what: str, repo_id: str, repo_type: str) -> FinetuneError:
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RevisionNotFoundError
 

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 from finetune.errors import FinetuneError
@@ -68,7 +68,7 @@ def _check(response: httpx2.Response) -> None:
         value = headers.get(name) if request.method == "HEAD" or "/resolve/" in request.url.path else None
         if value is not None and not allowed.fullmatch(value):
             raise FinetuneError(
-                f"{where}: the Hub answered with a {name} that is not a valid file name: {shown(value)}"
+                f"{where}: the Hub answered with a {name} that is not a valid file name: {quoted(value)}"
             )
     size: str = headers.get("x-linked-size") or ("" if response.is_redirect else headers.get("content-length")) or ""
     if request.method == "HEAD":
@@ -84,7 +84,7 @@ def _check(response: httpx2.Response) -> None:
         most = int(size) if size.isdecimal() else ANSWER_BYTES
     packed = headers.get("content-encoding") or "identity"
     if packed not in PACKINGS:
-        raise FinetuneError(f"{where}: the Hub answered with the encoding {shown(packed)}, which was not requested")
+        raise FinetuneError(f"{where}: the Hub answered with the encoding {quoted(packed)}, which was not requested")
     if isinstance(response.stream, httpx2.SyncByteStream):
         response.stream = _stream(response.stream, most, where)
     if "/api/" in request.url.path and "json" in headers.get("content-type", "") and request.method == "GET":
@@ -95,7 +95,7 @@ def _check(response: httpx2.Response) -> None:
             return  # the caller reports the error
 
 
-def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON
+def _check_names(value: object, where: str) -> None:
     """Refuse a listing whose ids or paths, used as file names, would leave their folder."""
     if isinstance(value, list):
         for inner in value:
@@ -104,9 +104,9 @@ def _check_names(value: Any, where: str) -> None:  # noqa: ANN401 - JSON
         return
     for name, inner in value.items():
         if isinstance(inner, str) and name in IDS and not NAME.fullmatch(inner):
-            raise FinetuneError(f"{where}: the Hub listed a {name} that is not a valid file name: {shown(inner)}")
+            raise FinetuneError(f"{where}: the Hub listed a {name} that is not a valid file name: {quoted(inner)}")
         if isinstance(inner, str) and name in PATHS and (inner.startswith("/") or ".." in re.split(r"[/\\]", inner)):
-            raise FinetuneError(f"{where}: the Hub listed a file outside its repository: {shown(inner)}")
+            raise FinetuneError(f"{where}: the Hub listed a file outside its repository: {quoted(inner)}")
         _check_names(inner, where)
 
 
@@ -154,6 +154,6 @@ def _plain(address: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
-def shown(value: str) -> str:
+def quoted(value: str) -> str:
     """Format a value of the server for a message."""
     return repr(visible(clipped(value, 100)))

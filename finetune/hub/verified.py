@@ -53,14 +53,14 @@ def require_announced(
         if not expected:
             say(f"{repo_id}: no hash of {name} is known; it is used unverified")
             continue
-        if (found := hub_digest(path, stat.st_size, kind)) != expected:
+        if (digest := hub_digest(path, stat.st_size, kind)) != expected:
             with suppress(OSError):
                 blob = path.resolve()
                 path.unlink(missing_ok=True)
                 if blob.is_relative_to(snapshot.parent.parent.resolve()):
                     blob.unlink(missing_ok=True)
             raise FinetuneError(
-                f"{repo_id}: {name} differs from the Hub's announcement: {kind} {found[:16]}…, announced "
+                f"{repo_id}: {name} differs from the Hub's announcement: {kind} {digest[:16]}…, announced "
                 f"{expected[:16]}…; it was removed: run the same command again, and if that fails too, check the "
                 "mirror or proxy in between"
             )

@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"--from {path}: no YAML: {first_line(error)}") from None
     if not isinstance(value, dict) or "base_model" not in value:
         raise InputError(f"--from {path}: no axolotl configuration: it has no base_model")
-    return {str(key): found for key, found in value.items()}
+    return {str(key): inner for key, inner in value.items()}
 
 
 def translate(config: Mapping[str, Any], name: str) -> Translated:
@@ -280,10 +280,10 @@ def _wandb(out: Translated, config: Mapping[str, Any]) -> None:
     out.put("tracking.wandb", True)
 
 
-def text(found: Translated) -> str:
+def text(translated: Translated) -> str:
     """The recipe as YAML, one section a line."""
     lines = []
-    for key, value in found.recipe.items():
+    for key, value in translated.recipe.items():
         if key == "data":
             lines += ["data:", *(f"  - {_flow(source)}" for source in value)]
         else:

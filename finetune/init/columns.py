@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which columns are which, as the user said or chose.
+    """Roles of the columns, as given by options or chosen by the user.
 
     `keep` are conditions for filter.keep_where, `ignore` columns for ingest.ignore.
     """
@@ -53,13 +53,13 @@ class Chosen:
 def describe(rows: Sequence[Mapping[str, object]]) -> list[Column]:
     """Return the columns of `rows` in the order in which they appear. Raises nothing; no rows give no columns."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    found = []
+    parts = []
     for name in names:
         values = [str(v).strip() for row in rows if (v := row.get(name)) is not None and str(v).strip()]
         lengths = sum(map(len, values)) / len(values) if values else 0.0
         numeric = bool(values) and all(re.fullmatch(r"[-+]?\d+([.,]\d+)?", v) for v in values)
-        found.append(Column(name, values[0] if values else "", len(values) / max(1, len(rows)), lengths, numeric))
-    return found
+        parts.append(Column(name, values[0] if values else "", len(values) / max(1, len(rows)), lengths, numeric))
+    return parts
 
 
 def table(columns: Sequence[Column]) -> str:

@@ -128,18 +128,18 @@ def _file(file: Path, chosen: Chosen, *, tiny: bool, force: bool, ask: Ask | Non
         decision, rows, chosen = open_source(fields, file.name, chosen, columns, ask)
     else:
         fields["format"] = decision.format
-    found = measure(rows, chosen.keep, tiny=tiny)
-    notes.append(_found(file, decision.format, decision.why, decision.unused, found))
+    measured = measure(rows, chosen.keep, tiny=tiny)
+    notes.append(_summary(file, decision.format, decision.why, decision.unused, measured))
     notes += [f"{file.name}: {note} ({count:,})" for note, count in sorted(decision.notes.items())]
     if not file.is_file() and (evaluation := evaluation_files([file])):
         notes.append(f"{file.name}: {TRAINED_ON.format(listed(evaluation))} (--eval-data)")
-    if found.kept == 0:
-        why = f"none can be read: {found.first_reject}"
+    if measured.kept == 0:
+        why = f"none can be read: {measured.first_reject}"
         why = f"--keep {' and '.join(chosen.keep)} keeps none" if chosen.keep else why
-        raise InputError(f"{file.name}: of {found.rows:,} rows {why}. The columns are:\n{table(columns)}")
-    if line := warning(found.private, "training"):
+        raise InputError(f"{file.name}: of {measured.rows:,} rows {why}. The columns are:\n{table(columns)}")
+    if line := warning(measured.private, "training"):
         notes.append(line)
-    return Data(fields, file, decision.format, chosen.keep, chosen.ignore, found, notes)
+    return Data(fields, file, decision.format, chosen.keep, chosen.ignore, measured, notes)
 
 
 class NotNeeded(InputError):
@@ -164,19 +164,21 @@ def open_source(
                 raise
             if ask is None:
                 raise InputError(f"{error}; here: --ignore {shlex.quote(column)}") from None
-            shown = table([c for c in columns if c.name == column])
-            asked = f"{error}\n{shown}\nleave the column {column!r} out (ingest.ignore)? yes or no"
+            columns_table = table([c for c in columns if c.name == column])
+            asked = f"{error}\n{columns_table}\nleave the column {column!r} out (ingest.ignore)? yes or no"
             if not ask(asked, "").lower().startswith("y"):
                 raise NotNeeded(str(error)) from None
             chosen = replace(chosen, ignore=(*chosen.ignore, column))
 
 
-def _found(file: Path, format_: str, why: str, unused: tuple[str, ...], found: Measured) -> str:
+def _summary(file: Path, format_: str, why: str, unused: tuple[str, ...], measured: Measured) -> str:
     parts = [f"{file.name}: format {format_}, since {why}"]
     parts += [f"not used: {', '.join(unused)}"] if unused else []
-    parts.append(f"{found.kept:,} of {found.rows:,} rows kept" + ("" if found.whole else ", of the first ones"))
-    if found.refused:
-        parts.append(f"{found.refused:,} cannot be read, the first: {found.first_reject}")
+    parts.append(
+        f"{measured.kept:,} of {measured.rows:,} rows kept" + ("" if measured.whole else ", of the first ones")
+    )
+    if measured.refused:
+        parts.append(f"{measured.refused:,} cannot be read, the first: {measured.first_reject}")
     return "; ".join(parts)
 
 
@@ -186,8 +188,8 @@ def _ask_columns(file: Path, columns: list[Column], chosen: Chosen, ask: Ask | N
     if ask is None:
         hint = f"--question {question or 'NAME'!r} --answer {answer or 'NAME'!r}"
         raise InputError(f"{file.name}: which column is the question, which the answer? Add {hint}\n{table(columns)}")
-    shown = f"{file.name} has these columns:\n{table(columns)}\n"
-    question = ask(f"{shown}column of the question", question)
+    overview = f"{file.name} has these columns:\n{table(columns)}\n"
+    question = ask(f"{overview}column of the question", question)
     answer = ask("column of the answer", answer)
     system = ask("column of a system text", NONE)
     return replace(chosen, question=question, answer=answer, system=None if system == NONE else system)

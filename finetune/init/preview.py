@@ -75,10 +75,10 @@ def _rendered(recipe: Recipe, row: Example, base: Path) -> tuple[str, int, int]:
     spec = recipe.render
     tokenizer: Any = load_tokenizer(base)  # PreTrainedTokenizerBase, whose decode has a wider type
     template = choose_template(spec.template, spec.template_file, tokenizer, [row], spec.system, spec.reasoning, base)
-    worker = RowTokenizer(template, Encoder(tokenizer), _rules(spec, tokenizer, template))
-    found = worker.batch([row], Tally())
-    if not found:
+    row_tokenizer = RowTokenizer(template, Encoder(tokenizer), _rules(spec, tokenizer, template))
+    rows = row_tokenizer.batch([row], Tally())
+    if not rows:
         raise FinetuneError(f"row {row.id} does not fit {spec.max_length_tokens} tokens or has no answer to learn")
-    ids, mask = list(found[0].ids), [int(m) for m in found[0].mask]
+    ids, mask = list(rows[0].ids), [int(m) for m in rows[0].mask]
     parts = segments(tokenizer, ids, mask)
     return "".join(f"»{s.text}«" if s.supervised else s.text for s in parts), sum(mask), len(ids)

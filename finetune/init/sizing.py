@@ -12,23 +12,23 @@ WANTED_HELD_OUT = 50
 MARGIN = 1.3  # over the longest row that was estimated
 
 
-def length_for(found: Measured, lengths: Sequence[int]) -> int:
+def length_for(measured: Measured, lengths: Sequence[int]) -> int:
     """The shortest of `lengths` that holds all but 1 in 200 rows with a margin, else the longest."""
-    if not found.lengths:
+    if not measured.lengths:
         return max(lengths)
-    longest = sorted(found.lengths)[math.ceil(0.995 * found.kept) - 1]
+    longest = sorted(measured.lengths)[math.ceil(0.995 * measured.kept) - 1]
     return min((n for n in lengths if n >= MARGIN * longest), default=max(lengths))
 
 
-def held_out_fraction(found: Measured) -> float:
+def held_out_fraction(measured: Measured) -> float:
     """Share that holds out WANTED_HELD_OUT rows, from 5 to 20 %."""
-    return min(0.2, max(0.05, round(WANTED_HELD_OUT / max(1, found.kept), 2)))
+    return min(0.2, max(0.05, round(WANTED_HELD_OUT / max(1, measured.kept), 2)))
 
 
-def batch_for(found: Measured, length: int) -> Sizing:
+def batch_for(measured: Measured, length: int) -> Sizing:
     """Batch, epochs and packing for the rows that are trained on, of at most `length` tokens each."""
-    share = 1 - held_out_fraction(found)
-    tokens = share * sum(min(n, length) for n in found.lengths)
-    rows = max(1, math.floor(share * found.kept))
+    share = 1 - held_out_fraction(measured)
+    tokens = share * sum(min(n, length) for n in measured.lengths)
+    rows = max(1, math.floor(share * measured.kept))
     sizing = size_to_rows(rows, math.ceil(tokens / (0.95 * length)))
-    return sizing if found.whole else size_to_rows(100 * rows, math.ceil(100 * tokens / length))
+    return sizing if measured.whole else size_to_rows(100 * rows, math.ceil(100 * tokens / length))

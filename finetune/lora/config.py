@@ -25,8 +25,8 @@ ROWS = ".token_adapter.trainable_tokens_delta."  # of one whose rows are those o
 
 def layer_of(name: str) -> int | None:
     """Return the index of the decoder layer of module `name`: its first number, as in peft."""
-    found = re.match(r"(?:.*?\.)?[^.]+\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.match(r"(?:.*?\.)?[^.]+\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def is_target(lora: Lora, name: str, layers: int) -> bool:
@@ -233,15 +233,15 @@ def saved_parameters(lora: Lora, base: torch.nn.Module, tokens: NewTokens | None
     """
     from peft.utils import ModulesToSaveWrapper
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, module in base.named_modules():
         original = module.original_module if isinstance(module, ModulesToSaveWrapper) else None
         if original is not None and is_saved(lora, name):
             for leaf, parameter in original.named_parameters():
-                found[f"base_model.model.{name}{SAVED}default.{leaf}"] = tuple(parameter.shape)
+                shapes[f"base_model.model.{name}{SAVED}default.{leaf}"] = tuple(parameter.shape)
     if tokens is not None:
         for name, module in token_modules(cast("PreTrainedModel", base)).items():
             if not is_saved(lora, name):
                 width = cast("torch.Tensor", module.weight).shape[1]
-                found[f"base_model.model.{name}{ROWS}default"] = (len(tokens.ids), width)
-    return found
+                shapes[f"base_model.model.{name}{ROWS}default"] = (len(tokens.ids), width)
+    return shapes

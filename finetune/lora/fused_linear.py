@@ -9,16 +9,28 @@ from forward to backward.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 
 from finetune.models.compile import KeptLinear4bit
 from finetune.utils.upstream import register_lora_layers
+
+if TYPE_CHECKING:
+
+    class _Context(torch.autograd.function.FunctionCtx):
+        """The context of an autograd function, with what `_keep` leaves for `_backward`."""
+
+        block: int
+        nested: int
+        kind: str
+        scaling: float
+        saved_tensors: tuple[torch.Tensor, ...]
+        needs_input_grad: tuple[bool, ...]
 
 
 def wanted(asked: str, precision: str, environment: Mapping[str, str], *, worth: bool) -> bool:
@@ -40,7 +52,7 @@ def use(config: LoraConfig) -> None:
 class FusedLinear4bit(AdaptedLinear4bit):
     """peft's adapted 4-bit layer, as one operator if it has a single plain LoRA adapter; else peft's own forward."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - peft's
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """(…, in_features) → (…, out_features), in the dtype of `x`."""
         base: Any = self.get_base_layer()
         names = [n for n in self.active_adapters if n in self.lora_A]
@@ -57,11 +69,11 @@ class FusedLinear4bit(AdaptedLinear4bit):
         return out
 
 
-def _stored(base: Any) -> tuple[torch.Tensor, list[torch.Tensor], int, int, str]:  # noqa: ANN401 - Linear4bit
+def _stored(base: Linear4bit) -> tuple[torch.Tensor, list[torch.Tensor], int, int, str]:
     """Return a matrix as arguments of an operator: weights, scales, block sizes and the name of the 4-bit type."""
     if isinstance(base, KeptLinear4bit):
         return base.kept, [], 0, 0, ""
-    state = base.weight.quant_state
+    state = cast("Params4bit", base.weight).quant_state
     scales, nested = [state.absmax, state.code], 0
     if state.nested:
         scales += [state.offset, state.state2.absmax, state.state2.code]
@@ -163,14 +175,14 @@ def _(gradient, weight, scales, block, nested, kind, a, b, scaling, of_input, ap
     return *made, gradient.new_empty(gradient.numel() // gradient.shape[-1], a.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
+def _keep(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, dropped, weight, scales, block, nested, kind, _, a, b, scaling = inputs
     ctx.set_materialize_grads(False)  # x·Aᵀ has no gradient: do not allocate zeros
     ctx.save_for_backward(x if dropped is None else dropped, output[1], weight, a, b, *scales)
     ctx.block, ctx.nested, ctx.kind, ctx.scaling = block, nested, kind, scaling
 
 
-def _backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+def _backward(ctx: _Context, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     given, low, weight, a, b, *scales = ctx.saved_tensors
     gradient = gradient.contiguous()
     of_x, of_dropped, of_low = adapted_linear_backward(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, GateRefused, InputError
 from finetune.lora.start import CONFIG, WEIGHTS
 from finetune.metrics import TrainMetrics
 from finetune.utils.files import read_json, write_bytes, write_json
 from finetune.utils.safetensors_io import read_file
+
+if TYPE_CHECKING:
+    from finetune.tokenization.chat_template import JinjaRenderer
 
 PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
     ("a question", [{"role": "user", "content": "How far is it?"}]),
@@ -81,8 +84,8 @@ def template_of(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    return found if isinstance(found, str) else None
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def require_same_tokens(source: Path, base: Path, say: Callable[[str], None]) -> None:
@@ -133,7 +136,7 @@ def require_same_template(source: Path, base: Path, rendered: Path) -> None:
             )
 
 
-def _written(render: Any, chat: list[dict[str, Any]]) -> str | None:  # noqa: ANN401 - JinjaRenderer, imported late
+def _written(render: JinjaRenderer, chat: list[dict[str, Any]]) -> str | None:
     from finetune.tokenization.chat import TemplateRefused
 
     try:

@@ -98,11 +98,11 @@ def check(lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code:
 def require_same(
     lora: Lora, folder: Path, base: Path, base_id: str, trust_remote_code: bool, *, importing: bool = False
 ) -> None:
-    """Refuse an adapter whose files differ from what the recipe or the base says. Raises InputError, a line each."""
+    """Refuse an adapter whose files differ from the recipe or the base. Raises InputError, a line each."""
     modules, tokens = read_modules(base, trust_remote_code), read_new_tokens(base) is not None
     known = Base(base_id, modules, read_json(base / "config.json"), tokens=tokens)
-    if found := problems(lora, read_adapter(folder), known, importing=importing):
-        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
+    if differences := problems(lora, read_adapter(folder), known, importing=importing):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in differences))
 
 
 def load(model: PeftModel, folder: Path) -> None:
@@ -156,7 +156,7 @@ def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder
             )
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a configuration's value
+def _plain(value: object) -> object:
     """Return a canonical form: empty values become None, lists are sorted."""
     if not value or value == "none":
         return None

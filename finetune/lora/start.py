@@ -64,12 +64,12 @@ class Adapter:
 
     def whole(self) -> dict[str, tuple[int, ...]]:
         """Fully trained modules and the shape of their weight, without biases."""
-        found = {}
+        shapes = {}
         for key, shape in (self.shapes or {}).items():
             name = key.removeprefix(PREFIX)
             if name.endswith(".weight") and ".lora_" not in name and ".token_adapter." not in name and shape:
-                found[name.removesuffix(".weight").removesuffix(".base_layer")] = shape
-        return found
+                shapes[name.removesuffix(".weight").removesuffix(".base_layer")] = shape
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(f"lora.start_from: {folder / CONFIG} must hold a JSON object; copy the adapter again")
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        found = "only adapter_model.bin, a pickle that can run any code; convert it to safetensors" if pickled else ""
-        raise InputError(f"lora.start_from: {folder} holds {found or f'no {WEIGHTS}; copy the adapter again'}")
+        actual = "only adapter_model.bin, a pickle that can run any code; convert it to safetensors" if pickled else ""
+        raise InputError(f"lora.start_from: {folder} holds {actual or f'no {WEIGHTS}; copy the adapter again'}")
     try:
         shapes = {name: tuple(ref.shape) for name, ref in read_file(folder / WEIGHTS).items()}
     except InputError as error:
@@ -122,12 +122,12 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
         return [(("lora", "start_from"), f"{adapter.where} is an adapter of type {kind}; only LORA is supported")]
     with reading(f"lora.start_from: {adapter.where}: its {CONFIG} is none that peft writes"):
         known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
-        found = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
+        differences = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
         if not importing:
-            found += [*_settings(lora, adapter), *_not_trained(adapter, base), *_layers(lora, adapter, base)]
-            if not any(field == ("model",) for field, _ in found):
-                found += _targets(lora, adapter, base)
-    return [(field, clipped(words, 1000)) for field, words in found]
+            differences += [*_settings(lora, adapter), *_not_trained(adapter, base), *_layers(lora, adapter, base)]
+            if not any(field == ("model",) for field, _ in differences):
+                differences += _targets(lora, adapter, base)
+    return [(field, clipped(words, 1000)) for field, words in differences]
 
 
 def _another_base(lora: Lora, adapter: Adapter, base: Base, known: Sequence[str] | None) -> Iterator[Problem]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class AdapterConfig:
         written = self.layers_pattern or []
         named = [written] if isinstance(written, str) else written
         before = [rf"(?:^|.*?\.){pattern}" for pattern in named] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
-        layer = next((int(match["layer"]) for match in found if match), None)
+        matches = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
+        layer = next((int(match["layer"]) for match in matches if match), None)
         return layer in ([wanted] if isinstance(wanted, int) else wanted)
 
 
@@ -75,6 +77,6 @@ def _named(names: str | list[str], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:  # noqa: ANN401 - int rank, float alpha
+def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
     """Return the value of the first matching pattern, as peft does, or `default`."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -155,17 +155,17 @@ def read_changes(
     parts = _group(tensors, skeleton)
     _refuse_incomplete(parts, config, skeleton, base)
     changes: dict[str, list[Change]] = {}
-    for module, found in parts.items():
-        here = {f"{module}.{leaf}": Replace(found[leaf]) for leaf in ("weight", "bias") if leaf in found}
+    for module, refs in parts.items():
+        here = {f"{module}.{leaf}": Replace(refs[leaf]) for leaf in ("weight", "bias") if leaf in refs}
         for name, change in here.items():
             changes.setdefault(name, []).append(change)
-        if "tokens" in found:
-            rows = _rows(module, config, skeleton, found["tokens"])
-            changes.setdefault(f"{module}.weight", []).append(ReplaceRows(found["tokens"], rows))
-        if low_rank := _low_rank(module, found, config, skeleton):
+        if "tokens" in refs:
+            rows = _rows(module, config, skeleton, refs["tokens"])
+            changes.setdefault(f"{module}.weight", []).append(ReplaceRows(refs["tokens"], rows))
+        if low_rank := _low_rank(module, refs, config, skeleton):
             changes.setdefault(f"{module}.weight", []).append(low_rank)
-            if "b_bias" in found:
-                changes.setdefault(f"{module}.bias", []).append(AddBias(found["b_bias"], low_rank.scale))
+            if "b_bias" in refs:
+                changes.setdefault(f"{module}.bias", []).append(AddBias(refs["b_bias"], low_rank.scale))
     for name, made in changes.items():
         _check_shapes(name, made, base, skeleton)
     return {name: tuple(made) for name, made in changes.items()}
@@ -213,7 +213,7 @@ def _refuse_incomplete(parts: Parts, config: AdapterConfig, skeleton: Skeleton, 
     """Raise InputError unless exactly the modules of the configuration have tensors."""
     named = {module for module, kind in skeleton.kinds.items() if kind != "other" and config.targets(module)}
     low_rank = {"a", "b", "b_bias", "magnitude", "embedding_a", "embedding_b"}
-    carried = {module for module, found in parts.items() if low_rank & set(found)}
+    carried = {module for module, tensors in parts.items() if low_rank & set(tensors)}
     if odd := sorted(named ^ carried):
         words = "has no tensors in the adapter" if odd[0] in named else "has tensors that target_modules does not name"
         raise InputError(f"adapter: {odd[0]} {words} ({len(odd)} such modules); the adapter is incomplete or mixed up")
@@ -223,21 +223,24 @@ def _refuse_incomplete(parts: Parts, config: AdapterConfig, skeleton: Skeleton, 
         needed |= ({"magnitude"} if config.use_dora else set()) | ({"b_bias"} if config.lora_bias else set())
         if config.bias != "none" and f"{module}.bias" in base:
             needed.add("bias")
-        if (odd := sorted((low_rank & set(parts[module])) ^ (needed - {"bias"}))) or not needed <= set(parts[module]):
-            raise InputError(f"adapter: {module} needs {sorted(needed)}, found {sorted(parts[module])} (see {odd})")
+        there = set(parts[module])
+        missing, extra = needed - there, (low_rank & there) - needed
+        if missing or extra:
+            odd = sorted(missing | extra)
+            raise InputError(f"adapter: {module} needs {sorted(needed)}, found {sorted(there)} (see {odd})")
     for saved in config.modules_to_save or ():
         holders = [m for m in skeleton.kinds if m == saved or m.endswith(f".{saved}")]
         names = {p for p in (*base, *skeleton.tied) if any(p.startswith(f"{m}.") for m in holders)}
-        given = {f"{m}.{part}" for m, found in parts.items() for part in found}
+        given = {f"{m}.{part}" for m, tensors in parts.items() for part in tensors}
         if not names or not names <= given:
             raise InputError(f"adapter: modules_to_save names {saved}, but its tensors are not all in the adapter")
 
 
-def _low_rank(module: str, found: dict[str, TensorRef], config: AdapterConfig, skeleton: Skeleton) -> LowRank | None:
-    kind = "embedding_" if "embedding_a" in found else ""
-    if f"{kind}a" not in found:
+def _low_rank(module: str, tensors: dict[str, TensorRef], config: AdapterConfig, skeleton: Skeleton) -> LowRank | None:
+    kind = "embedding_" if "embedding_a" in tensors else ""
+    if f"{kind}a" not in tensors:
         return None
-    a, b = found[f"{kind}a"], found[f"{kind}b"]
+    a, b = tensors[f"{kind}a"], tensors[f"{kind}b"]
     rank = config.rank(module)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
@@ -245,7 +248,7 @@ def _low_rank(module: str, found: dict[str, TensorRef], config: AdapterConfig, s
             f"({rank}, in) and (out, {rank})"
         )
     layout = cast("Layout", skeleton.kinds[module])
-    return LowRank(a, b, config.scale(module), layout, found.get("magnitude"))
+    return LowRank(a, b, config.scale(module), layout, tensors.get("magnitude"))
 
 
 def _rows(module: str, config: AdapterConfig, skeleton: Skeleton, delta: TensorRef) -> tuple[int, ...]:

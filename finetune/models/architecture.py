@@ -188,7 +188,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """Norms of a layer, and its linear modules with a bias: always, or where the configuration says so."""
+    """Norms of a layer, and its linear modules with a bias: always, or if the configuration sets one."""
 
     norms: tuple[str, ...] = NORMS
     biased: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """Which attention a training uses, and torch's variable-length kernel as transformers calls one.
 
-Packed rows need a kernel that is told where documents end: with SDPA each micro-batch carries a dense (T, T) mask,
+Packed rows need a kernel that takes the bounds of documents: with SDPA each micro-batch carries a dense (T, T) mask,
 which no fused kernel takes and which grows with the square of its tokens.
 """
 
@@ -45,11 +45,11 @@ def choose(
     *,
     trust_remote_code: bool = False,
 ) -> str:
-    """The attention to train with, in transformers' words, and a line that says why.
+    """The attention to train with, in transformers' words, and a line with the reason.
 
     `base` is a folder with config.json. Variable-length attention is taken where rows are packed, on a GPU and in a
     precision that have it, after a trial on that GPU with the base's heads and with a tiny copy of the base; elsewhere
-    what `ordinary` says.
+    that of `ordinary`.
     """
     settings = settings_of(base, trust_remote_code=trust_remote_code)
     name, why = _choice(device, packed, precision, base, settings, trust_remote_code)
@@ -72,12 +72,12 @@ def _choice(
 
     tried = base, device, precision
     if is_flash_attn_3_available() and _capability(device)[0] == 9 and not _model_trial("flash_attention_3", *tried):
-        return "flash_attention_3", "the package is installed, and told where documents end"
+        return "flash_attention_3", "the package is installed and takes the bounds of documents"
     wrong = _trial(device, precision, settings) or _model_trial(VARLEN, *tried)
     if wrong is None:
-        return VARLEN, "torch's variable-length kernel, told where documents end"
+        return VARLEN, "torch's variable-length kernel takes the bounds of documents"
     if is_flash_attn_2_available() and not _model_trial("flash_attention_2", *tried):
-        return "flash_attention_2", "the package is installed, and told where documents end"
+        return "flash_attention_2", "the package is installed and takes the bounds of documents"
     return plainly, f"one packed row at a time with a dense mask: torch's variable-length kernel failed ({wrong})"
 
 
@@ -96,7 +96,7 @@ def _model_trial(name: str, base: Path, device: str, precision: str) -> str | No
 
 
 def ordinary(base: Path, *, trust_remote_code: bool = False) -> str:
-    """The attention that every device has: what the base stage's trial found, else what `plain` says."""
+    """The attention that every device has: by the base stage's trial, else that of `plain`."""
     path = base / FILE
     if path.is_file():
         return str(read_json(path)["attention"])
@@ -237,12 +237,14 @@ def deviation(
     inputs = [values(heads), values(groups), values(groups)]
     weights = torch.randn(sum(lengths), heads, size, generator=generator).to(place["device"])
     scale = 0.5 / math.sqrt(size)
-    found = kernel(*inputs, bounds, max(lengths), scale, window)
+    output = kernel(*inputs, bounds, max(lengths), scale, window)
     plainly = [t.detach().float().requires_grad_() for t in inputs]
     documents = zip(*(t.split(lengths) for t in plainly), strict=True)
     expected = torch.cat([_one_document(q, k, v, scale, window) for q, k, v in documents])
-    pairs = [(found, expected)]
-    gradients = (torch.autograd.grad((o.float() * weights).sum(), i) for o, i in ((found, inputs), (expected, plainly)))
+    pairs = [(output, expected)]
+    gradients = (
+        torch.autograd.grad((o.float() * weights).sum(), i) for o, i in ((output, inputs), (expected, plainly))
+    )
     pairs += zip(*gradients, strict=True)
     return max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
 
@@ -278,14 +280,15 @@ def register(name: str, kernel: Kernel) -> None:
     AttentionMaskInterface.register(name, _mask)
 
 
-def _mask(*sizes: Any, attention_mask: torch.Tensor | None = None, **settings: Any) -> torch.Tensor | None:  # noqa: ANN401
-    """No mask where rows are packed (document bounds say all); where rows are padded, the one that SDPA takes."""
+def _mask(*sizes: int, attention_mask: torch.Tensor | None = None, **settings: object) -> torch.Tensor | None:
+    """No mask for packed rows (the kernel takes document bounds); for padded ones that of SDPA."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None:
         return None
     settings |= {"attention_mask": attention_mask, "allow_is_causal_skip": False}
-    return sdpa_mask(*sizes, **settings)
+    dense: Callable[..., torch.Tensor | None] = sdpa_mask
+    return dense(*sizes, **settings)
 
 
 def _forward(
@@ -301,12 +304,12 @@ def _forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: torch.Tensor | None = None,
-    **more: Any,  # noqa: ANN401 - what else transformers hands through
+    **more: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention of transformers: query (B, H, T, D), key and value (B, K, T, D) in; (B, T, H, D) out.
 
     TRL's padding-free collator gives the bounds of the documents. Rows that come without them (held-out ones, padded)
-    go through SDPA with a dense mask. Raises FinetuneError where nothing says which tokens see each other.
+    go through SDPA with a dense mask. Raises FinetuneError if nothing defines which tokens see each other.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -325,9 +328,8 @@ def _forward(
         if position_ids is None or query.shape[2] != key.shape[2]:
             raise FinetuneError("variable-length attention was given neither the documents' bounds nor a mask")
         attention_mask = _seen(position_ids, sliding_window)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **more
-    )
+    dense: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
+    return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **more)
 
 
 def _seen(position_ids: torch.Tensor, window: int | None) -> torch.Tensor:

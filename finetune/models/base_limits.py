@@ -62,7 +62,7 @@ def check_tokenizer(path: Path) -> None:
     """Look a tokenizer.json through and try it out in a process of its own, before it is used here.
 
     Raises InputError where it is larger, or lets a text grow more, than any tokenizer does, or where its patterns do
-    not end on short texts; FinetuneError where somebody else ended that process. Takes 0.2 s.
+    not end on short texts; FinetuneError if another process ended that one. Takes 0.2 s.
     """
     if not path.is_file():
         return
@@ -120,7 +120,7 @@ def _longest_of(charsmap: str) -> float:
     try:
         content = base64.b64decode(charsmap)
     except (binascii.Error, ValueError):
-        return 1.0  # its trial says so
+        return 1.0  # by its trial
     words = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
     return max(1.0, max(map(len, words)) / 54)
 

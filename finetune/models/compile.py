@@ -86,6 +86,6 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> int:
 
 
 def speed_up(base: PreTrainedModel, ctx: Context) -> None:
-    """Do to `base` what the recipe's `runtime` asks for, and say what."""
+    """Apply the recipe's `runtime` options for speed to `base`, and report them."""
     if ctx.runtime.compile:
         ctx.say(f"train: {compile_layers(base)} layers are compiled at their first step")

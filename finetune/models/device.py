@@ -21,22 +21,22 @@ DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "
 
 def machine_notes() -> list[str]:
     """Return notes for Apple and AMD machines, one sentence each; none elsewhere. Imports no torch."""
-    found = []
+    notes = []
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        found.append(
+        notes.append(
             "Apple: everything runs on the CPU, in fp32; MPS is not used, because bitsandbytes' 4-bit training and "
             "fp16 without a gradient scaler were not proved on it"
         )
     if Path("/dev/kfd").exists():  # the driver's device of an AMD GPU
-        found.append(
+        notes.append(
             "AMD: a ROCm build of torch is used like CUDA, with bitsandbytes' ROCm wheel; variable-length attention "
             "and the predicted speeds were not proved on it, and a kernel that fails its trial is replaced by SDPA"
         )
-    return found
+    return notes
 
 
 def pick_device(ctx_device: str) -> str:
-    """`cpu` or `cuda` for what the context says (`auto` takes the GPU where there is one). Raises InputError."""
+    """`cpu` or `cuda` for the context's device (`auto` takes the GPU where there is one). Raises InputError."""
     import torch
 
     if ctx_device == "auto":
@@ -49,7 +49,7 @@ def pick_device(ctx_device: str) -> str:
 
 
 def pick_precision(precision: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> tuple[Precision, str]:
-    """The precision to compute in, and the sentence that says why. Raises InputError for fp16 on a CPU."""
+    """The precision to compute in, and a sentence with the reason. Raises InputError for fp16 on a CPU."""
     import torch
 
     if device == "cpu":

@@ -16,6 +16,7 @@ from finetune.utils.files import canonical_json, read_json
 from finetune.utils.upstream import kept_in_fp32
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 FILE = "architecture.json"  # in the base stage's folder; beside the inventory it holds the facts of models/trial.py
@@ -81,8 +82,8 @@ def why_not_packed(base: Path) -> str | None:
     earlier version of the stage did not try.
     """
     path = base / FILE
-    found: str | None = read_json(path).get("packing") if path.is_file() else None
-    return found
+    reason: str | None = read_json(path).get("packing") if path.is_file() else None
+    return reason
 
 
 def why_not_trained(base: Path, *, quantized: bool) -> str | None:
@@ -165,12 +166,12 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
     """The sizes of the language model; 0 for one that the configuration does not have."""
     text = model.config.get_text_config(decoder=True)
     values = {name: [getattr(text, a, None) for a in attributes] for name, attributes in SIZES.items()}
-    found = {name: next((v for v in given if isinstance(v, int)), 0) for name, given in values.items()}
+    sizes = {name: next((v for v in given if isinstance(v, int)), 0) for name, given in values.items()}
     if getattr(text, "use_sliding_window", True) is False:
-        found["window"] = 0
-    if not found["head_dim"] and found["heads"]:
-        found["head_dim"] = found["hidden"] // found["heads"]
-    return found
+        sizes["window"] = 0
+    if not sizes["head_dim"] and sizes["heads"]:
+        sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
+    return sizes
 
 
 def _language_parameters(model: PreTrainedModel) -> int:
@@ -190,7 +191,7 @@ def not_quantized(model: PreTrainedModel) -> list[str]:
     return [*get_keys_to_not_convert(model), *kept_in_fp32(model)]
 
 
-def _is_quantized(name: str, module: Any, skipped: list[str]) -> bool:  # noqa: ANN401 - nn.Module
+def _is_quantized(name: str, module: nn.Module, skipped: list[str]) -> bool:
     """Return the choice of `replace_with_bnb_linear` without importing bitsandbytes: exact linear modules and
     Conv1D.
     """
@@ -206,35 +207,35 @@ def elements(pairs: Mapping[str, tuple[int, int]]) -> int:
     return sum(prod(pair) for pair in pairs.values())
 
 
-def notes(found: Inventory, config: Mapping[str, Any] | None = None) -> list[str]:
+def notes(counts: Inventory, config: Mapping[str, Any] | None = None) -> list[str]:
     """Return a sentence for each part of a base with this config.json that training leaves alone."""
     sentences: list[str] = []
     config = config or {}
     beside = [n.removesuffix("_config") for n, v in config.items() if n.endswith("_config") and isinstance(v, Mapping)]
     beside = [n for n in beside if n not in ("text", "quantization", "generation")] if "text_config" in config else []
-    if beside and not found.other_parts:
+    if beside and not counts.other_parts:
         sentences.append(
             f"the language model is trained; the other parts ({', '.join(beside)}) are not loaded, and carried through "
             "the merge as they are"
         )
-    if found.other_parts:
+    if counts.other_parts:
         sentences.append(
-            f"the language model is trained; the other parts ({found.other_parts / 1e6:,.0f} M parameters: a vision "
+            f"the language model is trained; the other parts ({counts.other_parts / 1e6:,.0f} M parameters: a vision "
             "tower, say) are left alone and carried through the merge"
         )
-    if found.experts:
+    if counts.experts:
         sentences.append(
-            f"its experts hold {found.experts / 1e9:.3g} B of {found.parameters / 1e9:.3g} B parameters in 16 bits: "
+            f"its experts hold {counts.experts / 1e9:.3g} B of {counts.parameters / 1e9:.3g} B parameters in 16 bits: "
             "they are neither quantised nor trained"
         )
-    if not found.quantized:
+    if not counts.quantized:
         sentences.append("bitsandbytes stores none of its matrices in 4 bits: the whole base stays in 16 bits")
     return sentences
 
 
 def require_inventory(model: PreTrainedModel, where: str) -> Inventory:
     """`inventory`, or InputError if the model has no linear module that an adapter could go to."""
-    found = inventory(model)
-    if not found.quantized and not found.other_linears:
+    counts = inventory(model)
+    if not counts.quantized and not counts.other_linears:
         raise InputError(f"{where}: the model has no linear module that an adapter could go to")
-    return found
+    return counts

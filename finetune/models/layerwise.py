@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from finetune.errors import InputError
 from finetune.models.device import autocast
@@ -22,8 +22,18 @@ from finetune.utils.runtime import give_back, in_order
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+    CausalModel = PreTrainedModel | PeftModel
+
+    class Generator(Protocol):
+        """A causal model's `generate`, which neither of the two classes declares."""
+
+        def generate(self, **arguments: object) -> torch.Tensor:
+            """Return token ids (B, T), prompts first."""
+
 
 Weights = Callable[[str], "torch.Tensor"]
 
@@ -39,7 +49,7 @@ def empty_model(
     """The causal model that `base`/config.json describes: parameters on the meta device, buffers real, eval mode.
 
     `attention` is transformers' name of an implementation; None leaves the choice to the class (Gemma 2 has no SDPA).
-    `untie` gives the head a weight of its own whatever the configuration says.
+    `untie` gives the head a weight of its own whatever the configuration has.
     Raises InputError when transformers knows no causal language model for the configuration.
     """
     from accelerate import init_empty_weights
@@ -157,10 +167,10 @@ class StreamedModel:
 
     def end(self) -> list[torch.Tensor]:
         """The final hidden states (B, T, d) of each batch, once all layers have run."""
-        found = [passage.result() for passage in self._passages]
+        results = [passage.result() for passage in self._passages]
         self.close()
         self._drop(self._rest)
-        return found
+        return results
 
     def close(self) -> None:
         """End what still runs, after an error."""
@@ -264,7 +274,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    given = _Given(last_hidden_state=hidden.unsqueeze(0))
+    given = _BodyOutput(last_hidden_state=hidden.unsqueeze(0))
     bodies = _bodies(model)
     kept = [vars(body).get("forward") for body in bodies]
     for body in bodies:
@@ -281,6 +291,13 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
             else:
                 body.forward = forward
     return logits
+
+
+def without_adapter(model: CausalModel) -> PreTrainedModel:
+    """Return the causal model itself: the one inside peft's wrapper, with its adapted layers."""
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
@@ -313,17 +330,17 @@ def other_parts(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _bodies(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose answer the head may be given: a model calls its body, or (OPT) the decoder inside."""
-    found = [body_of(model), text_body(model)]
-    return [m for i, m in enumerate(found) if m is not model and all(m is not n for n in found[:i])]
+    bodies = [body_of(model), text_body(model)]
+    return [m for i, m in enumerate(bodies) if m is not model and all(m is not n for n in bodies[:i])]
 
 
-class _Given(dict):
+class _BodyOutput(dict[str, "torch.Tensor"]):
     """The answer of a body that has already run: `last_hidden_state`; every other part is None."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as transformers' ModelOutput
+    def __getattr__(self, name: str) -> torch.Tensor | None:
         return self.get(name)
 
-    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401
+    def __getitem__(self, key: str | int) -> torch.Tensor:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
 

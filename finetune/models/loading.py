@@ -114,8 +114,8 @@ def refuse_without_safetensors(where: str, names: Sequence[str]) -> None:
     if "model.safetensors" in names or INDEX in names:
         return
     pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
-    found = f"only pickled weights ({pickled[0]}), which can run any code" if pickled else "no weights"
-    raise InputError(f"{where} holds {found}; a base needs model.safetensors, or shards with {INDEX}")
+    actual = f"only pickled weights ({pickled[0]}), which can run any code" if pickled else "no weights"
+    raise InputError(f"{where} holds {actual}; a base needs model.safetensors, or shards with {INDEX}")
 
 
 def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:
@@ -187,7 +187,7 @@ def load_base(
     device: str,
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` says so, the rest in
+    """The frozen base on `device`, in eval mode: its linear layers in 4 bits if `quantization` asks for it, the rest in
     `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU. `attention` is a name of
     models/attention; None takes what every device has.
 

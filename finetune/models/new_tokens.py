@@ -61,10 +61,12 @@ class NewTokens:
 
 def read_new_tokens(base: Path) -> NewTokens | None:
     """The tokens that were added to the base in the folder of a finished base stage; None if none were."""
-    found = read_json(base / "base.json").get("tokens") if (base / "base.json").is_file() else None
-    if found is None:
+    recorded = read_json(base / "base.json").get("tokens") if (base / "base.json").is_file() else None
+    if recorded is None:
         return None
-    return NewTokens(tuple(found["add"]), found["special"], found["known"], found["stored"], found["rows"])
+    return NewTokens(
+        tuple(recorded["add"]), recorded["special"], recorded["known"], recorded["stored"], recorded["rows"]
+    )
 
 
 def meant(base: Path) -> frozenset[str]:
@@ -79,13 +81,13 @@ def meant(base: Path) -> frozenset[str]:
 def present(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[int, str]]:
     """(place in `texts`, why) for each text that is one token of `tokenizer` already."""
     for number, text in enumerate(texts):
-        found = tokenizer.token_to_id(text)
-        if found is None:
+        token_id = tokenizer.token_to_id(text)
+        if token_id is None:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             same = len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=False).strip() == text.strip()
-            found = ids[0] if same else None
-        if found is not None:
-            yield number, f"{text!r} is a token of the base already (id {found}); leave it out"
+            token_id = ids[0] if same else None
+        if token_id is not None:
+            yield number, f"{text!r} is a token of the base already (id {token_id}); leave it out"
 
 
 def present_in_file(path: Path, texts: Sequence[str]) -> list[tuple[int, str]]:
@@ -114,22 +116,22 @@ def add_to_tokenizer(
     if there := [why for _, why in present(before.backend_tokenizer, tokens.add)]:
         raise InputError("\n".join(f"tokens.add: {why}" for why in there))
     known = max(before.get_vocab().values()) + 1
-    found = NewTokens(tuple(tokens.add), tokens.special, known, stored, max(stored, known + len(tokens.add)))
+    added = NewTokens(tuple(tokens.add), tokens.special, known, stored, max(stored, known + len(tokens.add)))
     path = folder / "tokenizer.json"
     content = read_json(path) if path.is_file() else json.loads(before.backend_tokenizer.to_str())
-    content["added_tokens"] += [{"id": i, **_entry(t, found)} for i, t in zip(found.ids, found.texts, strict=True)]
+    content["added_tokens"] += [{"id": i, **_entry(t, added)} for i, t in zip(added.ids, added.texts, strict=True)]
     write_bytes(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
     for name, field in (("tokenizer_config.json", "added_tokens_decoder"), ("added_tokens.json", None)):
         if not (folder / name).is_file():
             continue
         written = read_json(folder / name)
         if field is None:
-            write_json(folder / name, {**written, **dict(zip(found.texts, found.ids, strict=True))})
+            write_json(folder / name, {**written, **dict(zip(added.texts, added.ids, strict=True))})
         elif field in written:
-            more = {str(i): _entry(t, found) for i, t in zip(found.ids, found.texts, strict=True)}
+            more = {str(i): _entry(t, added) for i, t in zip(added.ids, added.texts, strict=True)}
             write_json(folder / name, {**written, field: {**written[field], **more}})
-    _prove(before, load(folder), found)
-    return found
+    _prove(before, load(folder), added)
+    return added
 
 
 def _entry(text: str, tokens: NewTokens) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def _entry(text: str, tokens: NewTokens) -> dict[str, Any]:
     return {"content": text, **plain, "special": tokens.special}
 
 
-def _prove(before: Any, after: Any, tokens: NewTokens) -> None:  # noqa: ANN401 - PreTrainedTokenizerBase
+def _prove(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, tokens: NewTokens) -> None:
     """Raise InputError unless `after` is `before` with the new tokens, each one id in the midst of text."""
     wanted = dict(zip(tokens.texts, tokens.ids, strict=True))
     got = after.get_vocab()
@@ -175,10 +177,10 @@ def token_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(m): n for n, m in model.named_modules()}
-    found = {names[id(embedding)]: embedding}
+    modules = {names[id(embedding)]: embedding}
     if head is not None and head.weight is not embedding.weight and not _tied(model, names[id(head)]):
-        found[names[id(head)]] = head
-    return found
+        modules[names[id(head)]] = head
+    return modules
 
 
 def _tied(model: PreTrainedModel, head: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.errors import FinetuneError
 
@@ -44,7 +44,7 @@ class Relay:
         self._kept = []
 
 
-def _relayed(layer: nn.Module, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:  # noqa: ANN401
+def _relayed(layer: nn.Module, forward: Callable[..., object], *given: object, **named: object) -> object:
     passage: Passage | None = getattr(_here, "passage", None)
     if passage is None:
         return forward(*given, **named)
@@ -59,8 +59,8 @@ class Passage:
         self._layers, self._body = layers, body
         self._reached = 0  # layers that have run
         self._wanted = True
-        self._call: Callable[[], Any] | None = None  # of the layer that the body waits for
-        self._returned: Any = None
+        self._call: Callable[[], object] | None = None  # of the layer that the body waits for
+        self._returned: object = None
         self._answer: torch.Tensor | None = None
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -102,7 +102,7 @@ class Passage:
             self._turn.release()
             self._thread.join()
 
-    def ask(self, layer: nn.Module, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the layer returns
+    def ask(self, layer: nn.Module, call: Callable[[], object]) -> object:
         """In the body's thread: have `call` run by the thread that drives this passage, and return what it returns."""
         expected = self._layers[self._reached] if self._reached < len(self._layers) else None
         if layer is not expected:

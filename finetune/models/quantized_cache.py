@@ -61,7 +61,7 @@ def find(folder: Path, about: dict[str, Any], ctx: Context) -> bool:
     wrong = _fault(folder, about)
     if wrong is None:
         return True
-    ctx.say(f"base: the 4-bit copy in {folder} is of no use ({wrong}); it is made again")
+    ctx.say(f"base: the 4-bit copy in {folder} is stale ({wrong}); rebuilding")
     if ctx.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return False
@@ -138,14 +138,14 @@ def _copied(folder: Path) -> object:
 def unneeded(scratch: Path, bases: Sequence[Path]) -> list[Path]:
     """The copies that are of none of the bases pinned in the folders `bases`, and what was never finished."""
     kept = [identity(base) for base in bases]
-    found = []
+    folders = []
     links.require_inside(scratch / FOLDER, scratch)
     for folder in sorted(p for p in (scratch / FOLDER).glob("*") if p.is_dir()):
         process = folder.name.rpartition("-")[2] if "-" in folder.name else ""
         if process.isdigit() and _alive(int(process)):
             continue
-        found += [] if not folder.is_symlink() and _copied(folder) in kept else [folder]
-    return found
+        folders += [] if not folder.is_symlink() and _copied(folder) in kept else [folder]
+    return folders
 
 
 def _alive(process: int) -> bool:

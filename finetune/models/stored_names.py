@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 Convert = Callable[[Mapping[str, "torch.Tensor"]], "torch.Tensor"]
 
@@ -53,7 +54,7 @@ def stored_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    own: dict[str, Any] = model.state_dict()
+    own: dict[str, torch.Tensor] = model.state_dict()
     prefix = model.base_model_prefix
     renamed: dict[str, str] = {}
     sources: dict[str, list[tuple[str, str]]] = {}  # tensor of the model → (name in the checkpoint, pattern)
@@ -72,11 +73,11 @@ def stored_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
             renamed[target] = name
     made_of: dict[str, tuple[str, ...]] = {}
     functions: dict[str, Convert] = {}
-    for target, found in sources.items():
-        rule = by_pattern[found[0][1]]
+    for target, parts in sources.items():
+        rule = by_pattern[parts[0][1]]
         for result in _results(rule, target, own):
-            made_of[result] = tuple(name for name, _ in found)
-            functions[result] = _conversion(rule, model, target, result, tuple(found))
+            made_of[result] = tuple(name for name, _ in parts)
+            functions[result] = _conversion(rule, model, target, result, tuple(parts))
     return StoredNames(
         renamed={target: name for target, name in renamed.items() if target != name},
         made_of=made_of,
@@ -85,7 +86,7 @@ def stored_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
     )
 
 
-def _results(rule: Any, target: str, own: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - WeightConverter
+def _results(rule: WeightConverter, target: str, own: Mapping[str, torch.Tensor]) -> list[str]:
     """Every tensor of the model that one conversion makes: a fused one may be split into several."""
     first = next((p for p in rule.target_patterns if p in target), None)
     if first is None:
@@ -95,7 +96,7 @@ def _results(rule: Any, target: str, own: Mapping[str, Any]) -> list[str]:  # no
 
 
 def _conversion(
-    rule: Any,  # noqa: ANN401 - WeightConverter
+    rule: WeightConverter,
     model: PreTrainedModel,
     target: str,
     result: str,
@@ -103,11 +104,12 @@ def _conversion(
 ) -> Convert:
     def convert(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         own = deepcopy(rule)
+        add: Callable[..., None] = own.add_tensor  # annotated for a Future; takes a tensor as well (transformers 5.23)
         for name, pattern in sources:
-            own.add_tensor(target, name, pattern, tensors[name])
+            add(target, name, pattern, tensors[name])
         made = own.convert(target, model=model, config=model.config)[result]
-        found: torch.Tensor = made[0] if isinstance(made, list) else made
-        return found
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor
 
     return convert
 

@@ -24,7 +24,7 @@ from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DOCUMENTS = (13, 21, 6)  # tokens; longer than the reduced sliding window
 VOCABULARY, WINDOW, CAP = 96, 8, 1.0
@@ -113,11 +113,13 @@ def _training(base: Path, attention: str, trust_remote_code: bool) -> str | None
     try:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         with torch.no_grad():
-            found = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs.float().sum()
+            log_likelihood = (
+                model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs.float().sum()
+            )
     except FAILURES as error:
         refuse_no_memory(error)
         return f"TRL's training forward fails ({_first_line(error, base)})"
-    if not torch.allclose(found, expected, rtol=TOLERANCE["fp32"]):
+    if not torch.allclose(log_likelihood, expected, rtol=TOLERANCE["fp32"]):
         return "TRL's training forward gives other log-probabilities than the model's own"
     return None
 
@@ -180,7 +182,7 @@ FAILURES = (
 
 
 def refuse_no_memory(error: BaseException) -> None:
-    """Raise MemoryError where memory ran out: that says nothing of the code, and what is said of it is kept."""
+    """Raise MemoryError if memory ran out: this is no result of the trial, and trial results are stored."""
     if has_no_memory(error) or memory_is_short():
         raise MemoryError("none was left for the trial of the architecture") from error
 
@@ -194,7 +196,7 @@ def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tens
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (sum(DOCUMENTS),), generator=generator)
-    found, start = [], 0
+    parts, start = [], 0
     for lengths in rows:
         given: dict[str, Any] = {"input_ids": ids[start : start + sum(lengths)][None]}
         start += sum(lengths)
@@ -206,8 +208,8 @@ def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tens
             given |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         given = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         with torch.no_grad():
-            found.append(model(**given, use_cache=False).logits[0].float())
-    return torch.cat(found)
+            parts.append(model(**given, use_cache=False).logits[0].float())
+    return torch.cat(parts)
 
 
 def _relative(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -274,7 +276,7 @@ NARROW: Mapping[str, int] = {
 }  # fmt: skip
 
 
-def reduce(config: Any, *, widths: bool = True) -> None:  # noqa: ANN401 - PretrainedConfig
+def reduce(config: PreTrainedConfig, *, widths: bool = True) -> None:
     """Make the sizes in `config`, and in the configurations inside it, small, in place."""
     for part in _parts(config):
         _keep_few_layers(part)
@@ -292,7 +294,7 @@ def reduce(config: Any, *, widths: bool = True) -> None:  # noqa: ANN401 - Pretr
                 setattr(part, name, min(value, CAP))  # low enough to be reached
 
 
-def _keep_few_layers(part: Any) -> None:  # noqa: ANN401 - PretrainedConfig
+def _keep_few_layers(part: PreTrainedConfig) -> None:
     layers = int(getattr(part, "num_hidden_layers", 0) or 0)
     if not layers:
         return
@@ -307,14 +309,14 @@ def _keep_few_layers(part: Any) -> None:  # noqa: ANN401 - PretrainedConfig
         part.first_k_dense_replace = 1
 
 
-def _parts(config: Any) -> Iterator[Any]:  # noqa: ANN401
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield config
     for name, value in vars(config).items():
         if name.endswith("_config") and hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
 
 
-def _layers_kept(part: Any, layers: int) -> int:  # noqa: ANN401
+def _layers_kept(part: PreTrainedConfig, layers: int) -> int:
     """The fewest first layers with one of every kind, two at least."""
     kinds = getattr(part, "layer_types", None) or getattr(part, "layers_block_type", None)
     if not kinds or len(kinds) != layers:
@@ -322,7 +324,7 @@ def _layers_kept(part: Any, layers: int) -> int:  # noqa: ANN401
     return min(layers, max(2, max(list(kinds).index(kind) for kind in set(kinds)) + 1))
 
 
-def _narrow_heads(part: Any) -> None:  # noqa: ANN401
+def _narrow_heads(part: PreTrainedConfig) -> None:
     """Four query heads of 16, with the shares of key-value heads that there are; hidden size 64."""
     heads = getattr(part, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
@@ -351,6 +353,6 @@ def _seeded() -> Iterator[None]:
 
 
 def _first_line(error: Exception, base: Path | None = None) -> str:
-    """The first line of what an error says, without the folder: the same base gives the same words anywhere."""
+    """The first line of an error, without the folder: the same base gives the same words anywhere."""
     text = first_line(error)
     return (text.replace(str(base), "the base") if base else text)[:160]

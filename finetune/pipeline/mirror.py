@@ -270,13 +270,15 @@ class Mirror:
             if record.name not in SMALL or record.folder is None or not record.key or record.status == "off":
                 continue
             prefix = f"{record.name}/{record.folder.name}"
-            found = self._finished(prefix, record.folder, there)
-            if found is None:
-                found = self._unfinished(prefix, record.folder, there, last=last)
-            if found:
-                files |= {f"{prefix}/{n}": c for n, c in found.items()}
-                gone += [n for n in there if n.startswith(f"{prefix}/") and n.removeprefix(f"{prefix}/") not in found]
-                newest = 0 if MANIFEST in found else _newest(set(found))
+            contents = self._finished(prefix, record.folder, there)
+            if contents is None:
+                contents = self._unfinished(prefix, record.folder, there, last=last)
+            if contents:
+                files |= {f"{prefix}/{n}": c for n, c in contents.items()}
+                gone += [
+                    n for n in there if n.startswith(f"{prefix}/") and n.removeprefix(f"{prefix}/") not in contents
+                ]
+                newest = 0 if MANIFEST in contents else _newest(set(contents))
                 described.append(f"{record.name} checkpoint-{newest}" if newest else record.name)
         if not last and not any("checkpoint" in s for s in described) and _lately(self._pushed_at, STAGE_SECONDS):
             return {}, [], []
@@ -329,8 +331,8 @@ class Mirror:
             return {}
         parent = f"runs/{self.run.recipe}"
         files = [p for p in folder.iterdir() if p.is_file() and not p.is_symlink() and _is_plain(p.name)]
-        found: dict[str, Content] = {f"{parent}/{folder.name}/{p.name}": p.read_bytes() for p in files}
-        return found | {f"{parent}/latest": f"{folder.name}\n".encode()}
+        contents: dict[str, Content] = {f"{parent}/{folder.name}/{p.name}": p.read_bytes() for p in files}
+        return contents | {f"{parent}/latest": f"{folder.name}\n".encode()}
 
 
 def _is_plain(name: str) -> bool:
@@ -353,5 +355,5 @@ def _names(folder: Path) -> set[str]:
 
 def _newest(names: set[str]) -> int:
     """Return the number of the newest checkpoint with a marker, or 0."""
-    found = [CHECKPOINT.fullmatch(n) for n in names]
-    return max((int(m[1]) for m in found if m and m[2] == "COMPLETE"), default=0)
+    matches = [CHECKPOINT.fullmatch(n) for n in names]
+    return max((int(m[1]) for m in matches if m and m[2] == "COMPLETE"), default=0)

@@ -88,12 +88,12 @@ def predict(
     options = Options(shapes, Training.of(recipe, pinned))
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
-    shown = choices[named]
+    chosen = choices[named]
     result["trainable_parameters"] = adapter_parameters(shapes, recipe)
-    result["memory_bytes"] = {**shown.parts, "total": shown.total}
+    result["memory_bytes"] = {**chosen.parts, "total": chosen.total}
     result["memory_device"] = named
-    result["sliding_window"] = shapes.window if _warns(shapes, options.run, shown) else None
-    result["ram_bytes"] = ram(shapes, recipe, shown.rows, shown.policy)
+    result["sliding_window"] = shapes.window if _warns(shapes, options.run, chosen) else None
+    result["ram_bytes"] = ram(shapes, recipe, chosen.rows, chosen.policy)
     result["disk_bytes"] = disk(shapes, recipe)
     tokens = _tokens_trained(recipe, result)
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
@@ -106,7 +106,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
     options = Options(shapes, run)
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
-    shown, asked = choices[named], recipe.preference
+    chosen, asked = choices[named], recipe.preference
     assert asked is not None  # noqa: S101
     counted = by_name["pairs"].manifest if "pairs" in by_name else None
     pairs = int(counted.metrics["rows"]) if counted else None
@@ -115,7 +115,7 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
         "pairs": pairs,
         "steps": total_steps(pairs, recipe.alignment) if pairs is not None else asked.max_steps,
         "memory_device": named,
-        "memory_bytes": {**shown.parts, "total": shown.total},
+        "memory_bytes": {**chosen.parts, "total": chosen.total},
         "devices": {
             name: {
                 "fits": choice.fits,
@@ -131,31 +131,31 @@ def _alignment(recipe: Recipe, shapes: Shapes, by_name: dict[str, Step], device:
 
 def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
     """Return notes on the base that matter before anything is built, one sentence each."""
-    found = [*notes(shapes.inventory, read_config(recipe, pinned) or {})] if shapes.inventory else []
+    lines = [*notes(shapes.inventory, read_config(recipe, pinned) or {})] if shapes.inventory else []
     if shapes.inventory is not None:
-        found.append(
+        lines.append(
             f"its layers are not Llama's: activations are those of a Llama layer of the same widths and "
             f"{OTHER_LAYERS:.0%} more, an estimate: of tiny models of ten other families it is 1.0 to 2.2 times "
             "what was measured"
         )
     if recipe.pack and pinned and (why := why_not_packed(pinned)):
-        found.append(f"packing is off: {why}")
+        lines.append(f"packing is off: {why}")
     longest = Training.of(recipe, pinned).row_tokens
     if (known := _positions(recipe, shapes)) and longest > known:
-        found.append(
+        lines.append(
             f"WARNING: rows may have {longest:,} tokens, the base knows {known:,} positions "
             "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
         )
     if limits := _not_served(recipe):
-        found.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
+        lines.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
     if (
         recipe.export
         and recipe.export.gguf
         and recipe.merge
         and (note := window_note(read_config(recipe, pinned) or {}))
     ):
-        found.append(f"export.gguf: {note}")
-    return [*found, *machine_notes()]
+        lines.append(f"export.gguf: {note}")
+    return [*lines, *machine_notes()]
 
 
 def _not_served(recipe: Recipe) -> list[str]:
@@ -192,19 +192,19 @@ def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     if section is None:
         return None
     manifest = by_name["pairs"].manifest
-    found: dict[str, Any] = {"method": section.method, "loss": section.loss_type}
+    figures: dict[str, Any] = {"method": section.method, "loss": section.loss_type}
     if manifest is None:
-        return found | {"pairs": None, "tokens": None, "steps": None}
+        return figures | {"pairs": None, "tokens": None, "steps": None}
     pairs = int(manifest.metrics["rows"])
     steps = total_steps(pairs, recipe.alignment)
-    return found | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
+    return figures | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
 
 
-def _pairs_in_words(found: dict[str, Any]) -> str:
-    name = f"{found['method']} ({found['loss']})"
-    if found["pairs"] is None:
+def _pairs_in_words(figures: dict[str, Any]) -> str:
+    name = f"{figures['method']} ({figures['loss']})"
+    if figures["pairs"] is None:
         return f"{name}; pairs and steps unknown until the stage pairs has run"
-    return f"{name}; {found['tokens']:,} tokens in {found['pairs']:,} pairs; {found['steps']:,} steps"
+    return f"{name}; {figures['tokens']:,} tokens in {figures['pairs']:,} pairs; {figures['steps']:,} steps"
 
 
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
@@ -212,9 +212,9 @@ def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     pack, render = by_name["pack"], by_name["render"]
     last = pack.manifest or (render.manifest if pack.status == "off" else None)
     if last is None:
-        if recipe.train is None or (found := expect(recipe)) is None:
+        if recipe.train is None or (expected := expect(recipe)) is None:
             return {"rows": None, "tokens": None, "steps": None}
-        counted = {"rows": found.rows, "tokens": found.tokens, "documents": found.documents, "estimated": True}
+        counted = {"rows": expected.rows, "tokens": expected.tokens, "documents": expected.documents, "estimated": True}
     else:
         rows = int(last.metrics.get("bins") or last.metrics.get("rows") or 0)
         documents = int(last.metrics.get("documents") or rows)
@@ -308,24 +308,24 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_alignment(found: dict[str, Any]) -> list[str]:
+def _describe_alignment(figures: dict[str, Any]) -> list[str]:
     """The lines on preference training."""
-    on = found["devices"][found["memory_device"]]
-    unit = "pair" if found["method"] == "dpo" else "answer"
+    on = figures["devices"][figures["memory_device"]]
+    unit = "pair" if figures["method"] == "dpo" else "answer"
     at_once = f"{on['micro_batch_pairs']} {unit}{'s' if on['micro_batch_pairs'] > 1 else ''} at once"
     how = f"{at_once}, checkpointing {on['checkpointing']}"
-    parts = {k: v for k, v in found["memory_bytes"].items() if k != "total"}
+    parts = {k: v for k, v in figures["memory_bytes"].items() if k != "total"}
     fits = "" if on["fits"] else ", which it has not"
-    peak = f"{gb(on['peak_bytes'])} at the peak on a {found['memory_device']} ({how}){fits}:"
-    lines = _wrapped("alignment", f"{found['method']}: {peak}", parts)
+    peak = f"{gb(on['peak_bytes'])} at the peak on a {figures['memory_device']} ({how}){fits}:"
+    lines = _wrapped("alignment", f"{figures['method']}: {peak}", parts)
     lines.append(f"{'':14}the reference is a frozen copy of the start adapter: no second base in memory")
     others = [
-        f"{name} {gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in found["devices"].items()
+        f"{name} {gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in figures["devices"].items()
     ]
     if len(others) > 1:
         lines += textwrap.wrap(f"peaks: {', '.join(others)}", 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
-    if found["pairs"] is not None:
-        lines.append(f"{'':14}{found['pairs']:,} {unit}s, {found['steps']:,} steps")
+    if figures["pairs"] is not None:
+        lines.append(f"{'':14}{figures['pairs']:,} {unit}s, {figures['steps']:,} steps")
     return lines
 
 
@@ -337,11 +337,11 @@ def _device(result: dict[str, Any]) -> str:
 
 def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) -> list[str]:
     """Format `first` and parts above 50 MB, largest first, in lines of at most `width` columns."""
-    found = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
+    largest = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
     lines: list[str] = []
     line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
-    for number, (name, size) in enumerate(found):
-        word = f" {name.replace('_', ' ')} {gb(size)}{',' if number + 1 < len(found) else ''}"
+    for number, (name, size) in enumerate(largest):
+        word = f" {name.replace('_', ' ')} {gb(size)}{',' if number + 1 < len(largest) else ''}"
         if len(line) + len(word) > width:
             lines, line = [*lines, line], " " * 13
         line += word

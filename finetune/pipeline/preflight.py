@@ -99,8 +99,8 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
         raise InputError(why)
     refuse_tokenizer(recipe, base)
     refuse_start(recipe, base, scratch)
-    if base is not None and recipe.export and recipe.merge and (found := read_inventory(base)):
-        widths = {f"{name}.weight": inner for name, (inner, _) in found.quantized.items()}
+    if base is not None and recipe.export and recipe.merge and (counts := read_inventory(base)):
+        widths = {f"{name}.weight": inner for name, (inner, _) in counts.quantized.items()}
         if why := next(formats.width_problems(widths, recipe.export.hf), None):
             raise InputError(f"export.hf: {why}")
     if recipe.train is None and recipe.preference is None:
@@ -117,8 +117,8 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
 
 def refuse_start(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
     """Raise InputError with a line for each of `start_problems`."""
-    if found := start_problems(recipe, base, scratch):
-        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in found))
+    if problems := start_problems(recipe, base, scratch):
+        raise InputError("\n".join(f"{'.'.join(field)}: {why}" for field, why in problems))
 
 
 def start_problems(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> list[lora_start.Problem]:
@@ -141,10 +141,10 @@ def start_mismatches(loaded: LoadedRecipe, store: Store) -> list[str]:
     if loaded.recipe.lora.start_from is None:
         return []
     try:
-        found = start_problems(run_view.with_start(loaded.recipe, store), None)
+        problems = start_problems(run_view.with_start(loaded.recipe, store), None)
     except InputError as error:
-        found = [(("lora", "start_from"), str(error).removeprefix("lora.start_from: "))]
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(at)}: {why}" for at, why in found)
+        problems = [(("lora", "start_from"), str(error).removeprefix("lora.start_from: "))]
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(at)}: {why}" for at, why in problems)
 
 
 def _start(recipe: Recipe, scratch: Path | None) -> lora_start.Adapter | None:

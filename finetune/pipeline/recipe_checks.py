@@ -30,8 +30,8 @@ CHECKED_ROWS = 1000  # of each source, by `validate`
 
 def absent(loaded: LoadedRecipe) -> list[str]:
     """Return a message with file and line for each missing file."""
-    found = _absent(loaded)
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
+    problems = _absent(loaded)
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in problems)
 
 
 def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -76,7 +76,7 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
 
 
 def _writers(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """What the models that write and judge, and their prompts, lack here."""
+    """Yield what is missing for the models that write and judge: folders, packages, prompts."""
     judge = recipe.evaluate.judge if recipe.evaluate else None
     for at, asked in ((("generate", "model"), recipe.generate), (("evaluate", "judge", "model"), judge)):
         if asked is None:
@@ -101,7 +101,7 @@ def unreadable(loaded: LoadedRecipe) -> list[str]:
     Only the first CHECKED_ROWS rows of a source are read.
     """
     recipe = loaded.recipe
-    found: list[tuple[tuple[str | int, ...], str]] = []
+    problems: list[tuple[tuple[str | int, ...], str]] = []
     columns: set[str] = set()
     for listed, sources in source_lists(recipe):
         for number, source in enumerate(sources):
@@ -109,12 +109,14 @@ def unreadable(loaded: LoadedRecipe) -> list[str]:
                 try:
                     columns |= _columns(recipe, listed, source)
                 except InputError as error:
-                    found.append(((*listed, number), str(error)))
+                    problems.append(((*listed, number), str(error)))
     wheres = recipe.filter.keep_where if recipe.filter else []
     local = recipe.generate is None and all(isinstance(source, LocalSource) for source in recipe.data)
-    if not found and wheres and local:
-        found += [(("filter", "keep_where", n), why) for n, w in enumerate(wheres) if (why := _no_column(w, columns))]
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in found)
+    if not problems and wheres and local:
+        problems += [
+            (("filter", "keep_where", n), why) for n, w in enumerate(wheres) if (why := _no_column(w, columns))
+        ]
+    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in problems)
 
 
 def _columns(recipe: Recipe, listed: tuple[str, ...], source: LocalSource) -> set[str]:
@@ -201,8 +203,8 @@ def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
     folder = base or recipe.model.folder
     if folder is not None and recipe.export and recipe.export.gguf and (why := _gguf_problem(folder)):
         raise InputError(f"export.gguf: {why}")
-    if folder is not None and (found := list(_tokenizer_problems(recipe, folder, given=base is not None))):
-        raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in found))
+    if folder is not None and (problems := list(_tokenizer_problems(recipe, folder, given=base is not None))):
+        raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in problems))
 
 
 def _tokenizer_problems(
@@ -213,11 +215,11 @@ def _tokenizer_problems(
     from finetune.models.new_tokens import present_in_file
 
     try:
-        found = present_in_file(folder / "tokenizer.json", recipe.tokens.add)
+        present = present_in_file(folder / "tokenizer.json", recipe.tokens.add)
     except InputError as error:
         yield ("model",), str(error)
         return
-    yield from ((("tokens", "add", number), why) for number, why in found)
+    yield from ((("tokens", "add", number), why) for number, why in present)
 
 
 def _gguf_problem(folder: Path) -> str | None:
@@ -242,7 +244,7 @@ def _gguf_problem(folder: Path) -> str | None:
     return why
 
 
-def _as_loaded(path: Path) -> Any:  # noqa: ANN401 - JSON
+def _as_loaded(path: Path) -> dict[str, Any]:
     from finetune.models.loading import load_tokenizer
 
     tokenizer: Any = load_tokenizer(path.parent)

@@ -152,8 +152,8 @@ def newer_than_finished(store: Store, value: dict[str, Any], name: str) -> str:
     done = finished(store, value["recipe"])
     if done["run"] == value["run"]:
         return ""
-    shown = f"{value['recipe']}@{value['run']} is {status_of(value)}"
-    return f"{shown}; the newest finished run is {value['recipe']}@{done['run']}"
+    other = f"{value['recipe']}@{value['run']} is {status_of(value)}"
+    return f"{other}; the newest finished run is {value['recipe']}@{done['run']}"
 
 
 def _why_passed_over(store: Store, recipe: str, run: str) -> str:

@@ -357,7 +357,7 @@ def _refuse_stale_partials(step: Step, recipe: Recipe, store: Store, ctx: Contex
                 f"what {n} names" for n in {**outside, **step.fingerprint} if outside.get(n) != step.fingerprint.get(n)
             ]
         except (OSError, ValueError, AttributeError, TypeError):
-            continue  # cut off or edited: nobody can go on with it
+            continue  # cut off or edited: no run can continue it
         if fresh:
             ctx.say(f"{step.stage.name}: leaving the unfinished training in {folder} ({'; '.join(changes)})")
             if ctx.rank == 0:  # printed once; the marker stays, so that undoing the change resumes it

@@ -187,15 +187,15 @@ def find_run(artifacts: Path, name: str) -> Path:
     if recipe:
         folder = named_run(artifacts, recipe, run)
     else:
-        found = [p.parent for p in sorted((artifacts / "runs").glob("*/*/run.json")) if p.parent.name == name]
-        if len(found) != 1:
+        folders = [p.parent for p in sorted((artifacts / "runs").glob("*/*/run.json")) if p.parent.name == name]
+        if len(folders) != 1:
             parent = artifacts / "runs" / name
             there = [f.name for f in run_folders(parent)] if _is_plain(name) else []
             what = f"{name} is a recipe; name one of its runs" if there else f"no run {name!r} under {artifacts}"
             names = ", ".join(f"{name}@{r}" for r in there[:5])
-            also = ", ".join(f"{f.parent.name}@{f.name}" for f in found)
+            also = ", ".join(f"{f.parent.name}@{f.name}" for f in folders)
             raise InputError(f"{what} ({names or also or '`finetune runs` lists them'})")
-        folder = found[0]
+        folder = folders[0]
     if folder.is_symlink() or not folder.resolve().is_relative_to((artifacts / "runs").resolve()):
         raise InputError(f"{folder} is reached through a symbolic link that leads elsewhere; remove it by hand")
     return folder

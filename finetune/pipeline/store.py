@@ -119,12 +119,12 @@ class Store:
 
     def older_version(self, parent: Path, version: int, spec: object, inputs: Mapping[str, str]) -> int | None:
         """Return the newest version before `version` with an output for this spec and inputs, or None."""
-        found = []
+        versions = []
         for path in parent.glob(f"*/{MANIFEST}"):
             made = self.find(path.parent)
             if made and made.version < version and made.spec == spec and made.inputs.items() <= dict(inputs).items():
-                found.append(made.version)
-        return max(found, default=None)
+                versions.append(made.version)
+        return max(versions, default=None)
 
     def verify(self, folder: Path, manifest: Manifest) -> list[str]:
         """Rehash every file; return a message for each that differs from the manifest."""
@@ -133,8 +133,8 @@ class Store:
             path = folder / name
             if not path.is_file():
                 problems.append(f"{path}: gone")
-            elif (found := hash_file(path)) != entry.digest:
-                problems.append(f"{path}: its bytes changed since it was written (xxh3 {found}, was {entry.digest})")
+            elif (digest := hash_file(path)) != entry.digest:
+                problems.append(f"{path}: its bytes changed since it was written (xxh3 {digest}, was {entry.digest})")
         return problems
 
     @contextlib.contextmanager
@@ -230,7 +230,7 @@ def hash_file(path: Path) -> str:
 
 
 def _raise_fault(path: Path, error: OSError) -> None:
-    """Raise FinetuneError where the machine, and not the absence of a file, is what `error` tells of."""
+    """Raise FinetuneError if the cause of `error` is the machine, not the absence of a file."""
     if error.errno in MACHINE:
         raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run the same command again")
 

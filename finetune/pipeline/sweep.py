@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What the store has of a point. `seconds` are those of the stages that no other point uses."""
+    """Result of a point in the store. `seconds` are those of the stages that no other point uses."""
 
     point: Point
     status: str  # done, same as POINT (one result serves both), no such number, not run, or how the run ended

@@ -12,7 +12,7 @@ from finetune.data.files import skipped_files
 from finetune.data.formats import FormatError
 from finetune.data.json_files import RawRow
 from finetune.data.records import Reject
-from finetune.data.sources import first_rows, place_of, printable, raw_rows, row_id, shown
+from finetune.data.sources import first_rows, place_of, printable, raw_rows, row_id, row_text
 from finetune.data.values import RowError, listed
 from finetune.errors import InputError
 from finetune.preference.formats import CURATED, Layout, decide_pairs, to_pairs
@@ -59,9 +59,9 @@ def _converted(
         try:
             yield from to_pairs(raw.row, layout, found_id, name, method)
         except RowError as error:
-            yield Reject(found_id, name, error.reason, printable(str(error)), printable(shown(raw.row)))
+            yield Reject(found_id, name, error.reason, printable(str(error)), printable(row_text(raw.row)))
         except RecursionError:
-            yield Reject(found_id, name, "nested", "a column is nested too deeply", printable(shown(raw.row)))
+            yield Reject(found_id, name, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
 
 
 class Reading:

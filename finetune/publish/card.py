@@ -220,12 +220,12 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
     Raises:
         InputError: something in the recipe, the answers or the figures looks like a credential.
     """
-    if found := find_secrets(facts.recipe_text):
-        raise InputError(f"the recipe would be published with {found[0]}: remove it (a token belongs in HF_TOKEN)")
+    if secrets := find_secrets(facts.recipe_text):
+        raise InputError(f"the recipe would be published with {secrets[0]}: remove it (a token belongs in HF_TOKEN)")
     curve, words = (b"", "") if kind == "dataset" else training_curve(facts.steps)
     text = _dataset_card(repo, facts) if kind == "dataset" else _model_card(kind, repo, facts, words)
-    if found := find_secrets(text):
-        raise InputError(f"the model card would be published with {found[0]}: remove it from the run's files")
+    if secrets := find_secrets(text):
+        raise InputError(f"the model card would be published with {secrets[0]}: remove it from the run's files")
     return Card(text, {CURVE: curve} if curve else {})
 
 
@@ -267,7 +267,7 @@ def _dataset_card(repo: str, facts: Facts) -> str:
         name=facts.recipe.name,
         sources=sections.sources(facts),
         funnel=sections.funnel(facts.metrics),
-        splits=[(split, number(found["rows"])) for split, found in facts.rows.items()],
+        splits=[(split, number(counts["rows"])) for split, counts in facts.rows.items()],
         columns=[(name, Markdown(COLUMNS[name])) for name in columns],
         load=f"from datasets import load_dataset\n\nrows = load_dataset({repo!r})\nprint(rows)",
         recipe_text=sections.without_folders(facts.recipe_text, facts.recipe),
@@ -315,7 +315,7 @@ def _dataset_metadata(facts: Facts) -> str:
     card = DatasetCardData(
         license=facts.recipe.publish.license,
         task_categories=["text-generation"],
-        size_categories=[_size(sum(found["rows"] for found in facts.rows.values()))],
+        size_categories=[_size(sum(counts["rows"] for counts in facts.rows.values()))],
         source_datasets=_datasets(facts.recipe) or None,
         tags=["sft", "curated"],
         configs=[{"config_name": "default", "data_files": files}],

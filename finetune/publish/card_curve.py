@@ -45,5 +45,5 @@ def standalone(drawn: str) -> str:
 
 
 def _points(steps: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[float, float]]:
-    found = [(float(s["step"]), float(s[n])) for s in steps if "step" in s for n in names if s.get(n) is not None]
-    return [p for p in found if math.isfinite(p[1])]
+    points = [(float(s["step"]), float(s[n])) for s in steps if "step" in s for n in names if s.get(n) is not None]
+    return [p for p in points if math.isfinite(p[1])]

@@ -160,15 +160,15 @@ def figures(values: Json) -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, int) and name.endswith("_bytes") and value >= 10**8:
             lines.append((name, f"{value / 1e9:.2f} GB"))
-        elif text := _shown(value):
+        elif text := _value_text(value):
             lines.append((name, text))
     return lines
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     """Format a scalar, a pair of numbers or a mapping of those; "" if there is no short form."""
     if isinstance(value, Mapping):
-        parts = [f"{key} {text}" for key, inner in value.items() if (text := _shown(inner))]
+        parts = [f"{key} {text}" for key, inner in value.items() if (text := _value_text(inner))]
         return ", ".join(parts[:LONGEST_LIST])
     if isinstance(value, (list, tuple)):
         return " to ".join(number(v) for v in value) if len(value) == 2 else ""
@@ -205,12 +205,12 @@ def certificate_words(certificate: Json | None) -> str:
 
 def samples(facts: Facts) -> list[dict[str, str]]:
     """Return prompt and answers of base and adapter, each with at most LONGEST_SAMPLE characters."""
-    found = []
+    lines = []
     for line in facts.samples:
         answers = {who: f"{_clipped(line[who]['text'])}" for who in ("base", "adapter")}
         ends = {f"{who}_end": "" if line[who]["finish"] == "stop" else " (did not end)" for who in ("base", "adapter")}
-        found.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
-    return found
+        lines.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
+    return lines
 
 
 def verdict_lines(facts: Facts) -> tuple[Line, ...]:
@@ -220,51 +220,51 @@ def verdict_lines(facts: Facts) -> tuple[Line, ...]:
 
 def warnings(facts: Facts) -> list[str]:
     """Return warnings for the reader: no difference from the base, few steps, memorised rows."""
-    found = []
+    lines = []
     train, evaluate = (facts.metrics.get(stage) or {} for stage in ("train", "evaluate"))
     if facts.verdict and facts.verdict.refusal:
-        found.append(f"Warning: {facts.verdict.refusal}.")
+        lines.append(f"Warning: {facts.verdict.refusal}.")
     if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
-        found.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    said = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
+        lines.append(f"Warning: trained for {train['steps']} optimiser steps only.")
+    has_warned = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
     if (
-        not said
+        not has_warned
         and facts.verdict
         and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
     ):
-        found.append("Warning: it repeats its training rows (see Evaluation).")
-    return found if evaluate or train else []
+        lines.append("Warning: it repeats its training rows (see Evaluation).")
+    return lines if evaluate or train else []
 
 
 def _clipped(text: str) -> str:
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
-    return shown if len(shown) <= LONGEST_SAMPLE else shown[:LONGEST_SAMPLE] + " …"
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
+    return printable if len(printable) <= LONGEST_SAMPLE else printable[:LONGEST_SAMPLE] + " …"
 
 
 def limits(kind: Kind, facts: Facts) -> list[str]:
     """Return limits: what was not tried, measured or stated."""
     recipe = facts.recipe
     scored = (facts.metrics.get("evaluate") or {}).get("tasks")
-    found = [
+    lines = [
         f"Trained on sequences of at most {recipe.render.max_length_tokens:,} tokens; longer ones were not tried.",
         f"Neither truthfulness nor safety{'' if scored else ', nor any public benchmark,'} was measured.",
         "The base's own licence and limits apply, and those of the data.",
     ]
     if recipe.publish.license is None:
-        found.append("No licence was stated for this repository.")
+        lines.append("No licence was stated for this repository.")
     if not facts.metrics.get("evaluate"):
-        found.append("Nothing was measured on held-out rows.")
+        lines.append("Nothing was measured on held-out rows.")
     if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
-        found.insert(0, words)
+        lines.insert(0, words)
     if kind != "adapter" and facts.certificate is None:
-        found.append("The merge is not certified.")
+        lines.append("The merge is not certified.")
     exported = (facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {}
     if kind == "gguf" and not exported.get("tokenizer_exact", True):
         text = exported.get("tokenizer_differs", "some text")
-        found.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
+        lines.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
     if why := exported.get("perplexity_unknown"):
-        found.append(f"What the quantisation costs was not measured: {why}.")
-    return found
+        lines.append(f"What the quantisation costs was not measured: {why}.")
+    return lines
 
 
 def without_folders(text: str, recipe: Recipe) -> str:
@@ -298,7 +298,9 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     measured_on = facts.recipe.eval_data or facts.recipe.data
-    names = list(dict.fromkeys(s.label for s in measured_on)) or ["generate"] * (facts.recipe.generate is not None)
+    names = list(dict.fromkeys(s.label for s in measured_on))
+    if not names and facts.recipe.generate is not None:
+        names = ["generate"]
     if not names:  # an adapter merged without rows for measuring
         return []
     on_hub = [s for s in measured_on if isinstance(s, HubSource)]
@@ -308,18 +310,18 @@ def results(kind: Kind, facts: Facts) -> list[Any]:
         "dataset_type": on_hub[0].id if on_hub else names[0],
     }
     evaluate, certify = facts.metrics.get("evaluate") or {}, facts.metrics.get("certify") or {}
-    found: list[tuple[str, str, Any]] = []
+    figures: list[tuple[str, str, Any]] = []
     if kind == "adapter":
-        found.append(("perplexity", "Perplexity", evaluate.get("perplexity_adapter")))
-        found.append(("stop_rate", "Share of greedy answers that end", evaluate.get("stop_rate")))
+        figures.append(("perplexity", "Perplexity", evaluate.get("perplexity_adapter")))
+        figures.append(("stop_rate", "Share of greedy answers that end", evaluate.get("stop_rate")))
     elif kind == "merged":
-        found.append(("perplexity", "Perplexity", certify.get("perplexity_merged")))
+        figures.append(("perplexity", "Perplexity", certify.get("perplexity_merged")))
     else:
         files = (facts.metrics.get("export") or {}).get("perplexity", {})
         own = [n for n in files if n == kind or (kind == "gguf" and n not in ("merged", *HF_KINDS))]
-        found += [("perplexity", f"Perplexity ({name})", files[name]) for name in own]
+        figures += [("perplexity", f"Perplexity ({name})", files[name]) for name in own]
     return [
         EvalResult(**where, metric_type=metric, metric_name=name, metric_value=value)
-        for metric, name, value in found
+        for metric, name, value in figures
         if isinstance(value, (int, float))
     ]

@@ -60,8 +60,8 @@ def collect(kind: Kind, folders: Mapping[str, Path], made: Path) -> tuple[dict[s
 def _files(folder: Path) -> dict[str, Path]:
     """Return the files of a stage's folder, without the store's files and without a card."""
     skipped = {CARD, "manifest.json", "building.json"}
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: path for name, path in found.items() if name not in skipped and not name.startswith("lease.")}
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: path for name, path in files.items() if name not in skipped and not name.startswith("lease.")}
 
 
 def _rows(folders: Mapping[str, Path], made: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
@@ -104,8 +104,8 @@ def _refuse_leaks(kind: Kind, contents: Mapping[str, Path], folders: Mapping[str
             raise InputError(f"cannot publish {path}: it is a link to a file outside its folder")
         if (not name.endswith(SCANNED) and name != MODELFILE) or path.stat().st_size > SCANNED_BYTES:
             continue
-        if found := find_secrets(path.read_text(encoding="utf-8", errors="replace")):
-            raise InputError(f"cannot publish {path}: it holds {found[0]}")
+        if secrets := find_secrets(path.read_text(encoding="utf-8", errors="replace")):
+            raise InputError(f"cannot publish {path}: it holds {secrets[0]}")
         if name in ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"):
             for field, value in _local_paths(read_json(path), everywhere=name != "tokenizer_config.json"):
                 raise InputError(

@@ -35,9 +35,9 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
             *(m.extra or "" for m in row.messages),
             row.tools or "",
         ]
-        if found := find_secrets("\n".join(scanned)):
+        if secrets := find_secrets("\n".join(scanned)):
             raise InputError(
-                f"cannot publish the rows: {row.id} holds {found[0].split(' in line')[0]}; remove it and run again"
+                f"cannot publish the rows: {row.id} holds {secrets[0].split(' in line')[0]}; remove it and run again"
             )
         with_extra = with_extra or any(m.extra is not None for m in row.messages)
         with_text = with_text or row.text is not None

@@ -28,7 +28,7 @@ class Facts:
     sources: Sequence[
         Json
     ] = ()  # for each of recipe.data and eval_data what pinned it: commit, digest or version of Python
-    licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → what the Hub says
+    licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → its licence on the Hub
     steps: Sequence[Json] = ()  # the lines of metrics.jsonl
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown
     rows: Mapping[str, Json] = field(default_factory=dict)  # split → {"rows", "columns"} of the dataset repository

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
 from finetune.hub.client import Kind, RepoType
 from finetune.hub.errors import sentences
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, ModelInfo
 
 NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 NO_COMMERCE = re.compile(r"(^|-)nc(-|$)|non-?commercial|research-only")
@@ -30,7 +33,7 @@ def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Ca
     if constants.is_offline_mode():
         say("licences: not read from the Hub, HF_HUB_OFFLINE is set")
         return {}
-    api, found = HfApi(), dict[str, str]()
+    api, licences = HfApi(), dict[str, str]()
     for label, (repo_type, repo_id, revision) in asked.items():
         try:
             with sentences("read the licence of", repo_id, repo_type):
@@ -39,11 +42,11 @@ def read_licences(asked: Mapping[str, tuple[RepoType, str, str | None]], say: Ca
             say(f"licences: {error}")
             continue
         if name := _name(info):
-            found[label] = name
-    return found
+            licences[label] = name
+    return licences
 
 
-def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
+def _name(info: ModelInfo | DatasetInfo) -> str:
     """Return the licence in a repository's metadata, "other (NAME)" for a custom one, "" for none."""
     data = info.card_data.to_dict() if info.card_data else {}
     stated = data.get("license") or [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
@@ -53,13 +56,13 @@ def _name(info: Any) -> str:  # noqa: ANN401 - ModelInfo or DatasetInfo
 
 
 def judge(
-    labels: Iterable[str], found: Mapping[str, str], own: str | None, kinds: Iterable[Kind]
+    labels: Iterable[str], licences: Mapping[str, str], own: str | None, kinds: Iterable[Kind]
 ) -> tuple[list[str], str]:
     """Return notes for the user before a push, and the reason for refusing it ("" if it is allowed).
 
     Args:
         labels: "model ID" or "dataset ID" of everything the push derives from.
-        found: label → licence.
+        licences: label → licence.
         own: the recipe's publish.license.
         kinds: what is pushed; rows alone do not derive from the base.
     """
@@ -70,7 +73,7 @@ def judge(
     for label in labels:
         if rows_only and label.startswith("model "):
             continue
-        name = found.get(label, "")
+        name = licences.get(label, "")
         lower = name.lower()
         if NO_DERIVATIVES.search(lower):
             words = f"{label} is under {name}, which forbids publishing derived works"

@@ -120,7 +120,7 @@ def publish(
                 Prepared(kind, targets[kind], contents | _written(written.files, made / kind), written.text)
             )
         receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
-        receipt["pushes"] = [_shown(push, ctx) for push in prepared] if dry_run else []
+        receipt["pushes"] = [_push_summary(push, ctx) for push in prepared] if dry_run else []
         for push in [] if dry_run else prepared:
             _push(push, recipe, folders, receipt, run.folder / RECEIPT, ctx)
     return receipt
@@ -202,13 +202,13 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
             asked.setdefault(f"dataset {source.id}", ("dataset", source.id, source.revision))
     if not ask:
         return {}
-    found = read_licences(asked, ctx.say)
-    notes, refusal = judge(asked, found, facts.recipe.publish.license, kinds)
+    licences = read_licences(asked, ctx.say)
+    notes, refusal = judge(asked, licences, facts.recipe.publish.license, kinds)
     for note in notes:
         ctx.say(note)
     if refusal:
         raise GateRefused(refusal)
-    return found
+    return licences
 
 
 def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
@@ -249,7 +249,7 @@ def _link_or_copy(source: Path, place: Path) -> None:
         shutil.copyfile(source, place)
 
 
-def _shown(push: Prepared, ctx: Context) -> dict[str, Any]:
+def _push_summary(push: Prepared, ctx: Context) -> dict[str, Any]:
     sizes = {name: path.stat().st_size for name, path in push.contents.items()} | {CARD: len(push.card.encode())}
     total = sum(sizes.values())
     ctx.say(f"would push {push.kind} to {push.repo}: {len(sizes)} files, {total / 1e6:,.1f} MB; nothing was sent")
@@ -261,7 +261,7 @@ def _megabytes(folder: Path) -> str:
     return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
 
 
-def _optional_json(folder: Path | None, name: str) -> Any:  # noqa: ANN401 - JSON
+def _optional_json(folder: Path | None, name: str) -> dict[str, Any] | None:
     return read_json(folder / name) if folder is not None and (folder / name).exists() else None
 
 

@@ -8,11 +8,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.errors import GateRefused
 from finetune.hub.client import Kind
 from finetune.hub.errors import retried, sentences
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 SMALL = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "Modelfile"]
 WEIGHT_MAPS = ["*.index.json"]
@@ -104,7 +107,7 @@ def _tokenizer(pulled: Path, staged: Path, facts: Mapping[str, Any], trained: st
         yield "the tokenizer writes a question in other tokens"
 
 
-def _probe(tokenizer: Any) -> list[int]:  # noqa: ANN401 - PreTrainedTokenizerBase
+def _probe(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return a question's tokens with the template, or without it if the template refuses a single question."""
     from jinja2 import TemplateError
 
@@ -113,8 +116,8 @@ def _probe(tokenizer: Any) -> list[int]:  # noqa: ANN401 - PreTrainedTokenizerBa
     if tokenizer.chat_template is not None:
         try:
             with limited(len(PROBE)):
-                found = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)
-            return list(found["input_ids"])
+                encoding = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=True)
+            return list(cast("BatchEncoding", encoding)["input_ids"])
         except (TemplateError, RenderingTooLong):
             pass
     return list(tokenizer(PROBE[0]["content"])["input_ids"])
@@ -127,9 +130,11 @@ def _config(pulled: Path, staged: Path, facts: Mapping[str, Any]) -> Iterator[st
     if {**there, "_name_or_path": ""} != {**here, "_name_or_path": ""}:  # differs by the folder read
         yield "config.json is another"
     every = [GenerationConfig.from_pretrained(p, local_files_only=True).eos_token_id for p in (pulled, staged)]
-    found, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
-    if facts and (found != pushed or not set(found) >= set(facts["terminators"])):  # beside them the base's own others
-        yield f"answers end at tokens {found}, trained to end at {sorted(facts['terminators'])}"
+    actual, pushed = (sorted(e) if isinstance(e, list) else [] if e is None else [e] for e in every)
+    if facts and (
+        actual != pushed or not set(actual) >= set(facts["terminators"])
+    ):  # beside them the base's own others
+        yield f"answers end at tokens {actual}, trained to end at {sorted(facts['terminators'])}"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

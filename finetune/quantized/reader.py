@@ -45,8 +45,8 @@ class QuantizedWeights:
         self.settings: dict[str, Any] = read_json(folder / "config.json")["quantization_config"]
         self._refs = read_folder(folder)
         ends = (".weight_scale", ".weight.absmax")
-        found = (name.removesuffix("_scale").removesuffix(".absmax") for name in self._refs if name.endswith(ends))
-        self.quantized = tuple(found)
+        names = (name.removesuffix("_scale").removesuffix(".absmax") for name in self._refs if name.endswith(ends))
+        self.quantized = tuple(names)
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the tensor `name`: fp32 if it is quantised, else as stored."""
@@ -116,9 +116,9 @@ class QuantizedWeights:
             if "config_groups" in self.settings:
                 with torch.inference_mode():
                     model(torch.ones(1, FIRST_TOKENS, dtype=torch.int64))
-            found = _weights(model)
+            loaded = _weights(model)
         for name in self.quantized:
-            if name not in found or not torch.equal(found[name], self(name)):
+            if name not in loaded or not torch.equal(loaded[name], self(name)):
                 raise FinetuneError(
                     f"{self.folder.name}: {name} is read by transformers as other weights; this is a mistake in this "
                     "program"
@@ -134,7 +134,7 @@ class QuantizedWeights:
             )
 
 
-def load(folder: Path) -> Any:  # noqa: ANN401 - PreTrainedModel
+def load(folder: Path) -> PreTrainedModel:
     """Return the model of a quantised folder as transformers loads it, computing in fp32 on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -147,16 +147,16 @@ def load(folder: Path) -> Any:  # noqa: ANN401 - PreTrainedModel
     return model.eval()
 
 
-def _weights(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - PreTrainedModel
+def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the weights of a loaded model by name, fp32, decompressed by its own library."""
     from bitsandbytes.functional import dequantize_4bit
 
-    found = {}
+    weights = {}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         value = parameter.data if state is None else dequantize_4bit(parameter.data, state)
-        found[name] = value.float()
-    return found
+        weights[name] = value.float()
+    return weights
 
 
 def _through_fp8(values: torch.Tensor) -> torch.Tensor:

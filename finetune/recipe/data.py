@@ -65,12 +65,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
 
 
-def refuse(found: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
+def refuse(mistakes: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
     """Raise one validation error for each (field's path, sentence); call it inside a validator. No effect if empty."""
-    if found:
+    if mistakes:
         details: list[InitErrorDetails] = [
             {"type": PydanticCustomError("contradiction", "{why}", {"why": why}), "loc": at, "input": None}
-            for at, why in found
+            for at, why in mistakes
         ]
         raise ValidationError.from_exception_data("recipe", details)
 
@@ -207,7 +207,7 @@ class HubSource(_SourceFields):
     streaming: bool = False
     """Stream the rows, so that `take` does not download the whole dataset."""
     format: Format = "auto"
-    """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
+    """How a row is laid out; auto looks at the columns of the first 100 rows and reports the format."""
 
     @property
     def label(self) -> str:
@@ -225,7 +225,7 @@ class LocalSource(_SourceFields):
     )
     """A file, a folder, a pattern (part-*.jsonl) or a list: next to the recipe, else under the working folder."""
     format: Format = "auto"
-    """How a row is laid out; auto looks at the columns of the first 100 rows and says what it found."""
+    """How a row is laid out; auto looks at the columns of the first 100 rows and reports the format."""
     encoding: Annotated[str, AfterValidator(_is_encoding)] | None = None
     """The encoding of a text file, as in cp1252 or utf-16; null: UTF-8."""
 

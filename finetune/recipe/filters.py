@@ -20,10 +20,10 @@ CONDITION = re.compile(r"\s*([^<>=!\s].*?)\s*(>=|<=|==|!=|>|<|=)\s*(.*?)\s*")
 
 def parse_condition(text: str) -> tuple[str, str, str]:
     """Return (column, operator, value) of `rating >= 4`; a single = means ==. Raises ValueError for another form."""
-    found = CONDITION.fullmatch(text)
-    if found is None:
+    match = CONDITION.fullmatch(text)
+    if match is None:
         raise ValueError("a condition is COLUMN OPERATOR VALUE, as in rating >= 4; operators: >= <= > < == !=")
-    column, sign, value = found.groups()
+    column, sign, value = match.groups()
     sign = "==" if sign == "=" else sign
     if sign not in ("==", "!="):
         try:

@@ -71,29 +71,33 @@ RENAMED: Mapping[tuple[str, str], str] = {("Dedup", "jaccard"): "minhash"}  # (c
 RENAMED_CLASSES: Mapping[str, str] = {"Jaccard": "MinHash"}  # class -> its name in schema 1
 
 
-def key_form(value: object) -> Any:  # noqa: ANN401 - JSON
-    """Return `value` (a spec, or a value inside one) as the JSON that enters a stage's key.
+def key_form(section: BaseModel) -> dict[str, Any]:
+    """Return `section` (a spec, or a section inside one) as the JSON that enters a stage's key.
 
     Fields that are excluded from dumps (local paths) are left out; so are fields that schema 1 did not have and that
     hold their default.
     """
+    names = [_key_name(c) for c in type(section).__mro__ if issubclass(c, BaseModel)]
+    first = {field for name in names for field in SCHEMA_1.get(name, "").split()}
+    dumped = section.model_dump(mode="json")
+    form: dict[str, Any] = {}
+    for field, info in type(section).model_fields.items():
+        if info.exclude:
+            continue
+        now = getattr(section, field)
+        old_name = next((RENAMED[name, field] for name in names if (name, field) in RENAMED), field)
+        if old_name in first or now != info.get_default(call_default_factory=True):
+            form[old_name] = _value_form(now) if _has_sections(now) else dumped[field]
+    return form
+
+
+def _value_form(value: object) -> object:
     if isinstance(value, BaseModel):
-        names = [_key_name(c) for c in type(value).__mro__ if issubclass(c, BaseModel)]
-        first = {field for name in names for field in SCHEMA_1.get(name, "").split()}
-        dumped = value.model_dump(mode="json")
-        form = {}
-        for field, info in type(value).model_fields.items():
-            if info.exclude:
-                continue
-            now = getattr(value, field)
-            old_name = next((RENAMED[name, field] for name in names if (name, field) in RENAMED), field)
-            if old_name in first or now != info.get_default(call_default_factory=True):
-                form[old_name] = key_form(now) if _has_sections(now) else dumped[field]
-        return form
+        return key_form(value)
     if isinstance(value, Mapping):
-        return {name: key_form(inner) for name, inner in value.items()}
+        return {name: _value_form(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [key_form(inner) for inner in value]
+        return [_value_form(inner) for inner in value]
     return value
 
 

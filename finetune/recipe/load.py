@@ -81,8 +81,8 @@ def find_recipe(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
-        if path.name == name and (found := known_recipes().get(path.stem)) and found.name == name:
-            return found  # `init` writes into recipes/ and the commands are typed above it
+        if path.name == name and (shipped := known_recipes().get(path.stem)) and shipped.name == name:
+            return shipped  # `init` writes into recipes/ and the commands are typed above it
         raise InputError(f"{name}: {'a folder, not a recipe file' if path.is_dir() else 'no such recipe file'}")
     known = known_recipes()
     if name in known:
@@ -104,22 +104,22 @@ def parse_recipe(text: str, path: Path, sets: Sequence[str] = ()) -> Recipe:
     return _validated(text, path, sets)[0]
 
 
-def parse_value(text: str, name: str) -> Any:  # noqa: ANN401 - YAML
+def parse_value(text: str, name: str) -> object:
     """Return a YAML value as a recipe reads it (2e-4 is a number). Raises InputError, which begins with `name`."""
-    problems: list[str] = []
-    value = _parse_yaml(text, name, {}, problems)
-    if problems:
-        raise InputError("\n".join(problems))
+    reading = _Reading(name)
+    value = reading.read(text)
+    if reading.problems:
+        raise InputError("\n".join(reading.problems))
     return value
 
 
 def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Where, tuple[str, ...]]:
-    problems: list[str] = []
-    where: Where = {}
-    raw = _parse_yaml(text, str(path), where, problems)
+    reading = _Reading(str(path))
+    raw = reading.read(text)
+    where, problems = reading.where, reading.problems
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else shortened(raw)
-        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {found}"
+        actual = "nothing" if raw is None else shortened(raw)
+        shape = f"{path}:1: a recipe is a mapping of sections (name:, model:, data: …); found {actual}"
         raise InputError("\n".join(problems or [shape]))
     for option in sets:
         problem = _apply_set(raw, option, where)
@@ -136,8 +136,8 @@ def _validated(text: str, path: Path, sets: Sequence[str]) -> tuple[Recipe, Wher
         problems.append(f"{path}: nested too deeply to be a recipe")
     if problems:
         more = [f"{path}: and {len(problems) - MOST_SHOWN:,} more errors"] if len(problems) > MOST_SHOWN else []
-        shown = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
-        raise InputError("\n".join([*shown, *more]))
+        lines = [clipped(line, MOST_CHARACTERS) for line in in_file_order(problems)[:MOST_SHOWN]]
+        raise InputError("\n".join([*lines, *more]))
     return recipe, where, notes
 
 
@@ -181,21 +181,74 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from None
 
 
-def _parse_yaml(text: str, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        problems.append(_not_yaml(error, name))
-        return None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        problems.append(f"{name}:{line}: the character U+{int(error.character):04X} is not allowed in YAML")
-        return None
-    except RecursionError:
-        problems.append(f"{name}: nested too deeply to be a recipe")
-        return None
-    return None if node is None else _value(node, (), name, where, problems)
+@dataclass
+class _Reading:
+    """A YAML text while it is read: `where` gets the line of each field, `problems` the errors."""
+
+    name: str  # of the file or option, in front of line numbers
+    where: Where = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, text: str) -> object:
+        """Return the value of a document of plain values; None, and an entry of `problems`, if it is not one."""
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+        except yaml.MarkedYAMLError as error:
+            self.problems.append(_not_yaml(error, self.name))
+            return None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            self.problems.append(
+                f"{self.name}:{line}: the character U+{int(error.character):04X} is not allowed in YAML"
+            )
+            return None
+        except RecursionError:
+            self.problems.append(f"{self.name}: nested too deeply to be a recipe")
+            return None
+        return None if node is None else self._value(node, ())
+
+    def _value(self, node: yaml.Node, at: Location) -> object:
+        line = f"{self.name}:{node.start_mark.line + 1}"
+        self.where.setdefault(at, line)
+        kind = node.tag.rpartition(":")[2]
+        here = f"{line}: {'.'.join(map(str, at))}".removesuffix(": ")
+        if kind not in PLAIN_TAGS[type(node)]:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self.problems.append(f"{here}: the tag {tag} is not allowed; write a plain value")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            result: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key_line = f"{self.name}:{key_node.start_mark.line + 1}"
+                if (
+                    not isinstance(key_node, yaml.ScalarNode)
+                    or key_node.value in ("", "<<")
+                    or not _is_text(key_node.value)
+                ):
+                    self.problems.append(f"{key_line}: a field's name must be a plain word; write NAME: VALUE")
+                    continue
+                key = str(key_node.value)
+                if key in result:
+                    self.problems.append(f"{key_line}: {'.'.join(map(str, (*at, key)))}: written twice; keep one")
+                    continue
+                self.where[(*at, key)] = key_line
+                result[key] = self._value(value_node, (*at, key))
+            return result
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(item, (*at, i)) for i, item in enumerate(node.value)]
+        text = str(node.value)
+        if not _is_text(text):
+            self.problems.append(f"{here}: a lone surrogate (U+D800–U+DFFF) is not a character; remove it")
+            return None
+        if kind == "int" and len(text) > 300:
+            self.problems.append(f"{here}: a number of {len(text)} digits")
+            return None
+        if kind == "float":
+            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        if kind == "int":
+            return int(text)
+        return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
 
 
 def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
@@ -218,49 +271,6 @@ def _not_yaml(error: yaml.MarkedYAMLError, name: str) -> str:
     return f"{name}:{line}: not YAML: {problem}"
 
 
-def _value(node: yaml.Node, at: Location, name: str, where: Where, problems: list[str]) -> Any:  # noqa: ANN401 - YAML
-    line = f"{name}:{node.start_mark.line + 1}"
-    where.setdefault(at, line)
-    kind = node.tag.rpartition(":")[2]
-    here = f"{line}: {'.'.join(map(str, at))}".removesuffix(": ")
-    if kind not in PLAIN_TAGS[type(node)]:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        problems.append(f"{here}: the tag {tag} is not allowed; write a plain value")
-        return None
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key_line = f"{name}:{key_node.start_mark.line + 1}"
-            if (
-                not isinstance(key_node, yaml.ScalarNode)
-                or key_node.value in ("", "<<")
-                or not _is_text(key_node.value)
-            ):
-                problems.append(f"{key_line}: a field's name must be a plain word; write NAME: VALUE")
-                continue
-            key = str(key_node.value)
-            if key in result:
-                problems.append(f"{key_line}: {'.'.join(map(str, (*at, key)))}: written twice; keep one")
-                continue
-            where[(*at, key)] = key_line
-            result[key] = _value(value_node, (*at, key), name, where, problems)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*at, i), name, where, problems) for i, item in enumerate(node.value)]
-    text = str(node.value)
-    if not _is_text(text):
-        problems.append(f"{here}: a lone surrogate (U+D800–U+DFFF) is not a character; remove it")
-        return None
-    if kind == "int" and len(text) > 300:
-        problems.append(f"{here}: a number of {len(text)} digits")
-        return None
-    if kind == "float":
-        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    if kind == "int":
-        return int(text)
-    return {"null": None, "bool": text.lower() == "true"}.get(kind, text)
-
-
 def _is_text(value: str) -> bool:
     try:
         value.encode()
@@ -272,17 +282,16 @@ def _is_text(value: str) -> bool:
 def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
     """Write `a.b.0=value` into the raw recipe; return an error message, or None."""
     path, equals, text = option.partition("=")
-    shown = option if option.isprintable() else shortened(option)
+    label = option if option.isprintable() else shortened(option)
     steps = path.strip().split(".")
     if not equals or not all(steps):
-        return f"--set {shown}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
+        return f"--set {label}: write SECTION.FIELD=VALUE, as in train.learning_rate=1e-4"
     if len(steps) > MOST_LEVELS:
-        return f"--set {clipped(shown, 100)}: {len(steps):,} levels, a recipe has at most {MOST_LEVELS}"
-    problems: list[str] = []
-    scratch: Where = {}
-    value = _parse_yaml(text, f"--set {path if path.isprintable() else shortened(path)}", scratch, problems)
-    if problems:
-        return problems[0]
+        return f"--set {clipped(label, 100)}: {len(steps):,} levels, a recipe has at most {MOST_LEVELS}"
+    reading = _Reading(f"--set {path if path.isprintable() else shortened(path)}")
+    value = reading.read(text)
+    if reading.problems:
+        return reading.problems[0]
     at: Any = raw
     trail: Location = ()
     for i, step in enumerate(steps):
@@ -290,7 +299,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
         if isinstance(at, list):
             if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(at):
                 here = ".".join(map(str, trail))
-                return f"--set {shown}: {here} has {len(at)} items; found index {step!r}, allowed: 0…{len(at) - 1}"
+                return f"--set {label}: {here} has {len(at)} items; found index {step!r}, allowed: 0…{len(at) - 1}"
             key: str | int = int(step)
         elif isinstance(at, dict):
             key = step
@@ -301,7 +310,7 @@ def _apply_set(raw: dict[str, Any], option: str, where: Where) -> str | None:
                 elif at.get(key) is None:
                     at[key] = {}
                 else:
-                    return f"--set {shown}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
+                    return f"--set {label}: {'.'.join(map(str, (*trail, key)))} is {at[key]!r}, not a section"
         trail = (*trail, key)
         if last:
             at[key] = value

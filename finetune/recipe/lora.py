@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -48,7 +48,7 @@ class Lora(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _start(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _start(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "start_folder" in value:
             refuse([(("start_folder",), "unknown field; write the folder as start_from: /path or ./path")])
         if not isinstance(value, dict) or not isinstance(value.get("start_from"), str) or "start_folder" in value:

@@ -71,7 +71,7 @@ def _line_number(line: str) -> int:
 
 
 def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) -> str:
-    kind, value, found = error["type"], error["input"], shortened(error["input"])
+    kind, value, actual = error["type"], error["input"], shortened(error["input"])
     if kind == "extra_forbidden":
         return _unknown(str(at[-1]), model)
     if kind == "missing":
@@ -85,17 +85,17 @@ def _sentence(error: ErrorDetails, at: Location, model: type[BaseModel] | None) 
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         is_quoted = isinstance(value, dict) or str(value)[:20] in message
-        return message if is_quoted else f"found {found}; {message}"
+        return message if is_quoted else f"found {actual}; {message}"
     if kind in ("model_type", "model_attributes_type"):
         fields = list(written_fields(held)) if (held := _model_at(at)) else []
         if "source" in fields:
             return _no_source(value)
         off = "; leave the line out for the defaults" if value is None else _null_turns_off(at)
-        return f"found {found}; allowed: fields, as in {{{fields[0] if fields else '…'}: …}}{off}"
+        return f"found {actual}; allowed: fields, as in {{{fields[0] if fields else '…'}: …}}{off}"
     if kind == "list_type" and at in (("data",), ("decontaminate", "against")):
-        return f"found {found}; allowed: a list, each source in a line that begins with -"
+        return f"found {actual}; allowed: a list, each source in a line that begins with -"
     off = _null_turns_off(at) or _null_turns_off(at[:-1]) if str(value).lower() in OFF else ""
-    return f"found {found}; allowed: {_allowed(error)}{off}"
+    return f"found {actual}; allowed: {_allowed(error)}{off}"
 
 
 def _null_turns_off(at: Location) -> str:
@@ -148,19 +148,19 @@ def _unknown(name: str, model: type[BaseModel] | None) -> str:
 def _no_source(value: object) -> str:
     if not isinstance(value, dict):
         return f"found {shortened(value)}; allowed: a source, as in {{source: local, path: rows.jsonl}}"
-    found = value.get("source")
-    if found is None:
+    tag = value.get("source")
+    if tag is None:
         return "the field `source` is missing; allowed: source: hub, local or pydoc"
-    near = _near(str(found), ["hub", "local", "pydoc"], "; did you mean {}?")
-    return f"found source {found!r}; allowed: source: hub, local or pydoc{near}"
+    near = _near(str(tag), ["hub", "local", "pydoc"], "; did you mean {}?")
+    return f"found source {tag!r}; allowed: source: hub, local or pydoc{near}"
 
 
 def _no_rule(value: object) -> str:
-    found = value.get("rule") if isinstance(value, dict) else value
-    if isinstance(value, dict) and found is None:
+    tag = value.get("rule") if isinstance(value, dict) else value
+    if isinstance(value, dict) and tag is None:
         return "the field `rule` is missing; write it as in {rule: repetition}"
-    near = _near(str(found), list(RULES), "; did you mean {}?")
-    return f"found {shortened(found)}; allowed: {', '.join(RULES)}, or module:function{near}"
+    near = _near(str(tag), list(RULES), "; did you mean {}?")
+    return f"found {shortened(tag)}; allowed: {', '.join(RULES)}, or module:function{near}"
 
 
 def _near(name: str, known: list[str], sentence: str) -> str:
@@ -218,11 +218,11 @@ def _model_at(at: Location) -> type[BaseModel] | None:
     return next(iter(_models(annotation)), None)
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression
+def _models(annotation: object) -> list[type[BaseModel]]:
     return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
-def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
+def _members(annotation: object) -> list[object]:
     """Return the members of a (possibly annotated) union."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
@@ -232,5 +232,5 @@ def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type expression
 
 
 def _tags(model: type[BaseModel]) -> tuple[str, ...]:
-    found = model.model_fields.get("source") or model.model_fields.get("rule")
-    return get_args(found.annotation) if found and get_origin(found.annotation) is Literal else ()
+    union = model.model_fields.get("source") or model.model_fields.get("rule")
+    return get_args(union.annotation) if union and get_origin(union.annotation) is Literal else ()

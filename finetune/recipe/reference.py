@@ -64,7 +64,7 @@ def schema() -> dict[str, Any]:
     for name, definition in [*made["$defs"].items(), ("Recipe", made)]:
         sentences = sentences_of(models[name])
         for field, value in definition["properties"].items():
-            _polish(value)
+            value = definition["properties"][field] = _polished(value)
             default = "" if "default" not in value else f" Default: {_yaml(value['default'])}."
             value["description"] = sentences[field] + default
     made["$defs"]["Model"]["properties"]["id"]["anyOf"] = MODEL_ID
@@ -86,9 +86,9 @@ def schema_text() -> str:
 
 def reference_text() -> str:
     """Return the text of docs/recipe-reference.md: one table per section, in the order of the recipe."""
-    found = schema()
-    definitions = found["$defs"]
-    parts = [HEAD, *_table("The whole", Recipe, "", found)]
+    whole = schema()
+    definitions = whole["$defs"]
+    parts = [HEAD, *_table("The whole", Recipe, "", whole)]
     for name, field in written_fields(Recipe).items():
         for model in _models(field.annotation):
             elsewhere = (name in FURTHER_SOURCES and model.__name__.endswith("Source")) or (
@@ -125,12 +125,12 @@ def write(root: Path) -> list[Path]:
 @cache
 def _documented() -> dict[str, dict[str, str]]:
     """Return class → field → the string below the field."""
-    found: dict[str, dict[str, str]] = {}
+    documented: dict[str, dict[str, str]] = {}
     for module in MODULES:
         for item in ast.parse((Path(__file__).parent / module).read_text(encoding="utf-8")).body:
             if isinstance(item, ast.ClassDef):
-                found[item.name] = dict(_pairs(item.body))
-    return found
+                documented[item.name] = dict(_pairs(item.body))
+    return documented
 
 
 def _pairs(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
@@ -146,7 +146,7 @@ def _names(model: type[BaseModel]) -> dict[str, str]:
     return {f.alias or n: n for n, f in model.model_fields.items() if (f.alias or n) in written}
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type expression
+def _models(annotation: object) -> list[type[BaseModel]]:
     """Return every model in a type expression and, recursively, in their fields, each once."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         inner = [m for f in annotation.model_fields.values() for m in _models(f.annotation)]
@@ -154,15 +154,15 @@ def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 - a type 
     return list(dict.fromkeys(m for a in get_args(annotation) for m in _models(a)))
 
 
-def _polish(value: dict[str, Any]) -> None:
-    """Remove keys that are useless to a reader or an editor."""
-    for name in ("title", "format", "discriminator"):
-        value.pop(name, None)
-    if isinstance(value.get("default"), dict) and value["default"]:  # a section's defaults are its fields'
-        del value["default"]
-    for inner in (value.get("items"), *value.get("anyOf", ()), *value.get("oneOf", ())):
-        if isinstance(inner, dict):
-            _polish(inner)
+def _polished(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without keys that are useless to a reader or an editor."""
+    kept = {name: inner for name, inner in value.items() if name not in ("title", "format", "discriminator")}
+    if isinstance(kept.get("default"), dict) and kept["default"]:  # a section's defaults are its fields'
+        del kept["default"]
+    if isinstance(kept.get("items"), dict):
+        kept["items"] = _polished(kept["items"])
+    choices = {name: [_polished(choice) for choice in kept[name]] for name in ("anyOf", "oneOf") if name in kept}
+    return kept | choices
 
 
 def _table(title: str, model: type[BaseModel], text: str, definition: Mapping[str, Any]) -> list[str]:

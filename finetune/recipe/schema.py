@@ -138,11 +138,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        found = (
+        contradictions = (
             self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart,
             self._tokens_apart, self._built_in_writer,
         )  # fmt: skip
-        refuse([problem for problems in found for problem in problems()])
+        refuse([problem for problems in contradictions for problem in problems()])
         return self
 
     def _sizes(self) -> Iterator[Contradiction]:
@@ -202,7 +202,9 @@ class Recipe(Section):
             yield ("export",), "it needs the merged model, but merge is null; set export: null, or merge: {}"
         if self.merge is None and "merged" in self.publish.what:
             yield ("publish", "what"), "found merged, but merge is null; publish the adapter, or set merge: {}"
-        made = ["gguf"] * bool(self.export and self.export.gguf) + list[str](self.export.hf if self.export else [])
+        made: list[str] = list(self.export.hf) if self.export else []
+        if self.export and self.export.gguf:
+            made.append("gguf")
         for kind in self.publish.what:
             if kind not in ("adapter", "merged", "dataset", *made):
                 asked = "gguf: [q8_0]" if kind == "gguf" else f"hf: [{kind}]"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -57,7 +57,7 @@ class Generate(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _prompts_folder(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _prompts_folder(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "prompts_path" in value:
             refuse([(("prompts_path",), "unknown field; write the folder as prompts: NAME")])
         if isinstance(value, dict) and isinstance(value.get("prompts"), str) and "prompts_path" not in value:

@@ -70,7 +70,7 @@ class Model(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _from_string(cls, value: object, info: ValidationInfo) -> object:
         raw = {"id": value} if isinstance(value, str) else value
         if not isinstance(raw, dict) or not isinstance(raw.get("id"), str):
             return raw
@@ -139,7 +139,7 @@ class Render(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _template_path(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _template_path(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "template_file" in value:
             refuse([(("template_file",), "unknown field; write the file as template: NAME.jinja")])
         if isinstance(value, dict) and isinstance(value.get("template"), str) and value["template"].endswith(".jinja"):
@@ -204,8 +204,7 @@ class Train(Section):
     patience: Count | None = None
     """Stop after this many measurements without a lower held-out loss; null: no early stop."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute dtype: auto uses bf16 if the GPU has it (Ampere and newer), else fp16; on a CPU fp32, or bf16 if a trial
-    before training is clearly faster."""
+    """Compute dtype: auto is bf16 on a GPU from Ampere on, else fp16; on a CPU fp32, or bf16 if a trial is faster."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -235,7 +234,7 @@ class LanguageModel(Section):
     local: Model | None = None
     """A model loaded here instead: OWNER/NAME on the Hub, a folder (/… or ./…), or the recipe's own builtin base."""
     license: str | None = None
-    """Licence or terms of its answers, for the card; null: what the Hub says of a local model, else unknown."""
+    """Licence or terms of its answers, for the card; null: the licence of a local Hub model, else unknown."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests to the endpoint at once."""
     timeout_seconds: Positive = 120.0
@@ -300,7 +299,7 @@ class Evaluate(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _task_folder(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - raw YAML
+    def _task_folder(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, dict) and info.context and "task_path" in value:
             refuse([(("task_path",), "unknown field; write the folder as task_folder: NAME")])
         if isinstance(value, dict) and isinstance(value.get("task_folder"), str) and "task_path" not in value:

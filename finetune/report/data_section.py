@@ -140,7 +140,7 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
     captions = {"before": "As read: the tokens of the texts alone, without a template", "after": "As trained on"}
     if step > 1:
         captions["before"] += f"; every {step}th row counted"
-    shown: dict[str, Any] = {}
+    figure: dict[str, Any] = {}
     for name, values, limit in (("before", before, limit_before), ("after", after, limit_after)):
         counts = [0] * (int(widest // width) + 1)
         over = 0
@@ -150,10 +150,10 @@ def lengths(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
             counts[min(place, len(counts) - 1)] += 1
         label = f"{captions[name]}: histogram of {len(values)} rows, at most {max(values, default=0)} tokens"
         plot = svg.histogram(label, counts, width, "tokens in a row", "rows", limit=limit)
-        more = f"; {over:,} longer than the axis lie in the last bar" if over else ""
+        more = f"; {over:,} longer than the axis are in the last bar" if over else ""
         median = f"median {_at(values, 0.5):,}, longest {max(values, default=0):,} tokens"
-        shown[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None
-    return shown
+        figure[name] = {"plot": plot, "caption": f"{captions[name]}; {median}{more}."} if values else None
+    return figure
 
 
 def _raw(stages: Stages) -> tuple[list[int], int]:
@@ -191,9 +191,9 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
     pairs = stages["dedup"].file("pairs.parquet")
     if pairs is None or stages["dedup"].manifest is None:
         return []
-    found = largest_groups(pairs, GROUPS)
+    largest = largest_groups(pairs, GROUPS)
     before = rows_before(stages, "dedup")
-    wanted = {group[0].kept_id for group in found} | {d.id for group in found for d in group[:SHOWN_OF_A_GROUP]}
+    wanted = {group[0].kept_id for group in largest} | {d.id for group in largest for d in group[:SHOWN_OF_A_GROUP]}
     texts = rows_by_id(before, wanted) if before else {}
 
     def text(row_id: str) -> tuple[str, str]:
@@ -211,7 +211,7 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
             "lowest": f"{group[0].score:.3f}",
             "rows": [(d.id, d.method, f"{d.score:.3f}", text(d.id)) for d in group[:SHOWN_OF_A_GROUP]],
         }
-        for group in found
+        for group in largest
     ]
 
 

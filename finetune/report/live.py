@@ -129,12 +129,12 @@ def tiles(steps: list[dict[str, Any]], predicted: Mapping[str, int] | None) -> l
         return []
     last = steps[-1]
     plan = f"{size(predicted['total'])} predicted for a GPU" if predicted else ""
-    found = [
+    entries = [
         ("Time left", duration(last.get("eta_seconds")), f"of this training; {duration(last.get('seconds'))} so far"),
         ("Loss", number(last.get("loss")), f"step {number(last.get('step'))}, {number(steps[0].get('loss'))} at first"),
         ("Tokens per second", number(last.get("tokens_per_second")), f"{number(last.get('tokens'))} tokens so far"),
         ("Peak memory", size(last.get("peak_memory_bytes")), plan),
     ]
     if (held := next((s["held_out_loss"] for s in reversed(steps) if "held_out_loss" in s), None)) is not None:
-        found.insert(2, ("Held-out loss", number(held), "nats per token"))
-    return found
+        entries.insert(2, ("Held-out loss", number(held), "nats per token"))
+    return entries

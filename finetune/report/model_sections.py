@@ -37,17 +37,17 @@ def training_section(train: StageView, predicted: Mapping[str, int] | None) -> d
 
 def read_lines(path: Path | None) -> list[dict[str, Any]]:
     """Return the JSON objects of a file, one per line, up to an incomplete line."""
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     if path is None:
-        return found
+        return lines
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             break
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            lines.append(value)
+    return lines
 
 
 def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | None) -> list[tuple[Any, str]]:
@@ -67,7 +67,7 @@ def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | No
     if held:
         drawn.append(svg.Line(held, "dots"))
         words += " Dots: loss on held-out rows."
-    found = [(svg.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
+    charts = [(svg.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
     norm = points("grad_norm")
     lost = sum(not math.isfinite(y) for _, y in norm)
     skipped = f" {lost} steps overflowed and are not drawn." if lost else ""
@@ -78,12 +78,12 @@ def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | No
     ):
         if values := points(name):
             plot = svg.lines(_range(label, values), [svg.Line(values)], x, unit, from_zero=True)
-            found.append((plot, words))
+            charts.append((plot, words))
     if used := points(*MEMORY_KEYS, scale=1e-9):
         level = svg.Level(predicted["total"] / 1e9, "predicted for a GPU") if predicted else None
         plot = svg.lines(_range("memory", used), [svg.Line(used)], x, "memory, GB", level=level, from_zero=True)
-        found.append((plot, "Memory while training: the peak so far, step by step."))
-    return [(plot, words) for plot, words in found if plot]
+        charts.append((plot, "Memory while training: the peak so far, step by step."))
+    return [(plot, words) for plot, words in charts if plot]
 
 
 def _range(name: str, points: Sequence[tuple[float, float]]) -> str:
@@ -110,9 +110,9 @@ def memory(metrics: Mapping[str, Any], predicted: Mapping[str, int] | None) -> d
     peak, total = metrics.get("peak_memory_bytes"), predicted["total"]
     whole = max(total, peak or 0)
     parts = sorted(((MEMORY_WORDS.get(k, k), v) for k, v in predicted.items() if k != "total"), key=lambda p: -p[1])
-    shown = [(k, v) for k, v in parts if v >= 0.01 * total]
-    shown += [("the rest", rest)] if (rest := total - sum(v for _, v in shown)) else []
-    lines = [(k, size(v), svg.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in shown]
+    large = [(k, v) for k, v in parts if v >= 0.01 * total]
+    large += [("the rest", rest)] if (rest := total - sum(v for _, v in large)) else []
+    lines = [(k, size(v), svg.bar(f"{k}: {size(v)}", v, 0, whole)) for k, v in large]
     lines.append(("predicted in all", size(total), svg.bar(f"predicted: {size(total)}", total, 0, whole)))
     if peak:
         lines.append(("measured peak", size(peak), svg.bar(f"measured: {size(peak)}", peak, 0, whole, "measured")))
@@ -139,7 +139,7 @@ def evaluation_section(stages: Stages) -> dict[str, Any]:
         "figures": _evaluation_figures(m),
         "prompt": prompt_use(m),
         "metrics": metric_rows(m),
-        "moved": [(words, [_sample(s) for s in found]) for words, found in moved(samples)],
+        "moved": [(words, [_sample(s) for s in examples]) for words, examples in moved(samples)],
         "samples": [_sample(s) for s in samples[:SAMPLES]],
         "all_samples": len(samples),
         "open_samples": OPEN_SAMPLES,
@@ -189,7 +189,7 @@ def moved(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[
     changes.sort(key=lambda change: change[0])
     better = [s for change, s in reversed(changes) if change > 0][:MOVED_SAMPLES]
     worse = [s for change, s in changes if change < 0][:MOVED_SAMPLES]
-    return [(words, found) for words, found in (("Got better", better), ("Got worse", worse)) if found]
+    return [(words, examples) for words, examples in (("Got better", better), ("Got worse", worse)) if examples]
 
 
 def _with_interval(m: Mapping[str, Any], name: str) -> str:
@@ -197,7 +197,7 @@ def _with_interval(m: Mapping[str, Any], name: str) -> str:
     return number(m.get(name)) + (f" ({ends})" if f"{name}_interval" in m else "")
 
 
-def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def perplexities(m: Mapping[str, Any], merge: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return a chart with 95 % whiskers: evaluate's perplexities on its rows, the certificate's on its rows."""
     rows: list[tuple[str, float, float | None, float | None]] = []
     for label, name in (("base", "perplexity_base"), ("with the adapter", "perplexity_adapter")):
@@ -205,14 +205,14 @@ def perplexities(m: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[
             low, high = m.get(f"{name}_interval") or (None, None)
             rows.append((label, float(m[name]), low, high))
     note = ""
-    if found:
-        low, high = found.get("perplexity_trained_interval") or (None, None)
-        rows.append(("certificate's rows: as trained", float(found["perplexity_trained"]), low, high))
-        for name, c in found.get("candidates", {}).items():
+    if merge:
+        low, high = merge.get("perplexity_trained_interval") or (None, None)
+        rows.append(("certificate's rows: as trained", float(merge["perplexity_trained"]), low, high))
+        for name, c in merge.get("candidates", {}).items():
             low, high = c.get("perplexity_interval") or (None, None)
             rows.append((f"certificate's rows: merged, {name} base", float(c["perplexity"]), low, high))
         note = (
-            f"The certificate reads {number(found.get('rows'))} held-out rows layer by layer: compare its perplexities "
+            f"The certificate reads {number(merge.get('rows'))} held-out rows layer by layer: compare its perplexities "
             "with each other, not with the two above. Whiskers: 95 % of bootstrap samples of rows."
         )
     rows = [r for r in rows if math.isfinite(r[1])]
@@ -241,8 +241,8 @@ def prompt_use(m: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     def answer(name: str) -> tuple[str, bool]:
-        found = sample.get(name) or {}
-        return clipped(str(found.get("text", "")), LONGEST_TEXT), found.get("finish") == "stop"
+        figures = sample.get(name) or {}
+        return clipped(str(figures.get("text", "")), LONGEST_TEXT), figures.get("finish") == "stop"
 
     return {
         "id": str(sample.get("id")),
@@ -268,28 +268,28 @@ def certificate(view: StageView) -> dict[str, Any] | None:
 def certificate_section(stages: Stages) -> dict[str, Any]:
     """Return the text, and a line for each base that was tried."""
     view = stages["certify"]
-    found = certificate(view)
-    if found is None:
+    figures = certificate(view)
+    if figures is None:
         return {"absent": view.absence, "refused": "", "words": "", "rows": [], "difference": ""}
     rows = [
         (
             name,
-            name == found["base"],
+            name == figures["base"],
             number(c.get("perplexity")),
             interval(c.get("perplexity_interval")),
             f"{c.get('perplexity_ratio', math.nan):.6g}",
             f"{c.get('mean_kl', math.nan):.2g}",
             percent(c.get("agreement")),
         )
-        for name, c in found.get("candidates", {}).items()
+        for name, c in figures.get("candidates", {}).items()
     ]
-    words = str(found.get("words", ""))
+    words = str(figures.get("words", ""))
     return {
         "absent": "",
         "refused": view.absence if view.status == "refused" else "",
         "words": f"The adapter, {words}." if words else "",
         "rows": rows,
-        "difference": _difference(found.get("dequantized_minus_original")),
+        "difference": _difference(figures.get("dequantized_minus_original")),
     }
 
 
@@ -312,7 +312,7 @@ def merge_section(view: StageView) -> dict[str, Any]:
     lines = [
         ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
         ("tensors", f"{number(m.get('tensors'))}, {number(m.get('changed_tensors'))} of them changed"),
-        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'s' * (m.get('files') != 1)}"),
+        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'' if m.get('files') == 1 else 's'}"),
         ("memory for it", size(m.get("peak_anon_bytes"))),
         ("time", duration(m.get("seconds"))),
         ("folder", str(view.folder)),

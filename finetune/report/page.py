@@ -158,10 +158,10 @@ def result(stages: Stages, recipe: Recipe | None) -> dict[str, str]:
     return {"kind": "stopped" if loud else "done", "words": _outcome(stages) + loud}
 
 
-def _shaded(found: dict[str, str], judged: Verdict | None) -> dict[str, str]:
+def _shaded(tile: dict[str, str], judged: Verdict | None) -> dict[str, str]:
     """Do not show a finished run with a bad line in its verdict as a success."""
     bad = judged is not None and judged.level == BAD
-    return {**found, "kind": "stopped"} if bad and found["kind"] == "done" else found
+    return {**tile, "kind": "stopped"} if bad and tile["kind"] == "done" else tile
 
 
 def _outcome(stages: Stages) -> str:
@@ -182,26 +182,30 @@ def _outcome(stages: Stages) -> str:
 def tiles(stages: Stages) -> list[tuple[str, str, str]]:
     """Return (label, value, small print) of the available key metrics."""
     train, evaluated, certified = (stages[n].metrics for n in ("train", "evaluate", "certify"))
-    found = []
+    tiles_made = []
     if evaluated:
         change = f"{evaluated['perplexity_base']:.3g} → {evaluated['perplexity_adapter']:.3g}"
-        found.append(("Perplexity, trained", change, f"base → adapter, {number(evaluated.get('rows'))} held-out rows"))
+        tiles_made.append(
+            ("Perplexity, trained", change, f"base → adapter, {number(evaluated.get('rows'))} held-out rows")
+        )
     if certified:
         apart = f"{certified['perplexity_trained']:.3g} → {certified['perplexity_merged']:.3g}"
-        found.append(("Perplexity, merged", apart, f"adapter → merged, {number(certified.get('rows'))} held-out rows"))
+        tiles_made.append(
+            ("Perplexity, merged", apart, f"adapter → merged, {number(certified.get('rows'))} held-out rows")
+        )
         kl = f"merged as trained; mean KL {certified['mean_kl']:.2g} nats"
-        found.append(("Same next token", percent(certified["agreement"]), kl))
+        tiles_made.append(("Same next token", percent(certified["agreement"]), kl))
     if train and "imported" not in train:
         device = train.get("device")
-        found.append(("Tokens per second", number(train.get("tokens_per_second")), f"training on {device}"))
+        tiles_made.append(("Tokens per second", number(train.get("tokens_per_second")), f"training on {device}"))
         where = "RAM of the process" if device == "cpu" else "GPU memory"
-        found.append(("Peak memory", size(train.get("peak_memory_bytes")), f"training, {where}"))
+        tiles_made.append(("Peak memory", size(train.get("peak_memory_bytes")), f"training, {where}"))
     seconds = [v.seconds for v in stages.values() if v.seconds is not None]
     if seconds:
         trained = stages["train"].seconds
         part = f"all stages, {duration(trained)} of it training" if trained else "all stages"
-        found.append(("Time", duration(sum(seconds)), part))
-    return found
+        tiles_made.append(("Time", duration(sum(seconds)), part))
+    return tiles_made
 
 
 def environment(stages: Stages) -> list[tuple[str, str]]:

@@ -44,12 +44,12 @@ def preference_section(stages: Stages) -> dict[str, Any] | None:
 
 
 def _curves(steps: list[dict[str, Any]]) -> list[tuple[Any, str]]:
-    found = []
+    charts = []
     for name, title, unit, words in CURVES:
         points = [(float(s["step"]), float(s[name])) for s in steps if "step" in s and name in s]
         if points and (plot := svg.lines(title, [svg.Line(points)], "optimiser step", unit)):
-            found.append((plot, words))
-    return found
+            charts.append((plot, words))
+    return charts
 
 
 def _intervals(m: Mapping[str, Any]) -> list[tuple[Any, str]]:

@@ -32,12 +32,12 @@ def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
     from finetune.data.records import examples_of
 
     wanted = pa.array(sorted(ids), pa.string())
-    found = {}
+    rows = {}
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
             for row in examples_of(batch.filter(pc.is_in(batch.column("id"), value_set=wanted))):
-                found[row.id] = row
-    return found
+                rows[row.id] = row
+    return rows
 
 
 def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
@@ -75,14 +75,14 @@ def sources_of(paths: Sequence[Path]) -> list[Counter[str]]:
     """Return for each rows file the number of rows per source."""
     import pyarrow.parquet as pq
 
-    found = []
+    sources = []
     for path in paths:
         counts: Counter[str] = Counter()
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["source"]):
                 counts.update(batch.column("source").to_pylist())
-        found.append(counts)
-    return found
+        sources.append(counts)
+    return sources
 
 
 def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
@@ -92,12 +92,12 @@ def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
     import pyarrow.parquet as pq
 
     wanted = pa.array(sorted(ids), pa.string())
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for path in paths:
         table = pq.read_table(path, columns=["id", "source"])
         table = table.filter(pc.is_in(table["id"], value_set=wanted))
-        found.update(zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True))
-    return found
+        sources.update(zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return sources
 
 
 def rendered_lengths(paths: Sequence[Path]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.report.stage_view import StageView
@@ -44,7 +45,7 @@ SHOWN = {
 }
 
 
-def _figures(m: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - metrics
+def _figures(m: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not m:
         return []
     return [

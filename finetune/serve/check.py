@@ -103,12 +103,12 @@ def _ids(server: Server, chat: Sequence[Any], tools: Sequence[Any] | None, expec
     root = server.url.removesuffix("/v1")
     asked: dict[str, Any] = {"model": server.model, "messages": list(chat), "add_generation_prompt": True}
     asked |= {"tools": list(tools)} if tools else {}
-    found = _post(f"{root}/tokenize", asked, server)
-    if isinstance(found, dict) and isinstance(found.get("tokens"), list) and found["tokens"]:
-        return EQUAL if found["tokens"] == expected.ids else _first_difference(expected.ids, found["tokens"])
-    found = _post(f"{root}/apply-template", {k: v for k, v in asked.items() if k in ("messages", "tools")}, server)
-    if isinstance(found, dict) and isinstance(found.get("prompt"), str):
-        return EQUAL if _ends(expected.text, found["prompt"]) else _same(expected.text, found["prompt"])
+    answer = _post(f"{root}/tokenize", asked, server)
+    if isinstance(answer, dict) and isinstance(answer.get("tokens"), list) and answer["tokens"]:
+        return EQUAL if answer["tokens"] == expected.ids else _first_difference(expected.ids, answer["tokens"])
+    answer = _post(f"{root}/apply-template", {k: v for k, v in asked.items() if k in ("messages", "tools")}, server)
+    if isinstance(answer, dict) and isinstance(answer.get("prompt"), str):
+        return EQUAL if _ends(expected.text, answer["prompt"]) else _same(expected.text, answer["prompt"])
     if not counted:
         return NOT_SHOWN
     return EQUAL if counted == len(expected.ids) else f"expected {len(expected.ids)} prompt tokens, found {counted}"

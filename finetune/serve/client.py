@@ -15,6 +15,7 @@ from finetune.serve.engines import KEY, is_loopback, read_key
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types.chat import ChatCompletion
 
 KEY_HOST = "FINETUNE_API_HOST"  # environment variable: the host, named by a recipe, that may get the key
 RETRIES = 4  # of the client: on 408, 409, 429, 5xx and broken connections, with back-off
@@ -106,7 +107,7 @@ class Server:
         return asked | ({"tools": list(tools)} if tools else {})
 
 
-def _reply(made: Any) -> Reply:  # noqa: ANN401 - the client does not check what the server sent
+def _reply(made: ChatCompletion) -> Reply:
     choice, usage = made.choices[0], getattr(made, "usage", None)
     message = choice.message
     calls = tuple(call.model_dump(exclude_none=True) for call in message.tool_calls or ())
@@ -118,7 +119,7 @@ def _reply(made: Any) -> Reply:  # noqa: ANN401 - the client does not check what
     return Reply(_text(message.content), finish, read, written, calls, named)
 
 
-def _text(content: Any) -> str:  # noqa: ANN401
+def _text(content: object) -> str:
     """Return the text of a message; of a list of parts the text parts. Raises TypeError or so for other values."""
     if isinstance(content, list):
         return "".join([part["text"] for part in content if part["type"] == "text"])
@@ -231,6 +232,6 @@ def _words(error: BaseException, key: str) -> str:
     from finetune.utils.secrets import redact
 
     text = " ".join(str(error).split())
-    for shown in (key, repr(key)[1:-1]) if len(key) > 4 else ():
-        text = text.replace(shown, "[hidden]")
+    for form in (key, repr(key)[1:-1]) if len(key) > 4 else ():
+        text = text.replace(form, "[hidden]")
     return redact(text)[:300] or type(error).__name__

@@ -85,7 +85,7 @@ def installed() -> dict[Engine, bool]:
     }
 
 
-def choose(asked: str, served: Served, found: Mapping[Engine, bool]) -> Engine:
+def choose(asked: str, served: Served, installed: Mapping[Engine, bool]) -> Engine:
     """Return the engine that serves this model.
 
     `auto` takes vLLM if it is installed, then llama-server if there is a GGUF, then transformers.
@@ -93,7 +93,7 @@ def choose(asked: str, served: Served, found: Mapping[Engine, bool]) -> Engine:
     Raises InputError for an unknown engine, one that is not installed or one that cannot read any of the files.
     """
     if asked == "auto":
-        usable = [engine for engine in ENGINES if found[engine] and not _refusal(engine, served)]
+        usable = [engine for engine in ENGINES if installed[engine] and not _refusal(engine, served)]
         if usable:
             return usable[0]
         lines = [f"  {e}: {_refusal(e, served) or f'not installed: {INSTALL[e]}'}" for e in ENGINES]
@@ -103,7 +103,7 @@ def choose(asked: str, served: Served, found: Mapping[Engine, bool]) -> Engine:
     engine: Engine = asked
     if why := _refusal(engine, served):
         raise InputError(f"{engine} cannot serve {served.name}: {why}")
-    if not found[engine]:
+    if not installed[engine]:
         raise InputError(f"{engine} is not installed: {INSTALL[engine]}")
     return engine
 

@@ -39,7 +39,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off without a preference section. What that does not say of the optimisation, the train section does."""
+    """Off without a preference section. Settings of the optimisation that it lacks are those of the train section."""
     asked = recipe.preference
     if asked is None:
         return None
@@ -132,7 +132,7 @@ def headline(m: AlignMetrics) -> Headline:
 
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:
-    """The checkpointing policy, and the pairs at once (None: as the runtime says); as stage train decides them."""
+    """The checkpointing policy, and the pairs at once (None: as runtime has it); as stage train decides them."""
     from finetune.estimate.choice import Options, device_like, this_gpu
     from finetune.estimate.memory import Training
     from finetune.estimate.shapes import shapes_in
@@ -190,11 +190,11 @@ def _measure(
     held_out = inputs["render"] / "eval.parquet" if "render" in inputs else None
     rows = read_token_rows(held_out, measure.SFT_ROWS) if held_out is not None and held_out.is_file() else []
     with autocast(str(model.device), dtype):
-        found = measure.measure_pairs(model, inputs["pairs"] / "eval.parquet", spec.method, spec.beta, spec.seed, ctx)
-        found |= measure.measure_answers(model, rows, facts, pad_id, spec.seed, ctx)
-    for line in words_of(found):
+        figures = measure.measure_pairs(model, inputs["pairs"] / "eval.parquet", spec.method, spec.beta, spec.seed, ctx)
+        figures |= measure.measure_answers(model, rows, facts, pad_id, spec.seed, ctx)
+    for line in words_of(figures):
         ctx.say(f"align: {line}")
-    return found
+    return figures
 
 
 def _trained(
@@ -229,10 +229,10 @@ def _copy_beside(start: Path, template: Path, adapter: Path) -> None:
     """
     from finetune.utils.files import write_bytes
 
-    found = {p.relative_to(start): p for p in sorted(start.rglob("*")) if p.is_file()}
-    found |= {Path("template") / p.name: p for p in sorted(template.iterdir())}
-    found.setdefault(Path("chat_template.jinja"), template / "inference.jinja")
-    for name, file in found.items():
+    copied = {p.relative_to(start): p for p in sorted(start.rglob("*")) if p.is_file()}
+    copied |= {Path("template") / p.name: p for p in sorted(template.iterdir())}
+    copied.setdefault(Path("chat_template.jinja"), template / "inference.jinja")
+    for name, file in copied.items():
         if not (adapter / name).exists():
             (adapter / name).parent.mkdir(exist_ok=True)
             write_bytes(adapter / name, file.read_bytes())

@@ -122,10 +122,10 @@ def _add_tokens(spec: Spec, out: Path, ctx: Context) -> dict[str, object]:
 
     assert spec.tokens is not None  # noqa: S101 - the caller asked
     rows = new_tokens.embedding_rows(empty_model(out, trust_remote_code=spec.model.trust_remote_code))
-    found = new_tokens.add_to_tokenizer(out, spec.tokens, rows, loading.load_tokenizer)
-    write_json(out / "config.json", new_tokens.with_rows(read_json(out / "config.json"), found.rows))
-    ctx.say(f"base: {found.describe()}")
-    return {"tokens": found.as_json()}
+    added = new_tokens.add_to_tokenizer(out, spec.tokens, rows, loading.load_tokenizer)
+    write_json(out / "config.json", new_tokens.with_rows(read_json(out / "config.json"), added.rows))
+    ctx.say(f"base: {added.describe()}")
+    return {"tokens": added.as_json()}
 
 
 def _try_architecture(model: Model, out: Path, ctx: Context) -> BaseMetrics:

@@ -39,7 +39,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so, when nothing is merged, or when no row is held out."""
+    """Off if the recipe has certify: null, if nothing is merged, or if no row is held out."""
     if recipe.certify is None or recipe.merge is None or not recipe.holds_out:
         return None
     return Spec(
@@ -88,17 +88,19 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Cert
         with own.head() as first, model.head() as second:
             return compare.compare(trained, first, states, second, held_out.labels)
 
-    found = {n: compared(m, states) for (n, m), states in zip(merged.items(), others, strict=True)}
-    certificate = _certificate(spec, dtype, found, held_out)
-    if not _passes(spec.certify, certificate) and (gain := _gain(spec, certificate, found, held_out)):
-        control = found.get("dequantized")
+    comparisons = {n: compared(m, states) for (n, m), states in zip(merged.items(), others, strict=True)}
+    certificate = _certificate(spec, dtype, comparisons, held_out)
+    if not _passes(spec.certify, certificate) and (gain := _gain(spec, certificate, comparisons, held_out)):
+        control = comparisons.get("dequantized")
         if control is None:  # certify.base: original
             plan = plan_merge(folder, adapter, dtype, seen, own_code, tokens)
             model = _merged(spec.model, base, plan, compute, device)
             control = compared(model, _hidden([model], held_out, ctx)[0])
         same = _figures(control, held_out, spec.seed)
         if _passes(spec.certify, same):
-            certificate = _certificate(spec, dtype, found, held_out, {**gain, "control_agreement": same["agreement"]})
+            certificate = _certificate(
+                spec, dtype, comparisons, held_out, {**gain, "control_agreement": same["agreement"]}
+            )
     certificate["round_trip_dtype"] = compute  # merge may run on another machine
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
     _gate(spec.certify, certificate)
@@ -169,7 +171,7 @@ def _merged(model: Model, folder: Path, plan: MergePlan, dtype: str, device: str
 
 
 def _gain(
-    spec: Spec, certificate: Mapping[str, Any], found: Mapping[str, Comparison], held_out: HeldOut
+    spec: Spec, certificate: Mapping[str, Any], comparisons: Mapping[str, Comparison], held_out: HeldOut
 ) -> dict[str, Any] | None:
     """How much better than what was trained the merge into 16 bits predicts held-out rows; None unless that is sure.
 
@@ -181,7 +183,7 @@ def _gain(
 
     if spec.quantization is None or certificate["base"] != "original" or held_out.rows < SURE_ROWS:
         return None
-    merge = found["original"]
+    merge = comparisons["original"]
     nll = [per_row(values, held_out) for values in (merge.nll_second, merge.nll_first)]
     apart = paired_interval(nll[0], nll[1], per_row(None, held_out), spec.seed)
     if apart.high >= 0:
@@ -209,7 +211,7 @@ def _figures(comparison: Comparison, held_out: HeldOut, seed: int) -> dict[str, 
 def _certificate(
     spec: Spec,
     dtype: str,
-    found: Mapping[str, Comparison],
+    comparisons: Mapping[str, Comparison],
     held_out: HeldOut,
     better: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -222,12 +224,12 @@ def _certificate(
     from finetune.eval.metrics import paired_interval, perplexity_interval
 
     tokens = per_row(None, held_out)
-    nll = {name: per_row(c.nll_second, held_out) for name, c in found.items()}
-    first = next(iter(found.values()))
+    nll = {name: per_row(c.nll_second, held_out) for name, c in comparisons.items()}
+    first = next(iter(comparisons.values()))
     trained = perplexity_interval(per_row(first.nll_first, held_out), tokens, spec.seed)
-    candidates = {name: _figures(comparison, held_out, spec.seed) for name, comparison in found.items()}
-    chosen, difference = next(iter(found)), None
-    if len(found) == 2:
+    candidates = {name: _figures(comparison, held_out, spec.seed) for name, comparison in comparisons.items()}
+    chosen, difference = next(iter(comparisons)), None
+    if len(comparisons) == 2:
         apart = paired_interval(nll["dequantized"], nll["original"], tokens, spec.seed)
         chosen = "dequantized" if apart.high < 0 else "original"
         difference = {

@@ -75,10 +75,10 @@ def _repeats(dedup: Dedup | None) -> Repeats:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """Return the identity of the evaluation data, and the models whose vectors are compared."""
-    found = {} if spec.against is None else spec.against.fingerprint()
+    digests_of = {} if spec.against is None else spec.against.fingerprint()
     if spec.repeats is not None and spec.repeats.embedding is not None:
-        found["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
-    return found
+        digests_of["repeats_model"] = model_fingerprint(spec.repeats.embedding, spec.repeats.folder)
+    return digests_of
 
 
 def also(spec: Spec) -> tuple[str, ...]:
@@ -100,24 +100,24 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Deco
     import pyarrow as pa
 
     source_rows = inputs["dedup"] / "rows.parquet"
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     figures: DecontaminateMetrics = {}
     if spec.repeats is not None:
-        found, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
+        matches, figures = _repeating(spec.repeats, source_rows, inputs["ingest"] / "eval.parquet", ctx)
     if spec.against is not None:
-        figures = {**figures, **_matching(spec.against, source_rows, found, ctx)}
-    listed = [row.id for row in read_rows(source_rows) if row.id in found]
-    rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in found))
+        figures = {**figures, **_matching(spec.against, source_rows, matches, ctx)}
+    listed = [row.id for row in read_rows(source_rows) if row.id in matches]
+    rows_out = write_rows(out / "rows.parquet", (row for row in read_rows(source_rows) if row.id not in matches))
     columns: dict[str, Sequence[object]] = {
         "dropped_id": listed,
-        "evaluation_id": [found[i].evaluation_id for i in listed],
-        "method": [found[i].method for i in listed],
-        "score": [found[i].score for i in listed],
-        "words": [found[i].words for i in listed],
-        "text": [found[i].text for i in listed],
+        "evaluation_id": [matches[i].evaluation_id for i in listed],
+        "method": [matches[i].method for i in listed],
+        "score": [matches[i].score for i in listed],
+        "words": [matches[i].words for i in listed],
+        "text": [matches[i].text for i in listed],
     }
     write_table(out / "pairs.parquet", columns, dict.fromkeys(columns, pa.string()) | {"score": pa.float64()})
-    return {"rows_in": rows_out + len(found), "rows_out": rows_out, "dropped": len(found), **figures}
+    return {"rows_in": rows_out + len(matches), "rows_out": rows_out, "dropped": len(matches), **figures}
 
 
 def headline(m: DecontaminateMetrics) -> Headline:
@@ -168,19 +168,22 @@ def _repeating(
     if pairs:
         ctx.say(f"decontaminate: {len(pairs):,} training rows repeat a row of eval_data and are left out")
     by = {name: sum(pair.method == name for pair in pairs.values()) for name in ("exact", "minhash", "embedding")}
-    found = {
+    matches = {
         ids[row]: Match(ids[pair.kept], "", texts[pair.kept], pair.score, pair.method) for row, pair in pairs.items()
     }
-    return found, {"repeat_eval_data": {name: count for name, count in by.items() if count}, "eval_data_rows": held_out}
+    return matches, {
+        "repeat_eval_data": {name: count for name, count in by.items() if count},
+        "eval_data_rows": held_out,
+    }
 
 
-def _matching(asked: Against, source: Path, found: dict[str, Match], ctx: Context) -> DecontaminateMetrics:
+def _matching(asked: Against, source: Path, matches: dict[str, Match], ctx: Context) -> DecontaminateMetrics:
     """Add the rows that share words or their meaning with the evaluation data to `found`; returns the figures."""
-    overlaps = find_overlaps(asked, (row for row in read_rows(source) if row.id not in found), ctx)
+    overlaps = find_overlaps(asked, (row for row in read_rows(source) if row.id not in matches), ctx)
     matched = overlaps.matches
     if overlaps.rows and len(matched) == overlaps.rows:
         raise GateRefused(_why_all(next(iter(matched.values())), overlaps.rows, asked.section))
-    found |= matched
+    matches |= matched
     by_words = sum(match.method == "words" for match in matched.values())
     return {"words": by_words, "embedding": len(matched) - by_words, "evaluation_rows": overlaps.evaluation_rows}
 

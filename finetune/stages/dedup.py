@@ -97,15 +97,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Dedu
             search = exact_search(ctx.device, len(ids))
             measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, search))
         pairs = select(order, known, measures, check=ctx.stop.check)
-    found = {pair.dropped: pair for pair in pairs}
-    if len(found) > spec.max_dropped_fraction * len(ids):
+    pair_of = {pair.dropped: pair for pair in pairs}
+    if len(pair_of) > spec.max_dropped_fraction * len(ids):
         raise GateRefused(
-            f"{len(found):,} of {len(ids):,} rows repeat the {spec.field} of another, more than "
+            f"{len(pair_of):,} of {len(ids):,} rows repeat the {spec.field} of another, more than "
             f"dedup.max_dropped_fraction {spec.max_dropped_fraction}; where answers are short and questions differ "
             "(labels, yes and no), compare both: dedup.field=both"
         )
-    rows_out = write_rows(out / "rows.parquet", (row for i, row in enumerate(read_rows(source)) if i not in found))
-    listed = [found[i] for i in sorted(found)]
+    rows_out = write_rows(out / "rows.parquet", (row for i, row in enumerate(read_rows(source)) if i not in pair_of))
+    listed = [pair_of[i] for i in sorted(pair_of)]
     write_table(
         out / "pairs.parquet",
         {
@@ -118,7 +118,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Dedu
     )
     counts = Counter(pair.method for pair in listed)
     if len(ids) > MEASURED_FROM:
-        recall = measured_recall(order, set(found), known, measures, check=ctx.stop.check) | recall
+        recall = measured_recall(order, set(pair_of), known, measures, check=ctx.stop.check) | recall
     metrics: DedupMetrics = {
         "rows_in": len(ids),
         "rows_out": rows_out,

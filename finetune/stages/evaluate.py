@@ -21,6 +21,7 @@ from finetune.utils.files import canonical_json, read_json, replace_bytes, write
 
 if TYPE_CHECKING:
     import numpy as np
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from finetune.eval.generation import Answer
@@ -49,7 +50,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so, or when it holds nothing out."""
+    """Off if the recipe has evaluate: null, or holds nothing out."""
     if recipe.evaluate is None or not recipe.holds_out:
         return None
     return Spec(
@@ -72,13 +73,13 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     """The files of the recipe's own tasks. The harness's tasks are identified by the versions in the result."""
     from finetune.eval.lm_eval import digests
 
-    found: dict[str, object] = {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
+    outside: dict[str, object] = {"task_files": digests(spec.evaluate.task_path)} if spec.evaluate.tasks else {}
     if spec.judge is not None:
         from finetune.synth.asking import identity
         from finetune.synth.prompts import digests as prompt_digests
 
-        found["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"], "reading": 2}
-    return found
+        outside["judge"] = {"model": identity(spec.judge.model), "prompt": prompt_digests(None)["judge"], "reading": 2}
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> EvaluateMetrics:
@@ -183,7 +184,7 @@ def _warn(result: EvaluateMetrics, ctx: Context) -> None:
 
 
 def _measure(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
@@ -257,7 +258,7 @@ def _score_answers(lines: list[dict[str, Any]], names: Sequence[str], seed: int)
 def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, seed: int) -> EvaluateMetrics:
     """Both, and adapter / base, each with its 95 % bootstrap interval over rows; null for a single row.
 
-    The ratio's draws are paired (each takes both figures of a row), so it tells the two apart where their own
+    The ratio's draws are paired (each takes both figures of a row), so it separates the two where their own
     intervals overlap.
     """
     from finetune.eval.metrics import Interval, perplexity, perplexity_interval, perplexity_ratio_interval
@@ -267,8 +268,8 @@ def _perplexities(base: np.ndarray, adapter: np.ndarray, counts: np.ndarray, see
     def ends(measure: Callable[..., Interval], *sums: np.ndarray) -> list[float] | None:
         if len(base) < 2:
             return None
-        found = measure(*sums, tokens, seed)
-        return [found.low, found.high]
+        figures = measure(*sums, tokens, seed)
+        return [figures.low, figures.high]
 
     return {
         "perplexity_base": values[0],
@@ -295,7 +296,7 @@ def _prompt_use(true: np.ndarray, other: np.ndarray, counts: np.ndarray, seed: i
 
 
 def _generate(
-    model: Any,  # noqa: ANN401 - PeftModel, imported late
+    model: PeftModel,
     rows: Sequence[TokenRow],
     template: Mapping[str, Any],
     pad_id: int,
@@ -315,12 +316,12 @@ def _generate(
     return answers, base_answers
 
 
-def _sample(tokenizer: Any, row: TokenRow, answer: Answer, base: Answer) -> dict[str, Any]:  # noqa: ANN401 - tokenizer
+def _sample(tokenizer: PreTrainedTokenizerBase, row: TokenRow, answer: Answer, base: Answer) -> dict[str, Any]:
     start = row.answer_start
     return {
         "id": row.id,
         "prompt": tokenizer.decode(row.ids[:start], skip_special_tokens=False),
-        "question": tokenizer.decode(row.ids[:start], skip_special_tokens=True).strip(),
+        "question": str(tokenizer.decode(row.ids[:start], skip_special_tokens=True)).strip(),
         "reference": tokenizer.decode(row.ids[start:], skip_special_tokens=True),
         "adapter": {"text": tokenizer.decode(answer.ids, skip_special_tokens=True), "finish": answer.finish},
         "base": {"text": tokenizer.decode(base.ids, skip_special_tokens=True), "finish": base.finish},

@@ -60,7 +60,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Expo
     Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
     weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
     each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
-    reads small models too, and must find the same weights; `not_loaded` says why it did not. Raises InputError where
+    reads small models too, and must find the same weights; `not_loaded`: why it did not. Raises InputError where
     a package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
     llama.cpp; FinetuneError where the weights in a file are others; GateRefused where a file's perplexity or template
     is not the merged model's.
@@ -135,11 +135,11 @@ def _write_hf(spec: Spec, folder: Path, out: Path, ctx: Context) -> dict[str, Qu
 
     if why := formats.missing(spec.export.hf):
         raise InputError(f"export.hf: {why}")
-    found: dict[str, QuantizedWeights] = {}
+    weights: dict[str, QuantizedWeights] = {}
     for kind in dict.fromkeys(spec.export.hf):
         writer.write(folder, out / kind, writer.plan(folder, kind), ctx)
-        found[kind] = reader.QuantizedWeights(out / kind)
-    return found
+        weights[kind] = reader.QuantizedWeights(out / kind)
+    return weights
 
 
 def _write_gguf(
@@ -324,7 +324,7 @@ def _header(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokeni
 
 
 def _write_modelfile(out: Path, weights: str, header: Header, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the Modelfile; says where Ollama has its template from: "modelfile", or "gguf"."""
+    """Write the Modelfile; return the source of Ollama's template: "modelfile", or "gguf"."""
     from finetune.gguf.ollama import modelfile, read_pieces
 
     tokens = header.vocabulary.tokens
@@ -348,8 +348,8 @@ def _refuse_other_chats(
         ends = tuple(read_json(trained / "template.json")["terminators"])
     for path in paths:
         ours = partial(_rendered, tokenizer, prompt=True, template=text) if text else None
-        if found := list(differences(path, ours, ends)):
-            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {found[0]}")
+        if differing := list(differences(path, ours, ends)):
+            raise GateRefused(f"export: {path.name} does not write conversations as they were trained: {differing[0]}")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, template: str | None = None) -> str:

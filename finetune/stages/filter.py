@@ -71,12 +71,12 @@ def fingerprint(spec: Spec) -> dict[str, object]:
     from finetune.filters import custom
 
     own = {rule.function: custom.digest(rule) for rule in spec.rules.rules if isinstance(rule, Own)}
-    found: dict[str, object] = {"own_rules": own} if own else {}
+    outside: dict[str, object] = {"own_rules": own} if own else {}
     if spec.rendering is None or spec.rendering.template == "auto":
-        return found
+        return outside
     from finetune.tokenization.chat_template import fingerprint_of
 
-    return found | fingerprint_of(spec.rendering.template, spec.rendering.template_file)
+    return outside | fingerprint_of(spec.rendering.template, spec.rendering.template_file)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> FilterMetrics:
@@ -93,10 +93,10 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Filt
         judged = engine.map(partial(judge_of, spec, inputs.get("base")), parts, seen)
         for rows, rejects in ctx.track(judged, "filtering", len(parts)):
             yield from rows
-            for found in rejects:
-                reject(found)
-                rejected[found.reason] += 1
-                first = first or f"; the first is {found.id}: {found.detail}"
+            for failure in rejects:
+                reject(failure)
+                rejected[failure.reason] += 1
+                first = first or f"; the first is {failure.id}: {failure.detail}"
 
     with reject_writer(out / "rejects.parquet") as reject:
         rows_out = write_rows(out / "rows.parquet", kept(reject))
@@ -127,8 +127,8 @@ def judge_of(spec: Spec, base: Path | None) -> Callable[[RowRange], tuple[list[E
             verdicts = [judge(row) for row in batch]
             if count is not None:
                 open_rows = [i for i, verdict in enumerate(verdicts) if verdict is None]
-                for i, found in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
-                    verdicts[i] = basic.tokens_outside(found, least, most) if isinstance(found, int) else found
+                for i, length in zip(open_rows, count([batch[i] for i in open_rows]), strict=True):
+                    verdicts[i] = basic.tokens_outside(length, least, most) if isinstance(length, int) else length
             for row, verdict in zip(batch, verdicts, strict=True):
                 if verdict is None:
                     kept.append(row)

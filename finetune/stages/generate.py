@@ -49,7 +49,7 @@ def also(spec: Spec) -> tuple[str, ...]:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """Return digests of the seeds and the prompts, and what tells the model from others."""
+    """Return digests of the seeds and the prompts, and the identity of the model."""
     from finetune.synth.asking import identity
     from finetune.synth.prompts import digests
 
@@ -80,8 +80,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
 
     section = spec.asked
     read = read_seeds(section.seeds, ctx.scratch, spec.ignore, single=section.method != "answer")
-    found = list(ctx.track(read, "reading seeds"))
-    seeds = require_seeds(found, section.max_refused_fraction)
+    seed_rows = list(ctx.track(read, "reading seeds"))
+    seeds = require_seeds(seed_rows, section.max_refused_fraction)
     budget = Budget(section.max_requests, section.max_tokens)
     method = {"answer": answer_seeds, "evol_instruct": evolve, "self_instruct": write_tasks}[section.method]
     with open_asker(section.model, inputs.get("base", Path()), budget, ctx, "generate.model.endpoint") as asker:
@@ -93,7 +93,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
         job.require_some()
         speed, answered_by, kept = asker.tokens_per_second, dict(sorted(asker.answered_by.items())), asker.kept
     rows = write_rows(out / "rows.parquet", (made.example() for made in job.made))
-    refused = [r for r in found if isinstance(r, Reject)]
+    refused = [r for r in seed_rows if isinstance(r, Reject)]
     with reject_writer(out / "rejects.parquet") as reject:
         for row in (*refused, *job.rejects):
             reject(row)
@@ -164,8 +164,11 @@ def _lineage(made: Sequence[Made], seeds: Sequence[Seed]) -> list[list[dict[str,
         line: list[dict[str, Any]] = []
         at: Made | None = last
         while at is not None:
-            shown = {"text": clipped(at.instruction, SHOWN_CHARACTERS), "answer": clipped(at.answer, SHOWN_CHARACTERS)}
-            line.append({"id": at.id, "operation": at.operation, "round": at.round, **shown})
+            clipped_texts = {
+                "text": clipped(at.instruction, SHOWN_CHARACTERS),
+                "answer": clipped(at.answer, SHOWN_CHARACTERS),
+            }
+            line.append({"id": at.id, "operation": at.operation, "round": at.round, **clipped_texts})
             parent, at = at.parent, rows.get(at.parent)
         seed = texts.get(parent, "")
         start = {"id": parent, "operation": "seed", "round": 0, "text": clipped(seed, SHOWN_CHARACTERS), "answer": ""}

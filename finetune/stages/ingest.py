@@ -43,10 +43,10 @@ def spec(recipe: Recipe) -> Spec:
 
 def fingerprint(spec: Spec) -> dict[str, object]:
     """For each source, what its rows depend on: a file's name and digest, a commit of the Hub, a version of Python."""
-    found: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
+    outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
     if spec.eval_data:
-        found["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
-    return found
+        outside["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> IngestMetrics:
@@ -82,11 +82,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Inge
                 refuse(row)
                 refused[row.reason] += 1
                 refused_of[label] += 1
-                first.extend([row] * (len(first) < SHOWN_ROWS))
-                here.extend([row] * (len(here) < SHOWN_ROWS))
+                _keep_first(first, row)
+                _keep_first(here, row)
                 if rows_of[label] == 0 and refused_of[label] >= HOPELESS_ROWS:
-                    shown = f"{_first(here)} {_read_as({label: decision})}"
-                    raise InputError(f"data source {label}: none of its first rows fits. {shown}")
+                    details = f"{_first(here)} {_read_as({label: decision})}"
+                    raise InputError(f"data source {label}: none of its first rows fits. {details}")
             for note, rows_noted in sorted(decision.notes.items()):
                 ctx.say(f"{label}: {note} ({rows_noted:,})")
 
@@ -140,14 +140,19 @@ def _generated(inputs: Mapping[str, Path], rows_of: Counter[str]) -> Iterator[Ex
 def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:
     """A line for each source whose folder or pattern brings along files that are for evaluation by their names."""
     for label, source in sources:
-        if isinstance(source, LocalSource) and (found := evaluation_files(source.paths)):
-            yield f"{label}: {TRAINED_ON.format(listed(found))}"
+        if isinstance(source, LocalSource) and (names := evaluation_files(source.paths)):
+            yield f"{label}: {TRAINED_ON.format(listed(names))}"
 
 
 def _read_as(decisions: Mapping[str, Decision]) -> str:
     """How each source was read, and what to do where that is wrong."""
-    shown = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
-    return f"(Read: {shown}. Fix those rows, or set the source's format and columns.)"
+    formats = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
+    return f"(Read: {formats}. Fix those rows, or set the source's format and columns.)"
+
+
+def _keep_first(examples: list[Reject], row: Reject) -> None:
+    if len(examples) < SHOWN_ROWS:
+        examples.append(row)
 
 
 def _first(refused: list[Reject]) -> str:

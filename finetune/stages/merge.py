@@ -1,4 +1,4 @@
-"""Write the merged model: safetensors one tensor at a time, and everything that has to lie beside them."""
+"""Write the merged model: safetensors one tensor at a time, and every file that a model folder needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL_FILES_BYTES = 64_000_000  # tokenizer, template and configurations beside 
 
 
 class Spec(Section):
-    """The merge section, and what says how the base was quantised while training."""
+    """The merge section, and how the base was quantised while training."""
 
     model: Model
     quantization: Quantization | None
@@ -32,7 +32,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """Off when the recipe says so."""
+    """Off if the recipe has merge: null."""
     if recipe.merge is None:
         return None
     return Spec(model=recipe.model, quantization=recipe.quantization, merge=recipe.merge)
@@ -54,8 +54,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Merg
 
     started = time.monotonic()
     base, adapter = inputs["base"], inputs["train"] / "adapter"
-    found = inputs["certify"] / "certificate.json"
-    certificate: dict[str, Any] = read_json(found) if found.exists() else {"base": "original"}
+    certificate_file = inputs["certify"] / "certificate.json"
+    certificate: dict[str, Any] = read_json(certificate_file) if certificate_file.exists() else {"base": "original"}
     dtype = output_dtype(spec.merge.dtype, base)
     folder = loading.ensure_base(spec.model, base, ctx)
     trip = _round_trip(spec, certificate, ctx) if certificate["base"] == "dequantized" else None
@@ -73,8 +73,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Merg
     _write_tokenizer(base, adapter, out)
     _write_generation_config(base, adapter, out)
     base_limits.settle_code(folder, out, ctx.say, trusted=spec.model.trust_remote_code)
-    if found.exists():
-        write_bytes(out / "certificate.json", found.read_bytes())
+    if certificate_file.exists():
+        write_bytes(out / "certificate.json", certificate_file.read_bytes())
     return {
         "base": certificate["base"],
         "dtype": dtype,

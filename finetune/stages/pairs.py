@@ -121,17 +121,17 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
     from finetune.filters import custom
     from finetune.tokenization.chat_template import fingerprint_of
 
-    found: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
+    outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
     if spec.eval_data:
-        found["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
+        outside["eval_sources"] = [source_fingerprint(source) for source in spec.eval_data]
     if own := {r.function: custom.digest(r) for r in (spec.rules.rules if spec.rules else ()) if isinstance(r, Own)}:
-        found["own_rules"] = own
-    found |= fingerprint_of(spec.rendering.template, spec.rendering.template_file)
+        outside["own_rules"] = own
+    outside |= fingerprint_of(spec.rendering.template, spec.rendering.template_file)
     if (made_by := _made_by(spec.repeats)) is not None:
-        found["model"] = made_by
+        outside["model"] = made_by
     if spec.against is not None:
-        found["against"] = spec.against.fingerprint()
-    return found
+        outside["against"] = spec.against.fingerprint()
+    return outside
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> PairsMetrics:
@@ -189,9 +189,9 @@ def _check_both_labels(pairs: Sequence[Pair], spec: Spec) -> None:
     labels = {pair.label for pair in pairs}
     if spec.method == "kto" and len(labels) == 1:
         (only,) = labels
-        shown = ", ".join(pair.id for pair in pairs[:SHOWN_ROWS])
+        ids = ", ".join(pair.id for pair in pairs[:SHOWN_ROWS])
         raise GateRefused(
-            f"pairs: all {len(pairs)} answers have the label {str(only).lower()} ({shown}, …); kto needs wanted and "
+            f"pairs: all {len(pairs)} answers have the label {str(only).lower()} ({ids}, …); kto needs wanted and "
             "unwanted ones: is columns.label the right column?"
         )
 
@@ -280,11 +280,11 @@ def _written(
     from finetune.tokenization.encoder import choose_pad
     from finetune.utils.files import write_json
 
-    worker, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
-    pad = choose_pad(tokenizer, template.text, worker.labels)
-    check_pad(tokenizer.get_vocab()[pad], worker.labels)
-    terminators = sorted(worker.terminators)
-    write_template(out / "template", template, terminators, pad, worker.starts_with_bos)
+    row_tokenizer, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
+    pad = choose_pad(tokenizer, template.text, row_tokenizer.labels)
+    check_pad(tokenizer.get_vocab()[pad], row_tokenizer.labels)
+    terminators = sorted(row_tokenizer.terminators)
+    write_template(out / "template", template, terminators, pad, row_tokenizer.starts_with_bos)
     because = Counter(r.reason for r in curation.left_out.values()) + reading.curated
     dropped, refused = dict(sorted(because.items())), dict(sorted(reading.refused.items()))
     audit = {
@@ -296,7 +296,7 @@ def _written(
         "ids_equal": writer.ids.equal,
         "ids_not_compared": writer.ids.other,
         "terminators": terminators,
-        "label_ids": len(worker.labels),
+        "label_ids": len(row_tokenizer.labels),
     }
     write_json(out / "audit.json", audit)
     lengths = {

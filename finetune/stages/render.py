@@ -62,17 +62,17 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
     asked = SAMPLE if spec.prove_rows == "all" else spec.prove_rows
     proof = read_rows(held_out if only_held_out else train)
     sample = verification_sample(ctx.track(proof, "choose rows to prove the template on"), asked)
-    worker = _worker(spec, inputs["base"], sample)
-    template, own_special = worker.template, meant(inputs["base"])
+    row_tokenizer = _row_tokenizer(spec, inputs["base"], sample)
+    template, own_special = row_tokenizer.template, meant(inputs["base"])
     check = IdCheck(tokenizer, template, own_special)
     for row in sample:
-        check.compare(row, worker)
-    proved = worker.check_prompts(sample)
+        check.compare(row, row_tokenizer)
+    proved = row_tokenizer.check_prompts(sample)
     with reject_writer(out / "rejects.parquet") as reject:
-        build = _Renderer(spec, inputs["base"], sample, worker)
+        build = _Renderer(spec, inputs["base"], sample, row_tokenizer)
         tallies = {
-            "train": _write(worker, build, train, out / "train.parquet", ctx, reject),
-            "eval": _write(worker, build, held_out, out / "eval.parquet", ctx, reject),
+            "train": _write(row_tokenizer, build, train, out / "train.parquet", ctx, reject),
+            "eval": _write(row_tokenizer, build, held_out, out / "eval.parquet", ctx, reject),
         }
     check_shares(
         [tallies["eval"]] if only_held_out else list(tallies.values()),
@@ -84,14 +84,14 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
     ctx.say(f"render: template {template.name}; {check.equal} sampled rows have the ids of the base's own template")
     for line in (*check.notes(), *_notes(tallies), *_unseen(out, inputs["base"]), *_too_long(out, inputs["base"])):
         ctx.say(f"render: {line}")
-    shown = "eval" if only_held_out else "train"
-    ctx.say(_shown(tokenizer, out / f"{shown}.parquet"))
-    pad = choose_pad(tokenizer, template.text, worker.labels, own_special)
-    check_pad(tokenizer.get_vocab()[pad], worker.labels)
-    terminators = sorted(worker.terminators)
-    write_template(out / "template", template, terminators, pad, worker.starts_with_bos, sorted(own_special))
-    _write_audit(out / "audit.json", tallies, worker, proved, check)
-    done = tallies[shown]
+    part = "eval" if only_held_out else "train"
+    ctx.say(_first_row(tokenizer, out / f"{part}.parquet"))
+    pad = choose_pad(tokenizer, template.text, row_tokenizer.labels, own_special)
+    check_pad(tokenizer.get_vocab()[pad], row_tokenizer.labels)
+    terminators = sorted(row_tokenizer.terminators)
+    write_template(out / "template", template, terminators, pad, row_tokenizer.starts_with_bos, sorted(own_special))
+    _write_audit(out / "audit.json", tallies, row_tokenizer, proved, check)
+    done = tallies[part]
     dropped: dict[str, int] = {}
     for tally in tallies.values():
         for reason, count in tally.dropped.items():
@@ -120,7 +120,7 @@ def headline(m: RenderMetrics) -> Headline:
     return Headline(figure, None, m["rows"], m["eval_rows"])
 
 
-def _worker(spec: Render, base: Path, sample: Sequence[Example]) -> RowTokenizer:
+def _row_tokenizer(spec: Render, base: Path, sample: Sequence[Example]) -> RowTokenizer:
     """The rows' tokenizer with the template that is proved on `sample`."""
     from finetune.models.loading import load_tokenizer
     from finetune.models.new_tokens import meant
@@ -155,13 +155,13 @@ class _Renderer:
     here: RowTokenizer | None = None
 
     def __call__(self) -> Callable[[RowRange], _Rendered]:
-        return partial(_rendered, self.here or _worker(self.spec, self.base, self.sample))
+        return partial(_rendered, self.here or _row_tokenizer(self.spec, self.base, self.sample))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _Renderer, (self.spec, self.base, self.sample)
 
 
-def _rendered(worker: RowTokenizer, part: RowRange) -> _Rendered:
+def _rendered(row_tokenizer: RowTokenizer, part: RowRange) -> _Rendered:
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.row_tokenizer import table
 
@@ -169,9 +169,11 @@ def _rendered(worker: RowTokenizer, part: RowRange) -> _Rendered:
     rows = part.read()
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        tables.append(table(worker.batch(batch, tally)))
-        rejects += [_reject(r, *tally.left_out.pop(r.id), worker.rules) for r in batch if r.id in tally.left_out]
-    return _Rendered(tables, rejects, tally, worker.terminators, worker.labels, worker.starts_with_bos)
+        tables.append(table(row_tokenizer.batch(batch, tally)))
+        rejects += [_reject(r, *tally.left_out.pop(r.id), row_tokenizer.rules) for r in batch if r.id in tally.left_out]
+    return _Rendered(
+        tables, rejects, tally, row_tokenizer.terminators, row_tokenizer.labels, row_tokenizer.starts_with_bos
+    )
 
 
 def _rules(spec: Render, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rules:
@@ -248,10 +250,10 @@ def _special_text(tallies: Mapping[str, Tally]) -> dict[str, tuple[int, int]]:
     """Special token -> rows of all splits with its text, and those of them with its id."""
     strings = {s for t in tallies.values() for s in t.special_text}
     every = {s: [t.special_text.get(s, [0, 0]) for t in tallies.values()] for s in strings}
-    return {s: (sum(rows for rows, _ in found), sum(ids for _, ids in found)) for s, found in every.items()}
+    return {s: (sum(rows for rows, _ in counts), sum(ids for _, ids in counts)) for s, counts in every.items()}
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
+def _first_row(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
     """One training row as the model sees it: the supervised part between » and «, number of ids, first and last ids."""
     from finetune.tokenization.inspection import first_row_text
 
@@ -259,7 +261,7 @@ def _shown(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
 
 
 def _write(
-    worker: RowTokenizer,
+    row_tokenizer: RowTokenizer,
     build: _Renderer,
     source: Path,
     target: Path,
@@ -286,16 +288,16 @@ def _write(
                 writer.write_table(each)
             tally.add(done.tally)
             _note_masked(target.with_name("masked.jsonl"), tally)
-            worker.terminators |= done.terminators
-            worker.labels |= done.labels
-            worker.starts_with_bos |= done.starts_with_bos
+            row_tokenizer.terminators |= done.terminators
+            row_tokenizer.labels |= done.labels
+            row_tokenizer.starts_with_bos |= done.starts_with_bos
             for row in done.rejects:
                 reject(row)
     written = pq.read_table(target, columns=["length", "supervised"])  # count the rows on disk
-    found = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
-    if found != [tally.rows, tally.tokens, tally.supervised]:
+    figures = [written.num_rows, *(sum(c.to_pylist()) for c in written.columns)]
+    if figures != [tally.rows, tally.tokens, tally.supervised]:
         raise FinetuneError(
-            f"{target.name} holds rows, tokens, labels {found}, not what was counted; is the disk full?"
+            f"{target.name} holds rows, tokens, labels {figures}, not what was counted; is the disk full?"
         )
     return tally
 
@@ -321,19 +323,21 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
     return Reject.of(row, reason, detail, length, limit)
 
 
-def _write_audit(path: Path, tallies: Mapping[str, Tally], worker: RowTokenizer, proved: int, check: IdCheck) -> None:
+def _write_audit(
+    path: Path, tallies: Mapping[str, Tally], row_tokenizer: RowTokenizer, proved: int, check: IdCheck
+) -> None:
     from finetune.utils.files import write_json
 
     content = {
         "splits": {name: tally.as_json() for name, tally in tallies.items()},
-        "template": worker.template.name,
-        "system": "template" if worker.template.profile.takes_system else worker.template.profile.system,
-        "supervise": worker.rules.supervise,
-        "reasoning": worker.template.profile.reasoning,
+        "template": row_tokenizer.template.name,
+        "system": "template" if row_tokenizer.template.profile.takes_system else row_tokenizer.template.profile.system,
+        "supervise": row_tokenizer.rules.supervise,
+        "reasoning": row_tokenizer.template.profile.reasoning,
         "prompts_proved": proved,
         "ids_equal": check.equal,
         "ids_not_compared": check.other,
-        "terminators": sorted(worker.terminators),
-        "label_ids": len(worker.labels),
+        "terminators": sorted(row_tokenizer.terminators),
+        "label_ids": len(row_tokenizer.labels),
     }
     write_json(path, content)

@@ -23,7 +23,7 @@ Pick = tuple[int, int]  # a row's number, and which copy of it, from 1
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """The pool by the recipe's rule, best first; what the metrics say of it; each row's figure where one decides."""
+    """The pool by the recipe's rule, best first; its metrics; each row's figure where one decides."""
 
     order: Sequence[Pick]
     limits: Mapping[str, object]
@@ -140,8 +140,8 @@ def _why_not(row: Example, place: int, spec: Spec, ranking: Ranking) -> Reject:
         return Reject.of(row, "diverse", f"{spec.diverse} {taken}")
     own, last = (ranking.figures[i] for i in (place, ranking.order[(spec.top_k or 1) - 1][0]))
     has, least = (None if math.isinf(f) else f for f in (own, last))
-    shown = ["none" if f is None else f"{f:g}" for f in (has, least)]
-    detail = f"{spec.by} {shown[0]}; the last of the {spec.top_k} rows that are used has {shown[1]}"
+    values = ["none" if f is None else f"{f:g}" for f in (has, least)]
+    detail = f"{spec.by} {values[0]}; the last of the {spec.top_k} rows that are used has {values[1]}"
     return Reject.of(row, "top_k", detail, has, least)
 
 
@@ -168,14 +168,14 @@ def _by_source(names: Sequence[tuple[str, str]], copies: Sequence[int], spec: Sp
     counts: Counter[str] = Counter()
     for (_, source), count in zip(names, copies, strict=True):
         counts[source] += count
-    found: dict[str, object] = {"weight": {label: counts[label] for label in sorted(spec.weights)}}
-    return found | ({"rows": {label: counts[label] for label in sorted(spec.rows)}} if spec.rows else {})
+    figures: dict[str, object] = {"weight": {label: counts[label] for label in sorted(spec.weights)}}
+    return figures | ({"rows": {label: counts[label] for label in sorted(spec.rows)}} if spec.rows else {})
 
 
 def _ranked(
     pool: Sequence[Pick], names: Sequence[tuple[str, str]], spec: Spec, inputs: Mapping[str, Path], ctx: Context
 ) -> Ranking:
-    """The pool by the recipe's rule, with what the metrics say of the last one that is kept."""
+    """The pool by the recipe's rule, with the metrics of the last one that is kept."""
     from finetune.dedup.select import copy_id
 
     source = inputs["decontaminate"] / "rows.parquet"

@@ -192,7 +192,7 @@ def _zero_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Contex
 def _decide(
     spec: Spec, base: Path, rows: Path | pa.Table, device: str, ctx: Context, *, varlen: bool
 ) -> tuple[str, int | None, bool]:
-    """The checkpointing policy, the rows at once (None: as the runtime says), and whether fused adapters are faster.
+    """The checkpointing policy, the rows at once (None: as runtime has it), and whether fused adapters are faster.
 
     On a GPU what is `auto` becomes the fastest that fits its free memory; a CPU recomputes for large bases only.
     """

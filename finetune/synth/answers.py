@@ -65,9 +65,9 @@ def answer(job: Job, prompts: Sequence[Prompt]) -> list[Best | None]:
         own = replies[k * section.samples : (k + 1) * section.samples]
         candidates.append(_usable(job, prompt, own))
     if section.samples == 1:
-        return [Best(found[0]) if found else None for found in candidates]
+        return [Best(texts[0]) if texts else None for texts in candidates]
     if section.best == "agreement":
-        return [_most_alike(found) if found else None for found in candidates]
+        return [_most_alike(texts) if texts else None for texts in candidates]
     return _judged(job, prompts, candidates)
 
 
@@ -89,9 +89,9 @@ def _most_alike(answers: Sequence[str]) -> Best:
 
 def _judged(job: Job, prompts: Sequence[Prompt], candidates: Sequence[list[str]]) -> list[Best | None]:
     """Return the winners: each next answer meets the best so far, and takes its place only by a better score."""
-    best: list[str | None] = [found[0] if found else None for found in candidates]
+    best: list[str | None] = [texts[0] if texts else None for texts in candidates]
     for n in range(1, job.section.samples):
-        there = [i for i, found in enumerate(candidates) if len(found) > n]
+        there = [i for i, texts in enumerate(candidates) if len(texts) > n]
         pairs = [Pair(_question(prompts[i]), str(best[i]), candidates[i][n]) for i in there]
         verdicts = compare(job.asker, job.prompts, pairs, VERDICT_TOKENS, "verdicts")
         for i, verdict in zip(there, verdicts, strict=True):

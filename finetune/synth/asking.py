@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -22,6 +22,9 @@ from finetune.serve.client import Sampling as ServerSampling
 from finetune.utils import links
 from finetune.utils.files import canonical_json, file_digest, read_json, replace_bytes
 from finetune.utils.runtime import SMALL_PARAMETERS, in_order, single_thread
+
+if TYPE_CHECKING:
+    from finetune.eval.generation import Request
 
 RETRIES = 6  # of the client, with back-off: on 408, 409, 429, 5xx, broken connections and time-outs
 GARBLED_RETRIES, GARBLED_SECONDS = 3, 1.0  # of answers that are no chat completion
@@ -140,33 +143,33 @@ class Asker:
 
         Raises FinetuneError or InputError for a model that cannot be asked; the responses before it are kept.
         """
-        found: dict[int, Reply] = {}
+        replies: dict[int, Reply] = {}
         names, todo = [self._name(ask) for ask in asks], []
         for index, name in enumerate(names):
             if (reply := self._store.get(name)) is None:
                 todo.append(index)
             elif self.budget.take():
                 self.budget.spend(reply)
-                found[index] = reply
-        self.kept += len(found)
+                replies[index] = reply
+        self.kept += len(replies)
 
         def keep(position: int, reply: Reply) -> None:
             self._store.put(names[todo[position]], reply)
             self.budget.spend(reply)
-            found[todo[position]] = reply
+            replies[todo[position]] = reply
 
         begun, before = time.monotonic(), self.seconds
         bar = self._ctx.bar(label, len(todo))
         try:
             for position in self._source.answer([asks[i] for i in todo], self.budget, keep) if todo else ():
-                self._tokens += found[todo[position]].tokens
+                self._tokens += replies[todo[position]].tokens
                 self.seconds = before + time.monotonic() - begun
                 bar.advance(1, f"{self._tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
                 self._ctx.stop.check()
         finally:
             bar.close()
-        self.answered_by.update(reply.model for reply in found.values() if reply.model)
-        return [found.get(i) for i in range(len(asks))]
+        self.answered_by.update(reply.model for reply in replies.values() if reply.model)
+        return [replies.get(i) for i in range(len(asks))]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -250,12 +253,12 @@ class LocalSource:
                 model.model, requests, sampling, model.terminators, model.pad_id, self._ctx, BATCH_TOKENS
             )
             for batch in made:
-                for i, found in sorted(batch.items()):
-                    text = model.tokenizer.decode(found.ids, skip_special_tokens=True)
-                    keep(group[i][0], Reply(text, found.finish, len(requests[i].prompt), len(found.ids)))
+                for i, generated in sorted(batch.items()):
+                    text = model.tokenizer.decode(generated.ids, skip_special_tokens=True)
+                    keep(group[i][0], Reply(text, generated.finish, len(requests[i].prompt), len(generated.ids)))
                     yield group[i][0]
 
-    def _request(self, ask: Ask) -> Any:  # noqa: ANN401 - generation.Request, or why it is not asked
+    def _request(self, ask: Ask) -> Request | str:
         from finetune.eval.generation import Request
         from finetune.eval.voice import prompt_ids
 
@@ -302,9 +305,9 @@ def server_of(model: LanguageModel, field: str) -> Server:
 
 
 def identity(model: LanguageModel, base: Path | None = None) -> dict[str, object]:
-    """Return what tells this model from others: address and name, a commit, or the digests of its files.
+    """Return the identity of this model: address and name, a commit, or the digests of its files.
 
-    A builtin is told apart by the weights in `base`; without it, by its name only.
+    A builtin is identified by the weights in `base`; without it, by its name only.
     """
     local = model.local
     if local is None:

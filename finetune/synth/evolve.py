@@ -77,7 +77,7 @@ def _evolve(job: Job, lines: Sequence[Line], number: int) -> None:
             ask_user(text, section.max_new_tokens, section.temperature, section.top_p, stream(job.seed, "evolve", name))
         )
     replies = job.asker.ask_all(asks, f"round {number}: instructions")
-    found = [
+    steps = [
         (line, operation, name, reply.text.strip())
         for line, operation, name, prompt, reply in zip(lines, operations, names, prompts, replies, strict=True)
         if not job.unfinished(name, reply)
@@ -87,11 +87,11 @@ def _evolve(job: Job, lines: Sequence[Line], number: int) -> None:
     equal = job.asker.ask_all(
         [
             ask_user(job.prompts.render("evol_equal", {"first": line.instruction, "second": text}), EQUAL_TOKENS)
-            for line, _, _, text in found
+            for line, _, _, text in steps
         ],
         f"round {number}: comparisons",
     )
-    gained = [step for step, reply in zip(found, equal, strict=True) if not _no_gain(job, step[2], step[3], reply)]
+    gained = [step for step, reply in zip(steps, equal, strict=True) if not _no_gain(job, step[2], step[3], reply)]
     asked = [Prompt(name, (*line.seed.system, {"role": "user", "content": text})) for line, _, name, text in gained]
     for (line, operation, name, text), prompt, best in zip(gained, asked, answer(job, asked), strict=True):
         if best is None or _bad_answer(job, name, best.text):
@@ -115,8 +115,8 @@ def _bad_instruction(job: Job, line: Line, name: str, prompt: str, text: str) ->
 
 
 def _runs(text: str) -> set[str]:
-    found = words(text)
-    return {" ".join(found[i : i + COPIED_WORDS]) for i in range(len(found) - COPIED_WORDS + 1)}
+    spoken = words(text)
+    return {" ".join(spoken[i : i + COPIED_WORDS]) for i in range(len(spoken) - COPIED_WORDS + 1)}
 
 
 def _no_gain(job: Job, name: str, text: str, reply: Reply | None) -> bool:
@@ -131,11 +131,11 @@ def _no_gain(job: Job, name: str, text: str, reply: Reply | None) -> bool:
 
 def _bad_answer(job: Job, name: str, text: str) -> bool:
     """Leave out an instruction whose answer is an excuse, or says nothing (rules 2 and 3)."""
-    found = words(text)
-    if "sorry" in found and len(found) < SHORT_REFUSAL_WORDS:
-        job.reject(name, "refusal", f"the answer says sorry and has {len(found)} words", text)
+    spoken = words(text)
+    if "sorry" in spoken and len(spoken) < SHORT_REFUSAL_WORDS:
+        job.reject(name, "refusal", f"the answer says sorry and has {len(spoken)} words", text)
         return True
-    if not set(found) - _stop_words():
+    if not set(spoken) - _stop_words():
         job.reject(name, "no_content", "the answer holds punctuation and stop words only", text)
         return True
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +15,19 @@ from finetune.synth.asking import local_folder, server_of
 from finetune.synth.seeds import read_seeds, require_seeds
 
 
+class Finished(Protocol):
+    """The manifest of a finished stage."""
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Counts of the stage."""
+
+
 class Planned(Protocol):
     """A planned stage."""
 
     @property
-    def manifest(self) -> Any:  # noqa: ANN401 - pipeline.store.Manifest
+    def manifest(self) -> Finished | None:
         """The finished stage's manifest, or None."""
 
 
@@ -33,7 +42,7 @@ def generation(recipe: Recipe, step: Planned | None) -> dict[str, Any] | None:
     if section is None:
         return None
     model = section.model
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "method": section.method,
         "model": model.label,
         "endpoint": model.endpoint,
@@ -42,7 +51,7 @@ def generation(recipe: Recipe, step: Planned | None) -> dict[str, Any] | None:
     }
     if step is not None and step.manifest is not None:
         metrics = step.manifest.metrics
-        return found | {
+        return figures | {
             "done": True,
             "seeds": metrics["seeds"],
             "rows": metrics["rows_out"],
@@ -59,7 +68,7 @@ def generation(recipe: Recipe, step: Planned | None) -> dict[str, Any] | None:
                 "raise it, or set generate.rows"
             )
     most = least * section.max_new_tokens if least is not None else None
-    return found | {"done": False, "seeds": seeds, "rows": rows, "requests": least, "answer_tokens_at_most": most}
+    return figures | {"done": False, "seeds": seeds, "rows": rows, "requests": least, "answer_tokens_at_most": most}
 
 
 def _count(recipe: Recipe) -> int | None:
@@ -68,8 +77,8 @@ def _count(recipe: Recipe) -> int | None:
     assert section is not None  # noqa: S101 - the caller asked
     if not all(isinstance(source, (LocalSource, PydocSource)) for source in section.seeds):
         return None
-    found = list(read_seeds(section.seeds, Path(), recipe.ingest.ignore, single=section.method != "answer"))
-    return len(require_seeds(found, section.max_refused_fraction))
+    seeds = list(read_seeds(section.seeds, Path(), recipe.ingest.ignore, single=section.method != "answer"))
+    return len(require_seeds(seeds, section.max_refused_fraction))
 
 
 def generation_in_words(f: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ class Made:
 
 @dataclass
 class Job:
-    """What the methods share."""
+    """State that the methods of generation share: rows made, rejects and counts."""
 
     section: Generate
     prompts: Prompts
@@ -61,16 +61,25 @@ class Job:
     rejects: list[Reject] = field(default_factory=list)
     asked: Counter[int] = field(default_factory=Counter)  # round → rows tried
 
-    def make(self, turns: Sequence[Mapping[str, str]], answer: str, parent: str, operation: str, **extra: Any) -> Made:  # noqa: ANN401
-        """Add a row; `extra` holds its round and other plain values."""
-        number, round_number = f"{LABEL}:{len(self.made) + 1}", extra.pop("round")
-        self.made.append(Made(number, tuple(turns), answer.strip(), parent, operation, round_number, extra))
+    def make(
+        self,
+        turns: Sequence[Mapping[str, str]],
+        answer: str,
+        parent: str,
+        operation: str,
+        *,
+        round: int,
+        **extra: float,
+    ) -> Made:
+        """Add a row; `extra` holds further figures of it."""
+        number = f"{LABEL}:{len(self.made) + 1}"
+        self.made.append(Made(number, tuple(turns), answer.strip(), parent, operation, round, extra))
         return self.made[-1]
 
     def reject(self, name: str, reason: str, detail: str, text: str) -> None:
-        """Leave a candidate out; `name` says from which row and by which step it came."""
-        shown = text[:REJECTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
-        self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, shown))
+        """Leave a candidate out; `name` states its row and step."""
+        start = text[:REJECTED_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+        self.rejects.append(Reject(f"{LABEL}/{name}", LABEL, reason, detail, start))
 
     def unfinished(self, name: str, reply: Reply | None) -> bool:
         """Leave a candidate out whose response cannot be used as it is; True if so, or if there was no budget for it.

@@ -50,8 +50,8 @@ def read_verdict(text: str) -> float | None:
     but one of the first three.
     """
     ends = [m.end() for m in VERDICT.finditer(text)]
-    found = REST.match(text, ends[-1]) if ends else ALONE.fullmatch(text)
-    return {"1": 0.0, "2": 1.0}.get(found[1], 0.5) if found else None
+    match = REST.match(text, ends[-1]) if ends else ALONE.fullmatch(text)
+    return {"1": 0.0, "2": 1.0}.get(match[1], 0.5) if match else None
 
 
 def compare(asker: Asker, prompts: Prompts, pairs: Sequence[Pair], limit: int, label: str) -> list[Verdict]:
@@ -81,19 +81,19 @@ def figures(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
     """
     scored = [v for v in verdicts if v.score is not None]
     scores = np.array([v.score for v in scored], dtype=np.float64)
-    shown = [s for v in scored for s in (v.forward, 1 - (v.backward or 0.0)) if s != 0.5]
-    found: dict[str, Any] = {"rows": len(scored), "unreadable": len(verdicts) - len(scored)}
+    decided = [s for v in scored for s in (v.forward, 1 - (v.backward or 0.0)) if s != 0.5]
+    summary: dict[str, Any] = {"rows": len(scored), "unreadable": len(verdicts) - len(scored)}
     if not len(scored):
-        return found | {"win_rate": None, "win_rate_interval": None, "order_agreement": None}
+        return summary | {"win_rate": None, "win_rate_interval": None, "order_agreement": None}
     interval = ratio_interval(scores, np.ones(len(scores)), seed)
-    return found | {
+    return summary | {
         "wins": int((scores > 0.5).sum()),
         "ties": int((scores == 0.5).sum()),
         "losses": int((scores < 0.5).sum()),
         "win_rate": interval.value,
         "win_rate_interval": [interval.low, interval.high] if len(scores) > 1 else None,
         "order_agreement": float(np.mean([v.forward == v.backward for v in scored])),
-        "first_shown": shown.count(0.0) / len(shown) if shown else None,
+        "first_shown": decided.count(0.0) / len(decided) if decided else None,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.formats import FormatError, decide, to_example, unique_labels
 from finetune.data.records import Example, Reject
-from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, shown
+from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, row_text
 from finetune.data.values import RowError
 from finetune.errors import InputError
 from finetune.eval.prompts import prompt_of, with_answer
@@ -63,9 +63,9 @@ def read_seeds(
             try:
                 yield _seed(to_example(row.row, decision, found_id, label), single=single)
             except RowError as error:
-                yield Reject(found_id, label, error.reason, printable(str(error)), printable(shown(row.row)))
+                yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(row.row)))
             except RecursionError:
-                yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(shown(row.row)))
+                yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(row.row)))
 
 
 def _seed(row: Example, *, single: bool) -> Seed | Reject:
@@ -85,20 +85,20 @@ def _seed(row: Example, *, single: bool) -> Seed | Reject:
 
 def check_seeds(source: Source, ignore: Collection[str], method: str) -> None:
     """Read the first rows. Raises InputError if the source cannot be read, or none of them fits."""
-    found = list(islice(read_seeds([source], Path(), ignore, single=method != "answer"), SAMPLE_ROWS))
-    if not any(isinstance(seed, Seed) for seed in found):
-        require_seeds(found, 1.0)
+    seeds = list(islice(read_seeds([source], Path(), ignore, single=method != "answer"), SAMPLE_ROWS))
+    if not any(isinstance(seed, Seed) for seed in seeds):
+        require_seeds(seeds, 1.0)
 
 
-def require_seeds(found: Sequence[Seed | Reject], allowed: float) -> list[Seed]:
+def require_seeds(rows: Sequence[Seed | Reject], allowed: float) -> list[Seed]:
     """Return the seeds. Raises InputError if none is left or a larger share than `allowed` does not fit."""
-    seeds = [s for s in found if isinstance(s, Seed)]
-    refused = [s for s in found if isinstance(s, Reject)]
-    if not seeds or len(refused) > allowed * len(found):
+    seeds = [s for s in rows if isinstance(s, Seed)]
+    refused = [s for s in rows if isinstance(s, Reject)]
+    if not seeds or len(refused) > allowed * len(rows):
         first = " ".join(f"[{r.id}] {r.detail}." for r in refused[:SHOWN_ROWS])
         share = f", allowed are {allowed:.1%} (generate.max_refused_fraction)" if seeds else ""
         raise InputError(
-            f"generate.seeds: {len(refused)} of {len(found)} rows do not fit{share}. {first} Fix them, or set the "
+            f"generate.seeds: {len(refused)} of {len(rows)} rows do not fit{share}. {first} Fix them, or set the "
             "source's format and columns"
         )
     return seeds

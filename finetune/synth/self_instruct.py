@@ -57,18 +57,18 @@ def _tasks(
 ) -> Iterator[tuple[str, str, str, str, str]]:
     """Yield name, ids of the tasks that were shown, instruction, prompt and answer of each usable new task."""
     section = job.section
-    asks, shown = [], []
+    asks, examples = [], []
     for request in requests:
-        chosen = _shown(job.seed, number, request, seeds, len(pool))
+        chosen = _example_places(job.seed, number, request, seeds, len(pool))
         text = job.prompts.render("self_tasks", {"tasks": [pool[i] for i in chosen], "count": TASKS_A_REQUEST})
         draw = stream(job.seed, "tasks", number, request)
         asks.append(ask_user(text, section.max_new_tokens, section.temperature, section.top_p, draw))
-        shown.append(", ".join(ids[i] for i in chosen))
+        examples.append(", ".join(ids[i] for i in chosen))
     prompts = [str(ask.messages[-1]["content"]) for ask in asks]
-    found: list[tuple[str, str, str]] = []
+    drafts: list[tuple[str, str, str]] = []
     new: list[list[str]] = []  # of this chunk: no instance is asked for that is dropped for sure
     replies = job.asker.ask_all(asks, f"round {number}: tasks")
-    for request, parents, prompt, reply in zip(requests, shown, prompts, replies, strict=True):
+    for request, parents, prompt, reply in zip(requests, examples, prompts, replies, strict=True):
         tasks = [] if reply is None else read_tasks(reply.text, prompt)
         for k, task in enumerate(tasks[:TASKS_A_REQUEST]):
             name = f"{number}/{request}/{k + 1}"
@@ -77,12 +77,12 @@ def _tasks(
                 continue
             if _repeats(job, name, task, [*compared, *new], ids):
                 continue
-            found.append((name, parents, task))
+            drafts.append((name, parents, task))
             new.append(words(task))
-    yield from _instances(job, found, number)
+    yield from _instances(job, drafts, number)
 
 
-def _shown(seed: int, number: int, request: int, seeds: int, all_tasks: int) -> list[int]:
+def _example_places(seed: int, number: int, request: int, seeds: int, all_tasks: int) -> list[int]:
     """Return the tasks of one prompt: a random choice of seeds, and of generated tasks as far as there are any."""
     draw = np.random.default_rng(stream(seed, "shown", number, request))
     made = draw.choice(np.arange(seeds, all_tasks), min(SHOWN_MADE, all_tasks - seeds), replace=False).tolist()

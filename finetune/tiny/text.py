@@ -146,13 +146,13 @@ def corpus(known: Shingles, share: float = 1.0) -> list[str]:
         taken = 0
         for path, file in package_files(package):
             source, module = file.read_text(encoding="utf-8", errors="replace"), module_name(path)
-            found = []
+            texts = []
             for name, kind, owner, call, text in documented(source, module):
                 body = "\n\n".join(_paragraphs(text, known, seen))
                 if len(body) > 40:
-                    found.append(Entry(name, kind, owner, call, body))
-            for start in range(0, len(found), PAGE_ENTRIES):
-                pages.append(page(module, found[start : start + PAGE_ENTRIES]))
+                    texts.append(Entry(name, kind, owner, call, body))
+            for start in range(0, len(texts), PAGE_ENTRIES):
+                pages.append(page(module, texts[start : start + PAGE_ENTRIES]))
                 taken += len(pages[-1])
             if taken >= budget * share:
                 break

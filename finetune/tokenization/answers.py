@@ -147,16 +147,16 @@ class Finder:
         last = asked[turns[-1]]
         whole, final = last.prompt + last.text, turns[-1] == len(chat) - 1
         if final and last.opened:
-            found = Conversation(whole, (), own=False)
+            conversation = Conversation(whole, (), own=False)
         elif final and not text.startswith(whole) and whole.startswith(text.rstrip()):  # its end opens the next turn
             own = whole.startswith(text)
-            found = Conversation(whole, (), tuple(blocks), own, whole[len(text) :] if own else "")
+            conversation = Conversation(whole, (), tuple(blocks), own, whole[len(text) :] if own else "")
         else:
-            found = Conversation(text, (), tuple(blocks))
-        answers = self._locate(write, chat, turns, asked, found)
+            conversation = Conversation(text, (), tuple(blocks))
+        answers = self._locate(write, chat, turns, asked, conversation)
         if keep_reasoning and any(a.masked or not a.ends for a in answers):
             return self._kept(write, chat, turns, asked)
-        return replace(found, answers=answers)
+        return replace(conversation, answers=answers)
 
     def last_control(self, text: str, start: int, end: int) -> int:
         """Where the last control token of text[start:end] ends, white space behind it apart, or -1."""
@@ -176,18 +176,18 @@ class Finder:
                     f"{len(turns)} answers, some with calls or reasoning: more than {MOST_EXACT_WITH_CALLS}"
                 )
             patterned = False
-        found: dict[int, _Asked] = {}
+        asked: dict[int, _Asked] = {}
         for k in [*turns[:2], turns[-1]] if patterned else turns:
             last = k == turns[-1]
             written = text if k == len(chat) - 1 else None
-            found[k] = self._asked(write, chat[: k + 1], prompt if last else None, written)
+            asked[k] = self._asked(write, chat[: k + 1], prompt if last else None, written)
         if patterned:
             before, after = padding_of(chat[turns[1]])
-            pattern = found[turns[1]]
+            pattern = asked[turns[1]]
             bare = replace(pattern, lead=pattern.lead.removesuffix(before), trail=pattern.trail.removeprefix(after))
             for k in turns[2:-1]:
-                found[k] = replace(bare, prompt="", core=answer_core(chat[k]), padding=padding_of(chat[k]))
-        return found
+                asked[k] = replace(bare, prompt="", core=answer_core(chat[k]), padding=padding_of(chat[k]))
+        return asked
 
     def _asked(self, write: Write, chat: Chat, prompt: str | None, written: str | None) -> _Asked:
         """The last turn of `chat`."""
@@ -243,8 +243,8 @@ class Finder:
         """Where an answer without words ends: behind what the template writes after an answer with words, or -1."""
         word = chr(STAND_IN)
         text = write([*chat[:-1], {**chat[-1], "content": same_form(chat[-1]["content"], word)}], False)[0]
-        _, found, after = text.partition(word)
-        end = self._end(after, 0, False) if found and text.startswith(prompt) else -1
+        _, separator, after = text.partition(word)
+        end = self._end(after, 0, False) if separator and text.startswith(prompt) else -1
         return raw.find(after[:end]) + end if end >= 0 and after[:end] in raw else -1
 
     def _borrowed_end(self, write: Write, chat: Chat, raw: str) -> tuple[str, int]:
@@ -258,8 +258,8 @@ class Finder:
                 hit = self._control.match(after, skip_space(after, len(bare)))
                 break
         if hit is None or hit[0] not in self.stops:
-            shown = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
-            raise NoEnd(f"the chat template writes no token that ends an answer{shown}")
+            note = f"; {hit[0]!r}, which opens the next turn, does not stop this base" if hit else ""
+            raise NoEnd(f"the chat template writes no token that ends an answer{note}")
         raw = raw.rstrip() + after[len(bare) : hit.end()]
         return raw, len(raw)
 
@@ -282,13 +282,13 @@ class Finder:
     # --- all turns in one text --------------------------------------------------------------------------------------
 
     def _locate(
-        self, write: Write, chat: Chat, turns: Sequence[int], asked: dict[int, _Asked], found: Conversation
+        self, write: Write, chat: Chat, turns: Sequence[int], asked: dict[int, _Asked], conversation: Conversation
     ) -> tuple[Answer, ...]:
         answers: list[Answer] = []
         spots: dict[int, Span] | None = None
         cursor = 0
         for k in turns:
-            turn, text = asked[k], found.text
+            turn, text = asked[k], conversation.text
             start = len(turn.prompt)
             if turn.prompt and text.startswith(turn.prompt) and text.startswith(turn.text, start):
                 answers.append(Answer(k, start, start + len(turn.text), start))
@@ -296,9 +296,9 @@ class Finder:
                 continue
             if spots is None:
                 last = turns[-1]
-                prompted = not found.own
+                prompted = not conversation.own
                 part = chat[:last] if prompted else chat
-                own = asked[last].prompt if prompted else text[: len(text) - len(found.added)]
+                own = asked[last].prompt if prompted else text[: len(text) - len(conversation.added)]
                 spots = self._stand_ins(write, part, [i for i in turns if i < len(part)], prompted, own)
             answers.append(self._elsewhere(chat[k], k, turn, text, spots.get(k), cursor))
             cursor = answers[-1].end
@@ -370,17 +370,17 @@ class Finder:
                 names[k] = chr(STAND_IN + number % 60_000) * len(core)
                 swapped[k] = with_core(chat[k], core, names[k])
         try:
-            shown = write(swapped, prompted)[0]
+            rendered = write(swapped, prompted)[0]
         except TemplateRefused:
             return {}
         pieces: list[str] = []
         spots: dict[int, Span] = {}
         cursor = 0
         for k, name in names.items():
-            at = shown.find(name, cursor)
+            at = rendered.find(name, cursor)
             if at < 0:
                 continue
-            pieces += [shown[cursor:at], answer_core(chat[k])]
+            pieces += [rendered[cursor:at], answer_core(chat[k])]
             cursor = at + len(name)
             spots[k] = (at, cursor)
-        return spots if "".join([*pieces, shown[cursor:]]) == text else {}
+        return spots if "".join([*pieces, rendered[cursor:]]) == text else {}

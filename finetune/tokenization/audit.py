@@ -74,8 +74,8 @@ class Tally:
             for reason, count in more.items():
                 counts[reason] = counts.get(reason, 0) + count
         for string, (text, ids) in later.special_text.items():
-            found = self.special_text.setdefault(string, [0, 0])
-            self.special_text[string] = [found[0] + text, found[1] + ids]
+            tally = self.special_text.setdefault(string, [0, 0])
+            self.special_text[string] = [tally[0] + text, tally[1] + ids]
         for reason, names in later.examples.items():
             for name in names:
                 self._remember(reason, name)
@@ -223,7 +223,7 @@ def check_ids(row_id: str, ids: Sequence[int], wanted: Sequence[int], show: Call
     """
     same = shared_length(ids, wanted)
     if same < len(ids) or same < len(wanted):
-        ours, theirs = ([show(i) for i in found[same : same + 6]] for found in (ids, wanted))
+        ours, theirs = ([show(i) for i in tokens[same : same + 6]] for tokens in (ids, wanted))
         raise GateRefused(
             f"row {row_id}: its token ids differ from the base's own apply_chat_template at token {same}: "
             f"{ours} where the base gives {theirs}"
@@ -251,18 +251,18 @@ def check_start(row_id: str, ids: Sequence[int], bos: int | None) -> None:
         raise GateRefused(f"row {row_id} begins with two BOS tokens; take one out of the template or the text")
 
 
-def check_terminator(row_id: str, token: int, supervised: bool, special: Collection[int], shown: str) -> None:
+def check_terminator(row_id: str, token: int, supervised: bool, special: Collection[int], end: str) -> None:
     """Raise GateRefused unless a turn's last token is a supervised special token.
 
     Only such a token can stop generation; without it the model never learns to stop.
     """
     if token not in special:
         raise GateRefused(
-            f"row {row_id}: the template ends an answer with {shown!r}, which is no special token of this base, so "
+            f"row {row_id}: the template ends an answer with {end!r}, which is no special token of this base, so "
             "nothing would stop generation; take a template whose terminator it has (alpaca and mistral use its EOS)"
         )
     if not supervised:
-        raise GateRefused(f"row {row_id}: the terminator {shown!r} carries no label, so the model would never stop")
+        raise GateRefused(f"row {row_id}: the terminator {end!r} carries no label, so the model would never stop")
 
 
 def check_prompt(row_id: str, prompt: Sequence[int], full: Sequence[int], template: str) -> None:
@@ -297,7 +297,7 @@ def check_shares(
 ) -> None:
     """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
 
-    `first` says of which rows the first of `tallies` is: the training ones, or the held-out ones if no row is trained.
+    `first` names the rows of the first of `tallies`: the training ones, or the held-out ones if no row is trained.
     """
     total = sum(t.rows_in for t in tallies)
     cut = sum(t.truncated for t in tallies)

@@ -1,6 +1,6 @@
 """From a row's messages to rendered text: which turns a template is given, and which strings may control the model.
 
-A chat template writes control strings such as `</s>`; so may a user. Once both stand in one text they cannot be told
+A chat template writes control strings such as `</s>`; so may a user. Once both are in one text they cannot be told
 apart, so `ControlStrings` swaps the user's for placeholders of the same length while the template runs. Equal lengths
 keep every character position, hence every span, as it was.
 """
@@ -184,7 +184,11 @@ class ControlStrings:
         """
         if any(ord(c) >= self.TRUE for s in _strings(chat) for c in s):
             raise InputError("the row holds both a control string and a private-use character U+100000 or above")
-        return [_map_strings(m, lambda s: self._find.sub(lambda hit: self._typed[hit[0]], s)) for m in chat]
+
+        def hidden(text: str) -> str:
+            return self._find.sub(lambda hit: self._typed[hit[0]], text)
+
+        return [{name: _map_strings(value, hidden) for name, value in turn.items()} for turn in chat]
 
     def show(self, text: str) -> str:
         """The text with typed control strings put back: what a plain rendering gives."""
@@ -210,7 +214,7 @@ def _strings(value: object) -> Iterable[str]:
             yield from _strings(item)
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - JSON
+def _map_strings(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -243,8 +247,8 @@ def with_core(turn: dict[str, object], core: str, name: str) -> dict[str, object
 def padding_of(turn: dict[str, object]) -> tuple[str, str]:
     """The white space at both edges of an answer's words."""
     text = without_reasoning(turn)["content"]
-    shown = text_of(text)
-    return shown[: len(shown) - len(shown.lstrip())], shown[len(shown.rstrip()) :]
+    visible = text_of(text)
+    return visible[: len(visible) - len(visible.lstrip())], visible[len(visible.rstrip()) :]
 
 
 def same_form(content: object, word: str) -> object:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Finder, NoEnd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data.records import Example
+    from finetune.tokenization.template_sandbox import MarkedEnvironment
 
 # What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role
 # looked up in a mapping, a division, tool calls nested too deeply.
@@ -95,8 +96,8 @@ class JinjaRenderer:
                 )  # fmt: skip
                 return str(text), []
             if self._marked:
-                count_once(compiled.environment)
-            found: Any = render_jinja_template(
+                count_once(cast("MarkedEnvironment", compiled.environment))
+            rendered: Any = render_jinja_template(
                 [chat],
                 tools=tools,  # type: ignore[arg-type]
                 chat_template=self.template,
@@ -104,7 +105,7 @@ class JinjaRenderer:
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
             )
-        text, spans = found[0][0], found[1]  # annotated as one string
+        text, spans = rendered[0][0], rendered[1]  # annotated as one string
         return str(text), [(int(a), int(b)) for a, b in spans[0]] if self._marked else []
 
 
@@ -166,8 +167,8 @@ def stop_strings(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> froze
     for name in ("generation_config.json", "config.json"):
         path = base / name if base else None
         if path is not None and path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids |= set(found) if isinstance(found, list) else {found}
+            ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(ends) if isinstance(ends, list) else {ends}
     known = [i for i in ids if isinstance(i, int) and 0 <= i < len(tokenizer)]
     return frozenset(str(t) for t in tokenizer.convert_ids_to_tokens(known) if t)
 
@@ -259,7 +260,7 @@ def _require_end(profile: TemplateProfile, finder: Finder, label: str) -> None:
             "an answer with a token of this base (alpaca and mistral use its EOS)"
         ) from None
     except InputError:
-        return  # this conversation; the rows say more
+        return  # of this conversation only; the rows are checked too
 
 
 def _require_one_row(profile: TemplateProfile, rows: Sequence[Example], label: str) -> None:

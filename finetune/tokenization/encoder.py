@@ -16,7 +16,7 @@ from finetune.tokenization.label_mask import Offsets
 from finetune.utils.limits import watched
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from finetune.tokenization.rendering import Rendered
@@ -33,10 +33,10 @@ MEMORY_BYTES, BYTES_PER_CHARACTER = 1 << 30, 2000
 def watched_batch(
     encode: Callable[[list[str]], Sequence[T]], texts: Sequence[str], names: Sequence[str] = ()
 ) -> list[T]:
-    """What `encode` returns for `texts`, unless it takes far more time or memory than any tokenizer, or panics.
+    """Return `encode(texts)`, unless it takes far more time or memory than any tokenizer, or panics.
 
-    A tokenizer is native code by somebody's patterns: on a text that its trial (models/base_limits) does not have it
-    may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.
+    A tokenizer is native code with a third party's patterns: on a text that its trial (models/base_limits) does not
+    have it may match for hours. Raises InputError, which names the text as `names` does, or by its beginning.
     """
     size = sum(map(len, texts))
     try:
@@ -95,8 +95,8 @@ class Encoder:
             if self._sealed is None:
                 self._sealed = self._sealed_copy([r.text for r in rows if r.sealed is None][:PROOFS])
             these = [names[i] for i in sealed] if names else ()
-            found = _encoded(self._sealed, [rows[i].sealed or "" for i in sealed], these)
-            for i, made in zip(sealed, found, strict=True):
+            encoded = _encoded(self._sealed, [rows[i].sealed or "" for i in sealed], these)
+            for i, made in zip(sealed, encoded, strict=True):
                 tokens[i] = made
         return tokens
 
@@ -110,8 +110,8 @@ class Encoder:
 
     def special_id(self, string: str) -> int:
         """The id of a special token."""
-        found = self._plain.token_to_id(string)
-        return -1 if found is None else int(found)
+        token_id = self._plain.token_to_id(string)
+        return -1 if token_id is None else int(token_id)
 
     def _sealed_copy(self, texts: Sequence[str]) -> Tokenizer:
         """Return the copy after checking that it agrees with the tokenizer on `texts`, which hold no control string."""
@@ -173,11 +173,11 @@ def _renamed(description: str, controls: ControlStrings) -> str:
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> list[Tokens]:
-    found = watched_batch(lambda batch: tokenizer.encode_batch(batch, add_special_tokens=False), texts, names)
-    return [_tokens(e) for e in found]
+    encodings = watched_batch(lambda batch: tokenizer.encode_batch(batch, add_special_tokens=False), texts, names)
+    return [_tokens(e) for e in encodings]
 
 
-def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 - tokenizers.Encoding has no types
+def _tokens(encoding: Encoding) -> Tokens:
     ids = encoding.ids
     flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids))  # twice as fast as np.array
     return ids, flat.reshape(-1, 2)

@@ -35,15 +35,15 @@ class IdCheck:
         self.equal = 0
         self.other: Counter[str] = Counter()  # why a row's ids are not those of apply_chat_template -> rows
 
-    def compare(self, row: Example, worker: RowTokenizer) -> None:
+    def compare(self, row: Example, row_tokenizer: RowTokenizer) -> None:
         """Compare one row. Raises GateRefused where its ids differ; a row that is left out later is passed over."""
         if row.text is not None:
             return
         try:
-            rendered = worker.render(row)
+            rendered = row_tokenizer.render(row)
         except InputError:
             return
-        ids = worker.encoder.encode_rendered([rendered], [f"row {row.id}"])[0][0]
+        ids = row_tokenizer.encoder.encode_rendered([rendered], [f"row {row.id}"])[0][0]
         self.check(row, rendered, ids)
 
     def check(self, row: Example, rendered: Rendered, ids: list[int]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from finetune.tokenization.audit import shared_length
 from finetune.utils.format import visible
@@ -15,10 +15,19 @@ from finetune.utils.format import visible
 class Decoder(Protocol):
     """The part of a tokenizer needed to show tokens."""
 
-    all_special_ids: list[int]
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
 
-    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
+    def decode(self, token_ids: list[int], **kwargs: bool) -> str | list[str]:
         """The text of the tokens."""
+
+
+class Tokenizer(Decoder, Protocol):
+    """The part of a tokenizer needed to show tokens with their names."""
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> str | list[str]:
+        """Return the name of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class Segment:
     special: bool
 
 
-def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> list[Segment]:
+def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Segment]:
     """The row as runs of equal (supervised, special); their texts joined are the decoded row.
 
     A run is shown as what it adds to the text before it, since SentencePiece drops the space of a first token. Raises
@@ -38,21 +47,21 @@ def segments(tokenizer: Decoder, ids: Sequence[int], mask: Sequence[int]) -> lis
     """
     special = frozenset(tokenizer.all_special_ids)
     kinds = [(bool(m), i in special) for i, m in zip(ids, mask, strict=True)]
-    found: list[Segment] = []
-    end, shown = 0, ""
+    parts: list[Segment] = []
+    end, before = 0, ""
     for (supervised, control), run in groupby(kinds):
         end += len(list(run))
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        same = shared_length(shown, text)
-        if same < len(shown) and found:  # a character was cut in two: the run before showed a replacement for it
-            last = found[-1]
-            found[-1] = Segment(last.text[: len(last.text) - (len(shown) - same)], last.supervised, last.special)
-        found.append(Segment(text[same:], supervised, control))
-        shown = text
-    return found
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        same = shared_length(before, text)
+        if same < len(before) and parts:  # a character was cut in two: the run before showed a replacement for it
+            last = parts[-1]
+            parts[-1] = Segment(last.text[: len(last.text) - (len(before) - same)], last.supervised, last.special)
+        parts.append(Segment(text[same:], supervised, control))
+        before = text
+    return parts
 
 
-def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # noqa: ANN401 - PreTrainedTokenizerBase
+def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> str:
     """The first row of a rendered file for a person: its supervised parts between » and «, and its outer ids.
 
     No more than `most` characters of the row are shown.
@@ -69,8 +78,8 @@ def first_row_text(tokenizer: Any, rendered: Path, most: int = 1200) -> str:  # 
     if len(text) > most:
         text = f"{text[: most // 2]} … {text[-most // 2 :]}"
     names = tokenizer.convert_ids_to_tokens(ids)
-    shown = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
-    ends = ", ".join(shown) if len(shown) <= 8 else f"{', '.join(shown[:4])} … {', '.join(shown[-4:])}"
+    named = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True)]
+    ends = ", ".join(named) if len(named) <= 8 else f"{', '.join(named[:4])} … {', '.join(named[-4:])}"
     return visible(
         f"render: row {row['id']} as the model sees it, {sum(row['mask'])} of {len(ids)} ids supervised (»…«):\n"
         f"{text}\n  ids {ends}"

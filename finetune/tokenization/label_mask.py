@@ -35,14 +35,14 @@ def token_mask(offsets: Offsets, spans: Sequence[Span]) -> Mask:
 def last_tokens(offsets: Offsets, spans: Sequence[Span]) -> list[int | None]:
     """For each span the index of its last token, or None where no token of it is left."""
     order = sorted(range(len(spans)), key=lambda i: spans[i])
-    found = np.full(len(spans), -1, np.int64)
+    ends = np.full(len(spans), -1, np.int64)
     first, last = _overlapping(offsets, [spans[i] for i in order])
     for more in range(int((last - first).max(initial=0))):  # nearly always one: few tokens reach into two spans
         tokens = np.flatnonzero(last - first > more)
-        np.maximum.at(found, first[tokens] + more, tokens)
+        np.maximum.at(ends, first[tokens] + more, tokens)
     place = np.empty(len(spans), np.int64)
     place[order] = np.arange(len(spans))
-    return [int(token) if token >= 0 else None for token in found[place]]
+    return [int(token) if token >= 0 else None for token in ends[place]]
 
 
 def fuses_with_prompt(offsets: Offsets, borders: Sequence[int]) -> bool:

@@ -44,8 +44,8 @@ def render_chat(
     chat = profile.adapt(chat)
     keep = profile.reasoning == "keep"
     if not controls.in_chat([*chat, *(tools or ())]):
-        found = finder.find(lambda turns, prompt: profile.write(turns, prompt, tools), chat, keep)
-        return Rendered(found.text, found.answers, found.blocks, found.own, found.added, chat=chat)
+        located = finder.find(lambda turns, prompt: profile.write(turns, prompt, tools), chat, keep)
+        return Rendered(located.text, located.answers, located.blocks, located.own, located.added, chat=chat)
     hidden = controls.hide(chat)
     hidden_tools = controls.hide(list(tools)) if tools else None
 
@@ -54,9 +54,11 @@ def render_chat(
 
     if controls.show(write(hidden, False)[0]) != profile.write(chat, False, tools)[0]:
         raise TemplateRefused("the template changes what it writes when a message holds a control string")
-    found = finder.find(write, hidden, keep)
-    sealed = controls.seal(found.text)
-    return Rendered(controls.show(found.text), found.answers, found.blocks, found.own, found.added, sealed, chat)
+    located = finder.find(write, hidden, keep)
+    sealed = controls.seal(located.text)
+    return Rendered(
+        controls.show(located.text), located.answers, located.blocks, located.own, located.added, sealed, chat
+    )
 
 
 def render_prompt(

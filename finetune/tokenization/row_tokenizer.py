@@ -111,18 +111,18 @@ class RowTokenizer:
         Raises GateRefused (with the row's id) for two BOS tokens, or for a terminator that could not stop generation.
         """
         with memory(RENDER_BYTES):
-            rendered = [found for row in rows if (found := self._rendered(row, tally)) is not None]
+            rendered = [prepared for row in rows if (prepared := self._rendered(row, tally)) is not None]
         encoded = self.encoder.encode_rendered(
-            [found.text for found in rendered], [f"row {found.row.id}" for found in rendered]
+            [prepared.text for prepared in rendered], [f"row {prepared.row.id}" for prepared in rendered]
         )
         done: list[TokenizedRow] = []
-        for found, (ids, offsets) in zip(rendered, encoded, strict=True):
-            reason, mask = self._masked(found, ids, offsets)
+        for prepared, (ids, offsets) in zip(rendered, encoded, strict=True):
+            reason, mask = self._masked(prepared, ids, offsets)
             if reason:
-                tally.drop(found.row.id, reason, len(ids))
+                tally.drop(prepared.row.id, reason, len(ids))
                 continue
-            self._count(found, ids, tally)
-            done += self._cut(found, ids, offsets, mask, tally)
+            self._count(prepared, ids, tally)
+            done += self._cut(prepared, ids, offsets, mask, tally)
         if done:
             self.labels.update(np.unique(np.concatenate([kept.ids[kept.mask == 1] for kept in done])).tolist())
         self.starts_with_bos |= any(int(kept.ids[0]) == self.rules.bos_id for kept in done)
@@ -136,18 +136,18 @@ class RowTokenizer:
         """
         checked = 0
         for row in rows:
-            found = self._rendered(row, Tally())
-            if found is None or not found.text.answers:
+            rendered = self._rendered(row, Tally())
+            if rendered is None or not rendered.text.answers:
                 continue
-            last = found.text.answers[-1]
-            chat = (found.text.chat or [])[: last.index]
+            last = rendered.text.answers[-1]
+            chat = (rendered.text.chat or [])[: last.index]
             try:
                 prompt = render_prompt(self.template.profile, self.encoder.controls, chat, tools_of(row))
             except InputError:
                 continue
             if len(prompt.text) != last.border:
                 continue
-            texts, names = (prompt, found.text), [f"row {row.id}"] * 2
+            texts, names = (prompt, rendered.text), [f"row {row.id}"] * 2
             (start, _), (full, offsets) = self.encoder.encode_rendered(texts, names)
             if not fuses_with_prompt(offsets, [last.border]):
                 check_prompt(row.id, start, full, self.template.name)
@@ -161,12 +161,12 @@ class RowTokenizer:
         chat, template = chat_of(row.messages), self.template
         if template.profile.system == "refuse" and not template.profile.takes_system:
             check_system(row.id, chat, template.name)
-        found = render_chat(template.profile, template.finder, self.encoder.controls, chat, tools_of(row))
-        if not found.answers:
+        rendered = render_chat(template.profile, template.finder, self.encoder.controls, chat, tools_of(row))
+        if not rendered.answers:
             raise InputError("no assistant turn")
-        if problem := lost_text(found.text, found.answers, found.chat or chat):
+        if problem := lost_text(rendered.text, rendered.answers, rendered.chat or chat):
             raise InputError(problem)
-        return found
+        return rendered
 
     def _rendered(self, row: Example, tally: Tally) -> _Row | None:
         try:
@@ -230,72 +230,72 @@ class RowTokenizer:
             text = bare if bare.endswith(rules.eos) else text + rules.eos
         return Rendered(text)
 
-    def _masked(self, found: _Row, ids: Sequence[int], offsets: Offsets) -> tuple[str, Mask]:
+    def _masked(self, prepared: _Row, ids: Sequence[int], offsets: Offsets) -> tuple[str, Mask]:
         """A reason to leave the row out (or an empty string), and the mask over all its tokens."""
-        rules, raw = self.rules, found.row.text is not None
-        check_start(found.row.id, ids, rules.bos_id)
-        mask = token_mask(offsets, found.labels)
+        rules, raw = self.rules, prepared.row.text is not None
+        check_start(prepared.row.id, ids, rules.bos_id)
+        mask = token_mask(offsets, prepared.labels)
         if len(ids) > rules.max_length and rules.overlong == "drop":
             return "longer than render.max_length_tokens", mask
         if not mask[: rules.max_length].any():
             return "no supervised token within render.max_length_tokens", mask
-        if fuses_with_prompt(offsets, [a.border for a in found.answers if a.border]):
+        if fuses_with_prompt(offsets, [a.border for a in prepared.answers if a.border]):
             return "the answer's first token fuses with the end of the prompt", mask
-        for index in self._ends(found, offsets):
+        for index in self._ends(prepared, offsets):
             if index is not None and (index < rules.max_length or (raw and rules.overlong == "split")):
                 start, end = offsets[index]
-                shown = found.text.text[start:end]
+                end_text = prepared.text.text[start:end]
                 stops = self.encoder.special_ids | rules.stop_ids
-                check_terminator(found.row.id, ids[index], bool(mask[index]), stops, shown)
+                check_terminator(prepared.row.id, ids[index], bool(mask[index]), stops, end_text)
                 self.terminators.add(int(ids[index]))
         return "", mask
 
-    def _ends(self, found: _Row, offsets: Offsets) -> list[int | None]:
+    def _ends(self, prepared: _Row, offsets: Offsets) -> list[int | None]:
         """The index of the token that ends each learned answer (of a raw text: its EOS)."""
-        if found.row.text is not None:
-            return last_tokens(offsets, [(0, len(found.text.text))]) if self.rules.eos else []
-        return last_tokens(offsets, [(a.start, a.end) for a in found.answers if a.ends])
+        if prepared.row.text is not None:
+            return last_tokens(offsets, [(0, len(prepared.text.text))]) if self.rules.eos else []
+        return last_tokens(offsets, [(a.start, a.end) for a in prepared.answers if a.ends])
 
     def _cut(
-        self, found: _Row, ids: Sequence[int], offsets: Offsets, mask: Mask, tally: Tally
+        self, prepared: _Row, ids: Sequence[int], offsets: Offsets, mask: Mask, tally: Tally
     ) -> Iterator[TokenizedRow]:
         """The row within the length limit: one row, or for raw text under `overlong: split` as many as it fills."""
-        most, split = self.rules.max_length, found.row.text is not None and self.rules.overlong == "split"
+        most, split = self.rules.max_length, prepared.row.text is not None and self.rules.overlong == "split"
         tally.rows_in += 1
         for part, start in enumerate(range(0, len(ids) if split else 1, most)):
             end = min(len(ids), start + most)
             cut = mask[start:end].copy()
             cut[:1] = 0  # no token of this row predicts its first
             truncated = not split and end < len(ids)
-            unterminated = not split and self._unterminated(found, offsets)
-            name = found.row.id if not part else f"{found.row.id}#{part + 1}"
+            unterminated = not split and self._unterminated(prepared, offsets)
+            name = prepared.row.id if not part else f"{prepared.row.id}#{part + 1}"
             if not cut.any():
                 continue
             tally.keep(name, end - start, int(cut.sum()), truncated, unterminated)
             yield TokenizedRow(name, np.array(ids[start:end], np.int32), cut, truncated, unterminated)
 
-    def _unterminated(self, found: _Row, offsets: Offsets) -> bool:
+    def _unterminated(self, prepared: _Row, offsets: Offsets) -> bool:
         """Whether a supervised turn begins within the kept tokens and ends behind them, or has no end at all."""
-        if found.row.text is not None and not self.rules.eos:
+        if prepared.row.text is not None and not self.rules.eos:
             return True
         if len(offsets) <= self.rules.max_length:
             return False
         kept = int(offsets[self.rules.max_length - 1, 1])  # characters
-        spans = found.labels if found.row.text is not None else [(a.start, a.end) for a in found.answers]
+        spans = prepared.labels if prepared.row.text is not None else [(a.start, a.end) for a in prepared.answers]
         ends = last_tokens(offsets, spans)
         return any(
             a < kept and (i is None or i >= self.rules.max_length) for (a, _), i in zip(spans, ends, strict=True)
         )
 
-    def _count(self, found: _Row, ids: Sequence[int], tally: Tally) -> None:
+    def _count(self, prepared: _Row, ids: Sequence[int], tally: Tally) -> None:
         """Count the row's answers, and the special tokens whose text its messages hold."""
-        tally.answers += len(found.text.answers)
-        tally.open_ends += sum(not answer.ends for answer in found.answers)
-        if found.text.sealed is None:
+        tally.answers += len(prepared.text.answers)
+        tally.open_ends += sum(not answer.ends for answer in prepared.answers)
+        if prepared.text.sealed is None:
             return
-        for string, typed in self.encoder.typed_specials(found.text).items():
+        for string, typed in self.encoder.typed_specials(prepared.text).items():
             token = self.encoder.special_id(string)
-            tally.note_special(string, list(ids).count(token) > found.text.text.count(string) - typed)
+            tally.note_special(string, list(ids).count(token) > prepared.text.text.count(string) - typed)
 
 
 def _within(span: Span, blocks: Sequence[Span]) -> list[Span]:

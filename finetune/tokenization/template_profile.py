@@ -137,23 +137,23 @@ class TemplateProfile:
         answers = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
         asked = [i for i, turn in enumerate(chat) if turn["role"] == "user"]
         after = asked[-1] if asked else -1
-        found = list(chat)
+        turns = list(chat)
         for i in answers:
             if self.reasoning == "strip" or (self.reasoning == "last" and i < after):
-                found[i] = without_reasoning(chat[i])
+                turns[i] = without_reasoning(chat[i])
             elif chat[i].get("reasoning_content"):
                 if self.reasoning_form is None:
                     raise InputError(
                         "the template does not write the row's reasoning_content; render.reasoning: strip leaves it out"
                     )
-                found[i] = _reasoned(chat[i], self.reasoning_form)
-        return found
+                turns[i] = _reasoned(chat[i], self.reasoning_form)
+        return turns
 
     def _with_calls(self, chat: Chat) -> Chat:
         form = self.call_form
         if form is None:
             raise InputError("the template has no place for tool calls and their results")
-        found, waiting = [], []
+        turns, waiting = [], []
         for number, turn in enumerate(chat):
             if has_calls(turn):
                 turn = _called(turn, form, number)
@@ -162,8 +162,8 @@ class TemplateProfile:
                 call = next((c for c in waiting if c["id"] == turn.get("tool_call_id")), waiting[0])
                 waiting.remove(call)
                 turn = {"tool_call_id": call["id"], "name": call["function"]["name"], **turn}
-            found.append(turn)
-        return found
+            turns.append(turn)
+        return turns
 
 
 def _ask() -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _called(turn: dict[str, Any], form: tuple[str, str | None], number: int = 0)
     return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
 
 
-def _parsed(text: str) -> Any:  # noqa: ANN401 - JSON
+def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Protocol
 
 from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
 from finetune.tokenization.chat import strip_markers
@@ -37,7 +37,7 @@ def check_template(template: str, special: Mapping[str, str], name: str) -> None
     """Try a template out in a process of its own before it is used here.
 
     Raises InputError where it does not end, outgrows the memory, loads other files, does not parse, or does what
-    the sandbox forbids; FinetuneError where somebody else ended that process. `name` says in the message which
+    the sandbox forbids; FinetuneError if another process ended that one. `name` is in the message and states which
     template it is.
     """
     if len(template) > MOST_CHARACTERS:
@@ -65,7 +65,7 @@ def problem_of(template: str, special: tuple[tuple[str, str], ...]) -> str | Non
         )
     except subprocess.TimeoutExpired:
         return TOO_MUCH
-    if from_outside(done.returncode):  # says nothing of the template
+    if from_outside(done.returncode):  # not the fault of the template
         raise FinetuneError(f"the process that tries a chat template out {how_it_ended(done.returncode)}; run again")
     if done.returncode < 0:  # ended by the system: out of time, or of memory or stack in a library's depths
         return TOO_MUCH
@@ -102,7 +102,16 @@ def limited(turns: int) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def count_once(environment: Any) -> None:  # noqa: ANN401 - a jinja environment with transformers' marker extension
+_Track = Callable[[list[str], list[tuple[int, int]]], AbstractContextManager[None]]
+
+
+class MarkedEnvironment(Protocol):
+    """A jinja environment with transformers' marker extension."""
+
+    activate_tracker: _Track
+
+
+def count_once(environment: MarkedEnvironment) -> None:
     """Let transformers' marker extension count each written character once.
 
     Its own `_generation_support` joins all that was written so far at every marked turn, to know how long it is: a
@@ -118,12 +127,11 @@ def count_once(environment: Any) -> None:  # noqa: ANN401 - a jinja environment 
 class _Tracker:
     """`activate_tracker` of one environment, with a list of blocks that stays empty."""
 
-    def __init__(self, track: Any) -> None:  # noqa: ANN401
+    def __init__(self, track: _Track) -> None:
         self._track = track
 
     def __call__(self, blocks: list[str], spans: list[tuple[int, int]]) -> AbstractContextManager[None]:
-        tracked: AbstractContextManager[None] = self._track([], _Spans(blocks, spans))
-        return tracked
+        return self._track([], _Spans(blocks, spans))
 
 
 class _Spans(list[tuple[int, int]]):

@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,7 +29,7 @@ ROLES = (
 class Strict(ImmutableSandboxedEnvironment):
     """The sandbox that transformers uses, but a forbidden attribute is an error when it is only looked at, too."""
 
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:  # noqa: ANN401 - jinja's signature
+    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
         """Raise SecurityError."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r}")
 
@@ -50,8 +50,8 @@ def problem_of(template: str, special: dict[str, str]) -> str | None:
     try:
         tree = environment.parse(template)
         for loads in (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends):
-            if found := tree.find(loads):
-                return f"line {found.lineno}: it loads another file ({loads.__name__.lower()}); write all in one file"
+            if node := tree.find(loads):
+                return f"line {node.lineno}: it loads another file ({loads.__name__.lower()}); write all in one file"
         compiled = environment.from_string(template)
         for roles, prompt in itertools.product(ROLES, (False, True)):
             chat = [{"role": role, "content": f"words of turn {i}"} for i, role in enumerate(roles)]
@@ -67,7 +67,7 @@ def problem_of(template: str, special: dict[str, str]) -> str | None:
     return None
 
 
-def _rendering(compiled: Any, given: dict[str, Any]) -> str | None:  # noqa: ANN401 - a jinja template
+def _rendering(compiled: Template, given: dict[str, Any]) -> str | None:
     try:
         compiled.render(tools=None, documents=None, **given)
     except SecurityError as error:
@@ -90,7 +90,7 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # SIGXCPU comes at the first limit; SIGKILL, which somebody else may have sent too, only at the second.
+    # SIGXCPU comes at the first limit; SIGKILL, which another process may have sent too, only at the second.
     limits = [(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)]
     if sys.platform == "linux":
         limits.append((resource.RLIMIT_AS, memory_bytes, memory_bytes))

@@ -6,10 +6,11 @@ call, so with an adapter it is ignored silently and every layer is recomputed. A
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
 from finetune.errors import InputError
 from finetune.train.batch import OFFLOAD_ON_CPU
@@ -36,14 +37,14 @@ def settings(policy: str, device: str) -> tuple[bool, dict[str, Any] | None]:
     return True, chosen
 
 
-def keep_attention() -> Any:  # noqa: ANN401 - the two contexts that torch's checkpoint asks for
+def keep_attention() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Keep attention's outputs, recompute the rest: attention is the most expensive at long lengths, its output
     small.
     """
     return create_selective_checkpoint_contexts(_keeps)
 
 
-def _keeps(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
+def _keeps(ctx: SelectiveCheckpointContext, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     name = str(operator)
     return CheckpointPolicy.MUST_SAVE if any(a in name for a in ATTENTION) else CheckpointPolicy.PREFER_RECOMPUTE
 

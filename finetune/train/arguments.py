@@ -49,7 +49,7 @@ class Job:
     start: Path | None = None  # a folder with the adapter to go on from
     micro_batch_rows: int | None = None  # what auto has come to
     fused_adapters: bool = False  # lora/fused_linear.py
-    stage: str = "train"  # in front of what is said
+    stage: str = "train"  # prefix of its messages
     tokens: NewTokens | None = None  # that were added to the base
 
 

@@ -80,9 +80,9 @@ def size_to_rows(rows: int, bins: int) -> Sizing:
 
 def sizing_advice(rows: int, bins: int) -> str:
     """Return recipe fields that make a training on these rows long enough."""
-    found = size_to_rows(rows, bins)
-    pack = "" if found.packed else "pack: null, "
-    return f"set {pack}train.batch_rows: {found.batch_rows} and train.epochs: {found.epochs} ({found.steps} steps)"
+    sizing = size_to_rows(rows, bins)
+    pack = "" if sizing.packed else "pack: null, "
+    return f"set {pack}train.batch_rows: {sizing.batch_rows} and train.epochs: {sizing.epochs} ({sizing.steps} steps)"
 
 
 def longest_row(rows: Path | pa.Table) -> int:

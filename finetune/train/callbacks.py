@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -24,6 +24,10 @@ from finetune.utils.progress import Bar
 from finetune.utils.runtime import RandomState, peak_memory_bytes
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+    from peft import PeftModel
+    from torch.optim.lr_scheduler import LRScheduler
     from trl import SFTTrainer
 
 KEPT = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "mean_token_accuracy": "accuracy"}
@@ -62,8 +66,8 @@ class Follower(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,  # noqa: ANN401
-        **_: Any,  # noqa: ANN401
+        model: torch.nn.Module | None = None,
+        **_: object,
     ) -> None:
         """Open the log; remove lines after the checkpoint that training resumes from."""
         self._started = self._last = time.monotonic()
@@ -98,7 +102,7 @@ class Follower(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **_: Any,  # noqa: ANN401
+        **_: object,
     ) -> None:
         """The watchdog, then one line of metrics.jsonl."""
         self.ctx.stop.require_own()
@@ -147,7 +151,7 @@ class Follower(TrainerCallback):
         if self._bar:
             self._bar.advance(1, f"loss {line.get('loss', math.nan):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Forget the rows of the previous step."""
         self._batches = []
 
@@ -156,23 +160,22 @@ class Follower(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        lr_scheduler: Any = None,  # noqa: ANN401
-        **_: Any,  # noqa: ANN401
+        **parts: object,
     ) -> None:
         """Record the learning rate of the next update."""
-        self._learning_rate = float(lr_scheduler.get_last_lr()[0])
+        self._learning_rate = float(cast("LRScheduler", parts["lr_scheduler"]).get_last_lr()[0])
 
     def on_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,  # noqa: ANN401
-        optimizer: Any = None,  # noqa: ANN401
-        **_: Any,  # noqa: ANN401
+        **parts: object,
     ) -> None:
         """Check after the third update that nearly every element of the adapter has moved."""
         if self._movement:
+            optimizer = cast("AcceleratedOptimizer", parts["optimizer"])
+            model = cast("PeftModel", parts["model"])
             self._movement.updated(model, self._learning_rate, skipped=bool(optimizer.step_was_skipped))
 
     def _taken(self) -> None:
@@ -185,13 +188,12 @@ class Follower(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,  # noqa: ANN401
-        **_: Any,  # noqa: ANN401
+        **parts: object,
     ) -> None:
         """A signal: save what there is, then stop. Ranks hear of it at different moments, and stop at the same step."""
         self.ctx.stop.require_own()
         self._taken()
-        if self.held_out and self.held_out.look(model, state.global_step):
+        if self.held_out and self.held_out.look(cast("PeftModel", parts["model"]), state.global_step):
             control.should_save = True
             control.should_training_stop = True
         if self.ctx.world > 1:
@@ -201,7 +203,9 @@ class Follower(TrainerCallback):
             control.should_training_stop = True
         self._random = RandomState.now()
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """On a signal between two micro-batches abandon the step, which may take minutes. The checkpoint is that of the
         last complete step, with its random state, so that training resumes to the same bits.
         """
@@ -214,7 +218,7 @@ class Follower(TrainerCallback):
             self._random.restore()
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Write the marker after every rank has written its part."""
         if self.ctx.world > 1:
             import torch.distributed
@@ -250,7 +254,7 @@ class Follower(TrainerCallback):
             self._tracker.close()
 
 
-def _number(value: Any) -> float | None:  # noqa: ANN401 - a log's value
+def _number(value: SupportsFloat | None) -> float | None:
     return None if value is None else float(value)
 
 

@@ -15,15 +15,15 @@ COMPLETE = "COMPLETE"
 
 def last_checkpoint(folder: Path, *, remove_incomplete: bool) -> Path | None:
     """Return the newest checkpoint with the COMPLETE marker; one without it was interrupted while being written."""
-    found: dict[int, Path] = {}
+    checkpoints: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.rpartition("-")[2]
         if number.isdigit() and (path / COMPLETE).exists():
-            found[int(number)] = path
+            checkpoints[int(number)] = path
         elif remove_incomplete:
             with suppress(OSError):
                 links.remove(path, folder)
-    return found[max(found)] if found else None
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def mark_complete(folder: Path, made_by: Mapping[str, object]) -> None:

@@ -40,8 +40,8 @@ def decide(
         chosen, why = _try(base, started=any(checkpoints.glob("checkpoint-*")))
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(file, {"precision": chosen, "why": why})
-    found = read_json(file)
-    return found["precision"], found["why"]
+    recorded = read_json(file)
+    return recorded["precision"], recorded["why"]
 
 
 def _try(base: Path, *, started: bool) -> tuple[Precision, str]:

@@ -114,5 +114,7 @@ def changes(marker: Path, now: Mapping[str, object]) -> str:
         was = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError:
         return ""  # a marker of an earlier version is empty
-    found = [f"{name} was {was[name]}, is {now[name]}" for name in sorted(now) if was.get(name, now[name]) != now[name]]
-    return f"; {', '.join(found)}: the batch stays {now['batch_rows']} rows" if found else ""
+    differences = [
+        f"{name} was {was[name]}, is {now[name]}" for name in sorted(now) if was.get(name, now[name]) != now[name]
+    ]
+    return f"; {', '.join(differences)}: the batch stays {now['batch_rows']} rows" if differences else ""

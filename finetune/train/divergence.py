@@ -45,8 +45,8 @@ class Watchdog:
 
     def look(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
         """Return an alarm for this step, or None."""
-        found = self._no_number(step, loss, grad_norm), self._too_high(step, loss), self._no_gradient(step, grad_norm)
-        return next((alarm for alarm in found if alarm), None)
+        alarms = self._no_number(step, loss, grad_norm), self._too_high(step, loss), self._no_gradient(step, grad_norm)
+        return next((alarm for alarm in alarms if alarm), None)
 
     def _no_number(self, step: int, loss: float | None, grad_norm: float | None) -> Alarm | None:
         """Check for NaN and infinity. Under fp16 the GradScaler finds its scale by overflows, skipping the step and
@@ -155,8 +155,8 @@ def row_names(numbers: Sequence[int], file: Path | None) -> list[str]:
     there = pq.read_schema(file).names
     column = next(name for name in ("row_ids", "pair_id", "id") if name in there)
     values = pq.read_table(file, columns=[column])[column]
-    found = [values[n].as_py() for n in numbers]
-    return [name for value in found for name in (value if isinstance(value, list) else [value])]
+    names = [values[n].as_py() for n in numbers]
+    return [name for value in names for name in (value if isinstance(value, list) else [value])]
 
 
 def name_rows(numbers: Sequence[int], file: Path | None) -> str:

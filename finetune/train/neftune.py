@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 @contextmanager
-def noise(base: Any, alpha: float | None) -> Iterator[None]:  # noqa: ANN401 - PreTrainedModel
+def noise(base: PreTrainedModel, alpha: float | None) -> Iterator[None]:
     """Add noise to the embeddings of `base` (a causal model) in training mode inside the block; the hook is removed
     at the end. No noise if `alpha` is None.
     """
@@ -24,11 +25,11 @@ def noise(base: Any, alpha: float | None) -> Iterator[None]:  # noqa: ANN401 - P
         return
     lengths: list[torch.Tensor] = []  # of the current batch
 
-    def seen(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:  # noqa: ANN401
+    def seen(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         ids = named["input_ids"] if "input_ids" in named else arguments[0]
         lengths[:] = [document_lengths(ids, named.get("position_ids"), named.get("attention_mask"))]
 
-    def add(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    def add(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         return output + uniform_noise(output, lengths[0], alpha) if base.training else output
 
     # peft calls the causal model's `forward` directly, without hooks; the decoder inside is called as a module

@@ -61,7 +61,7 @@ def halving(
         # Outside the handler: a live exception keeps its frames, and with them every tensor, in memory.
         ctx.say(f"train: {words}")
         micro = smaller
-        undress(base)
+        remove_adapters(base)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -109,7 +109,7 @@ def what_to_try(micro: int, *, checkpointing: bool) -> str:
     )
 
 
-def undress(base: PreTrainedModel) -> None:
+def remove_adapters(base: PreTrainedModel) -> None:
     """Remove all adapters that peft added to `base` in place, restoring its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper

@@ -16,6 +16,7 @@ from finetune.recipe import Lora
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from trl import SFTTrainer
 
     from finetune.models.new_tokens import NewTokens
@@ -105,7 +106,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
     """Return the first two documents with a supervised token, cut around it; one if there is only one."""
-    found: list[dict[str, list[int]]] = []
+    documents: list[dict[str, list[int]]] = []
     for number in range(min(len(dataset), ROWS_LOOKED_AT)):
         row = dataset[number]
         start = 0
@@ -116,12 +117,12 @@ def two_documents(dataset: Sequence[dict[str, Any]]) -> list[dict[str, list[int]
             if supervised is None:
                 continue
             cut = slice(max(0, supervised - DOCUMENT_TOKENS // 2), None)
-            found.append({"input_ids": ids[cut][:DOCUMENT_TOKENS], "labels": labels[cut][:DOCUMENT_TOKENS]})
-            if len(found) == 2:
-                return found
-    if not found:
+            documents.append({"input_ids": ids[cut][:DOCUMENT_TOKENS], "labels": labels[cut][:DOCUMENT_TOKENS]})
+            if len(documents) == 2:
+                return documents
+    if not documents:
         raise GateRefused("none of the first rows has a supervised token: there is nothing to learn from")
-    return found
+    return documents
 
 
 def together(documents: Sequence[dict[str, list[int]]], *, packed: bool) -> list[dict[str, list[int]]]:
@@ -159,17 +160,18 @@ def prove_adapters(model: torch.nn.Module) -> None:
 
 
 def planned_parameters(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     lora: Lora,
     tokens: NewTokens | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what `lora` says is trained, worked out from the base's matrices and not from peft's layers."""
+    """Name → shape of the parameters that `lora` trains, from the base's matrices, not peft's layers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     from finetune.models.architecture import adaptable
+    from finetune.models.layerwise import without_adapter
 
-    base = model.get_base_model()
+    base = without_adapter(model)
     head = base.get_output_embeddings()
     planned = saved_parameters(lora, base, tokens)
     linear = {
@@ -230,7 +232,7 @@ def check_batch(batch: dict[str, torch.Tensor], lengths: list[int] | None, packe
         )
 
 
-def manual_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+def manual_loss(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean cross-entropy of the supervised tokens, each from the position before it; () fp32.
 
     The first token of a document is not predicted: in a packed row the position before it is in another document.
@@ -262,7 +264,7 @@ def prove_loss(trainer: SFTTrainer, batch: Mapping[str, Any], tolerance: float) 
 
 
 def prove_isolation(
-    model: Any,  # noqa: ANN401 - PeftModel
+    model: PeftModel,
     collate: Collate,
     documents: Sequence[dict[str, list[int]]],
     tolerance: float,
@@ -279,9 +281,9 @@ def prove_isolation(
     def logits(chosen: Sequence[dict[str, list[int]]]) -> list[torch.Tensor]:
         batch = on_device(collate(together(chosen, packed=packed)), model.device)
         batch.pop("labels")
-        found: torch.Tensor = model(**batch, use_cache=False).logits
+        both: torch.Tensor = model(**batch, use_cache=False).logits
         first, second = (len(d["input_ids"]) for d in chosen)
-        return [found[0, :first], found[0, first:] if packed else found[1, :second]]
+        return [both[0, :first], both[0, first:] if packed else both[1, :second]]
 
     turned = [{**d, "input_ids": d["input_ids"][::-1]} for d in documents]
     with torch.no_grad():
@@ -296,7 +298,7 @@ def prove_isolation(
                 )
 
 
-def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scale: float = 1.0) -> None:  # noqa: ANN401
+def prove_gradients(model: PeftModel, batch: Mapping[str, torch.Tensor], tolerance: float, scale: float = 1.0) -> None:
     """Refuse a model whose gradients change after a forward in eval mode (bitsandbytes repacks 4-bit weights on some
     CPUs; most gradients are then wrong although the loss looks normal).
     """
@@ -316,7 +318,7 @@ def prove_gradients(model: Any, batch: Mapping[str, Any], tolerance: float, scal
         )
 
 
-def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, torch.Tensor]:  # noqa: ANN401
+def _gradients(model: PeftModel, batch: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
     """Return subsampled gradients in training mode, with the same dropout mask every time."""
     import torch
 
@@ -329,10 +331,10 @@ def _gradients(model: Any, batch: Mapping[str, Any], scale: float) -> dict[str, 
     torch.clear_autocast_cache()
     (manual_loss(model, batch) * scale).backward()
     before.restore()
-    found = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-    if not found:
+    gradients = {n: thinned(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    if not gradients:
         raise GateRefused("no adapter matrix has a gradient: nothing would be trained")
-    return found
+    return gradients
 
 
 def thinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,10 @@ from finetune.utils.files import read_json, write_json
 from finetune.utils.secrets import redact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import wandb
+    from datasets import Dataset
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 PLAIN = re.compile(r"\w[\w.+-]{0,200}")
 IDENTITY = "tracking.json"  # next to the checkpoints: the curves continue with them
@@ -45,8 +48,8 @@ class Tracker:
 
     def __init__(
         self,
-        wandb_run: Any | None,  # noqa: ANN401 - two third-party handles
-        board: Any | None,  # noqa: ANN401
+        wandb_run: wandb.Run | None,
+        board: SummaryWriter | None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._wandb, self._board, self._say = wandb_run, board, say
@@ -171,7 +174,7 @@ def has_wandb_key() -> bool:
     return bool(wandb.login(prompt=False, verify=False))
 
 
-def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> Any:  # noqa: ANN401 - wandb's run
+def _open_wandb(ctx: Context, folder: Path, identity: Identity) -> wandb.Run | None:
     has_key = has_wandb_key()
     import wandb
 
@@ -209,13 +212,13 @@ def _give_up_wandb(error: Exception, say: Callable[[str], None]) -> None:
         wandb.teardown()
 
 
-def _quiet_settings() -> Any:  # noqa: ANN401 - wandb's settings
+def _quiet_settings() -> wandb.Settings:
     import wandb
 
     return wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
 
 
-def _open_board(folder: Path, step: int) -> Any:  # noqa: ANN401 - SummaryWriter
+def _open_board(folder: Path, step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -237,7 +240,7 @@ class Integration:
         if not event.startswith("on_"):
             raise AttributeError(event)
 
-        def call(*arguments: Any, **named: Any) -> None:  # noqa: ANN401 - as transformers calls its callbacks
+        def call(*arguments: object, **named: object) -> None:
             if self._callback is None:
                 return
             try:
@@ -252,7 +255,7 @@ class Integration:
         return call
 
 
-def integration(name: str) -> Any:  # noqa: ANN401 - a TrainerCallback
+def integration(name: str) -> TrainerCallback:
     """Return a new callback of transformers' integration `name`. Raises InputError with what it lacks."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -262,7 +265,7 @@ def integration(name: str) -> Any:  # noqa: ANN401 - a TrainerCallback
         raise InputError(f"tracking.report_to: {name}: {_words(error)}") from None
 
 
-def add_integrations(trainer: Any, ctx: Context, beside: Path) -> None:  # noqa: ANN401 - transformers' Trainer
+def add_integrations(trainer: Trainer, ctx: Context, beside: Path) -> None:
     """Add the callbacks of tracking.report_to to `trainer`, as a run of the name recorded in `beside`."""
     if not ctx.tracking.report_to or ctx.rank != 0:
         return
@@ -277,7 +280,7 @@ def add_integrations(trainer: Any, ctx: Context, beside: Path) -> None:  # noqa:
 def show_data(
     tracker: Tracker,
     ctx: Context,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset
+    dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     documents: Path | None,
 ) -> None:

@@ -22,6 +22,7 @@ from finetune.utils.upstream import use_one_gpu
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
@@ -96,7 +97,7 @@ def run(
     job: Job,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    dataset: Dataset,
     ctx: Context,
     micro: int,
 ) -> Result:
@@ -156,7 +157,7 @@ def _trainer(
     job: Job,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,  # noqa: ANN401 - datasets.Dataset, imported late
+    dataset: Dataset,
     arguments: SFTConfig,
 ) -> SFTTrainer:
     """Return the trainer on `base` with the recipe's adapter, new or continued from an earlier one."""
@@ -165,6 +166,8 @@ def _trainer(
     from finetune.lora import resume as lora_resume
     from finetune.train.recipe_trainer import RecipeTrainer, keeps_logits
 
+    longest = max(map(len, dataset.with_format(None)["input_ids"]))
+    own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
     adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
         fused_adapters.use(adapter)
@@ -176,8 +179,7 @@ def _trainer(
         peft_config=adapter,
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
-    longest = max(map(len, dataset.with_format(None)["input_ids"]))
-    trainer.own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
+    trainer.own_logits = own_logits
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:
@@ -202,7 +204,7 @@ def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: P
     return held_out
 
 
-def _take_over(trainer: SFTTrainer, follower: Any, checkpoint: Path) -> None:  # noqa: ANN401 - Follower
+def _take_over(trainer: SFTTrainer, follower: Follower, checkpoint: Path) -> None:
     """Load the last step's checkpoint as the result. `Trainer` would train one more step: it checks `max_steps` only at
     the end of a step.
     """
@@ -261,7 +263,7 @@ def save_adapter(
     write_json(path, config)
 
 
-def _dataset(rows: Path | pa.Table) -> Any:  # noqa: ANN401 - datasets.Dataset, imported late
+def _dataset(rows: Path | pa.Table) -> Dataset:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -287,7 +289,7 @@ def _arguments(shared: dict[str, Any], packed: bool) -> SFTConfig:
     )
 
 
-def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Result:  # noqa: ANN401 - Follower
+def _result(trainer: SFTTrainer, follower: Follower, micro: int, device: str) -> Result:
     from finetune.train import distributed
 
     history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
@@ -314,5 +316,5 @@ def _result(trainer: SFTTrainer, follower: Any, micro: int, device: str) -> Resu
         micro_batch_rows=micro,
         resumed_from=follower.resumed_from,
         held_out=held_out.figures() if held_out else {},
-        before=follower.made_by.get("before", ()),
+        before=cast("Sequence[Mapping[str, object]]", follower.made_by.get("before", ())),
     )

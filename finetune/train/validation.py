@@ -23,6 +23,8 @@ from finetune.utils.files import read_json, write_json
 if TYPE_CHECKING:
     import torch
 
+    from finetune.models.layerwise import CausalModel
+
 STATE, BEST = "held_out.json", "best_adapter.safetensors"
 BATCH_TOKENS = 2048  # with padding, or one row: less memory than a training step, because nothing is kept for backward
 
@@ -75,7 +77,7 @@ class HeldOut:
 
             save_file(self.best, str(checkpoint / BEST))
 
-    def look(self, model: torch.nn.Module, step: int) -> bool:
+    def look(self, model: CausalModel, step: int) -> bool:
         """Evaluate if due; return whether to stop because `train.patience` measurements were no better.
 
         Raises FinetuneError for a loss that is NaN.
@@ -96,7 +98,7 @@ class HeldOut:
             self.seen = Seen(step, loss, self.seen.best_step, self.seen.best_loss, waited, stopped)
         return self.seen.stopped
 
-    def loss(self, model: torch.nn.Module) -> float:
+    def loss(self, model: CausalModel) -> float:
         """Return nats per supervised token over all rows, independent of batching and of the number of processes.
 
         Dropout and noise are off; random generators, mode and gradients are restored.
@@ -127,7 +129,7 @@ class HeldOut:
         nll, tokens = total.tolist()
         return float(nll / tokens)
 
-    def put_back(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    def put_back(self, model: CausalModel) -> dict[str, torch.Tensor] | None:
         """Load the best adapter into `model` if train.keep_best is on; return its tensors for a model sharded by
         FSDP.
         """
@@ -154,7 +156,7 @@ class HeldOut:
         }
 
 
-def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trained_tensors(model: CausalModel) -> dict[str, torch.Tensor]:
     """Return the trainable parameters by name, copied to the CPU; every rank must call this."""
     from finetune.train import distributed
 
@@ -163,7 +165,7 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.to("cpu", copy=True).contiguous() for n, t in whole.items()}
 
 
-def batch_nll(model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:  # noqa: ANN401 - PeftModel
+def batch_nll(model: CausalModel, rows: Sequence[TokenRow]) -> torch.Tensor:
     """Return (2,) fp64: the summed negative log-likelihood of the supervised tokens of `rows` (nats), and their
     number.
     """

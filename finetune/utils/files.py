@@ -131,7 +131,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON, as json.loads is typed
     """Return the JSON value in `path`. Raises OSError as `read_regular` does, ValueError if it is not JSON."""
     try:
         return json.loads(read_regular(path).decode())

@@ -92,7 +92,7 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
 def memory_is_short() -> bool:
     """Whether this process cannot have SHORT_BYTES more. Takes 10 µs.
 
-    Some libraries lose the error that says so, and C++ ones end the process by it: ask before they are called.
+    Some libraries lose the error, and C++ ones end the process by it: ask before they are called.
     """
     try:
         if sys.platform == "win32":
@@ -163,7 +163,7 @@ def watched(work: Callable[[], T], *, seconds: float, memory_bytes: int) -> T:
 
 
 def _data_bytes() -> int:
-    """The private writable memory of this process; 0 where /proc does not say."""
+    """The private writable memory of this process; 0 where /proc does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     except (OSError, ValueError, IndexError):

@@ -93,8 +93,8 @@ def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
     A folder that cannot be read yields nothing.
     """
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda e: e.name)
     except OSError:
         return
     for entry in entries:

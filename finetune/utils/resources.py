@@ -15,8 +15,8 @@ def known_recipes() -> dict[str, Path]:
     """Return recipe name → file; the earlier folder of `recipe_folders` wins."""
     known: dict[str, Path] = {}
     for folder in recipe_folders():
-        for found in sorted(folder.glob("*.yaml")):
-            known.setdefault(found.stem, found)
+        for path in sorted(folder.glob("*.yaml")):
+            known.setdefault(path.stem, path)
     return known
 
 

@@ -288,19 +288,20 @@ def _write_tensor(file: SyncedFile, planned: TensorShape, stream: Iterator[tuple
             raise FinetuneError(f"the merge ended before {planned.name} was written")
         shape = tuple(tensor.shape)
         rows += shape[0] if shape else 0
-        found = TensorShape(name, dtype_code(str(tensor.dtype)), (rows, *shape[1:]) if shape else ())
-        fits = replace(found, shape=planned.shape) == planned and len(shape) == len(planned.shape)
-        if not fits or found.shape[1:] != planned.shape[1:] or (shape and rows > planned.shape[0]):
-            raise FinetuneError(f"the merge yields {found}, planned is {planned}; this is a bug in finetune")
-        file.write(memoryview(_bytes_of(tensor)))
-        if found.shape == planned.shape:
+        written = TensorShape(name, dtype_code(str(tensor.dtype)), (rows, *shape[1:]) if shape else ())
+        fits = replace(written, shape=planned.shape) == planned and len(shape) == len(planned.shape)
+        if not fits or written.shape[1:] != planned.shape[1:] or (shape and rows > planned.shape[0]):
+            raise FinetuneError(f"the merge yields {written}, planned is {planned}; this is a bug in finetune")
+        file.write(_bytes_of(tensor))
+        if written.shape == planned.shape:
             return
 
 
-def _bytes_of(tensor: torch.Tensor) -> Any:  # noqa: ANN401 - a numpy array of uint8 over the tensor's own memory
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the tensor's own memory, if it is on the CPU and contiguous; else that of a copy."""
     import torch
 
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:

@@ -18,11 +18,11 @@ _PATTERNS = (
 
 def find_secrets(text: str) -> list[str]:
     """Return kind and 1-based line of each apparent credential in `text`, never the credential itself."""
-    found = []
+    kinds = []
     for kind, pattern in _PATTERNS:
         for match in pattern.finditer(text):
-            found.append(f"{kind} in line {text.count(chr(10), 0, match.start()) + 1}")
-    return found
+            kinds.append(f"{kind} in line {text.count(chr(10), 0, match.start()) + 1}")
+    return kinds
 
 
 def redact(text: str) -> str:

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from jinja2 import Template
     from peft import LoraConfig
     from transformers import PreTrainedModel, TrainingArguments
 
 Arguments = TypeVar("Arguments", bound="TrainingArguments")
 
 
-def compile_template(source: str) -> Any:  # noqa: ANN401 - jinja2.Template; transformers has no types here
+def compile_template(source: str) -> Template:
     """Compile a chat template in transformers' sandbox with its extensions; cached by transformers (5.23)."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -157,7 +157,7 @@ def save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401 - PreTrained
 
 @dataclass
 class Watch:
-    """Notes the moment of every optimiser step in this process, whoever's the loop, and the first step's gradients."""
+    """Notes the moment of every optimiser step in this process, whichever loop runs, and the first step's gradients."""
 
     device: str
     gradients: bool = True

@@ -72,7 +72,7 @@ def test_columns_map_our_names_to_the_files() -> None:
     [
         ({"instructon": "q"}, "did you mean 'instruction'"),
         ({"instruction": "quest"}, "did you mean 'question'"),
-        ({"prompt": "question"}, "'prompt' is no name of ours"),
+        ({"prompt": "question"}, "unknown key 'prompt'"),
     ],
 )
 def test_a_wrong_mapping_is_refused(columns: dict[str, str], says: str) -> None:

@@ -142,7 +142,7 @@ def test_peft_passes_the_layer_on_and_a_full_gpu_can_take_it_out():
     model = adapted(True)
     assert isinstance(layer_of(model).get_base_layer(), Linear4bit)
     assert "lora_A" in "".join(model.state_dict())
-    oom.undress(model)
+    oom.remove_adapters(model)
     assert type(model.get_submodule("base_model.model.proj")) is Linear4bit
 
 

@@ -314,7 +314,7 @@ def test_another_attempt_begins_with_the_bases_own_modules(load, base, ctx, tmp_
     before = {n: type(m) for n, m in model.named_modules()}
     lora = {"modules_to_save": ["lm_head", "embed_tokens"]}
     learned(lambda: model, base, ctx, tmp_path, lora=lora)
-    oom.undress(model)
+    oom.remove_adapters(model)
     assert {n: type(m) for n, m in model.named_modules()} == before
 
 

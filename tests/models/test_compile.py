@@ -63,7 +63,7 @@ def test_a_training_with_kept_weights_is_the_plain_one_bit_by_bit_and_saves_no_m
     one = trained(dataclasses.replace(job(tmp_path, "plain"), **settings), without, base, rows, ctx)[1]
     two = trained(dataclasses.replace(job(tmp_path, "kept"), **settings), kept, base, rows, ctx)[1]
     assert all(torch.equal(one[n], two[n]) for n in one)
-    oom.undress(kept)  # which puts back what was below the adapter
+    oom.remove_adapters(kept)  # which puts back what was below the adapter
     assert kept_layers(kept)
 
 

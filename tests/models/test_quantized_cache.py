@@ -91,7 +91,7 @@ def test_a_damaged_copy_is_made_again_and_said(base: Base, damage: str) -> None:
         file.unlink()
     again = four_bits(loading.load_base(*kept(base, said), NF4, "fp32", "cpu"))
     assert all(torch.equal(plain[n], again[n]) for n in plain)
-    assert "is of no use" in said[1] and "is kept" in said[2]
+    assert "is stale" in said[1] and "is kept" in said[2]
     loading.load_base(*kept(base, said), NF4, "fp32", "cpu")
     assert len(said) == 3
 
