@@ -19,6 +19,7 @@ from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import hash_file
 from finetune.utils.format import clipped
 from finetune.utils.runtime import usable_cpus
+from finetune.utils.upstream import silence_ray
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -155,8 +156,7 @@ def started(
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call without a cluster fails, it starts none
     import ray
 
-    # Else Ray prints hundreds of lines for each lost process, node and full disk; there is no option for it.
-    ray._private.worker.print_to_stdstream = lambda *data, **how: None
+    silence_ray()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:

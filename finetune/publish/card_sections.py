@@ -101,8 +101,8 @@ def machine(facts: Facts) -> list[str]:
         lines.append(f"Time: {_duration(facts.seconds['train'])} for the training stage{speed}")
         if others := sum(s for stage, s in facts.seconds.items() if stage != "train"):
             lines.append(f"Time of the other stages together: {_duration(others)}")
-    if train.get("peak_memory_bytes"):
-        lines.append(f"Peak memory while training: {train['peak_memory_bytes'] / 1e9:.2f} GB")
+    if isinstance(peak := train.get("peak_memory_bytes"), int) and peak:
+        lines.append(f"Peak memory while training: {peak / 1e9:.2f} GB")
     if facts.versions:
         names = [n for n in ("torch", "transformers", "trl", "peft", "bitsandbytes") if n in facts.versions]
         lines.append("Libraries: " + ", ".join(f"{n} {facts.versions[n]}" for n in names))

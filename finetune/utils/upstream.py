@@ -72,3 +72,13 @@ def no_gguf_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = before
+
+
+def silence_ray() -> None:
+    """Stop Ray's driver from printing hundreds of lines for each lost process, node and full disk (ray 2.60).
+
+    `log_to_driver=False` does not cover them, and there is no other option.
+    """
+    import ray
+
+    ray._private.worker.print_to_stdstream = lambda *data, **how: None

@@ -10,6 +10,7 @@ from finetune.engine import kept
 from finetune.engine.kept import Kept
 from finetune.engine.local import Local
 from finetune.errors import InputError
+from finetune.metrics import Headline
 from finetune.pipeline import runner
 from finetune.pipeline.stage_list import Stage
 from finetune.pipeline.store import Store
@@ -100,7 +101,9 @@ def test_a_stage_goes_on_with_its_partitions_and_its_finished_folder_has_none(tm
         (out / "done.json").write_text(str(done))
         return {}
 
-    stage = Stage("made", 1, (), lambda recipe: Section(), lambda spec: {}, run, working="parts")
+    stage = Stage(
+        "made", 1, (), lambda recipe: Section(), lambda spec: {}, run, lambda metrics: Headline(), working="parts"
+    )
     engine = Counted()
     ctx = replace(context(tmp_path), engine=engine)
     with pytest.raises(InputError, match="row 7"):

@@ -379,7 +379,7 @@ def test_local_folders_are_shortened(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_nothing_measured_or_written_breaks_out_of_its_place(name: str, value: str) -> None:
-    text = card(metrics={"train": {name: "x" + value}}, recipe_text=f"name: x\n```\n# owned\n````\n{value}")
+    text = card(metrics={"train": {"x" + name: "x" + value}}, recipe_text=f"name: x\n```\n# owned\n````\n{value}")
     table = text[text.index("## Training") : text.index("## Evaluation")]
     rows = [line for line in table.split("\n") if line.startswith("|")]
     assert len(rows) == 3

@@ -204,7 +204,7 @@ def test_it_goes_on_from_the_last_complete_checkpoint(load, base, ctx, tmp_path)
     small = replace(ctx, runtime=Runtime(micro_batch_rows=2, save_steps=2))
     own = replace(ctx, runtime=Runtime(micro_batch_rows=4, save_steps=2), say=said.append)
     expected = trained(job(tmp_path, "small", max_steps=5), load(), base, rows, small)[1]
-    calls_of_proofs, calls_of_steps = 8, 3
+    calls_of_proofs, calls_of_steps = 10, 3
     model = full(load(), 2, after=calls_of_proofs + calls_of_steps)
     result, found = trained(job(tmp_path, "full", max_steps=5), model, base, rows, own)
     assert (result.micro_batch_rows, result.steps) == (2, 5)

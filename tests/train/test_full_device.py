@@ -55,7 +55,7 @@ def test_nothing_of_an_attempt_is_alive_when_the_next_begins(optimizer, first, l
     lora = Lora(r=4, modules_to_save=["embed_tokens", "lm_head"])
     values = replace(job(tmp_path, max_steps=3, optimizer=optimizer), lora=lora)
     own = replace(ctx, runtime=Runtime(micro_batch_rows=4, save_steps=1))
-    result, _ = trained(values, full(load(), 2, after=10), base, unpacked(documents()), own)
+    result, _ = trained(values, full(load(), 2, after=12), base, unpacked(documents()), own)
     assert (result.micro_batch_rows, result.steps) == (2, 3) and result.resumed_from >= 1
     assert "state 0" in first and any("embed_tokens" in name for name in first)
     assert left == [[], []]

@@ -4,6 +4,8 @@ import ast
 import inspect
 from pathlib import Path
 
+import pytest
+
 from finetune.utils import upstream
 
 ROOT = Path(__file__).parent.parent.parent / "finetune"
@@ -98,3 +100,15 @@ def test_transformers_draws_a_bar_over_gguf_whatever_it_is_told():
     with upstream.no_gguf_bar():
         assert list(reader.tqdm([1])) == [1]
     assert inspect.isclass(reader.tqdm)
+
+
+def test_ray_prints_what_a_lost_worker_wrote_by_one_private_function(monkeypatch):
+    pytest.importorskip("ray")
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # put back afterwards
+    assert "print_to_stdstream" in inspect.getsource(worker).split("def print_to_stdstream", 1)[1], (
+        "nothing calls it now"
+    )
+    upstream.silence_ray()
+    assert worker.print_to_stdstream("line", ignore_prefix=True) is None
