@@ -80,6 +80,8 @@ def _serve(
     from finetune.cli.session import signals_handled
     from finetune.serve.process import ended, require_port, running
 
+    if check:
+        _merged(name, served)
     key = engines.read_key()
     if not engines.is_loopback(host) and not key:
         raise InputError(f"--host {host} lets other machines in: set {engines.KEY} to a key that clients must send")
@@ -221,6 +223,13 @@ def _dtype() -> str:
     return str(DTYPES[pick_precision("auto", pick_device("auto"))[0]])
 
 
+def _merged(name: str, served: engines.Served) -> Path:
+    """Return the merged model, which a server is compared with. Raises InputError if there is none."""
+    if served.merged is None:
+        raise InputError(f"{name} has no merged model to compare with: `finetune run {name} --until merge`")
+    return served.merged
+
+
 def _check(name: str, url: str, model: str | None, *, exact: bool, roots: tuple[Path, Path], screen: Screen) -> None:
     """Compare a server with the model loaded here. Raises GateRefused if a prompt or an answer differs."""
     from finetune.cli.voice import folder_voice
@@ -229,9 +238,7 @@ def _check(name: str, url: str, model: str | None, *, exact: bool, roots: tuple[
     from finetune.utils.console import print_table
 
     served = served_by(name, *roots, screen)
-    folder = served.merged
-    if folder is None:
-        raise InputError(f"{name} has no merged model to compare with: `finetune run {name} --until merge`")
+    folder = _merged(name, served)
     if model is None:
         with sentences(connect(url, "")) as server:
             listed = server.models()

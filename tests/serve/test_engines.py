@@ -121,3 +121,13 @@ def test_vllms_own_parser_takes_the_command(served):
     if served is ADAPTER:
         assert found.enable_lora and found.max_lora_rank == 32
         assert [(m.name, m.path) for m in found.lora_modules] == [("mine", "/a")]
+
+
+def test_a_check_without_a_merged_model_is_refused_before_an_engine_starts(tmp_path):
+    from finetune.cli.serve import _serve
+    from finetune.utils.console import Screen
+
+    served = engines.Served("tiny", base=str(tmp_path), adapter=tmp_path)
+    with pytest.raises(InputError, match="no merged model to compare with"):
+        _serve("tiny", served, "auto", "127.0.0.1", 8000, check=True, roots=(tmp_path, tmp_path), screen=Screen())
+    assert not (tmp_path / "serve").exists()
