@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from finetune.context import Context
 
 FILE = "precision.json"
-WORTH = 1.5  # times as fast as fp32, in the layers' products alone: casts take a part of it back
-ROUNDS, TOKENS = 5, 128
+WORTH = 2.0  # times as fast as fp32, in the layers' products alone: casts take a part of it back
+ROUNDS, TOKENS, SECONDS, WIDEST = 7, 512, 2.0, 8192  # most rounds, unless two took longer; widest layer tried
 PATIENCE = 600.0  # seconds that other processes wait for the first one's trial
 
 
@@ -54,7 +54,7 @@ def _try(base: Path, *, started: bool) -> tuple[Precision, str]:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1024)
-    ratio = measure(hidden, int(config.get("intermediate_size") or 4 * hidden))
+    ratio = measure(min(hidden, WIDEST // 4), min(int(config.get("intermediate_size") or 4 * hidden), WIDEST))
     if ratio >= WORTH:
         return "bf16", f"{ratio:.1f} times as fast as fp32 in a trial on this CPU"
     return "fp32", f"bf16 was {ratio:.1f} times as fast in a trial on this CPU; {WORTH} is needed"
@@ -87,8 +87,11 @@ def measure(hidden: int, intermediate: int) -> float:
         torch.autograd.backward(out.float().sum())
 
     best = {False: float("inf"), True: float("inf")}
+    begun = time.thread_time()
     with single_thread():
-        for _ in range(ROUNDS):
+        for done in range(ROUNDS):
+            if done > 1 and time.thread_time() - begun > SECONDS:
+                break
             for bf16 in best:
                 started = time.thread_time()
                 step(narrow if bf16 else weight, bf16=bf16)
