@@ -42,12 +42,15 @@ class Kept:
         self._engine, self._folder, self._key = engine, folder, key
         self._calls = 0
         self._secret = b""
+        self._state = ""  # digest of what the running call was built with
 
     def map(self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int) -> Iterator[R]:
         """As `Engine.map`; partitions that were finished are read, not computed."""
         self._calls += 1
         call = self._calls
         self._secret = self._secret or _secret()
+        with suppress(Exception):  # what cannot be pickled runs in this process alone, and has no state to compare
+            self._state = hashlib.blake2b(pickle.dumps(build)).hexdigest()
         if len(parts) < 2 or not self._secret:
             yield from self._engine.map(build, parts, rows)
             return
@@ -69,7 +72,7 @@ class Kept:
 
     def _signature(self, call: int, number: int, content: bytes) -> bytes:
         digest = hashlib.blake2b(key=self._secret, digest_size=SIGNATURE_BYTES)
-        digest.update(canonical_json([self._key, code_versions(), call, number]).encode())
+        digest.update(canonical_json([self._key, code_versions(), self._state, call, number]).encode())
         digest.update(content)
         return digest.digest()
 
@@ -108,15 +111,18 @@ def code_versions() -> Mapping[str, object]:
 
 
 def _secret() -> bytes:
-    """Return this user's secret, made at the first use; empty if it can be neither read nor written."""
+    """Return this user's secret, made at the first use; empty if it cannot be read or written, or is another user's."""
     path = cache_file().with_name("parts.key")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if not path.exists() or path.stat().st_size != SIGNATURE_BYTES:  # an earlier process was killed while writing
+            part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(SIGNATURE_BYTES))
-        found = path.read_bytes()
+            part.replace(path)
+        status, found = path.stat(), path.read_bytes()
     except OSError:
         return b""
-    return found if len(found) == SIGNATURE_BYTES else b""
+    own = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    return found if own and len(found) == SIGNATURE_BYTES else b""

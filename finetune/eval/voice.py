@@ -51,7 +51,7 @@ def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractCo
     files = require_voice(folder)
     device = pick_device(device)
     precision, why = pick_precision("auto", device)
-    if why_not := no_room(sum(p.stat().st_size for p in files), device):
+    if why_not := no_room(loaded_bytes(files, device), device):
         raise FinetuneError(f"{folder}: {why_not}; give the name of its run, whose 4-bit base takes about a third")
     screen.say(f"{folder}: {precision} on {device}: {why}")
     template_file = folder / "template.json"
@@ -61,6 +61,21 @@ def folder_voice(folder: Path, screen: Says, device: str = "auto") -> AbstractCo
     named = files + [f for n in ("config.json", "chat_template.jinja") if (f := folder / n).is_file()]
     identity = f"{sorted(map(file_digest, named))}, {precision}"
     return nullcontext(make_voice(model, folder, folder, stops, facts, identity))
+
+
+def loaded_bytes(files: Sequence[Path], device: str) -> int:
+    """Return the bytes of a folder's weights once loaded: in fp32 on a CPU, in 16 bits on a GPU.
+
+    `files` are its weight files; their dtype is that of config.json (16 bits where it names none).
+    """
+    import torch
+
+    place = files[0].with_name("config.json") if files else None
+    config = read_json(place) if place and place.is_file() else {}
+    config = config.get("text_config") or config
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    wanted = 2 if device == "cuda" else 4
+    return sum(p.stat().st_size for p in files) * wanted // stored.itemsize
 
 
 def no_room(needed: int, device: str) -> str:

@@ -130,7 +130,7 @@ def headline_of(name: str, metrics: Mapping[str, Any]) -> Headline:
     try:
         return stage_named(name).headline(metrics)
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
-        return Headline()
+        return Headline("", metrics.get("rows_in"), metrics.get("rows_out", metrics.get("rows")))
 
 
 def needs_of(stage: Stage, recipe: Recipe) -> tuple[str, ...]:

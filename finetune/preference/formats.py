@@ -306,8 +306,13 @@ def _same_prompt(before: Messages, prompt: Messages, sides: Sequence[Messages]) 
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether `part` is in `text` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+    """Return whether `part` is in `text`, as whole words where it begins or ends with an ASCII letter or digit.
+
+    Scripts without spaces have no word boundaries to look for.
+    """
+    before = r"(?<![A-Za-z0-9_])" if part[:1].isascii() and part[:1].isalnum() else ""
+    after = r"(?![A-Za-z0-9_])" if part[-1:].isascii() and part[-1:].isalnum() else ""
+    return re.search(before + re.escape(part) + after, text) is not None
 
 
 def _score(where: str, value: object) -> float | None:

@@ -123,14 +123,14 @@ def check_room(model: LanguageModel, field: str, device: str) -> None:
 
     Of a model on the Hub the files are listed; where the Hub does not answer, nothing is checked.
     """
-    from finetune.eval.voice import no_room
+    from finetune.eval.voice import loaded_bytes, no_room
     from finetune.models.loading import weight_files
 
     local = model.local
     if local is None or local.kind == "builtin":
         return
     if local.folder is not None:
-        needed = sum(p.stat().st_size for p in weight_files(local.folder))
+        needed = loaded_bytes(weight_files(local.folder), device)
     else:
         from huggingface_hub import HfApi
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.errors import FinetuneError
 from finetune.models.device import Precision, pick_precision
-from finetune.utils.files import read_json, write_json
+from finetune.utils.files import canonical_json, read_json, replace_bytes
 from finetune.utils.runtime import SMALL_PARAMETERS, single_thread
 
 if TYPE_CHECKING:
@@ -36,17 +36,32 @@ def decide(
     file = checkpoints / FILE
     if ctx.rank:
         _wait(file, ctx)
-    elif not file.exists():
+    elif (recorded := _read(file)) is not None:
+        chosen, why = recorded
+        slow = (
+            "" if chosen != "bf16" or has_bf16() else "; WARNING: this CPU has no bf16 instructions and is far slower"
+        )
+        return chosen, f"as this training began ({why}){slow}"
+    else:
         chosen, why = _try(base, started=any(checkpoints.glob("checkpoint-*")))
         checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"precision": chosen, "why": why})
-    recorded = read_json(file)
-    return recorded["precision"], recorded["why"]
+        replace_bytes(file, canonical_json({"precision": chosen, "why": why}).encode())
+        return chosen, why
+    return _read(file) or ("fp32", "the first process wrote nothing that can be read")
+
+
+def _read(file: Path) -> tuple[Precision, str] | None:
+    """Return the recorded precision and reason; None if nothing readable is there."""
+    try:
+        recorded = read_json(file)
+        return recorded["precision"], recorded["why"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _try(base: Path, *, started: bool) -> tuple[Precision, str]:
-    if started:  # by a version that made no trial
-        return "fp32", "as this training began"
+    if started:
+        return "fp32", "this training was begun by a version without a trial, or on a GPU"
     if read_json(base / "base.json")["parameters"] < SMALL_PARAMETERS:
         return "fp32", "exact, and the base is too small to gain from bf16"
     if not has_bf16():
@@ -54,7 +69,9 @@ def _try(base: Path, *, started: bool) -> tuple[Precision, str]:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1024)
-    ratio = measure(min(hidden, WIDEST // 4), min(int(config.get("intermediate_size") or 4 * hidden), WIDEST))
+    width = config.get("intermediate_size") or 4 * hidden
+    width = max(width) if isinstance(width, list) else int(width)  # Gemma 3n lists it for each layer
+    ratio = measure(min(hidden, WIDEST // 4), min(width, WIDEST))
     if ratio >= WORTH:
         return "bf16", f"{ratio:.1f} times as fast as fp32 in a trial on this CPU"
     return "fp32", f"bf16 was {ratio:.1f} times as fast in a trial on this CPU; {WORTH} is needed"

@@ -161,6 +161,8 @@ def _trainer(
     arguments: SFTConfig,
 ) -> SFTTrainer:
     """Return the trainer on `base` with the recipe's adapter, new or continued from an earlier one."""
+    import torch
+
     from finetune.lora import config as lora_config
     from finetune.lora import fused_linear as fused_adapters
     from finetune.lora import resume as lora_resume
@@ -179,7 +181,8 @@ def _trainer(
         peft_config=adapter,
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
-    trainer.own_logits = own_logits
+    chosen = torch.tensor([int(own_logits)], device=trainer.accelerator.device)
+    trainer.own_logits = bool(trainer.accelerator.gather(chosen).min())  # of one mind, or they wait for each other
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:

@@ -212,3 +212,10 @@ def test_columns_of_other_names_are_mapped():
     row = {"ask": "What is it?", "win": GOOD, "lose": BAD}
     (pair,) = read(row, columns={"prompt": "ask", "chosen": "win", "rejected": "lose"})
     assert shown(pair) == PLAIN
+
+
+def test_a_prompt_in_a_script_without_spaces_is_found_in_the_turn_that_wraps_it():
+    from finetune.preference.formats import _holds
+
+    assert _holds("请回答你好吗？谢谢", "你好吗") and _holds("Please: what is it? Thanks", "what is it?")
+    assert not _holds("Quite another", "a") and not _holds("a1", "a")

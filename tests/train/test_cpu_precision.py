@@ -75,3 +75,19 @@ def test_other_processes_wait_for_the_first_ones_decision(large, ctx, tmp_path, 
 
 def test_the_measurement_is_a_ratio_of_times(ctx):
     assert 0 < cpu_precision.measure(64, 128) < 1000
+
+
+def test_a_record_cut_off_by_a_kill_is_made_again(large, ctx, tmp_path, monkeypatch):
+    tried(monkeypatch, 3.0)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / FILE).write_bytes(b"")
+    assert decide("auto", "cpu", large, tmp_path / "c", ctx)[0] == "bf16"
+    monkeypatch.setattr(cpu_precision, "has_bf16", lambda: False)
+    assert "WARNING" in decide("auto", "cpu", large, tmp_path / "c", ctx)[1]
+
+
+def test_layers_of_many_widths_are_tried_at_the_widest(large, ctx, tmp_path, monkeypatch):
+    sizes = tried(monkeypatch, 3.0)
+    (large / "config.json").write_text(json.dumps({"hidden_size": 576, "intermediate_size": [512, 1536]}))
+    decide("auto", "cpu", large, tmp_path / "c", ctx)
+    assert sizes == [(576, 1536)]

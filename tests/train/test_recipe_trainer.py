@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from finetune.recipe import Runtime
 from finetune.train import recipe_trainer
@@ -68,7 +69,12 @@ def test_large_logits_and_models_that_cannot_choose_positions_are_left_to_trl(lo
                 self, input_ids, logits_to_keep=len(logits_to_keep) if torch.is_tensor(logits_to_keep) else 0
             )
 
-    for kind in (Whole, Last):
+    class Slice(type(model)):
+        def forward(self, input_ids=None, use_cache=None, logits_to_keep=0):
+            logits = original(self, input_ids).logits
+            return CausalLMOutput(logits=logits[:, -logits_to_keep:] if torch.is_tensor(logits_to_keep) else logits)
+
+    for kind in (Whole, Last, Slice):
         model.__class__ = kind
         assert not recipe_trainer.keeps_logits(model, 1)
 
