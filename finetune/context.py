@@ -39,7 +39,7 @@ class StopFlag:
     def check(self) -> None:
         """Raise Stopped if a signal has come, or FinetuneError if another process builds this folder by now.
 
-        Also MemoryError where hardly any memory is left, before native code ends the process for want of it.
+        Also MemoryError if hardly any memory is left, before native code ends the process for want of it.
         """
         if self.lost is not None:
             raise self.lost

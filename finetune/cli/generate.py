@@ -225,7 +225,7 @@ def append(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
     """The ids of the answers that an earlier run left in `target`; a line torn by a kill is cut off.
 
-    Raises InputError, and changes nothing, where the file is something else: other rows, another model or options.
+    Raises InputError, and changes nothing, if the file is something else: other rows, another model or options.
     """
     if not target.exists():
         return set()

@@ -154,7 +154,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
 
     The runs that commands choose stay too: a finished one is not dropped for a later one that failed. The points of a
     sweep, which are recipes, stay or go together: those of the newest `keep` sweeps of a recipe stay.
-    A link in the place of such a folder is listed as itself, never what it names. Raises InputError where runs/, a
+    A link in the place of such a folder is listed as itself, never what it names. Raises InputError if runs/, a
     recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
     """
     used: set[Path] = set()

@@ -21,7 +21,7 @@ WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to se
 class RawRow:
     """One row as its source holds it.
 
-    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` is about this row alone;
+    `number` is 1-based (in JSON lines: the line). `row` is None if `problem` is about this row alone;
     `text` is then the start of what was found.
     """
 
@@ -243,7 +243,7 @@ class ArrayText:
         self._position += 1
 
     def skip_mark(self, mark: str) -> bool:
-        """Go past `mark` where it is the next character that is not blank."""
+        """Go past `mark` if it is the next character that is not blank."""
         if self.peek() != mark:
             return False
         self.skip()

@@ -41,7 +41,7 @@ BYTES_OF = {  # what other files begin with
 
 
 def content_digest(path: Path) -> str:
-    """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError where there is no such file."""
+    """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError if there is no such file."""
     require_file(path)
     try:
         return hash_file(path)
@@ -75,7 +75,7 @@ def local_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
     """The rows of a file in order, in memory that does not grow with the file (one row, or one parquet batch).
 
     A line of JSON lines or a CSV record that does not parse comes as a RawRow with a `problem`. Raises InputError,
-    naming file, line and what was found, where the file as a whole cannot be read. `encoding` is that of a text file.
+    naming file, line and what was found, if the file as a whole cannot be read. `encoding` is that of a text file.
     """
     require_file(path)
     ending = file_ending(path)
@@ -114,9 +114,9 @@ def hub_rows(
     take: int | None = None,
     cache: Path,
 ) -> Iterator[RawRow]:
-    """Rows skip+1 … skip+take (all that are left where `take` is None) of a split, kept under `cache` unless streamed.
+    """Rows skip+1 … skip+take (all that are left if `take` is None) of a split, kept under `cache` unless streamed.
 
-    Raises InputError for a data set, config or split that does not exist, FinetuneError where the Hub fails.
+    Raises InputError for a data set, config or split that does not exist, FinetuneError if the Hub fails.
     """
     from datasets import Dataset, IterableDataset, load_dataset
 

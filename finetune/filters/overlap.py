@@ -89,7 +89,7 @@ def find_overlaps(asked: Against, rows: Iterable[Example], ctx: Context) -> Over
 def _alike(
     against: Against, asked: Mapping[str, str], questions: Sequence[tuple[str, str]], ctx: Context
 ) -> dict[str, Match]:
-    """Row id -> the evaluation question that its own comes nearest to, where they reach the threshold."""
+    """Row id -> the evaluation question that its own comes nearest to, if they reach the threshold."""
     from finetune.dedup.embed import embed
     from finetune.dedup.index import exact_search
     from finetune.dedup.select import links_between

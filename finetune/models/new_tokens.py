@@ -70,7 +70,7 @@ def read_new_tokens(base: Path) -> NewTokens | None:
 
 
 def meant(base: Path) -> frozenset[str]:
-    """Special tokens that the recipe has added: unlike the base's own they are tokens where a row holds their text."""
+    """Special tokens that the recipe has added: unlike the base's own they are tokens if a row holds their text."""
     tokens = read_new_tokens(base)
     return frozenset(tokens.texts if tokens is not None and tokens.special else ())
 

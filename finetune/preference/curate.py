@@ -233,7 +233,7 @@ def drop_held_out(
     """Leave out pairs to train on whose prompt (nearly) is that of a held-out row or pair, or whose wanted answer is a
     held-out row's.
 
-    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.jaccard or 0.8) and by vectors where
+    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.jaccard or 0.8) and by vectors if
     there are some.
     """
     ids, prompts, answers = held.ids, held.prompts, held.answers

@@ -45,7 +45,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> EmbedMetrics:
     """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json.
 
-    Raises GateRefused where answers are to be compared alone and are labels.
+    Raises GateRefused if answers are to be compared alone and are labels.
     """
     import numpy as np
 

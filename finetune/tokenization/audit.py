@@ -59,7 +59,7 @@ class Tally:
         rows[1] += has_id
 
     def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
-        """Count a row that is left out; `length` is its tokens, where they were counted."""
+        """Count a row that is left out; `length` is its tokens, if they were counted."""
         self.rows_in += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.left_out[row_id] = (reason, length)
@@ -283,7 +283,7 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def check_pad(pad: int, labels: Iterable[int]) -> None:
-    """Raise GateRefused where the pad token is a label: collators mask it, and a masked EOS never stops."""
+    """Raise GateRefused if the pad token is a label: collators mask it, and a masked EOS never stops."""
     if pad in set(labels):
         raise GateRefused(f"the pad token (id {pad}) is also a label; choose another")
 
@@ -295,7 +295,7 @@ def check_shares(
     max_unterminated: float = 1.0,
     first: str = "training",
 ) -> None:
-    """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
+    """Raise GateRefused if too many rows were cut, left out or lack an end, over all splits, or if none is left.
 
     `first` names the rows of the first of `tallies`: the training ones, or the held-out ones if no row is trained.
     """

@@ -45,7 +45,7 @@ def chat_of(messages: Iterable[Message]) -> Chat:
 def merge_system(chat: Chat) -> Chat:
     """Put a leading system message in front of the first user turn, parted by an empty line.
 
-    Raises InputError where no user turn follows directly.
+    Raises InputError if no user turn follows directly.
     """
     if not chat or chat[0]["role"] != "system":
         return chat
@@ -180,7 +180,7 @@ class ControlStrings:
     def hide(self, chat: Chat) -> Chat:
         """The chat with every typed control string replaced by its placeholder.
 
-        Raises InputError where a turn already holds characters of plane 16.
+        Raises InputError if a turn already holds characters of plane 16.
         """
         if any(ord(c) >= self.TRUE for s in _strings(chat) for c in s):
             raise InputError("the row holds both a control string and a private-use character U+100000 or above")

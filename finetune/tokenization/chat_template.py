@@ -118,7 +118,7 @@ def named_templates() -> dict[str, Path]:
 def template_text(name: str, file: Path | None) -> str:
     """The text of a template given by name or file.
 
-    Raises InputError (with what there is) where there is none.
+    Raises InputError (with what there is) if there is none.
     """
     known = named_templates()
     path = file or known.get(name)

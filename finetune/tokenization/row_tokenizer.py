@@ -131,7 +131,7 @@ class RowTokenizer:
     def check_prompts(self, rows: Sequence[Example]) -> int:
         """Prove on `rows` that what inference feeds the model begins what was trained; returns how many were proved.
 
-        Raises GateRefused where it does not. Rows that `batch` drops, and those whose earlier turns the template writes
+        Raises GateRefused if it does not. Rows that `batch` drops, and those whose earlier turns the template writes
         differently in a prompt, are passed over.
         """
         checked = 0

@@ -84,7 +84,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:
-    """Ask the system to end this process; where it cannot, the parent's own clock does."""
+    """Ask the system to end this process; if it cannot, the parent's own clock does."""
     if sys.platform == "win32":
         return
     import resource

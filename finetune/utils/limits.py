@@ -163,7 +163,7 @@ def watched(work: Callable[[], T], *, seconds: float, memory_bytes: int) -> T:
 
 
 def _data_bytes() -> int:
-    """The private writable memory of this process; 0 where /proc does not report it."""
+    """The private writable memory of this process; 0 if /proc does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     except (OSError, ValueError, IndexError):
