@@ -253,7 +253,8 @@ def _read_lines(target: Path) -> list[dict[str, Any]]:
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise InputError(
-                f"--output {target}: line {number} is no answer of this command; name another file, or remove this one"
+                f"--output {target}: line {number} is not an answer of this command; name another file, or "
+                "remove this one"
             ) from None
         lines.append(line)
     return lines

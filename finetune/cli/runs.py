@@ -106,7 +106,7 @@ def print_list(lines: list[dict[str, Any]]) -> None:
 def remove_runs(names: Sequence[str], store: Store) -> list[str]:
     """Remove the runs `names` (RECIPE@RUN, or RUN) and return a line for each; nothing is removed if one is refused.
 
-    Raises InputError for a name that is no run, a run that is in progress, or one behind a symbolic link.
+    Raises InputError for a name that is not a run, a run that is in progress, or one behind a symbolic link.
     """
     folders = list(dict.fromkeys(find_run(store.artifacts, name) for name in names))
     for folder in folders:
@@ -204,7 +204,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:
-    """Return the recipes that are points of a sweep, but of none of the newest `keep` sweeps of the swept recipe.
+    """Return the recipes that belong to a sweep, but not to the newest `keep` sweeps of the swept recipe.
 
     The files in artifacts/sweeps name them; if one cannot be read, no sweep counts as older.
     """

@@ -99,7 +99,7 @@ _BEGIN = re.compile(BEGIN)
 
 
 def parse_chat_text(text: str, where: str = "text") -> tuple[str, tuple[Message, ...]] | None:
-    """The notation and the turns of a text that a template wrote; None for a text that is no chat.
+    """The notation and the turns of a text that a template wrote; None for a text that is not a chat.
 
     Raises RowError if there are control tokens, and the text cannot be proved to be turns in one notation.
     """

@@ -74,7 +74,7 @@ def json_file(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
         if _is_spread(path, line, encoding):
             yield from _objects(path, text)
             return
-        refuse(path, number, "JSON that is no object", "an array of objects, or objects one after the other")
+        refuse(path, number, "JSON that is not an object", "an array of objects, or objects one after the other")
     yield from json_lines(path, encoding)
 
 

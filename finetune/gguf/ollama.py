@@ -45,7 +45,7 @@ class Pieces:
 
 
 def read_pieces(render: Render) -> Pieces | None:
-    """The pieces of a Jinja template; None if it is no plain sequence of turns."""
+    """The pieces of a Jinja template; None if it is not a plain sequence of turns."""
     user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
     system = {"role": "system", "content": SYSTEM}
     try:

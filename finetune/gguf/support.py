@@ -19,7 +19,7 @@ from finetune.errors import InputError
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every so many layers one is unlike the others
+PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every N-th layer differs from the others
 PARTIAL = {"phi3": 1.0, "stablelm": 0.25, "glm4": 0.5}  # the share of a head that turns, where none is given
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp computes it
 GEMMA3_LOCAL_THETA = 10_000.0

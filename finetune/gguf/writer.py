@@ -143,7 +143,7 @@ def file_bytes(planned: Iterable[Planned]) -> int:
 
 
 def bytes_with_metadata(tensors: Iterable[int]) -> int:
-    """Bytes that a file of tensors of so many bytes takes at most."""
+    """Return the size of a GGUF file at most; `tensors` are the bytes of each tensor."""
     return METADATA_BYTES + sum(size + ALIGNMENT for size in tensors)
 
 

@@ -47,7 +47,7 @@ print("fine")
 
 
 def check_config(path: Path) -> None:
-    """Raise InputError if a config.json is no object, or asks for more layers than memory or time would hold."""
+    """Raise InputError if a config.json is not an object, or has more than MOST_LAYERS layers."""
     with reading(f"{path} is not a configuration"):
         config: Any = read_json(path)
     if not isinstance(config, dict):

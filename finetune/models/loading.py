@@ -99,10 +99,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises InputError if the index names a file outside the folder: it comes with a download, and is data.
     """
     if (folder / INDEX).exists():
-        with reading(f"{folder / INDEX} is no index of weights"):
+        with reading(f"{folder / INDEX} is not an index of weights"):
             names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
         if outside := sorted(n for n in names if not n.endswith(".safetensors") or Path(n).name != n):
-            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is no safetensors file of this folder")
+            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is not a safetensors file in this folder")
         shards = sorted(folder / name for name in names)
         return shards if all(s.exists() for s in shards) else []
     whole = folder / "model.safetensors"
@@ -119,10 +119,11 @@ def refuse_without_safetensors(where: str, names: Sequence[str]) -> None:
 
 
 def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:
-    """The folder that holds config.json and the safetensors of the revision pinned in `base`.
+    """Return the folder with config.json and the safetensors files of the revision pinned in `base`.
 
-    For a Hub model that is a snapshot in `scratch/hub`, downloaded again if it is gone; for a builtin, `base` itself.
-    Raises InputError if a local folder is not the one that was pinned, FinetuneError if a download fails.
+    For a Hub model that is a snapshot in `scratch/hub`, downloaded again if it is missing; for a builtin, `base`
+    itself. Raises InputError if a weight file of a local model folder is missing or has changed since stage base ran,
+    FinetuneError if a download fails.
     """
     pinned = read_json(base / "base.json")
     if model.kind == "builtin":

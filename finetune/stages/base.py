@@ -76,7 +76,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Base
         source = loading.hub_snapshot(model, revision, ctx, weights=False)
         metrics = {"weights_sha256": announced_weights(source)}  # what the download is compared with
     require_model(source, "model")
-    with reading(f"{model.id} is no model that can be used"):
+    with reading(f"{model.id} is not a model that can be used"):
         for name in loading.MODEL_FILES:
             loading.copy_clean(source / name, out / name)
         loading.copy_tokenizer(source, out)

@@ -124,8 +124,8 @@ def _refuse_ruined(perplexity: Mapping[str, float], most: float) -> None:
     ratios = {kind: value / perplexity["merged"] for kind, value in perplexity.items()}
     if ruined := [f"{kind} ({ratio:.2f})" for kind, ratio in ratios.items() if ratio > most]:
         raise GateRefused(
-            f"export: perplexity / the merged model's is above export.max_perplexity_ratio {most:g} in "
-            f"{', '.join(ruined)}; ask for more bits, or raise export.max_perplexity_ratio"
+            f"export: the perplexity divided by that of the merged model is above export.max_perplexity_ratio {most:g} "
+            f"in {', '.join(ruined)}; choose a format with more bits, or raise export.max_perplexity_ratio"
         )
 
 
@@ -244,7 +244,7 @@ def _read_again(
 
 
 def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
-    """The held-out rows to score, of so many tokens as a model of its size can be scored on."""
+    """Return the held-out rows to score; a large model (`parameters`) is scored on fewer tokens."""
     from finetune.eval.compare import first_rows
     from finetune.tokenization.token_rows import read_token_rows
 
@@ -365,6 +365,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, temp
         raise ValueError(str(error)) from error
     except RenderingTooLong:
         raise InputError(
-            f"export: the chat template does not come to an end on a conversation of {len(chat)} turns; fix it, or "
-            "choose another by render.template"
+            f"export: the chat template does not finish in the allowed time on a conversation of {len(chat)} turns; "
+            "fix it, or set render.template to another"
         ) from None

@@ -17,7 +17,7 @@ from finetune.errors import InputError
 from finetune.metrics import Headline, IngestMetrics
 from finetune.recipe import LocalSource, Recipe, Section, Source
 
-HOPELESS_ROWS = 1000  # so many rows of a source refused and none read: the format is wrong, the rest is the same
+HOPELESS_ROWS = 1000  # rows of a source refused and none read: the format is wrong, and the rest would be refused too
 SHOWN_ROWS = 3
 
 

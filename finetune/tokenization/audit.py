@@ -226,7 +226,7 @@ def check_ids(row_id: str, ids: Sequence[int], wanted: Sequence[int], show: Call
         ours, theirs = ([show(i) for i in tokens[same : same + 6]] for tokens in (ids, wanted))
         raise GateRefused(
             f"row {row_id}: its token ids differ from the base's own apply_chat_template at token {same}: "
-            f"{ours} where the base gives {theirs}"
+            f"{ours}, the base gives {theirs}"
         )
 
 
@@ -240,8 +240,8 @@ def check_special_counts(
         mine, theirs = list(ids).count(token), list(wanted).count(token)
         if mine != theirs - count:
             raise GateRefused(
-                f"row {row_id}: the special token {show(token)!r} (id {token}) is in its ids {mine} times, where the "
-                f"template writes it {theirs - count} times and the row's text holds it {count} times"
+                f"row {row_id}: the special token {show(token)!r} (id {token}) is in its ids {mine} times; the "
+                f"template writes it {theirs - count} times and the row's text contains it {count} times"
             )
 
 

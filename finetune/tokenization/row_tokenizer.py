@@ -176,10 +176,12 @@ class RowTokenizer:
             self.endless += 1
             if self.endless == MOST_ENDLESS:
                 raise GateRefused(
-                    f"the chat template does not come to an end on {self.endless} rows, the last of them {row.id}; "
-                    "choose another by render.template, or leave such rows out by a rule of filter"
+                    f"the chat template does not finish in the allowed time on {self.endless} rows, the last of "
+                    f"them {row.id}; set render.template to another, or leave such rows out by a rule of filter"
                 ) from None
-            tally.drop(row.id, f"the chat template does not come to an end on its {len(row.messages)} turns")
+            tally.drop(
+                row.id, f"the chat template does not finish in the allowed time on its {len(row.messages)} turns"
+            )
             return None
         except MemoryError:
             raise InputError(

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def problem_of(template: str, special: dict[str, str]) -> str | None:
-    """Why the template cannot be used at all, or None. That it refuses a conversation is no problem."""
+    """Why the template cannot be used at all, or None. A refused conversation does not count."""
     environment = Strict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(
         raise_exception=_refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
