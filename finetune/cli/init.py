@@ -315,7 +315,7 @@ def _written_model(model: str, recipe: Path) -> str:
 
 
 def _template(recipe: Recipe, name: str) -> tuple[str, str]:
-    """`template: …, ` if the base has or seems to have none of its own, and the comment on it."""
+    """`template: …, ` if the base has or seems to have no template, and the comment on it."""
     folder = recipe.model.folder
     if folder is not None:
         settings = folder / "tokenizer_config.json"

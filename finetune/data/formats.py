@@ -156,7 +156,7 @@ def decide(
     if asked == "auto":
         name, resolved, why = _guess(columns, present, sample)
     else:
-        name, why = asked, "the recipe says so"
+        name, why = asked, "the recipe sets it"
         resolved = _resolve(asked, columns, present, sample)
         missing = [needed for needed in REQUIRED[asked] if needed not in resolved]
         if missing:
@@ -297,7 +297,7 @@ def _with_system(
         return messages
     if messages and messages[0].role == "system":
         if messages[0].content.strip() != system.strip():
-            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
+            notes[f"the column {get['system'][0]!r} is not used if a row has its own system turn"] += 1
         return messages
     return (Message("system", system), *messages)
 

@@ -102,7 +102,7 @@ def _is_spread(path: Path, line: str, encoding: str | None) -> bool:
 
 
 def _objects(path: Path, text: ArrayText) -> Iterator[RawRow]:
-    """Objects one after the other, however many lines each takes; commas between them are passed over."""
+    """Objects one after the other, however many lines each takes; commas between them are skipped."""
     number = 0
     while text.peek():
         number, line = number + 1, text.line

@@ -36,7 +36,7 @@ class IdCheck:
         self.other: Counter[str] = Counter()  # why a row's ids are not those of apply_chat_template -> rows
 
     def compare(self, row: Example, row_tokenizer: RowTokenizer) -> None:
-        """Compare one row. Raises GateRefused if its ids differ; a row that is left out later is passed over."""
+        """Compare one row. Raises GateRefused if its ids differ; a row that is left out later is skipped."""
         if row.text is not None:
             return
         try:

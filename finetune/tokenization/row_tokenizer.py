@@ -132,7 +132,7 @@ class RowTokenizer:
         """Prove on `rows` that what inference feeds the model begins what was trained; returns how many were proved.
 
         Raises GateRefused if it does not. Rows that `batch` drops, and those whose earlier turns the template writes
-        differently in a prompt, are passed over.
+        differently in a prompt, are skipped.
         """
         checked = 0
         for row in rows:
