@@ -132,7 +132,7 @@ class Unused:
 
 
 def clean_store(store: Store, keep: int, *, yes: bool) -> None:
-    """List what may go, and delete it if `yes`, or if a person on a terminal agrees."""
+    """List folders that can be deleted; delete them if `yes`, or if a person on a terminal agrees."""
     import typer
 
     unneeded = unused(store, keep)
@@ -154,8 +154,8 @@ def unused(store: Store, keep: int) -> list[Unused]:
 
     The runs that commands choose stay too: a finished one is not dropped for a later one that failed. The points of a
     sweep, which are recipes, stay or go together: those of the newest `keep` sweeps of a recipe stay.
-    A link in the place of such a folder is listed as itself, never what it names. Raises InputError if runs/, a
-    recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
+    A symbolic link in place of such a folder is listed itself, never its target. Raises InputError if runs/, a
+    recipe's folder or a run is a link out of artifacts: it is not read, so its stages are unknown.
     """
     used: set[Path] = set()
     old_runs: list[Path] = []

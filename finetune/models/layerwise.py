@@ -270,7 +270,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (N, vocabulary) of final hidden states (N, d), soft-capped or scaled as the architecture does it.
 
     The model's own forward runs on a body whose forward returns `hidden`, because what follows the head (Gemma's soft
-    cap, Cohere's scale) stands in that forward and nowhere else.
+    cap, Cohere's scale) is only in that forward.
     """
     import torch
 

@@ -210,7 +210,7 @@ def _check_training(
         raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world, base)):
         if not force:
-            raise GateRefused(f"{small}. --force continues nevertheless")
+            raise GateRefused(f"{small}. --force continues anyway")
         notes.append(f"{small}; continuing because of --force")
     if recipe.tracking.wandb:
         mode, why = tracking.wandb_mode(os.environ, tracking.has_wandb_key())

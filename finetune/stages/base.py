@@ -34,7 +34,7 @@ def spec(recipe: Recipe) -> Spec:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The commit the Hub name stands for now, the digests of a folder's files, or the text a builtin learns from."""
+    """The current commit of the Hub model, the digests of a folder's files, or the text a builtin learns from."""
     model = spec.model
     if model.folder is not None:
         return {"files": _digests(model.folder)}

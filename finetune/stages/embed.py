@@ -38,7 +38,7 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The digests of a folder's files, or the commit a Hub name stands for now; LSA is made of the rows alone."""
+    """The digests of a folder's files, or the current commit of a Hub model; LSA depends on the rows alone."""
     return model_fingerprint(spec.embedding, spec.folder)
 
 

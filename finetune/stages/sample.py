@@ -199,7 +199,9 @@ def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path
     rows = sorted({i for i, _ in pool}, key=lambda i: hashes[i])
     vectors = vectors_of(embedded, [ids[i] for i in rows])
     if vectors is None:
-        raise InputError("sample.diverse needs the vectors that dedup.embedding makes, and there are none")
+        raise InputError(
+            "sample.diverse needs vectors, and there are none; set dedup.embedding, or sample.diverse: null"
+        )
     clusters = min(spec.clusters or cluster_count(len(rows), spec.diverse or 1), len(rows))
     cluster, distance = clustered(vectors, clusters, spec.seed, ctx.stop.check)
     order = by_turns(cluster.tolist(), distance.tolist(), [hashes[i] for i in rows])

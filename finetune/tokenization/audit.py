@@ -156,7 +156,7 @@ def _outside(spans: Sequence[Span], length: int) -> Iterator[Span]:
 
 
 def _find(text: str, content: str, start: int, end: int) -> int:
-    """Where `content` stands in text[start:end], or -1; as it is, or escaped once or twice as in a JSON string."""
+    """Return the position of `content` in text[start:end], or -1; unchanged, or escaped once or twice as in JSON."""
     at = text.find(content, start, end)
     if at >= 0:
         return at

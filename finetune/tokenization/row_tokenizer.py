@@ -277,7 +277,7 @@ class RowTokenizer:
             yield TokenizedRow(name, np.array(ids[start:end], np.int32), cut, truncated, unterminated)
 
     def _unterminated(self, prepared: _Row, offsets: Offsets) -> bool:
-        """Whether a supervised turn begins within the kept tokens and ends behind them, or has no end at all."""
+        """Return whether a supervised turn begins within the kept tokens and ends after them, or has no end at all."""
         if prepared.row.text is not None and not self.rules.eos:
             return True
         if len(offsets) <= self.rules.max_length:

@@ -78,7 +78,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class GrownRef(TensorRef):
-    """A tensor with more rows than the `stored_rows` that the file has: those behind them are zeros."""
+    """A tensor with more rows than the `stored_rows` that the file has; the additional rows are zeros."""
 
     stored_rows: int
 
