@@ -297,7 +297,7 @@ def _with_system(
         return messages
     if messages and messages[0].role == "system":
         if messages[0].content.strip() != system.strip():
-            notes[f"the column {get['system'][0]!r} is not used if a row has its own system turn"] += 1
+            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
         return messages
     return (Message("system", system), *messages)
 

@@ -27,7 +27,7 @@ ABOUT = "README.md"
 README = b"""---
 viewer: false
 ---
-Stages and training checkpoints of `finetune run --mirror`. The same command on another machine continues from them.
+Stages and training checkpoints of `finetune run --mirror`. The same command on another machine goes on from them.
 Older checkpoints stay in this repository's history and count as storage: delete the repository once the run is done.
 """
 

@@ -188,7 +188,7 @@ def _with_system(messages: Messages, get: Cells, notes: Counter[str]) -> Message
     system = optional_text(*get["system"]) if "system" in get else ""
     if not system.strip() or not messages or messages[0].role != "user":
         if system.strip() and messages and messages[0].role == "system" and messages[0].content != system:
-            notes[f"the column {get['system'][0]!r} is not used if a row has its own system turn"] += 1
+            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
         return messages
     return (Message("system", system), *messages)
 
