@@ -69,7 +69,7 @@ def pipe(folder: Path) -> Path:
 
 Make = Callable[[Path], Path]
 PATHS: dict[str, tuple[Make, str]] = {
-    "missing": (lambda f: f / "x.jsonl", r"there is no file .*x\.jsonl; .*beside the recipe"),
+    "missing": (lambda f: f / "x.jsonl", r"there is no file .*x\.jsonl; .*next to the recipe"),
     "folder": (lambda f: f, r"is a folder without a file of rows; allowed endings: \.jsonl"),
     "symlink_loop": (lambda f: link(f, "x.jsonl"), r"x\.jsonl' cannot be looked at: .*; name another file"),
     "dangling_link": (lambda f: link(f, "gone.jsonl"), r"x\.jsonl is a link to a file that is not there"),
