@@ -37,9 +37,9 @@ class StopFlag:
         self.lost = error
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come, or FinetuneError if another process builds this folder by now.
+        """Raise Stopped after a signal, or FinetuneError if another process has taken over this stage folder.
 
-        Also MemoryError where hardly any memory is left, before native code ends the process for want of it.
+        Also raises MemoryError if almost no memory is left, before native code aborts the process.
         """
         if self.lost is not None:
             raise self.lost

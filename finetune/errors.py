@@ -65,7 +65,7 @@ def not_written(folder: Path, error: OSError) -> FinetuneError:
 
 
 def has_no_memory(error: BaseException | None) -> bool:
-    """Whether memory that was refused is at the bottom of an error, also where a library made its own of it."""
+    """Return whether a failed allocation caused an error, also if a library wrapped it in an error of its own."""
     seen = 0
     while error is not None and seen < 100:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

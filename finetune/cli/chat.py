@@ -62,7 +62,7 @@ class Conversation:
 def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scratch: Path) -> None:
     """Answer `prompt`, or without one every line of stdin. Answers go to stdout, everything else to stderr.
 
-    Raises InputError where `name` is neither a run whose training is done nor a model's folder.
+    Raises InputError if `name` is neither a run whose training is done nor a model's folder.
     """
     if options.compare not in (None, "base"):
         raise InputError(f"--compare {options.compare}: allowed: base")
@@ -213,7 +213,7 @@ def _exchange(voice: Voice, conversation: Conversation, question: str, options: 
 def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Callable[[str], None]) -> str:
     """The answer to a prompt of token ids, written piece by piece; ends before a terminator, which is not part of it.
 
-    Raises InputError where the prompt leaves no room for an answer.
+    Raises InputError if the prompt leaves no room for an answer.
     """
     import torch
     from transformers import GenerationConfig, TextStreamer

@@ -225,7 +225,7 @@ def append(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
     """The ids of the answers that an earlier run left in `target`; a line torn by a kill is cut off.
 
-    Raises InputError, and changes nothing, where the file is something else: other rows, another model or options.
+    Raises InputError, and changes nothing, if the file is something else: other rows, another model or options.
     """
     if not target.exists():
         return set()
@@ -253,7 +253,8 @@ def _read_lines(target: Path) -> list[dict[str, Any]]:
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise InputError(
-                f"--output {target}: line {number} is no answer of this command; name another file, or remove this one"
+                f"--output {target}: line {number} is not an answer of this command; name another file, or "
+                "remove this one"
             ) from None
         lines.append(line)
     return lines

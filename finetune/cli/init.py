@@ -185,7 +185,7 @@ def recipe_text(
 ) -> tuple[str, list[str]]:
     """The validated recipe that will be at `path`, in 16 lines at most, and notes for the person.
 
-    Raises InputError where a value cannot be, or nothing of this model fits the device.
+    Raises InputError if an option has an invalid value, or if the model does not fit on the device.
     """
     if device.lower() not in (*DEVICES, "cpu"):
         raise InputError(f"--device {device}: allowed: {', '.join(DEVICES)}, cpu")
@@ -315,7 +315,7 @@ def _written_model(model: str, recipe: Path) -> str:
 
 
 def _template(recipe: Recipe, name: str) -> tuple[str, str]:
-    """`template: …, ` where the base has or seems to have none of its own, and the comment on it."""
+    """`template: …, ` if the base has or seems to have no template, and the comment on it."""
     folder = recipe.model.folder
     if folder is not None:
         settings = folder / "tokenizer_config.json"

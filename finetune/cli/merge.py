@@ -48,8 +48,8 @@ class Request:
 def merge_adapter(asked: Request, artifacts: Path, scratch: Path) -> None:
     """Merge as `asked`; the merged model is in the store, and in `asked.out` if that is given.
 
-    Raises InputError for what is no adapter, an unknown base, or a folder `out` that is not empty; whatever the stages
-    raise passes through.
+    Raises InputError for a folder that is not an adapter, an unknown base, or a folder `out` that is not empty;
+    errors of the stages are not caught.
     """
     if asked.out is not None and asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise InputError(f"--out {asked.out}: it exists and is not an empty folder; name another or empty it")

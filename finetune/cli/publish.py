@@ -56,7 +56,7 @@ def publish_run(
     unfinished = [n for n in folders if n in needed and manifests[n] is None]
     if unfinished:
         raise InputError(
-            f"{', '.join(unfinished)} of {short} is gone or incomplete: run `finetune run {recipe_name}` first"
+            f"{', '.join(unfinished)} of {short} is missing or incomplete: run `finetune run {recipe_name}` first"
         )
     for name in [] if dry_run else sorted(needed):  # otherwise a flipped bit would be pushed and compared with itself
         manifest = manifests[name]

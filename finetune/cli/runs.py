@@ -106,7 +106,7 @@ def print_list(lines: list[dict[str, Any]]) -> None:
 def remove_runs(names: Sequence[str], store: Store) -> list[str]:
     """Remove the runs `names` (RECIPE@RUN, or RUN) and return a line for each; nothing is removed if one is refused.
 
-    Raises InputError for a name that is no run, a run that is in progress, or one behind a symbolic link.
+    Raises InputError for a name that is not a run, a run that is in progress, or one behind a symbolic link.
     """
     folders = list(dict.fromkeys(find_run(store.artifacts, name) for name in names))
     for folder in folders:
@@ -132,7 +132,7 @@ class Unused:
 
 
 def clean_store(store: Store, keep: int, *, yes: bool) -> None:
-    """List what may go, and delete it if `yes`, or if a person on a terminal agrees."""
+    """List folders that can be deleted; delete them if `yes`, or if a person on a terminal agrees."""
     import typer
 
     unneeded = unused(store, keep)
@@ -154,8 +154,8 @@ def unused(store: Store, keep: int) -> list[Unused]:
 
     The runs that commands choose stay too: a finished one is not dropped for a later one that failed. The points of a
     sweep, which are recipes, stay or go together: those of the newest `keep` sweeps of a recipe stay.
-    A link in the place of such a folder is listed as itself, never what it names. Raises InputError where runs/, a
-    recipe's folder or a run is a link out of artifacts: it is not read, so what its stages are is not known.
+    A symbolic link in place of such a folder is listed itself, never its target. Raises InputError if runs/, a
+    recipe's folder or a run is a link out of artifacts: it is not read, so its stages are unknown.
     """
     used: set[Path] = set()
     old_runs: list[Path] = []
@@ -204,7 +204,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:
-    """Return the recipes that are points of a sweep, but of none of the newest `keep` sweeps of the swept recipe.
+    """Return the recipes that belong to a sweep, but not to the newest `keep` sweeps of the swept recipe.
 
     The files in artifacts/sweeps name them; if one cannot be read, no sweep counts as older.
     """

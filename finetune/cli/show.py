@@ -136,7 +136,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     """The first rendered rows, each with its source and the nearest rows that were dropped for it; then the first
     preference pairs, each side a row.
 
-    Raises InputError where nothing is rendered yet.
+    Raises InputError if nothing is rendered yet.
     """
     from finetune.models.loading import load_tokenizer
     from finetune.report.rows import InspectedRow, notes_on, sources_and_repeats

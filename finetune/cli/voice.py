@@ -34,7 +34,7 @@ def model_folder(name: str) -> Path | None:
         raise InputError(f"{name} is an adapter without its base; give the name of the run that trained it")
     looks_like_path = "/" in name and not name.partition("@")[0].endswith((".yaml", ".yml"))
     if looks_like_path:
-        what = "holds no config.json" if path.is_dir() else "is no folder"
+        what = "holds no config.json" if path.is_dir() else "is not a folder"
         raise InputError(f"{name} {what}; give a recipe (also RECIPE@RUN) or the folder of a merged model")
     return None
 
@@ -92,7 +92,7 @@ def base_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Ite
     try:
         recipe = Recipe.model_validate({"name": "base", "model": asked, "data": [{"source": "pydoc"}]})
     except ValueError as error:
-        raise InputError(f"{name} is no run, folder or base: {str(error).splitlines()[2].strip()}") from None
+        raise InputError(f"{name} is not a run, a folder or a base: {str(error).splitlines()[2].strip()}") from None
     store = Store(artifacts, scratch)
     ctx = Context(store.scratch, recipe.runtime, recipe.tracking, say=screen.say, bar=screen.bar)
     runner.run(recipe, store, ctx, Run(store.artifacts, "base", "", (), "0" * 8, write=False), until="base")

@@ -1,4 +1,4 @@
-"""Texts that a chat template has written already, parsed back into turns where that is proved.
+"""Texts that a chat template has written already, parsed back into turns if that is proved.
 
 A row's `text` may hold a whole conversation with the control strings of some template. Learned as it stands it would
 teach the model the user's words, and the strings of another model. Each notation is a pattern for the beginning of a
@@ -99,9 +99,9 @@ _BEGIN = re.compile(BEGIN)
 
 
 def parse_chat_text(text: str, where: str = "text") -> tuple[str, tuple[Message, ...]] | None:
-    """The notation and the turns of a text that a template wrote; None for a text that is no chat.
+    """The notation and the turns of a text that a template wrote; None for a text that is not a chat.
 
-    Raises RowError where there are control tokens, and the text cannot be proved to be turns in one notation.
+    Raises RowError if there are control tokens, and the text cannot be proved to be turns in one notation.
     """
     if LLAMA2_START.match(text):
         return "[INST]", parse_llama2(text, where)

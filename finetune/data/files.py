@@ -102,7 +102,7 @@ def _in_folder(folder: Path) -> Iterator[DataFile]:
     else:
         files = [path for path in _inside(folder) if _is_data(path)]
     if not files:
-        raise InputError(f"{folder} is a folder without a file of rows; a file's name ends in {', '.join(ENDINGS)}")
+        raise InputError(f"{folder} is a folder without a file of rows; allowed endings: {', '.join(ENDINGS)}")
     yield from (DataFile(path, path.relative_to(folder).as_posix()) for path in files)
 
 

@@ -156,7 +156,7 @@ def decide(
     if asked == "auto":
         name, resolved, why = _guess(columns, present, sample)
     else:
-        name, why = asked, "the recipe says so"
+        name, why = asked, "the recipe sets it"
         resolved = _resolve(asked, columns, present, sample)
         missing = [needed for needed in REQUIRED[asked] if needed not in resolved]
         if missing:
@@ -260,7 +260,7 @@ def _decision(
 def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Example:
     """The row as an Example; columns that the format did not use and that hold one plain value go into `extra`.
 
-    Raises RowError where the row does not fit.
+    Raises RowError if the row does not fit.
     """
     decision = decision.for_row(row)
     get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in decision.columns.items()}

@@ -21,7 +21,7 @@ WHOLE_BYTES = 1 << 26  # of a file whose first object is parsed as a whole to se
 class RawRow:
     """One row as its source holds it.
 
-    `number` is 1-based (in JSON lines: the line). `row` is None where `problem` is about this row alone;
+    `number` is 1-based (in JSON lines: the line). `row` is None if `problem` is about this row alone;
     `text` is then the start of what was found.
     """
 
@@ -74,7 +74,7 @@ def json_file(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
         if _is_spread(path, line, encoding):
             yield from _objects(path, text)
             return
-        refuse(path, number, "JSON that is no object", "an array of objects, or objects one after the other")
+        refuse(path, number, "JSON that is not an object", "an array of objects, or objects one after the other")
     yield from json_lines(path, encoding)
 
 
@@ -102,7 +102,7 @@ def _is_spread(path: Path, line: str, encoding: str | None) -> bool:
 
 
 def _objects(path: Path, text: ArrayText) -> Iterator[RawRow]:
-    """Objects one after the other, however many lines each takes; commas between them are passed over."""
+    """Objects one after the other, however many lines each takes; commas between them are skipped."""
     number = 0
     while text.peek():
         number, line = number + 1, text.line
@@ -243,7 +243,7 @@ class ArrayText:
         self._position += 1
 
     def skip_mark(self, mark: str) -> bool:
-        """Go past `mark` where it is the next character that is not blank."""
+        """Go past `mark` if it is the next character that is not blank."""
         if self.peek() != mark:
             return False
         self.skip()

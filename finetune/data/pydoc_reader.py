@@ -126,7 +126,7 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 def document(value: object) -> str:
-    """The cleaned docstring; nothing where it holds an address, or where an object raises when asked."""
+    """Return the cleaned docstring; "" if it contains a memory address, or if reading it raises."""
     try:
         text = inspect.getdoc(value) or ""
     except Exception:  # a descriptor may raise whatever it likes
@@ -141,7 +141,7 @@ def inherited(cls: type, name: str) -> str:
 
 
 def signature(value: object) -> str:
-    """The call as text; none where a default has no plain form (an address, a local path, a set's changing order)."""
+    """Return the call as text; "" if a default has no plain form (an address, a local path, a set's changing order)."""
     try:
         text = str(inspect.signature(value))  # type: ignore[arg-type]
     except Exception:  # no signature, or an annotation that cannot be shown

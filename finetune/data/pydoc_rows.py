@@ -30,7 +30,7 @@ class Entry:
     """One documented thing of the standard library.
 
     `kind` is topic, module, function, class, method or property; `owner` is the class of a method or property.
-    `signature` is the call with its brackets, or empty where it has none that is the same in every run.
+    `signature` is the call with its brackets, or empty if it has none that is the same in every run.
     """
 
     kind: str
@@ -62,7 +62,7 @@ def fingerprint() -> dict[str, str]:
 def documentation(executable: str = sys.executable) -> Iterator[Entry]:
     """Every documented thing, read by a child process, since importing the whole library has side effects.
 
-    Raises FinetuneError where the child fails or does not end.
+    Raises FinetuneError if the child fails or does not end.
     """
     # -I: no environment, no user folder; -S: no site-packages; -B: writes no .pyc files.
     command = [executable, "-I", "-S", "-B", str(Path(__file__).with_name("pydoc_reader.py"))]

@@ -41,7 +41,7 @@ BYTES_OF = {  # what other files begin with
 
 
 def content_digest(path: Path) -> str:
-    """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError where there is no such file."""
+    """The xxh3-128 of a file's bytes, as 32 hexadecimal digits. Raises InputError if there is no such file."""
     require_file(path)
     try:
         return hash_file(path)
@@ -58,14 +58,14 @@ def require_file(path: Path) -> None:
         if path.is_symlink():
             raise InputError(f"{path} is a link to a file that is not there") from None
         raise InputError(
-            f"there is no file {path}; a relative path is looked for beside the recipe, then under the working folder"
+            f"there is no file {path}; a relative path is searched next to the recipe, then in the working directory"
         ) from None
     except (OSError, ValueError) as error:  # a link to itself, no permission, a name too long or with a zero in it
         raise InputError(f"{str(path)!r} cannot be looked at: {_reason(error)}; name another file") from None
     if stat.S_ISDIR(status.st_mode):
         raise InputError(f"{path} is a folder, not a file ({', '.join(ENDINGS)}, also .gz and .zst)")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for ever, and a device has no end
-        raise InputError(f"{path} is no regular file but a pipe, a socket or a device; save its rows in a file first")
+        raise InputError(f"{path} is a pipe, a socket or a device, not a regular file; save its rows in a file first")
     if status.st_size == 0:
         raise InputError(f"{path} is empty")
     file_ending(path)
@@ -75,7 +75,7 @@ def local_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
     """The rows of a file in order, in memory that does not grow with the file (one row, or one parquet batch).
 
     A line of JSON lines or a CSV record that does not parse comes as a RawRow with a `problem`. Raises InputError,
-    naming file, line and what was found, where the file as a whole cannot be read. `encoding` is that of a text file.
+    naming file, line and what was found, if the file as a whole cannot be read. `encoding` is that of a text file.
     """
     require_file(path)
     ending = file_ending(path)
@@ -114,9 +114,9 @@ def hub_rows(
     take: int | None = None,
     cache: Path,
 ) -> Iterator[RawRow]:
-    """Rows skip+1 … skip+take (all that are left where `take` is None) of a split, kept under `cache` unless streamed.
+    """Rows skip+1 … skip+take (all that are left if `take` is None) of a split, kept under `cache` unless streamed.
 
-    Raises InputError for a data set, config or split that does not exist, FinetuneError where the Hub fails.
+    Raises InputError for a data set, config or split that does not exist, FinetuneError if the Hub fails.
     """
     from datasets import Dataset, IterableDataset, load_dataset
 
@@ -144,7 +144,7 @@ def _hub_errors(repo_id: str, split: str) -> Iterator[None]:
     try:
         yield
     except DatasetNotFoundError as error:
-        raise InputError(f"{what}: {first_line(error)}; look at the name, or log in where it is private") from error
+        raise InputError(f"{what}: {first_line(error)}; check the name, or log in if it is private") from error
     except (ValueError, DatasetsError) as error:  # an unknown config or split, files that do not parse
         raise InputError(f"{what}: {first_line(error)}") from error
     except (OSError, EOFError) as error:

@@ -61,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that a step left out: which, by which rule, and why; where a figure decided, that figure and its limit."""
+    """A row that a step left out: which, by which rule, and why; if a figure decided, that figure and its limit."""
 
     id: str
     source: str
@@ -205,7 +205,7 @@ def _as_table(rows: Sequence[Example]) -> pa.Table:
 def write_table(
     path: Path, columns: Mapping[str, Sequence[object]], types: Mapping[str, pa.DataType] | None = None
 ) -> None:
-    """Write named columns of equal length to Parquet; `types` fixes a column's type where it could be all null."""
+    """Write named columns of equal length to Parquet; `types` fixes a column's type if it could be all null."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

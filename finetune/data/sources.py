@@ -25,7 +25,7 @@ SAMPLE_ROWS = 100  # looked at to decide a format
 def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str, object]:
     """Return the inputs of a source apart from the recipe: a file's digest, a commit of the Hub, a version of Python.
 
-    Raises InputError where the file or the data set does not exist.
+    Raises InputError if the file or the data set does not exist.
     """
     if isinstance(source, LocalSource):
         return digest(source.paths)
@@ -52,10 +52,10 @@ def first_rows(
 def read_source(
     source: Source, label: str, scratch: Path, ignore: Collection[str] = (), *, whole: bool = True
 ) -> tuple[Decision, Iterator[Example | Reject]]:
-    """How the source is read, and its rows in order: each an Example, or a Reject where it does not fit.
+    """How the source is read, and its rows in order: each an Example, or a Reject if it does not fit.
 
     `label` begins every row id; `scratch` keeps what comes from the Hub; columns named in `ignore` are not read. With
-    `whole=False` rows may lose columns that mean something: they are only compared with others. Raises InputError where
+    `whole=False` rows may lose columns that mean something: they are only compared with others. Raises InputError if
     the source as a whole cannot be read: no such file, no format that fits, no rows, a column that means something and
     is not used.
     """
@@ -79,7 +79,7 @@ def place_of(source: Source) -> str:
 
 
 def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label: str) -> None:
-    """Stop at once where one of the first rows would lose a column; later ones are refused row by row."""
+    """Stop at once if one of the first rows would lose a column; later ones are refused row by row."""
     if not decision.watched:
         return
     trial = replace(decision, notes=Counter(), later={})
@@ -95,7 +95,7 @@ def _check_unused(head: Sequence[tuple[str, RawRow]], decision: Decision, label:
 
 
 def row_id(label: str, file: str, raw: RawRow) -> str:
-    """`LABEL:N`, or `LABEL/FILE:N` where a source has several files."""
+    """`LABEL:N`, or `LABEL/FILE:N` if a source has several files."""
     return f"{label}/{file}:{raw.number}" if file else f"{label}:{raw.number}"
 
 
@@ -126,7 +126,7 @@ def raw_rows(
     columns_of: dict[str, set[str]],
     builtin: Callable[[], Iterator[dict[str, object]]] | None = None,
 ) -> Iterator[tuple[str, RawRow]]:
-    """The rows, each with the name of its file where there are several; `columns_of` takes in the columns of each.
+    """The rows, each with the name of its file if there are several; `columns_of` takes in the columns of each.
 
     `builtin` makes the rows of the source pydoc; by default questions and answers.
     """

@@ -55,7 +55,7 @@ def _zstd() -> ModuleType:
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
-    """The lines of a text file (UTF-8 where no encoding is given) with their numbers; a byte order mark is left out."""
+    """The lines of a text file (UTF-8 if no encoding is given) with their numbers; a byte order mark is left out."""
     number = 0
     try:
         with opened(path) as stream:

@@ -41,7 +41,7 @@ def writes_call(text: str) -> bool:
 
 
 def tools_of(where: str, value: object, notes: Counter[str]) -> str | None:
-    """The tool definitions of a row, a list or its JSON text, as canonical JSON; None where there are none.
+    """The tool definitions of a row, a list or its JSON text, as canonical JSON; None if there are none.
 
     A bare definition (`{"name": …}`, as in `functions` columns) is put into the form above. Raises RowError.
     """
@@ -103,7 +103,7 @@ def _call(where: str, value: object, notes: Counter[str]) -> dict[str, Any]:
 
 
 def _arguments(value: object, notes: Counter[str]) -> object:
-    """Arguments as an object where they are one or its JSON text; any other text is kept as it is."""
+    """Arguments as an object if they are one or its JSON text; any other text is kept as it is."""
     if not isinstance(value, str):
         return value
     if not value.strip():

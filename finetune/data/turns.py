@@ -48,7 +48,7 @@ KEPT_KEYS = ("name", "tool_call_id", "id")  # of a turn, beside the above: known
 def turn_notation(value: object) -> tuple[str, str] | None:
     """The keys by which the elements of a list of turns name role and content (or question and answer).
 
-    ("", "") for a list of texts, None for what is no list of turns.
+    ("", "") for a list of texts, None if it is not a list of turns.
     """
     written = isinstance(value, str)
     if isinstance(value, str):

@@ -33,7 +33,7 @@ def text_of(where: str, value: object) -> str:
 
 
 def require_unicode(value: str, where: str) -> None:
-    """Half of a surrogate pair is no character: no file and no tokenizer can hold it."""
+    """Raise RowError for a lone surrogate (U+D800–U+DFFF), which UTF-8 and tokenizers cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

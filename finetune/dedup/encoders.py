@@ -148,7 +148,7 @@ def _load(name: str, ctx: Context, folder: Path | None, device: str) -> Sentence
 
 
 def _try_tokenizers(folder: Path | None) -> None:
-    """Raise InputError where a tokenizer in an encoder's folder does not end; it may come from a third party."""
+    """Raise InputError if a tokenizer in an encoder's folder does not end; it may come from a third party."""
     from finetune.models.base_limits import check_tokenizer
 
     for path in sorted(folder.glob("**/tokenizer.json")) if folder else ():

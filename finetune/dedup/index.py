@@ -21,9 +21,10 @@ GPU_FROM_ROWS = 20_000  # fewer are compared in seconds, which is the time to st
 
 
 def exact_search(device: str, rows: int) -> Callable[[int], FlatIndex | TorchIndex]:
-    """Return a function from a dimension to an empty index: on the GPU if there is one and `rows` is large.
+    """Return a function that makes an empty search index; its argument is the dimension of the vectors.
 
-    `device` is `auto`, `cpu` or `cuda`. Raises InputError if it is `cuda` and there is no GPU.
+    The index is on the GPU if `device` allows it, there is one, and `rows` is at least GPU_FROM_ROWS. `device` is
+    `auto`, `cpu` or `cuda`. Raises InputError if it is `cuda` and there is no GPU.
     """
     if device == "cpu" or rows < GPU_FROM_ROWS:
         return FlatIndex

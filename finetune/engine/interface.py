@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 class Engine(Protocol):
-    """Runs a function over partitions. Stages do not know where: the results are the same, in the same order.
+    """Runs a function over partitions. The results and their order do not depend on the engine.
 
     A stage divides its rows into partitions whose size does not depend on the number of workers.
     """

@@ -1,4 +1,4 @@
-"""Keep results of finished partitions until the stage is complete: a run that was killed computes only the others."""
+"""Keep results of finished partitions until the stage is complete: a restarted run computes only the others."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ ROOM = 2  # times the size of all partitions must be free: their results, and th
 
 
 class Kept:
-    """An engine that keeps the result of each partition in `folder`, and takes those that are there.
+    """An engine that writes the result of each partition to `folder`, and reuses results that are already there.
 
-    A file is a pickle behind its BLAKE2b digest, keyed by a secret in this user's cache folder: only what this user
-    wrote is unpickled, for the same stage key, partition and versions. On a disk that is nearly full less is kept.
+    A file is a keyed BLAKE2b digest followed by a pickle. The key is a secret in this user's cache folder, so only
+    files that this user wrote, for the same stage key, partition and versions, are unpickled. On a nearly full disk
+    fewer results are kept.
     """
 
     def __init__(self, engine: Engine, folder: Path, key: str) -> None:
@@ -100,7 +101,7 @@ class Kept:
 
 @cache
 def code_versions() -> Mapping[str, object]:
-    """Return the versions of what a worker imports; of this package also a digest of its files."""
+    """Return the versions of the packages that a worker imports; for this package also a digest of its files."""
     versions = describe_environment()["versions"]
     code = Path(__file__).parents[1]
     files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}

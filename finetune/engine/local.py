@@ -24,7 +24,7 @@ WORKER_BYTES = 1_000_000_000  # memory of a worker with the libraries
 
 @dataclass(frozen=True)
 class Local:
-    """Engine of one machine; `workers` processes, auto: one for each processor if there are many rows, and memory."""
+    """Engine of one machine with `workers` processes; auto: one per processor, if rows and free memory are enough."""
 
     workers: int | Literal["auto"] = "auto"
 

@@ -1,4 +1,4 @@
-"""Run partitions on a Ray cluster (https://docs.ray.io): one task a partition, repeated if its worker is lost."""
+"""Run partitions on a Ray cluster (https://docs.ray.io): one task per partition, retried if its worker is lost."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _state: dict[int, Callable[[Any], Any]] = {}  # of a worker process: the number 
 
 
 def _work(call: int, build: Callable[[], Any], part: Any) -> Any:  # noqa: ANN401 - what the stage's function takes
-    """Return the function's result, or the error for a person that it raised; the function is built once a process."""
+    """Return the function's result, or the FinetuneError that it raised; the function is built once per process."""
     try:
         if call not in _state:
             _state.clear()
@@ -80,7 +80,7 @@ def _work(call: int, build: Callable[[], Any], part: Any) -> Any:  # noqa: ANN40
 
 
 class _Raised:
-    """An expected error; Ray would wrap it in one of its own, with a traceback of the worker."""
+    """An expected error, returned as a value: Ray would wrap a raised one in its own, with the worker's traceback."""
 
     def __init__(self, error: FinetuneError) -> None:
         self.error = error
@@ -98,7 +98,7 @@ def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401 - what the functi
 
 @contextmanager
 def _one_sentence(which: str) -> Iterator[None]:
-    """Within this block Ray's errors are raised as one for a person; an error of the stage's function as it was."""
+    """Convert Ray's errors to FinetuneError or InputError; an error of the stage's function is raised unchanged."""
     from ray import exceptions
 
     try:
@@ -139,12 +139,14 @@ def started(
     files: Sequence[Path] = (),
     workers: int | Literal["auto"] = "auto",
 ) -> Iterator[RayEngine]:
-    """Within this block the engine of the cluster at `address` (HOST:PORT); without one, of a cluster of this machine
-    with `workers` processes (auto: one for each processor) that is stopped at the end.
+    """Context manager that yields the engine of the Ray cluster at `address` (HOST:PORT).
+
+    Without an address it starts a cluster on this machine with `workers` processes (auto: one for each processor) and
+    stops it at the end.
 
     Raises:
-        InputError: Ray is not installed, no cluster is there, it has no processors, a node has other versions, does
-            not share `folders`, or has not the same `files`.
+        InputError: Ray is not installed, there is no cluster, it has no processors, or a node has other versions,
+            does not share `folders`, or does not have the same `files`.
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError("--engine ray needs Ray, which is not installed: pip install 'finetune-recipes[ray]'")
@@ -184,14 +186,14 @@ def started(
 
 
 def _processors(resources: Mapping[str, float]) -> int:
-    """Return the cluster's processors. A partition needs a whole one, and would wait for it without end."""
+    """Return the cluster's processors. A partition needs a whole one, and would otherwise wait for ever."""
     if (processors := int(resources.get("CPU", 0))) < 1:
         raise InputError("--engine ray: the cluster has no processors: start a node with `ray start --num-cpus N`")
     return processors
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address where nothing listens: Ray would try it again for minutes, with log lines of its own."""
+    """Raise InputError if no server listens at `address`: Ray would retry for minutes and print its own log lines."""
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()):
         raise InputError(f"--ray-address: found {address!r}; write HOST:PORT, as `ray start --head` prints it")
@@ -235,7 +237,7 @@ def _check_nodes(folders: Sequence[Path], files: Sequence[Path] = ()) -> None:
 
 @contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
-    """Within this block a file with a random name and content in `folder`."""
+    """Context manager: a file with a random name and content in `folder`."""
     name = secrets.token_hex(16)
     path = folder / f".shared-{name}"
     try:

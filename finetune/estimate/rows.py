@@ -81,10 +81,11 @@ class Expected:
 
 
 def expect(recipe: Recipe) -> Expected | None:
-    """Estimate the training rows from the local files of a recipe; None if a source is no local file or generated.
+    """Estimate the training rows from the local files of a recipe.
 
-    The first MOST_ROWS rows of each file are read; the rest is extrapolated by the file's size. Duplicates are not
-    detected. Raises InputError for a file that cannot be read.
+    Returns None if a source is not a local file, or is generated. The first MOST_ROWS rows of each file are read; the
+    rest is extrapolated by the file's size. Duplicates are not detected. Raises InputError for a file that cannot be
+    read.
     """
     from finetune.data.sources import read_source
 

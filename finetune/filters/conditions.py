@@ -44,7 +44,7 @@ def _judge(row: Example, text: str, column: str, sign: str, limit: str) -> Verdi
     if number is not None and bound is not None:
         return None if COMPARE[sign](number, bound) else Drop("keep_where", f"{text}: {number:g}", number, bound)
     if sign not in ("==", "!="):
-        return Drop("keep_where", f"{text}: the value {str(value)[:40]!r} is no number")
+        return Drop("keep_where", f"{text}: the value {str(value)[:40]!r} is not a number")
     same = str(value).strip() == limit
     return None if same == (sign == "==") else Drop("keep_where", f"{text}: {str(value)[:40]!r}")
 

@@ -1,4 +1,4 @@
-"""Find training rows that share a run of words with evaluation data, or ask the same by their vectors."""
+"""Find training rows that share a run of words with evaluation data, or whose questions have similar vectors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Against(Section):
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Row id -> the evaluation row that it is like; rows compared, and evaluation rows read."""
+    """Row id -> its matching evaluation row; number of rows compared, and of evaluation rows read."""
 
     matches: Mapping[str, Match]
     rows: int
@@ -89,7 +89,7 @@ def find_overlaps(asked: Against, rows: Iterable[Example], ctx: Context) -> Over
 def _alike(
     against: Against, asked: Mapping[str, str], questions: Sequence[tuple[str, str]], ctx: Context
 ) -> dict[str, Match]:
-    """Row id -> the evaluation question that its own comes nearest to, where they reach the threshold."""
+    """Return row id -> its nearest evaluation question, if the similarity reaches the threshold."""
     from finetune.dedup.embed import embed
     from finetune.dedup.index import exact_search
     from finetune.dedup.select import links_between
@@ -112,7 +112,7 @@ def _alike(
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The evaluation row a training row is like, the words they share, the evaluation text, the score, the method."""
+    """A matching evaluation row: its id, the words in common, its text, the score, the method."""
 
     evaluation_id: str
     words: str
@@ -131,7 +131,7 @@ class NgramIndex:
     _turns: list[tuple[str, str, str]] = field(default_factory=list)  # (row id, text, its words between spaces)
 
     def add(self, row: Example) -> None:
-        """Take in every turn of an evaluation row."""
+        """Add every turn of an evaluation row."""
         for is_question, text in _turns(row):
             spoken = words(text)
             if len(spoken) < self.size and not (is_question and spoken):

@@ -23,7 +23,7 @@ PROGRAM = "llama-quantize"
 
 
 def require_quantizer(kinds: Iterable[str]) -> str:
-    """The path of llama-quantize; "" where no kind needs it. Raises InputError where it is needed and not there."""
+    """The path of llama-quantize; "" if no kind needs it. Raises InputError if it is needed and not there."""
     asked = [k for k in kinds if k in K_QUANTS]
     if not asked:
         return ""
@@ -38,7 +38,7 @@ def require_quantizer(kinds: Iterable[str]) -> str:
 
 
 def quantizer_digests() -> dict[str, str] | None:
-    """Digests of llama-quantize and the libraries it is released with, by name; None where it is not on the PATH.
+    """Digests of llama-quantize and the libraries it is released with, by name; None if it is not on the PATH.
 
     It has no option that prints its version, and computes in libraries that are next to it or in ../lib.
     """
@@ -54,7 +54,7 @@ def quantizer_digests() -> dict[str, str] | None:
 def quantize(program: str, source: Path, target: Path, kind: str, ctx: Context) -> None:
     """Write `target`, a K-quant of the f32, f16 or bf16 GGUF `source`; synced to disk.
 
-    Raises FinetuneError with the program's last line where it fails, Stopped when a signal came.
+    Raises FinetuneError with the program's last line if it fails, Stopped when a signal came.
     """
     started = subprocess.Popen(
         [program, str(source), str(target), kind.upper()],

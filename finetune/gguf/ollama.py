@@ -45,7 +45,7 @@ class Pieces:
 
 
 def read_pieces(render: Render) -> Pieces | None:
-    """The pieces of a Jinja template; None where it is no plain sequence of turns."""
+    """The pieces of a Jinja template; None if it is not a plain sequence of turns."""
     user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
     system = {"role": "system", "content": SYSTEM}
     try:
@@ -73,7 +73,7 @@ def read_pieces(render: Render) -> Pieces | None:
 def modelfile(weights: str, pieces: Pieces | None, stops: Sequence[str], bos: str | None) -> str:
     """The Modelfile for the GGUF `weights` beside it.
 
-    `bos` is the token that Ollama puts in front by itself (None where it does not). Without `pieces` the template is
+    `bos` is the token that Ollama puts in front by itself (None if it does not). Without `pieces` the template is
     left to Ollama, which looks for one it knows in the GGUF.
     """
     lines = [f"FROM ./{weights}"]

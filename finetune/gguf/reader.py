@@ -70,7 +70,7 @@ class GgufWeights:
         return largest
 
     def require_finite(self) -> None:
-        """Read every tensor in blocks, which nothing else has read. Raises FinetuneError where one is not finite."""
+        """Read every tensor in blocks, which nothing else has read. Raises FinetuneError if one is not finite."""
         import torch
 
         for one in self.written:

@@ -92,7 +92,7 @@ def _hidden(model: StreamedModel, held_out: HeldOut, label: str, ctx: Context, m
 
 
 def _timed(layers: Sequence[int], label: str, tokens: int, models: int, ctx: Context) -> Iterator[int]:
-    """The layers under a progress bar; after the first, how long all the passes will take, where that is long."""
+    """The layers under a progress bar; after the first, how long all the passes will take, if that is long."""
     started = time.monotonic()
     for index in ctx.track(layers, f"perplexity {label}", len(layers)):
         yield index

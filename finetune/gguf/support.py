@@ -19,7 +19,7 @@ from finetune.errors import InputError
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every so many layers one is unlike the others
+PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "smollm3": 4}  # every N-th layer differs from the others
 PARTIAL = {"phi3": 1.0, "stablelm": 0.25, "glm4": 0.5}  # the share of a head that turns, where none is given
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp computes it
 GEMMA3_LOCAL_THETA = 10_000.0
@@ -42,7 +42,7 @@ class Architecture:
             (tests/gguf/test_llama_cpp.py).
         ropes: the kinds of rotary scaling that it computes as transformers does.
         activation: what config.json may call the activation; llama.cpp does not read it.
-        fixed: values that fields of config.json must have, where they are present.
+        fixed: values that fields of config.json must have, if they are present.
         square: the heads' widths must add up to `hidden_size`.
         window: whether its layers have sliding windows; elsewhere they attend to all tokens before them.
     """
@@ -164,7 +164,7 @@ def _rope_problem(arch: Architecture, config: Mapping[str, Any]) -> str | None:
 
 
 def _pattern_problem(arch: str, config: Mapping[str, Any]) -> str | None:
-    """Which layers llama.cpp treats apart from the others, where this model's layers differ."""
+    """Which layers llama.cpp treats apart from the others, if this model's layers differ."""
     if (period := PERIODS.get(arch)) is None:
         return None
     ends = [(i + 1) % period == 0 for i in range(config["num_hidden_layers"])]
@@ -201,7 +201,7 @@ def _gemma_problem(arch: str, config: Mapping[str, Any]) -> str | None:
 
 
 def tensor_name(name: str, architecture: Architecture) -> str:
-    """The GGUF name of a transformers tensor, by the table of package gguf. Raises InputError where there is none."""
+    """The GGUF name of a transformers tensor, by the table of package gguf. Raises InputError if there is none."""
     layer = re.search(r"(?<=\.layers\.)\d+", name)
     asked = name if layer is None else f"{name[: layer.start()]}0{name[layer.end() :]}"
     found = _names(architecture.name).get_name(asked, try_suffixes=(".weight", ".bias"))

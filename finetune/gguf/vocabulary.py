@@ -168,8 +168,8 @@ def _habits(content: Mapping[str, Any], bos: str | None, sentencepiece: bool) ->
 def _scored(model: Mapping[str, Any], path: Path) -> dict[int, tuple[str, int, float]]:
     """SentencePiece's pieces from a converted tokenizer.json: a piece scores minus the rank of its first merge.
 
-    SentencePiece joins any two neighbours whose union is a piece, best score first; the two agree only where every
-    such pair is in the merges. Raises InputError where one is missing.
+    SentencePiece joins any two neighbours whose union is a piece, best score first; the two agree only if every
+    such pair is in the merges. Raises InputError if one is missing.
     """
     vocabulary: dict[str, int] = model["vocab"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]

@@ -101,7 +101,7 @@ def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
 
 
 def exact_kind(folder: Path) -> str:
-    """The kind that holds the weights of a folder as they are: bf16 or f16 where all are that, else f32."""
+    """The kind that holds the weights of a folder as they are: bf16 or f16 if all are that, else f32."""
     dtypes = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
     return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
@@ -143,7 +143,7 @@ def file_bytes(planned: Iterable[Planned]) -> int:
 
 
 def bytes_with_metadata(tensors: Iterable[int]) -> int:
-    """Bytes that a file of tensors of so many bytes takes at most."""
+    """Return the size of a GGUF file at most; `tensors` are the bytes of each tensor."""
     return METADATA_BYTES + sum(size + ALIGNMENT for size in tensors)
 
 
@@ -175,7 +175,7 @@ def write(
 ) -> None:
     """Write the file, holding one tensor at a time; synced to disk. The same model is the same bytes.
 
-    `tracked` is `planned` once more, under a progress bar. Raises InputError where a value does not fit into f16.
+    `tracked` is `planned` once more, under a progress bar. Raises InputError if a value does not fit into f16.
     """
     import gguf
     import numpy as np

@@ -101,7 +101,8 @@ class HubFolder:
     def send(self, files: Mapping[str, Path | bytes], gone: Sequence[str], message: str) -> None:
         """Add `files` and delete `gone` in one commit, so that a reader sees all of it or nothing.
 
-        A commit whose answer was lost is sent again; the Hub then no longer lists the files that it deleted.
+        If the response to a commit is lost, the commit is sent again, without deleting files that the Hub no longer
+        lists.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

@@ -1,4 +1,4 @@
-"""Verify files from the Hub against the hashes that it announces; each file is read once."""
+"""Verify downloaded files against the hashes that the Hub lists; each file is read once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def require_announced(
     *,
     weights: bool = True,
 ) -> None:
-    """Compare every file of a snapshot with its announced hash.
+    """Compare the hash of every file of a snapshot with the one that the Hub lists.
 
-    Without `weights` no safetensors file is read.
+    If `weights` is False, safetensors files are skipped.
 
     `snapshot` is `…/models--OWNER--NAME/snapshots/COMMIT`. `listed` is the Hub's listing of that commit, if known;
     without it the blobs' names are used, which are the ETags received with the files. Compared files (size and mtime)

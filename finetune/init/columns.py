@@ -74,7 +74,7 @@ def table(columns: Sequence[Column]) -> str:
 
 
 def suggest(columns: Sequence[Column]) -> tuple[str, str]:
-    """Return the likeliest question and answer column, each "" where nothing suggests itself."""
+    """Return the likeliest question and answer column, each "" if nothing suggests itself."""
     texts = [c for c in columns if not c.numeric and c.characters >= 8]
     by_length = sorted(texts, key=lambda c: -c.characters)
     question = _by_name(texts, QUESTION_WORDS, ANSWER_WORDS)

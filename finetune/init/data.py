@@ -26,7 +26,7 @@ from finetune.recipe.filters import parse_condition
 from finetune.utils.files import canonical_json
 
 Ask = Callable[[str, str], str]
-"""Asks a person: the question and the answer that an empty line stands for."""
+"""Asks a person. Arguments: the question, and the answer if the person enters an empty line."""
 
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.zst)?$")
 TEXT = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?$")

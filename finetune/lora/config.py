@@ -113,7 +113,7 @@ def check_tokens(lora: Lora, model: PreTrainedModel) -> None:
         )
     if getattr(head, "bias", None) is not None and not saved[1]:
         raise InputError(
-            "tokens.add: the base's head has a bias, which peft leaves out where it trains single rows; name "
+            "tokens.add: the base's head has a bias, which peft leaves out if it trains single rows; name "
             f"{names[id(head)].rpartition('.')[2]} in lora.modules_to_save"
         )
 

@@ -120,7 +120,7 @@ def problems(lora: Lora, adapter: Adapter, base: Base, *, importing: bool = Fals
     kind = adapter.config.get("peft_type")
     if kind != "LORA":
         return [(("lora", "start_from"), f"{adapter.where} is an adapter of type {kind}; only LORA is supported")]
-    with reading(f"lora.start_from: {adapter.where}: its {CONFIG} is none that peft writes"):
+    with reading(f"lora.start_from: {adapter.where}: its {CONFIG} is not one that peft writes"):
         known = None if base.modules is None else base.modules.every if importing else (*base.modules.linear, "lm_head")
         differences = [*_another_base(lora, adapter, base, known), *([] if base.tokens else _vocabulary(adapter, base))]
         if not importing:

@@ -202,7 +202,10 @@ def _group(tensors: Mapping[str, TensorRef], skeleton: Skeleton) -> Parts:
         if not suffix and (name in skeleton.parameters or name in skeleton.tied):
             part = name.rpartition(".")[2]
         if not key.startswith(PREFIX) or not part or module not in skeleton.kinds:
-            raise InputError(f"{ref.file}: the base has no module for the adapter tensor {key}")
+            raise InputError(
+                f"{ref.file}: the base has no module for the adapter tensor {key}; was the adapter made for "
+                "another base?"
+            )
         if part in parts.setdefault(module, {}):
             raise InputError(f"{ref.file}: {key} defines a part of {module} a second time")
         parts[module][part] = ref

@@ -31,7 +31,7 @@ class Modules:
 
 
 def read_modules(base: Path, trust_remote_code: bool) -> Modules:
-    """Of the base in a folder with config.json; transformers builds it, empty, where its layout is not known."""
+    """Of the base in a folder with config.json; transformers builds it, empty, if its layout is not known."""
     if (known := known_modules(read_json(base / "config.json"))) is not None:
         return known
     from finetune.models.layerwise import empty_model
@@ -70,7 +70,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")  #
 
 
 def known_modules(config: Mapping[str, Any]) -> Modules | None:
-    """From the words of a config.json; None where transformers has to be asked, whose import takes seconds."""
+    """From the words of a config.json; None if transformers has to be asked, whose import takes seconds."""
     layout = known_layout(config)
     if layout is None:
         return None
@@ -209,7 +209,7 @@ KNOWN = {  # by model_type; the class is named after it
 
 
 def known_layout(config: Mapping[str, Any]) -> Layout | None:
-    """The layout that a config.json describes; None where transformers has to be asked."""
+    """The layout that a config.json describes; None if transformers has to be asked."""
     kind = config.get("model_type")
     causal = config.get("architectures") == [f"{str(kind).capitalize()}ForCausalLM"]
     complete = isinstance(config.get("num_hidden_layers"), int) and isinstance(config.get("tie_word_embeddings"), bool)

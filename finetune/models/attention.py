@@ -47,7 +47,7 @@ def choose(
 ) -> str:
     """The attention to train with, in transformers' words, and a line with the reason.
 
-    `base` is a folder with config.json. Variable-length attention is taken where rows are packed, on a GPU and in a
+    `base` is a folder with config.json. Variable-length attention is taken if rows are packed, on a GPU and in a
     precision that have it, after a trial on that GPU with the base's heads and with a tiny copy of the base; elsewhere
     that of `ordinary`.
     """
@@ -264,7 +264,7 @@ def _one_document(
 
 
 def prepared(name: str | None, base: Path, *, trust_remote_code: bool = False) -> str:
-    """The `attn_implementation` to load `base` with; torch's kernel is registered with transformers where it is it."""
+    """The `attn_implementation` to load `base` with; if that is torch's kernel, it is registered first."""
     if name is None:
         return ordinary(base, trust_remote_code=trust_remote_code)
     if name == VARLEN:

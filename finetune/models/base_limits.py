@@ -47,7 +47,7 @@ print("fine")
 
 
 def check_config(path: Path) -> None:
-    """Raise InputError where a config.json is no object, or asks for more layers than memory or time would hold."""
+    """Raise InputError if a config.json is not an object, or has more than MOST_LAYERS layers."""
     with reading(f"{path} is not a configuration"):
         config: Any = read_json(path)
     if not isinstance(config, dict):
@@ -61,7 +61,7 @@ def check_config(path: Path) -> None:
 def check_tokenizer(path: Path) -> None:
     """Look a tokenizer.json through and try it out in a process of its own, before it is used here.
 
-    Raises InputError where it is larger, or lets a text grow more, than any tokenizer does, or where its patterns do
+    Raises InputError if it is larger, or lets a text grow more, than any tokenizer does, or if its patterns do
     not end on short texts; FinetuneError if another process ended that one. Takes 0.2 s.
     """
     if not path.is_file():

@@ -36,7 +36,7 @@ def machine_notes() -> list[str]:
 
 
 def pick_device(ctx_device: str) -> str:
-    """`cpu` or `cuda` for the context's device (`auto` takes the GPU where there is one). Raises InputError."""
+    """`cpu` or `cuda` for the context's device (`auto` takes the GPU if there is one). Raises InputError."""
     import torch
 
     if ctx_device == "auto":

@@ -1,7 +1,7 @@
 """A causal model that holds one decoder layer at a time: the rows go through layer by layer, weights come and go.
 
 A certificate of a 7B merge so needs the activations of the held-out rows and two layers, not 14.5 GB. The model is the
-architecture's own class on the meta device; only where its weights come from is ours. The body's own forward runs, in a
+architecture's own class on the meta device; only the source of its weights is ours. The body's own forward runs, in a
 thread for each batch (models/paused.py) that waits at every layer until the layer's weights are in place and it has
 run.
 """
@@ -270,7 +270,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (N, vocabulary) of final hidden states (N, d), soft-capped or scaled as the architecture does it.
 
     The model's own forward runs on a body whose forward returns `hidden`, because what follows the head (Gemma's soft
-    cap, Cohere's scale) stands in that forward and nowhere else.
+    cap, Cohere's scale) is only in that forward.
     """
     import torch
 

@@ -94,15 +94,15 @@ def set_pad_token(folder: Path, pad_token: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`; empty where one is missing or there are none.
+    """The safetensors files that make up the model in `folder`; empty if one is missing or there are none.
 
-    Raises InputError where the index names a file outside the folder: it comes with a download, and is data.
+    Raises InputError if the index names a file outside the folder: it comes with a download, and is data.
     """
     if (folder / INDEX).exists():
-        with reading(f"{folder / INDEX} is no index of weights"):
+        with reading(f"{folder / INDEX} is not an index of weights"):
             names = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
         if outside := sorted(n for n in names if not n.endswith(".safetensors") or Path(n).name != n):
-            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is no safetensors file of this folder")
+            raise InputError(f"{folder / INDEX}: names {outside[0]!r}, which is not a safetensors file in this folder")
         shards = sorted(folder / name for name in names)
         return shards if all(s.exists() for s in shards) else []
     whole = folder / "model.safetensors"
@@ -119,10 +119,11 @@ def refuse_without_safetensors(where: str, names: Sequence[str]) -> None:
 
 
 def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:
-    """The folder that holds config.json and the safetensors of the revision pinned in `base`.
+    """Return the folder with config.json and the safetensors files of the revision pinned in `base`.
 
-    For a Hub model that is a snapshot in `scratch/hub`, downloaded again if it is gone; for a builtin, `base` itself.
-    Raises InputError where a local folder is not the one that was pinned, FinetuneError where a download fails.
+    For a Hub model that is a snapshot in `scratch/hub`, downloaded again if it is missing; for a builtin, `base`
+    itself. Raises InputError if a weight file of a local model folder is missing or has changed since stage base ran,
+    FinetuneError if a download fails.
     """
     pinned = read_json(base / "base.json")
     if model.kind == "builtin":
@@ -141,7 +142,7 @@ def ensure_base(model: recipe.Model, base: Path, ctx: Context) -> Path:
 def hub_snapshot(model: recipe.Model, revision: str, ctx: Context, *, weights: bool) -> Path:
     """The local folder of a Hub model at the commit `revision`, with its weights or with the small files only.
 
-    Raises InputError where the Hub has no such model, or none in safetensors, FinetuneError where it cannot be reached.
+    Raises InputError if the Hub has no such model, or none in safetensors, FinetuneError if it cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -191,7 +192,7 @@ def load_base(
     `compute_dtype`. `lm_head` is never quantised. The CPU takes the same path as a GPU. `attention` is a name of
     models/attention; None takes what every device has.
 
-    Raises FinetuneError where the files and the architecture do not agree on every weight.
+    Raises FinetuneError if the files and the architecture do not agree on every weight.
     """
     import transformers
 
@@ -262,8 +263,9 @@ def _stored_config(folder: Path, model: recipe.Model, tokens: new_tokens.NewToke
 def _copy_of(
     model: recipe.Model, base: Path, ctx: Context, quantization: recipe.Quantization | None, compute_dtype: Precision
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Where a 4-bit copy of this base is kept, and what it is one of; None where none is. Code from a repository would
-    not travel with it.
+    """Return the folder of the 4-bit copy of this base and the identity of that copy; None if no copy is made.
+
+    A model with its own code gets none: the copy would not contain that code.
     """
     parameters = int(read_json(base / "base.json").get("parameters", 0))
     if quantization is None or model.trust_remote_code:
@@ -318,7 +320,7 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool
     """`model` with the trained adapter in `adapter_dir`, frozen, in eval mode, computing as it was trained; `trainable`
     to go on training it, under the trainer's own autocast.
 
-    Raises FinetuneError where a key of the adapter is missing or has no place: peft only warns, and a module without
+    Raises FinetuneError if a key of the adapter is missing or has no place: peft only warns, and a module without
     its adapter answers like the base.
     """
     from peft import PeftModel, get_peft_model_state_dict

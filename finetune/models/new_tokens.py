@@ -70,7 +70,7 @@ def read_new_tokens(base: Path) -> NewTokens | None:
 
 
 def meant(base: Path) -> frozenset[str]:
-    """Special tokens that the recipe has added: unlike the base's own they are tokens where a row holds their text."""
+    """Special tokens that the recipe has added: unlike the base's own they are tokens if a row holds their text."""
     tokens = read_new_tokens(base)
     return frozenset(tokens.texts if tokens is not None and tokens.special else ())
 
@@ -163,7 +163,7 @@ def _prove(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, toke
 
 
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json whose language model has an embedding of so many rows."""
+    """A config.json whose language model has an embedding of `rows` rows."""
     if isinstance(inner := config.get("text_config"), Mapping):
         outer = {"vocab_size": rows} if "vocab_size" in config else {}
         return {**config, **outer, "text_config": with_rows(inner, rows)}

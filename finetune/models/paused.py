@@ -52,7 +52,10 @@ def _relayed(layer: nn.Module, forward: Callable[..., object], *given: object, *
 
 
 class Passage:
-    """One call of a model's body. `proceed(n)` takes it to the call of layer n, or to its end."""
+    """One forward call of a model without its head, which stops before each decoder layer.
+
+    `proceed(n)` runs it until layer n is about to run, or to the end if n is the number of layers.
+    """
 
     def __init__(self, layers: Sequence[nn.Module], body: Callable[[], torch.Tensor]) -> None:
         """Prepare to call `body`, which calls each of `layers` (in a `Relay`) once, in order; nothing runs yet."""
@@ -67,10 +70,10 @@ class Passage:
         self._thread = threading.Thread(target=self._run, name="forward", daemon=True)
 
     def proceed(self, layer: int) -> None:
-        """Run the layer that was called, if one was, and go on until layer number `layer` is called; behind the last
-        one, until the body has ended.
+        """Run the layer that is waiting, if there is one, then continue until layer number `layer` is called.
 
-        Raises what the model raised, and FinetuneError if it does not call the layers once, in order.
+        If `layer` is the number of layers: continue until the forward has returned. Raises what the model raised, and
+        FinetuneError if it does not call each layer once, in order.
         """
         if self._call is not None:
             call, self._call = self._call, None
@@ -91,7 +94,7 @@ class Passage:
     def result(self) -> torch.Tensor:
         """Return value of the body."""
         if self._answer is None:
-            raise FinetuneError("the forward has not come to its end")
+            raise FinetuneError("the forward has not returned yet")
         return self._answer
 
     def abandon(self) -> None:
@@ -103,10 +106,13 @@ class Passage:
             self._thread.join()
 
     def ask(self, layer: nn.Module, call: Callable[[], object]) -> object:
-        """In the body's thread: have `call` run by the thread that drives this passage, and return what it returns."""
+        """Called in the forward's thread: wait until the caller of `proceed` has run `call`, and return its result."""
         expected = self._layers[self._reached] if self._reached < len(self._layers) else None
         if layer is not expected:
-            raise FinetuneError("the model does not call its layers once, in order")
+            raise FinetuneError(
+                "the model does not call each of its layers once, in order; set certify: null, or merge: null "
+                "to keep the adapter"
+            )
         self._call = call
         self._back.release()
         self._turn.acquire()

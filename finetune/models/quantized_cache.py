@@ -32,7 +32,7 @@ _PACKAGES = ("bitsandbytes", "torch", "transformers")
 
 
 def wanted(choice: str, parameters: int) -> bool:
-    """Whether a base of so many parameters gets a copy."""
+    """Return whether a base with this number of parameters gets a copy."""
     return choice == "always" or (choice == "auto" and 2 * parameters >= LARGE_BYTES)
 
 
@@ -84,8 +84,9 @@ def _fault(folder: Path, about: dict[str, Any]) -> str | None:
 
 
 def write(model: PreTrainedModel, folder: Path, about: dict[str, Any], needed: int, ctx: Context) -> None:
-    """Leave a copy of the quantised `model` (about `needed` bytes) in `folder`. A disk without room for it is no error:
-    the copy only saves time.
+    """Write a copy of the quantised `model` (about `needed` bytes) to `folder`.
+
+    A disk without room for it is not an error: the copy only saves time.
     """
     from safetensors import SafetensorError
 
@@ -136,7 +137,7 @@ def _copied(folder: Path) -> object:
 
 
 def unneeded(scratch: Path, bases: Sequence[Path]) -> list[Path]:
-    """The copies that are of none of the bases pinned in the folders `bases`, and what was never finished."""
+    """Return the copies of other bases than those pinned in the folders `bases`, and unfinished copies."""
     kept = [identity(base) for base in bases]
     folders = []
     links.require_inside(scratch / FOLDER, scratch)

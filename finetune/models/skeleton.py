@@ -49,7 +49,7 @@ def read_skeleton(
 
 
 def _known(config: Mapping[str, Any]) -> Skeleton | None:
-    """From the configuration's own words, where its layout is one of those known here."""
+    """From the configuration's own words, if its layout is one of those known here."""
     layout = known_layout(config)
     if layout is None:
         return None

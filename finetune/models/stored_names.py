@@ -115,10 +115,10 @@ def _conversion(
 
 
 def split_unused(model: nn.Module, unused: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tensors without a place in `model`: (of parts beside it, of its own parts).
+    """Split the checkpoint tensors that `model` does not load: (tensors of other modules, tensors of its own modules).
 
-    The first are a draft head's (`mtp.*`) and such, which are carried through a merge as they are. The second the
-    model should have used: a bias of a module without one, a part of a decoder layer, a layer too many.
+    The first belong to modules that `model` does not have, such as a draft head (`mtp.*`); a merge copies them
+    unchanged. The second are errors: a bias of a module without one, a part of a decoder layer, a layer too many.
     """
     from torch import nn
 

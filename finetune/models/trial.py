@@ -188,7 +188,7 @@ def refuse_no_memory(error: BaseException) -> None:
 
 
 def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits (T, vocabulary) fp32 of the same tokens, laid out as `rows` of documents of so many tokens.
+    """Logits (T, vocabulary) fp32 of the same tokens, in `rows`, each a list of the lengths of its documents.
 
     A row of several documents is given what TRL's padding-free collator gives a model.
     """

@@ -41,7 +41,9 @@ DURABLE_SLACK = 500_000_000  # bytes: rows, packed data, reports
 def check(
     recipe: Recipe, steps: Sequence[Step], world: int = 1, *, force: bool = False, scratch: Path | None = None
 ) -> list[str]:
-    """Refuse a run that cannot succeed; return notes on skipped checks and those overruled by `force`.
+    """Refuse a run that cannot succeed.
+
+    Returns notes on checks that were skipped, and on those that failed but were ignored because of `force`.
 
     `steps` is the plan up to the requested stage; `scratch` holds the Hub's files (None: no network access).
     Raises InputError (no access, no tracker), GateRefused (no GPU for this size, or one that is too small).
@@ -208,7 +210,7 @@ def _check_training(
         raise InputError(batch.OFFLOAD_ON_CPU)
     if shapes is not None and (small := _too_small(recipe, shapes, world, base)):
         if not force:
-            raise GateRefused(f"{small}. --force continues nevertheless")
+            raise GateRefused(f"{small}. --force continues anyway")
         notes.append(f"{small}; continuing because of --force")
     if recipe.tracking.wandb:
         mode, why = tracking.wandb_mode(os.environ, tracking.has_wandb_key())

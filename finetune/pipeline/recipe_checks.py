@@ -225,7 +225,7 @@ def _tokenizer_problems(
 def _gguf_problem(folder: Path) -> str | None:
     """Why the tokenizer in `folder` cannot be written as GGUF; None if it can, or if there is no tokenizer.json.
 
-    transformers, which replaces parts of some tokenizers, is asked only where the file itself cannot be written.
+    transformers, which replaces parts of some tokenizers, is asked only if the file itself cannot be written.
     """
     from finetune.gguf.vocabulary import read_vocabulary
     from finetune.models.base_limits import check_tokenizer

@@ -34,11 +34,13 @@ def finished(
     needs: Callable[[dict[str, Any]], Collection[str]] = lambda value: (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Read `RECIPE@RUN`; of `RECIPE` alone the newest finished run in which the stages of `needs` are done.
+    """Read the record of the run `name`: `RECIPE@RUN`, or `RECIPE` for a run that is chosen as follows.
 
-    A run is finished if no stage in its record failed, was refused or was left half built. Without such a run the
-    newest in which the needed stages are done is taken, and without that the newest. `say` gets one line if a newer run
-    is passed over. Raises InputError if there is no run, or none whose record can be read.
+    The first that exists: the newest finished run in which the stages that `needs` returns are done; the newest run in
+    which they are done; the newest run. A run is finished if no stage in its record failed, was refused or is
+    incomplete. `say` gets one line if a newer run is skipped.
+
+    Raises InputError if there is no run, or if no record can be read.
     """
     recipe, run = split_name(name)
     if run is not None:

@@ -133,7 +133,7 @@ class Run:
 
 
 def latest_run(parent: Path) -> Path | None:
-    """The folder that `latest` names, or None. Raises FinetuneError where the disk fails."""
+    """The folder that `latest` names, or None. Raises FinetuneError if the disk fails."""
     try:
         name = links.read_regular(parent / "latest").decode(errors="replace").strip()
     except OSError as error:

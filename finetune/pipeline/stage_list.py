@@ -49,9 +49,9 @@ class Stage:
     fingerprint: Callable[[Spec], Mapping[str, object]]
     run: Callable[[Spec, Mapping[str, Path], Path, Context], Mapping[str, Any]]
     headline: Callable[[Any], Headline]  # of the metrics that `run` returned
-    collective: bool = False  # all ranks run it, and a build that died is gone on with, not begun again
+    collective: bool = False  # all ranks run it, and a build that died is continued, not begun again
     large: bool = False  # is in scratch: many gigabytes that can be made again
-    logs: tuple[str, ...] = ()  # files that tell of one run (times, speeds) and do not count as output
+    logs: tuple[str, ...] = ()  # files about one run (times, speeds) that do not count as output
     rows: Literal["", "training", "any"] = ""  # the rows without which it is off; any: held-out ones are enough
     also: Callable[[Spec], tuple[str, ...]] = lambda spec: ()  # further needs of a stage with this spec
     working: str = ""  # a folder needed only while building (checkpoints, partitions): removed after the manifest

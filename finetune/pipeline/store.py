@@ -92,7 +92,7 @@ class Store:
     def find(self, folder: Path) -> Manifest | None:
         """Return the manifest of a complete folder whose files all exist with their size, else None.
 
-        What is reached only through a link out of the store is not there. Raises FinetuneError where the disk does not
+        What is reached only through a link out of the store is not there. Raises FinetuneError if the disk does not
         let it be looked at: a folder that is complete would be built again, and cleared first.
         """
         root = self.root(folder)

@@ -104,7 +104,10 @@ def read_grid(options: Sequence[str]) -> dict[str, list[str]]:
 def plan_sweep(
     name: str, options: Sequence[str], metric: str, sets: Sequence[str], artifacts: Path, *, highest: bool
 ) -> Sweep:
-    """Validate the recipe at every point. Raises InputError with the errors of all points."""
+    """Return the sweep: one validated recipe for each combination of the `--grid` values.
+
+    Raises InputError with the errors of all combinations.
+    """
     grid = read_grid(options)
     loaded = load_recipe(name, sets, artifacts)
     stage, dot, figure = metric.partition(".")

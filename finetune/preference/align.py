@@ -39,8 +39,8 @@ def align(
     """Train the adapter in `adapter` on the rendered pairs in the Parquet file `pairs`; the reference is that adapter.
 
     `job.train.batch_rows` counts pairs (for kto answers). The result's model holds the adapters `default` (trained) and
-    `ref` (the start). Raises GateRefused if the reference is not the start or the first batch is not ours, else as
-    `finetune.train.trainer.train`.
+    `ref` (the start). Raises GateRefused if the reference is not the start adapter or the first batch has other tokens
+    or labels than the pairs, and what `finetune.train.trainer.train` raises.
     """
     import datasets
 
@@ -80,7 +80,7 @@ def align(
 
 
 def _put_back_forward(base: PreTrainedModel, forward: object) -> None:
-    """Undo TRL's fused head of an earlier attempt, which would be wrapped once more."""
+    """Restore the base's forward, so that TRL's fused head of an earlier attempt is not wrapped again."""
     if forward is None:
         vars(base).pop("forward", None)
     else:
@@ -146,7 +146,7 @@ def prove(
     start: Mapping[str, torch.Tensor],
     precision: str,
 ) -> None:
-    """Everything that is proved before step 1, on the first pairs. Raises GateRefused.
+    """Run the checks that precede step 1, on the first pairs. Raises GateRefused.
 
     Policy and reference are bitwise the start adapter; the collated tokens and labels are the rendered pairs'; both
     adapters give them bitwise equal log-probabilities, so that every margin is exactly 0; TRL's loss is what equal

@@ -41,7 +41,7 @@ WORDS = Names(
 
 @dataclass(frozen=True)
 class Alike:
-    """When two texts repeat each other: the recipe's dedup section; `group_threshold` is for prompts."""
+    """Settings for when two texts count as repeats: the recipe's dedup section; `group_threshold` is for prompts."""
 
     exact: bool = True
     minhash: JaccardSection | None = None
@@ -102,10 +102,11 @@ def apply_rules(curation: Curation, judge: Callable[[Example], Verdict]) -> None
 
 
 def drop_contradictions(curation: Curation) -> int:
-    """Leave out all pairs of which another on the same side of the split says the opposite; returns how many.
+    """Leave out pairs that contradict another pair on the same side of the split; return the number of them.
 
-    The opposite, for the same prompt: B over A of A over B; for KTO the other label of the same answer. Texts are
-    compared as exact duplicates are: NFKC, case folded, white space collapsed.
+    Two pairs with the same prompt contradict each other if one prefers A over B and the other B over A; for KTO, if
+    the same answer has different labels. Texts are compared as for exact duplicates: NFKC, case folded, white
+    space collapsed.
     """
     before = len(curation.left_out)
     for numbers in (curation.trainable, curation.held):
@@ -145,7 +146,10 @@ class Parts:
 def embed_parts(
     pairs: Sequence[Pair], held_rows: Sequence[str], alike: Alike, ctx: Context, made_by: Mapping[str, object] | None
 ) -> Parts | None:
-    """Vectors of all parts, made together since LSA learns from the texts it is given; None without an embedding."""
+    """Return the vectors of all parts, or None without an embedding.
+
+    They are computed in one call, because LSA learns from its texts.
+    """
     if alike.embedding is None or not pairs:
         return None
     from finetune.dedup.embed import embed
@@ -179,11 +183,11 @@ def drop_repeats(curation: Curation, alike: Alike, parts: Parts | None, ctx: Con
         measures.append(Cosine(vectors, alike.threshold, exact_search(ctx.device, len(pairs))))
     for label in {pair.label for pair in pairs}:
         chosen = [i for i in order if pairs[i].label == label]
-        for found in select(chosen, keys if alike.exact else None, measures, check=ctx.stop.check):
+        for repeat in select(chosen, keys if alike.exact else None, measures, check=ctx.stop.check):
             what = "the prompt of " if not whole else ""
-            how = "the same text" if found.method == "exact" else f"{found.method}, {found.score:.3f}"
-            detail = f"repeats {what}{pairs[found.kept].id} ({how})"
-            curation.drop(found.dropped, "duplicate" if whole else "prompt_repeated", detail, found.score)
+            how = "the same text" if repeat.method == "exact" else f"{repeat.method}, {repeat.score:.3f}"
+            detail = f"repeats {what}{pairs[repeat.kept].id} ({how})"
+            curation.drop(repeat.dropped, "duplicate" if whole else "prompt_repeated", detail, repeat.score)
 
 
 @dataclass(frozen=True)
@@ -201,16 +205,16 @@ def held_prompts(rows: Iterable[Example]) -> HeldRows:
     answers: dict[bytes, str] = {}
     for row in rows:
         asked: list[str] = []
-        found: list[str] = []
+        row_prompts: list[str] = []
         for message in row.messages:
             if message.role == "assistant":
-                found.append("\n".join(asked))
+                row_prompts.append("\n".join(asked))
                 _note_answer(answers, row.id, (message,))
             elif message.role == "user":
                 asked.append(message.content)
         if row.text is not None:
-            found.append(row.text)
-        unique = list(dict.fromkeys(found))
+            row_prompts.append(row.text)
+        unique = list(dict.fromkeys(row_prompts))
         unique = unique if len(unique) <= MOST_PROMPTS else [*unique[: MOST_PROMPTS - 1], unique[-1]]
         prompts += unique
         ids += [row.id] * len(unique)
@@ -233,7 +237,7 @@ def drop_held_out(
     """Leave out pairs to train on whose prompt (nearly) is that of a held-out row or pair, or whose wanted answer is a
     held-out row's.
 
-    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.jaccard or 0.8) and by vectors where
+    Prompts are compared by exact text, by their words (Jaccard of 5-grams, dedup.jaccard or 0.8) and by vectors if
     there are some.
     """
     ids, prompts, answers = held.ids, held.prompts, held.answers
@@ -243,8 +247,8 @@ def drop_held_out(
     others = np.array([*curation.held, *range(count, count + len(ids))], np.int64)
     for number in ours.tolist():
         pair = curation.pairs[number]
-        if pair.label is not False and (found := answers.get(text_key(said(pair.answers[0])))) is not None:
-            curation.drop(number, "held_out", f"its answer is that of {found}, which is held out for evaluation")
+        if pair.label is not False and (held_id := answers.get(text_key(said(pair.answers[0])))) is not None:
+            curation.drop(number, "held_out", f"its answer is that of {held_id}, which is held out for evaluation")
     if not len(others) or not len(ours):
         return
     minhash = alike.minhash or PROMPT_JACCARD
@@ -252,10 +256,10 @@ def drop_held_out(
     if parts is not None:
         vectors = np.concatenate([parts.prompts, parts.held_rows])
         measures.append(Cosine(vectors, alike.group_threshold, exact_search(ctx.device, len(texts))))
-    for pair_found in repeats_of(ours, others, [text_key(t) for t in texts], measures):
-        how = "the same text" if pair_found.method == "exact" else f"{pair_found.method}, {pair_found.score:.3f}"
-        detail = f"its prompt is that of {names[pair_found.kept]}, which is held out for evaluation ({how})"
-        curation.drop(pair_found.dropped, "held_out", detail, pair_found.score)
+    for repeat in repeats_of(ours, others, [text_key(t) for t in texts], measures):
+        how = "the same text" if repeat.method == "exact" else f"{repeat.method}, {repeat.score:.3f}"
+        detail = f"its prompt is that of {names[repeat.kept]}, which is held out for evaluation ({how})"
+        curation.drop(repeat.dropped, "held_out", detail, repeat.score)
 
 
 def drop_contaminated(curation: Curation, against: Against, ctx: Context) -> None:

@@ -1,4 +1,4 @@
-"""The callback of preference training: train/'s, which also holds the reference to what training started from."""
+"""Trainer callback of preference training: `Follower`, with checks that the reference is the start adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARGIN_TOLERANCE = {"cpu": 0.0, "cuda": 0.01}  # of step 1, in β-scaled nats: a
 
 
 class AlignFollower(Follower):
-    """`Follower` with the proofs that need the training itself: after a resume, and on the whole first step."""
+    """`Follower` with the checks that need the running training: after a resume, and on the whole first step."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class AlignFollower(Follower):
         model: torch.nn.Module | None = None,
         **more: object,
     ) -> None:
-        """The checkpoint has been read: the reference must still be the start adapter."""
+        """Check, after the checkpoint is loaded, that the reference is still the start adapter."""
         if model is not None:
             reference.require_start(_inner(model), self.start, resumed=self.resumed_from > 0)
         super().on_train_begin(args, state, control, model=model, **more)
@@ -58,7 +58,7 @@ class AlignFollower(Follower):
         logs: dict[str, Any] | None = None,
         **more: object,
     ) -> None:
-        """The losses of step 1 were taken before its update: all of its pairs must have a margin of 0."""
+        """Check that every margin of step 1 is 0: its loss is computed before the first update."""
         if logs and "loss" in logs and state.global_step == 1:
             self._first_step(logs, args.device.type)
         super().on_log(args, state, control, logs=logs, **more)
@@ -68,14 +68,14 @@ class AlignFollower(Follower):
         for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
             if abs(float(logs.get(name, 0.0))) > tolerance:
                 raise GateRefused(
-                    f"align: {name} of the first step is {logs[name]:.3g}, and 0 where policy and reference are "
-                    "equal: the reference is not what training starts from"
+                    f"align: {name} of the first step is {logs[name]:.3g}; it must be 0, since policy and reference "
+                    "are equal: the reference differs from the start adapter"
                 )
         if device == "cpu":
             reference.require_loss(float(logs["loss"]), expected_loss(self.objective, None), "of the first step")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object) -> None:
-        """The reference is no part of a checkpoint: it is the start adapter, which is read again."""
+        """Remove the reference from the checkpoint: a resumed run loads it from the start adapter."""
         if self.ctx.rank == 0:
             shutil.rmtree(self.checkpoints / f"checkpoint-{state.global_step}" / "ref", ignore_errors=True)
         super().on_save(args, state, control, **more)

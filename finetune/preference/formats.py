@@ -80,7 +80,7 @@ def decide_pairs(
             continue
         if name == "kto" and method == "dpo":
             raise FormatError("its rows are single answers with a label, and dpo needs pairs; set method: kto")
-        why = "the recipe says so" if asked != "auto" else f"it has {listed(resolved[n] for n in REQUIRED[name])}"
+        why = "the recipe sets it" if asked != "auto" else f"it has {listed(resolved[n] for n in REQUIRED[name])}"
         unused = tuple(c for c in everything if c not in resolved.values())
         return Layout(name, resolved, why, unused, frozenset(ignored), frozenset(columns))
     wanted = " or ".join(f"{' and '.join(REQUIRED[n])} ({n})" for n in formats)
@@ -103,13 +103,16 @@ def _resolve(name: str, columns: Mapping[str, str], present: Sequence[str]) -> d
     for canonical in COLUMNS[name]:
         taken = {*resolved.values(), *(v for k, v in columns.items() if k != canonical)}
         options = [columns[canonical]] if canonical in columns else [canonical, *ALIASES.get(canonical, ())]
-        if found := [o for o in options if o in present and o not in taken]:
-            resolved[canonical] = found[0]
+        if matches := [o for o in options if o in present and o not in taken]:
+            resolved[canonical] = matches[0]
     return resolved
 
 
 def to_pairs(row: RawRow, layout: Layout, row_id: str, source: str, method: str) -> list[Pair]:
-    """The row as a Pair; for kto a pair gives two. Raises RowError, with a reason of CURATED if only the data lack."""
+    """Return the row as a Pair; for kto a pair gives two.
+
+    Raises RowError; the reason is in CURATED if the row has the right format but no usable preference.
+    """
     get = {ours: (theirs, row.get(theirs, ABSENT)) for ours, theirs in layout.columns.items()}
     if layout.format == "kto":
         prompt, answers, label = _judged(get, layout.notes)
@@ -131,13 +134,13 @@ def _compared(get: Cells, notes: Counter[str]) -> tuple[Messages, Messages, Mess
     before = _prompt(get, notes)
     sides = []
     for name in ("chosen", "rejected"):
-        found = _side(*get[name], before is not None, notes)
-        sides.append(_joined(before, _with_system(found, get, notes), get[name][0]))
+        turns = _side(*get[name], before is not None, notes)
+        sides.append(_joined(before, _with_system(turns, get, notes), get[name][0]))
     prompt, chosen, rejected = split_prompt(sides[0], sides[1], (get["chosen"][0], get["rejected"][0]))
     if before is not None and not _same_prompt(before, prompt, sides):
         where = get["prompt"][0]
-        shown = kind(get["prompt"][1])
-        raise RowError("prompts_differ", where, shown, f"the prompt that {listed(('chosen', 'rejected'))} begin with")
+        actual = kind(get["prompt"][1])
+        raise RowError("prompts_differ", where, actual, f"the prompt that {listed(('chosen', 'rejected'))} begin with")
     scores = [_score(*get[name]) if name in get else None for name in ("score_chosen", "score_rejected")]
     if None not in scores:
         _check_scores(get["score_chosen"][0], *scores)
@@ -173,11 +176,11 @@ def _prompt(get: Cells, notes: Counter[str]) -> Messages | None:
     if "prompt" not in get or is_blank(get["prompt"][1]):
         return None
     where, value = get["prompt"]
-    found = _side(where, value, True, notes, role="user")
+    turns = _side(where, value, True, notes, role="user")
     given = optional_text(*get["input"]) if "input" in get else ""
-    if given.strip() and found[-1].role == "user":  # as in Alpaca
-        found = (*found[:-1], Message("user", f"{found[-1].content}\n\n{given}"))
-    return _with_system(found, get, notes)
+    if given.strip() and turns[-1].role == "user":  # as in Alpaca
+        turns = (*turns[:-1], Message("user", f"{turns[-1].content}\n\n{given}"))
+    return _with_system(turns, get, notes)
 
 
 def _with_system(messages: Messages, get: Cells, notes: Counter[str]) -> Messages:
@@ -229,13 +232,13 @@ def _speakers(where: str, text: str) -> Messages:
     return tuple(messages)
 
 
-def _joined(before: Messages | None, found: Messages, where: str) -> Messages:
-    """The whole conversation: a cell that begins with the assistant's turn stands behind the prompt."""
-    if found[0].role in ("system", "user"):
-        return found
+def _joined(before: Messages | None, turns: Messages, where: str) -> Messages:
+    """The whole conversation: a cell that begins with the assistant's turn is appended to the prompt."""
+    if turns[0].role in ("system", "user"):
+        return turns
     if before is None:
-        raise RowError("no_prompt", where, f"a first turn of {found[0].role}", "a conversation that a user begins")
-    return (*before, *found)
+        raise RowError("no_prompt", where, f"a first turn of {turns[0].role}", "a conversation that a user begins")
+    return (*before, *turns)
 
 
 def split_prompt(
@@ -254,19 +257,19 @@ def split_prompt(
     prompt, sides = chosen[:same], (chosen[same:], rejected[same:])
     for name, side in zip(where, sides, strict=True):
         if not side:
-            raise RowError("missing_side", name, "nothing behind what both sides begin with", "an answer of its own")
+            raise RowError("missing_side", name, "nothing after the common prompt", "an answer of its own")
     if prompt and prompt[-1].role not in ("user", "tool"):
-        found = f"a last turn of {prompt[-1].role} before the answers"
-        raise RowError("no_prompt", where[0], found, "a prompt that ends with a user's or a tool's turn")
+        actual = f"a last turn of {prompt[-1].role} before the answers"
+        raise RowError("no_prompt", where[0], actual, "a prompt that ends with a user's or a tool's turn")
     if any(side[0].role != "assistant" for side in sides) or not prompt:
         a, b = (f"{side[0].role}: {side[0].content[:40]!r}" for side in sides)
-        found = f"turn {same + 1} is {a} in one and {b} in the other"
-        raise RowError("prompts_differ", where[0], found, "the same turns up to the answers")
+        actual = f"turn {same + 1} is {a} in one and {b} in the other"
+        raise RowError("prompts_differ", where[0], actual, "the same turns up to the answers")
     for name, side in zip(where, sides, strict=True):
         _check_answer(name, side)
     if _meaning(sides[0]) == _meaning(sides[1]):
-        found = f"an answer that differs from {where[1]} only in outer white space, Unicode form or the order of keys"
-        raise RowError("no_difference", where[0], found, "two different answers")
+        actual = f"an answer that differs from {where[1]} only in outer white space, Unicode form or the order of keys"
+        raise RowError("no_difference", where[0], actual, "two different answers")
     return prompt, sides[0], sides[1]
 
 
@@ -336,7 +339,7 @@ def _check_scores(where: str, chosen: float | None, rejected: float | None) -> N
 
 
 def _check_unused(row: RawRow, layout: Layout, prompt: Messages, answers: Sequence[Messages]) -> None:
-    """Refuse a row in which a column that means something, and is not read, holds what the pair does not."""
+    """Raise RowError if a column that is not read (and has a known meaning) has text that the pair lacks."""
     used = set(layout.columns.values()) | layout.ignored
     replaced = {n for ours in layout.mapped for n in (ours, *ALIASES.get(ours, ()))}
     ours = ""

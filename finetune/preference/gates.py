@@ -13,27 +13,27 @@ def check(figures: Mapping[str, Any], min_accuracy: float | None, max_perplexity
 
     The accuracy must be above `min_accuracy` by the lower end of its 95 % interval.
     """
-    found = []
+    problems = []
     interval = figures.get("accuracy_interval")
     if min_accuracy is not None and interval is None and figures.get("eval_pairs") == 0:
-        found.append(
+        problems.append(
             "preference.min_accuracy cannot be measured: the held-out answers all have one label; give "
             "preference.eval_data answers of both, or set preference.min_accuracy: null"
         )
     if min_accuracy is not None and interval is not None and not interval[0] > min_accuracy:
-        found.append(
-            f"{figures['accuracy']:.1%} of {figures['eval_pairs']} held-out pairs are told apart (95 % interval "
-            f"{interval[0]:.1%} to {interval[1]:.1%}), where preference.min_accuracy asks for more than "
-            f"{min_accuracy:.0%} by the interval; train longer (preference.epochs), at a higher "
+        problems.append(
+            f"{figures['accuracy']:.1%} of {figures['eval_pairs']} held-out pairs are ranked correctly (95 % interval "
+            f"{interval[0]:.1%} to {interval[1]:.1%}), but preference.min_accuracy requires the interval to be "
+            f"above {min_accuracy:.0%}; train longer (preference.epochs), at a higher "
             "preference.learning_rate, or on more pairs"
         )
     ratio = figures.get("perplexity_ratio")
     if max_perplexity_ratio is not None and ratio is not None and not ratio <= max_perplexity_ratio:
-        found.append(
+        problems.append(
             f"the perplexity of held-out SFT rows is {ratio:.3g} times that before "
             f"({figures['perplexity_start']:.4g} → {figures['perplexity_aligned']:.4g}), "
             f"preference.max_perplexity_ratio allows {max_perplexity_ratio}; raise preference.beta, "
             "or lower preference.learning_rate or preference.epochs"
         )
-    if found:
-        raise GateRefused("\n".join(found))
+    if problems:
+        raise GateRefused("\n".join(problems))

@@ -1,6 +1,6 @@
-"""Measure the effect of preference training on held-out pairs and SFT rows: policy beside its start adapter.
+"""Measure the effect of preference training on held-out pairs and SFT rows: policy against its start adapter.
 
-Policy and reference are one model in memory, whose adapter is switched.
+Policy and reference are one model in memory; the active adapter is switched.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def held_out_sides(path: Path, method: str) -> tuple[dict[str, list[TokenRow]], 
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path).to_pylist()
-    found: dict[str, list[TokenRow]] = {"chosen": [], "rejected": []}
+    by_side: dict[str, list[TokenRow]] = {"chosen": [], "rejected": []}
     for row in rows:
         for side in SIDES[method]:
             name = side if method == "dpo" else ("chosen" if row["label"] else "rejected")
             ids = np.array([*row["prompt_ids"], *row[f"{side}_ids"]])
             mask = np.array([*[0] * len(row["prompt_ids"]), *row[f"{side}_mask"]], dtype=bool)
-            found[name].append(TokenRow(row["pair_id"], ids, mask))
-    return found, [row["source"] for row in rows]
+            by_side[name].append(TokenRow(row["pair_id"], ids, mask))
+    return by_side, [row["source"] for row in rows]
 
 
 def measure_pairs(model: PeftModel, path: Path, method: str, beta: float, seed: int, ctx: Context) -> dict[str, Any]:
@@ -82,21 +82,21 @@ def measure_pairs(model: PeftModel, path: Path, method: str, beta: float, seed: 
             start, _ = _log_probabilities(model, rows, ctx, f"{name} answers (start)")
         scored[name] = Scored(policy, start, counts)
     chosen, rejected = scored["chosen"], scored["rejected"]
-    found: dict[str, Any] = {"eval_pairs": len(sources)}
+    figures: dict[str, Any] = {"eval_pairs": len(sources)}
     if method == "dpo":
-        found |= _paired(chosen.drift - rejected.drift, beta, seed)
+        figures |= _paired(chosen.drift - rejected.drift, beta, seed)
         names = np.array(sources)
         if len(set(sources)) > 1:
             own = {s: (chosen.drift - rejected.drift)[names == s] for s in sorted(set(sources))}
-            found["by_source"] = {s: {"pairs": len(gains), **_paired(gains, beta, seed)} for s, gains in own.items()}
+            figures["by_source"] = {s: {"pairs": len(gains), **_paired(gains, beta, seed)} for s, gains in own.items()}
     else:
-        found |= _unpaired(chosen.drift, rejected.drift, beta, seed)
+        figures |= _unpaired(chosen.drift, rejected.drift, beta, seed)
     for name, side in scored.items():
         drift = paired_interval(side.policy, side.start, side.tokens, seed)
-        found |= {f"drift_{name}": drift.value, f"drift_{name}_interval": [drift.low, drift.high]}
-    found["displacement"] = found["drift_chosen_interval"][1] < 0 and found["drift_rejected_interval"][1] < 0
-    found["mean_kl_from_start"] = _mean_kl(model, [*sides["chosen"], *sides["rejected"]], ctx)
-    return found
+        figures |= {f"drift_{name}": drift.value, f"drift_{name}_interval": [drift.low, drift.high]}
+    figures["displacement"] = figures["drift_chosen_interval"][1] < 0 and figures["drift_rejected_interval"][1] < 0
+    figures["mean_kl_from_start"] = _mean_kl(model, [*sides["chosen"], *sides["rejected"]], ctx)
+    return figures
 
 
 def _log_probabilities(model: PeftModel, rows: Sequence[TokenRow], ctx: Context, label: str) -> tuple[Floats, Floats]:
@@ -190,15 +190,15 @@ def measure_answers(
         before, _ = _log_probabilities(model, rows, ctx, "perplexity (start)")
         answers_before = _answers(model, rows[:ANSWERS], template, pad_id, ctx)
     ratio = perplexity_ratio_interval(-after, -before, counts, seed)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "sft_rows": len(rows), "perplexity_start": perplexity(-before, counts),
         "perplexity_aligned": perplexity(-after, counts), "perplexity_ratio": ratio.value,
         "perplexity_ratio_interval": [ratio.low, ratio.high] if len(rows) > 1 else None, "answers": len(answers),
     }  # fmt: skip
     for ending, given in (("_start", answers_before), ("", answers)):
-        found[f"stop_rate{ending}"] = sum(a.finish == "stop" for a in given) / len(given)
-        found[f"answer_tokens{ending}"] = sum(len(a.ids) for a in given) / len(given)
-    return found
+        figures[f"stop_rate{ending}"] = sum(a.finish == "stop" for a in given) / len(given)
+        figures[f"answer_tokens{ending}"] = sum(len(a.ids) for a in given) / len(given)
+    return figures
 
 
 def _answers(

@@ -1,7 +1,8 @@
 """Pairs made from the documentation of this Python: the right answer against another row's, or against an edit of it.
 
 The same Python gives the same pairs in the same order. `other` pairs show whether the answer fits the prompt, `edit`
-pairs whether the answer is right in itself: a name in it is another's, or two neighbouring words changed places.
+pairs whether the answer is right in itself: a name in it was replaced by that of another entry, or two
+neighbouring words were swapped.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def edited(prompt: str, answer: str, names: Sequence[str]) -> str | None:
     None if it has neither a name nor two neighbouring words that differ.
     """
     number = _number(f"edit {prompt}")
-    found = NAME.search(answer)
+    match = NAME.search(answer)
     others = [names[(number + i) % len(names)] for i in range(min(2, len(names)))]
-    other = next((name for name in others if found is not None and name != found[0]), None)
-    if found is not None and other is not None and number % 2:
-        return answer[: found.start()] + other + answer[found.end() :]
+    other = next((name for name in others if match is not None and name != match[0]), None)
+    if match is not None and other is not None and number % 2:
+        return answer[: match.start()] + other + answer[match.end() :]
     words = list(WORD.finditer(answer))
     places = [i for i in range(len(words) - 1) if words[i][0] != words[i + 1][0]]
     if not places:

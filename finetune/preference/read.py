@@ -30,7 +30,7 @@ KIND = "kind"  # a column of the built-in pairs: it becomes part of the source's
 def read_pairs(
     source: Source, label: str, scratch: Path, ignore: Collection[str], method: str
 ) -> tuple[Layout, Iterator[Pair | Reject]]:
-    """How the source is read, and its rows in order: each a Pair (for kto two of a pair), or a Reject.
+    """Return how the source is read, and its rows in order: each a Pair (for kto two Pairs per pair), or a Reject.
 
     Raises InputError if the source as a whole cannot be read: no file, no format that fits, no rows.
     """
@@ -51,21 +51,21 @@ def _converted(
     rows: Iterator[tuple[str, RawRow]], layout: Layout, label: str, method: str, made_here: bool
 ) -> Iterator[Pair | Reject]:
     for file, raw in rows:
-        found_id = row_id(label, file, raw)
+        pair_id = row_id(label, file, raw)
         if raw.row is None:
-            yield Reject(found_id, label, "unreadable", raw.problem, printable(raw.text))
+            yield Reject(pair_id, label, "unreadable", raw.problem, printable(raw.text))
             continue
         name = f"{label}/{raw.row[KIND]}" if made_here else label
         try:
-            yield from to_pairs(raw.row, layout, found_id, name, method)
+            yield from to_pairs(raw.row, layout, pair_id, name, method)
         except RowError as error:
-            yield Reject(found_id, name, error.reason, printable(str(error)), printable(row_text(raw.row)))
+            yield Reject(pair_id, name, error.reason, printable(str(error)), printable(row_text(raw.row)))
         except RecursionError:
-            yield Reject(found_id, name, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
+            yield Reject(pair_id, name, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
 
 
 class Reading:
-    """Reads sources, and keeps what was refused (no pair) and what was left out (a pair that teaches nothing)."""
+    """Reads sources, and collects refused rows (not a pair) and left-out ones (a pair without a preference)."""
 
     def __init__(self, labels: Iterable[str], method: str, ignore: Collection[str]) -> None:
         """`labels`: the sources' names in row ids, in the order in which they will be read."""
@@ -80,7 +80,7 @@ class Reading:
 
     def read(self, sources: Iterable[Source], ctx: Context) -> list[Pair]:
         """The pairs of some sources in order. Raises InputError if a source cannot be read."""
-        found: list[Pair] = []
+        pairs: list[Pair] = []
         for source in sources:
             label = next(self._labels)
             layout, rows = read_pairs(source, label, ctx.scratch, self._ignore, self._method)
@@ -92,7 +92,7 @@ class Reading:
                 self.rows += 1
                 if not isinstance(row, Reject):
                     counts["rows"] += 1
-                    found.append(row)
+                    pairs.append(row)
                     continue
                 self.rejects.append(row)
                 (self.curated if row.reason in CURATED else self.refused)[row.reason] += 1
@@ -101,15 +101,15 @@ class Reading:
                 self.notes[label] = dict(sorted(layout.notes.items()))
             for note, rows_noted in sorted(layout.notes.items()):
                 ctx.say(f"{label}: {note} ({rows_noted:,})")
-        return found
+        return pairs
 
     def check(self, allowed: float) -> None:
-        """Raise InputError if a larger share of the rows than `allowed` are no pairs."""
+        """Raise InputError if a larger share of the rows than `allowed` are not pairs."""
         total = self.refused.total()
         if total > allowed * self.rows:
             first = [r for r in self.rejects if r.reason in self.refused][:SHOWN_ROWS]
-            shown = " ".join(f"[{r.id}] {r.detail}." for r in first)
+            examples = " ".join(f"[{r.id}] {r.detail}." for r in first)
             raise InputError(
-                f"preference.data: {total} of {self.rows} rows ({total / self.rows:.1%}) are no pairs, allowed are "
-                f"{allowed:.1%} (ingest.max_refused_fraction). {shown} Fix those rows, or set the source's columns."
+                f"preference.data: {total} of {self.rows} rows ({total / self.rows:.1%}) are not pairs; allowed are "
+                f"{allowed:.1%} (ingest.max_refused_fraction). {examples} Fix those rows, or set the source's columns."
             )

@@ -1,7 +1,7 @@
-"""The reference of preference training is what it starts from: proved before step 1, and again after a resume.
+"""Check that the reference model of preference training equals the start adapter, before step 1 and after a resume.
 
 TRL 1.16 copies an adapter to the frozen adapter `ref` only if a PeftModel that holds it is passed, and then casts the
-policy's adapter to bf16 if the base is quantised. The policy would begin beside its own reference.
+policy's adapter to bf16 if the base is quantised. The policy would then differ from its reference at step 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def start_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def restore(model: torch.nn.Module, start: Mapping[str, torch.Tensor]) -> None:
-    """Give policy and reference the values in `start` again, in fp32; the reference is frozen."""
+    """Set policy and reference to the values in `start`, in fp32; freeze the reference."""
     for name, value in start.items():
         policy = model.get_parameter(name)
         policy.data = value.clone()
@@ -48,14 +48,14 @@ def restore(model: torch.nn.Module, start: Mapping[str, torch.Tensor]) -> None:
             reference = model.get_parameter(name.replace(POLICY, REFERENCE))
         except AttributeError:
             raise GateRefused(
-                f"align: TRL made no frozen copy of {name}: the base would be the reference and not the start adapter"
+                f"align: TRL made no frozen copy of {name}: the reference would be the base and not the start adapter"
             ) from None
         reference.data = value.clone()
         reference.requires_grad_(False)
 
 
 def require_start(model: torch.nn.Module, start: Mapping[str, torch.Tensor], *, resumed: bool) -> None:
-    """Refuse a model whose reference is not bitwise the start adapter; if not `resumed`, neither may the policy differ.
+    """Require that the reference is bitwise equal to the start adapter; if not `resumed`, the policy too.
 
     Raises GateRefused with the first parameter that differs.
     """
@@ -67,7 +67,7 @@ def require_start(model: torch.nn.Module, start: Mapping[str, torch.Tensor], *, 
             now = model.get_parameter(name.replace(POLICY, part))
             if now.dtype != torch.float32 or not torch.equal(now.detach().cpu(), value.cpu()):
                 raise GateRefused(
-                    f"align: {who} does not begin as the start adapter: {name.replace(POLICY, part)} differs by "
+                    f"align: {who} is not equal to the start adapter: {name.replace(POLICY, part)} differs by "
                     f"{float((now.detach().cpu().float() - value.cpu()).abs().max()):.3g} ({now.dtype})"
                 )
             if part == REFERENCE and now.requires_grad:
@@ -76,7 +76,7 @@ def require_start(model: torch.nn.Module, start: Mapping[str, torch.Tensor], *, 
 
 @contextmanager
 def as_reference(model: PeftModel) -> Iterator[None]:
-    """Within this block `model` computes with the adapter it started from; which parameters train is unchanged."""
+    """Context manager: `model` uses the start adapter `ref`. At the end `requires_grad` is as before."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.set_adapter("ref")
     try:
@@ -91,7 +91,7 @@ def as_reference(model: PeftModel) -> Iterator[None]:
 
 
 def check_labels(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> None:
-    """Refuse a collated batch whose tokens and labels are not those of `rows`, padding aside.
+    """Raise GateRefused if the tokens and labels of a collated batch, without padding, differ from `rows`.
 
     `batch` holds input_ids, attention_mask, completion_mask, (sides × rows, T) int64, side after side.
     """
@@ -103,31 +103,31 @@ def check_labels(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], si
         if (ids[:real], labels[:real]) != own or any(labels[real:]) or not any(labels[1:]):
             raise GateRefused(
                 f"align: row {k} of the first batch has other tokens or labels than the rendered pair: "
-                f"{real} tokens, {sum(labels)} supervised, where the pair has {len(own[0])} and {sum(mask)}"
+                f"{real} tokens, {sum(labels)} supervised; the pair has {len(own[0])} and {sum(mask)}"
             )
 
 
 def log_probabilities(model: PeftModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """(B,) fp32: the summed log-probability of the supervised tokens of each row; no code of TRL takes part."""
+    """(B,) fp32: the summed log-probability of the supervised tokens of each row; computed without TRL."""
     import torch
 
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    found = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-    found = found.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-    return (found * batch["completion_mask"][:, 1:]).sum(-1)
+    logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    logps = logps.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    return (logps * batch["completion_mask"][:, 1:]).sum(-1)
 
 
-def require_loss(found: float, expected: float | None, what: str) -> None:
-    """Refuse a loss that is not what equal policies give."""
-    if expected is not None and not abs(found - expected) <= LOSS_TOLERANCE * max(1.0, abs(expected)):
+def require_loss(loss: float, expected: float | None, what: str) -> None:
+    """Raise GateRefused if the loss differs from `expected`, the loss for equal policy and reference."""
+    if expected is not None and not abs(loss - expected) <= LOSS_TOLERANCE * max(1.0, abs(expected)):
         raise GateRefused(
-            f"align: the loss {what} is {found:.6f}, and {expected:.6f} where policy and reference are equal: the "
-            "reference is not what training starts from"
+            f"align: the loss {what} is {loss:.6f}; for equal policy and reference it is {expected:.6f}: the "
+            "reference differs from the start adapter"
         )
 
 
 def expected_loss(objective: Objective, batch: Mapping[str, Any] | None) -> float | None:
-    """TRL's loss at equal policies; without `batch` only if its weights do not depend on it."""
+    """Return TRL's loss for equal policy and reference; None if it depends on `batch` and there is none."""
     weight = 1.0
     if objective.desirable_weight != objective.undesirable_weight:
         if batch is None:

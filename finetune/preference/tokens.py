@@ -1,4 +1,4 @@
-"""Pairs to token ids and label masks, both sides behind one prompt; each is checked before it is written."""
+"""Convert pairs to token ids and label masks; both answers follow the same prompt. Each pair is checked."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class TokenizedPair:
 
 
 def tokenize(
-    pairs: Sequence[Pair], worker: RowTokenizer, most: int, decode: Callable[[Sequence[int]], str]
+    pairs: Sequence[Pair], tokenizer: RowTokenizer, most: int, decode: Callable[[Sequence[int]], str]
 ) -> Iterator[TokenizedPair | Drop]:
     """Each pair as tokens, or with the reason why it is left out; in order.
 
     Args:
         pairs: a batch; both sides of all are rendered and encoded together.
-        worker: renders and encodes; its rules must not cut (max_length UNLIMITED).
+        tokenizer: renders and encodes; its rules must not cut (max_length UNLIMITED).
         most: tokens of a prompt with its longer answer, at most.
         decode: ids to text, special tokens left out.
 
@@ -66,12 +66,12 @@ def tokenize(
     """
     rows = [pair.example(side) for pair in pairs for side in range(len(pair.answers))]
     tally = Tally()
-    found = {row.id: row for row in worker.batch(rows, tally)}
-    prompts = _prompts(pairs, worker)
-    stops = worker.encoder.special_ids | worker.rules.stop_ids
+    tokenized = {row.id: row for row in tokenizer.batch(rows, tally)}
+    prompts = _prompts(pairs, tokenizer)
+    stops = tokenizer.encoder.special_ids | tokenizer.rules.stop_ids
     for pair in pairs:
         sides = [pair.example(side).id for side in range(len(pair.answers))]
-        lost = next((side for side in sides if side not in found), None)
+        lost = next((side for side in sides if side not in tokenized), None)
         prompt = prompts[pair.id]
         if lost is not None:
             reason = tally.left_out[lost][0]
@@ -79,37 +79,39 @@ def tokenize(
         elif isinstance(prompt, Drop):
             yield prompt
         else:
-            yield _checked(pair, prompt, [found[side] for side in sides], worker, stops, most, decode)
+            yield _checked(pair, prompt, [tokenized[side] for side in sides], tokenizer, stops, most, decode)
 
 
-def _prompts(pairs: Sequence[Pair], worker: RowTokenizer) -> Mapping[str, list[int] | Drop]:
+def _prompts(pairs: Sequence[Pair], tokenizer: RowTokenizer) -> Mapping[str, list[int] | Drop]:
     rendered: dict[str, Rendered] = {}
-    found: dict[str, list[int] | Drop] = {}
+    dropped: dict[str, list[int] | Drop] = {}
     for pair in pairs:
         row = Example(pair.id, pair.source, pair.prompt, tools=pair.tools)
         try:
-            profile, controls = worker.template.profile, worker.encoder.controls
+            profile, controls = tokenizer.template.profile, tokenizer.encoder.controls
             rendered[pair.id] = render_prompt(profile, controls, chat_of(pair.prompt), tools_of(row))
         except InputError as error:
-            found[pair.id] = Drop("template", str(error))
-    encoded = worker.encoder.encode_rendered([*rendered.values()], [f"the prompt of pair {name}" for name in rendered])
-    return found | {name: ids for name, (ids, _) in zip(rendered, encoded, strict=True)}
+            dropped[pair.id] = Drop("template", str(error))
+    encoded = tokenizer.encoder.encode_rendered(
+        [*rendered.values()], [f"the prompt of pair {name}" for name in rendered]
+    )
+    return dropped | {name: ids for name, (ids, _) in zip(rendered, encoded, strict=True)}
 
 
 def _checked(
     pair: Pair,
     prompt: list[int],
     rows: Sequence[TokenizedRow],
-    worker: RowTokenizer,
+    tokenizer: RowTokenizer,
     stops: Collection[int],
     most: int,
     decode: Callable[[Sequence[int]], str],
 ) -> TokenizedPair | Drop:
     for side, row in enumerate(rows):
-        if shared_length(prompt, row.ids.tolist()) < len(prompt) and not _begins(pair, side, worker):
-            what = f"{row.id}: the template writes the prompt otherwise where this answer follows"
+        if shared_length(prompt, row.ids.tolist()) < len(prompt) and not _begins(pair, side, tokenizer):
+            what = f"{row.id}: the template writes the prompt differently when this answer follows"
             return Drop("template", what)
-        check_pair_prompt(row.id, prompt, row.ids.tolist(), worker.template.name)
+        check_pair_prompt(row.id, prompt, row.ids.tolist(), tokenizer.template.name)
         check_labels(row.id, row.ids.tolist(), row.mask.tolist(), len(prompt), stops, decode)
     start = len(prompt)
     answers = tuple((row.ids[start:], row.mask[start:].astype(np.int8)) for row in rows)
@@ -122,11 +124,11 @@ def _checked(
     return made
 
 
-def _begins(pair: Pair, side: int, worker: RowTokenizer) -> bool:
+def _begins(pair: Pair, side: int, tokenizer: RowTokenizer) -> bool:
     """Whether the prompt's text begins the text of a side."""
     row = pair.example(side)
-    prompt = render_prompt(worker.template.profile, worker.encoder.controls, chat_of(pair.prompt), tools_of(row))
-    return worker.render(row).text.startswith(prompt.text)
+    prompt = render_prompt(tokenizer.template.profile, tokenizer.encoder.controls, chat_of(pair.prompt), tools_of(row))
+    return tokenizer.render(row).text.startswith(prompt.text)
 
 
 def check_pair_prompt(name: str, prompt: Sequence[int], full: Sequence[int], template: str) -> None:
@@ -136,7 +138,7 @@ def check_pair_prompt(name: str, prompt: Sequence[int], full: Sequence[int], tem
         raise GateRefused(
             f"pairs: row {name}: the ids of the prompt alone differ at token {shared} of {len(prompt)} from those of "
             "the prompt with its answer, so its log-probability would be that of another answer; set render.template "
-            f"to another than {template}"
+            f"to a template other than {template}"
         )
 
 
@@ -165,9 +167,9 @@ def check_labels(
     labels = [i for i in range(prompt, len(ids)) if mask[i]]
     if not labels:
         raise GateRefused(f"pairs: row {name}: no token of its answer carries a label")
-    behind = decode(ids[labels[-1] + 1 :])
-    if ids[labels[-1]] not in stops or behind.strip():
-        end = f"{behind.strip()[:40]!r} behind them" if behind.strip() else f"the last is {ids[labels[-1]]}"
+    trailing = decode(ids[labels[-1] + 1 :])
+    if ids[labels[-1]] not in stops or trailing.strip():
+        end = f"{trailing.strip()[:40]!r} after them" if trailing.strip() else f"the last is {ids[labels[-1]]}"
         raise GateRefused(
             f"pairs: row {name}: its labels do not end with the answer's terminator ({end}), so the model would learn "
             "not to stop"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def score_supervised(base: PreTrainedModel) -> None:
     """Let `base`, which holds TRL's fused head, compute the logits of supervised positions only.
 
-    Outside Triton's devices TRL's head scores every position, prompt and padding too, twice (again in backward), with
-    an entropy and a mean of the logits that nothing here reads: they are 0 now.
+    Outside Triton's devices TRL's head scores every position, prompt and padding too, twice (again in backward), and
+    also an entropy and a mean of the logits that are not used here; both are 0 in the result.
     """
     fused = base.forward
 
@@ -75,8 +75,8 @@ class _OwnRows:
 
     def _sum(self, value: float) -> float:
         """The sum over all processes."""
-        found = torch.tensor([float(value)], device=self.accelerator.device, dtype=torch.float64)
-        return float(self.accelerator.gather(found).sum())
+        local_value = torch.tensor([float(value)], device=self.accelerator.device, dtype=torch.float64)
+        return float(self.accelerator.gather(local_value).sum())
 
     def compute_loss(
         self,
@@ -112,13 +112,13 @@ class JudgedTrainer(_OwnRows, KTOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """As of `_OwnRows`; then the mismatched answers of the whole step are scored under policy and reference."""
+        """As in `_OwnRows`; then score the mismatched answers of the whole step with policy and reference."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self.calculate_KL:
             self._distance = None
             batches = [self._prepare_inputs(batch) for batch in samples]
             count = self._sum(sum(self.units(batch) for batch in batches))
-            found = {}
+            distance = {}
             model: Any = self.model
             settings: Any = self.args.gradient_checkpointing_kwargs
             quiet = disable_gradient_checkpointing(model, settings)
@@ -126,10 +126,10 @@ class JudgedTrainer(_OwnRows, KTOTrainer):
                 for name in ("default", "ref"):
                     with use_adapter(self.accelerator.unwrap_model(model), name):
                         sums = [self._compute_kl_logps(model, batch).double().sum() for batch in batches]
-                    found[name] = torch.tensor(
+                    distance[name] = torch.tensor(
                         self._sum(float(torch.stack(sums).sum())) / count, device=self.accelerator.device
                     )
-            self._distance = found
+            self._distance = distance
         return samples, items
 
     def _compute_kl_logps(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Render pairs under the recipe's template, prove it on a sample, write them to Parquet."""
+"""Render pairs with the recipe's template, verify it on a sample, write them to Parquet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLE = 200  # sides that the template is tried on, and whose ids are compared 
 
 
 class PairWriter:
-    """Renders pairs under one template; `worker` has seen every label and terminator that was written."""
+    """Renders pairs with one template and writes them; `worker` tokenizes the rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         stops = frozenset(tokenizer.get_vocab()[s] for s in template.finder.stops)
@@ -48,9 +48,9 @@ class PairWriter:
         system: Literal["merge", "refuse"] = "merge",
         reasoning: Reasoning = "auto",
     ) -> PairWriter:
-        """The writer with the template that is asked for, the ids of a sample compared with apply_chat_template's.
+        """Return a writer for `template`, after comparing the token ids of a sample with apply_chat_template's.
 
-        Raises GateRefused as choose_template, or if ids or prompts differ.
+        Raises GateRefused if choose_template does, or if ids or prompts differ.
         """
         every = (pair.example(side) for pair in pairs for side in range(len(pair.answers)))
         sample = verification_sample(every, SAMPLE)
@@ -75,11 +75,11 @@ class PairWriter:
             for group in ctx.track(groups, f"render {target.stem}", len(groups)):
                 made: list[TokenizedPair] = []
                 pairs = [curation.pairs[i] for i in group]
-                for number, found in zip(group, tokenize(pairs, self.worker, most, self._decode), strict=True):
-                    if isinstance(found, TokenizedPair):
-                        made.append(found)
+                for number, outcome in zip(group, tokenize(pairs, self.worker, most, self._decode), strict=True):
+                    if isinstance(outcome, TokenizedPair):
+                        made.append(outcome)
                     else:
-                        curation.leave_out(number, found)
+                        curation.leave_out(number, outcome)
                 writer.write_table(pair_table(made, method))
                 kept += made
         return kept

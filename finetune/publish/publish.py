@@ -175,7 +175,7 @@ def _check_worth(facts: Facts, kinds: list[Kind], ctx: Context, *, force: bool, 
     if not refusal or kinds == ["dataset"]:
         return
     if force or dry_run:
-        ctx.say(f"publish: {refusal}{'; pushed nevertheless because of --force' if force and not dry_run else ''}")
+        ctx.say(f"publish: {refusal}{'; pushed because of --force' if force and not dry_run else ''}")
         return
     repeats = refusal.startswith(REPEATS)
     advice = "take fewer train.epochs or more rows" if repeats else "train longer or on more rows"

@@ -28,8 +28,8 @@ REPORT = "report.html"
 def write_report(store: Store, name: str, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write report.html of `RECIPE[@RUN]` from what is on disk now; the same state gives the same bytes.
 
-    Without @RUN it is the newest finished run; `say` gets a line if a newer one is passed over.
-    Raises InputError where there is no such run, or what it recorded is not what a run records.
+    Without @RUN it is the newest finished run; `say` gets a line if a newer one is skipped.
+    Raises InputError if there is no such run, or what it recorded is not what a run records.
     """
     value = run_view.finished(store, name, say=say)
     path: Path = value["folder"] / REPORT

@@ -15,7 +15,7 @@ from finetune.utils.format import clipped, number, percent
 
 CURVES = (
     ("margin", "margin", "nats", "Margin: β times by how much more the chosen answers gained than the rejected ones."),
-    ("pairs_right", "pairs told apart", "share", "Share of the batch's pairs whose chosen answer gained more."),
+    ("pairs_right", "pairs ranked correctly", "share", "Share of the batch's pairs whose chosen answer gained more."),
     ("kl", "distance", "nats", "KTO: the distance to the reference that answers are compared with."),
 )
 SAMPLES, LONGEST_TEXT = 6, 700
@@ -56,11 +56,11 @@ def _intervals(m: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Held-out accuracy, of each source too, and the drift of both answers, with 95 % whiskers."""
     if "accuracy" not in m:
         return []
-    told = [("all pairs", m), *m.get("by_source", {}).items()]
+    groups = [("all pairs", m), *m.get("by_source", {}).items()]
     drifts = [(f"{side} answers", m[f"drift_{side}"], m[f"drift_{side}_interval"]) for side in SIDES["dpo"]]
     drawings = (
-        ("pairs told apart", [(name, own["accuracy"], own["accuracy_interval"]) for name, own in told], "share",
-         "Held-out pairs told apart; 0.5 is chance."),
+        ("pairs ranked correctly", [(name, own["accuracy"], own["accuracy_interval"]) for name, own in groups], "share",
+         "Held-out pairs ranked correctly; 0.5 is chance."),
         ("drift of log-probabilities", drifts, "nats a token",
          "Change of the log-probability of held-out answers. Both below 0: both became less likely."),
     )  # fmt: skip

@@ -17,7 +17,7 @@ NEAREST = 3
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A row that was dropped for another, and its text (empty where the rows that dedup read are gone)."""
+    """A row that was dropped for another, and its text (empty if the rows that dedup read are gone)."""
 
     dropped: Dropped
     text: str

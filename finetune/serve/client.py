@@ -147,8 +147,8 @@ def connect(
     The key comes from FINETUNE_API_KEY, over https also from OPENAI_API_KEY: to any host if the user typed the address.
     If it is from a recipe (`typed` False), which a third party may have written, the first is sent only to this machine
     and to the host in FINETUNE_API_HOST, the second only to openai.com. OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent
-    only to openai.com. `field` names the option or field in errors. Raises InputError for an address that is no http
-    URL, for a key that no header can hold, and for a missing package.
+    only to openai.com. `field` names the option or field in errors. Raises InputError for an address that is not an
+    http URL, for a key that no header can hold, and for a missing package.
     """
     parts = parsed_url(url, field)
     try:
@@ -185,7 +185,7 @@ def _no_address(url: str, field: str) -> str:
 
 
 def parsed_url(url: str, field: str) -> SplitResult:
-    """Return the parts of an API's address. Raises InputError if it is no http URL, or holds a password."""
+    """Return the parts of an API's address. Raises InputError if it is not an http URL, or contains a password."""
     wrong = _no_address(url, field)
     try:
         parts = urlsplit(url)

@@ -124,11 +124,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Alig
 
 def headline(m: AlignMetrics) -> Headline:
     """Return the row of this stage in a table of stages."""
-    apart = ""
+    accuracy = ""
     if "accuracy" in m:
         low, high = m["accuracy_interval"]
-        apart = f", {m['accuracy']:.1%} of held-out pairs told apart ({low:.1%} to {high:.1%})"
-    return Headline(f"loss {m['first_loss']:.3g} → {m['loss']:.3g}{apart}")
+        accuracy = f", {m['accuracy']:.1%} of held-out pairs ranked correctly ({low:.1%} to {high:.1%})"
+    return Headline(f"loss {m['first_loss']:.3g} → {m['loss']:.3g}{accuracy}")
 
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Spec(Section):
-    """The base and the tokens it is given; the seed only where the base itself is trained with it."""
+    """The base and the tokens it is given; the seed only if the base itself is trained with it."""
 
     model: Model
     seed: int | None = None
@@ -34,7 +34,7 @@ def spec(recipe: Recipe) -> Spec:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The commit the Hub name stands for now, the digests of a folder's files, or the text a builtin learns from."""
+    """The current commit of the Hub model, the digests of a folder's files, or the text a builtin learns from."""
     model = spec.model
     if model.folder is not None:
         return {"files": _digests(model.folder)}
@@ -52,7 +52,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> BaseMetrics:
     """Leave base.json, config and tokenizer; for a builtin the weights too.
 
-    Raises InputError where the base has no safetensors, no causal language model or no tokenizer that fits it.
+    Raises InputError if the base has no safetensors, no causal language model or no tokenizer that fits it.
     """
     from finetune.models import base_limits, loading
     from finetune.models.architecture import positions, scaled
@@ -76,7 +76,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Base
         source = loading.hub_snapshot(model, revision, ctx, weights=False)
         metrics = {"weights_sha256": announced_weights(source)}  # what the download is compared with
     require_model(source, "model")
-    with reading(f"{model.id} is no model that can be used"):
+    with reading(f"{model.id} is not a model that can be used"):
         for name in loading.MODEL_FILES:
             loading.copy_clean(source / name, out / name)
         loading.copy_tokenizer(source, out)
@@ -149,7 +149,7 @@ def _train_builtin(seed: int, out: Path, ctx: Context) -> BaseMetrics:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Name → digest of every file in `folder` that makes up the model. Raises InputError where there is no model."""
+    """Name → digest of every file in `folder` that makes up the model. Raises InputError if there is no model."""
     from finetune.models import loading
     from finetune.models.base_limits import check_config
 

@@ -144,7 +144,7 @@ def _held_out(tokens: int, path: Path) -> tuple[HeldOut, int]:
     rows = [r for r in read_token_rows(path) if r.mask[1:].any()]
     if not rows:
         raise FinetuneError(
-            "certify: no held-out row is whole and has a supervised token; raise split.eval_fraction or "
+            "certify: every held-out row is truncated or has no supervised token; raise split.eval_fraction or "
             "render.max_length_tokens, or set certify: null"
         )
     return lay_out(choose_rows(rows, tokens)), len(rows)

@@ -94,7 +94,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Deco
     By words: turns are compared as words (NFKC, case folded, punctuation left out), one turn at a time, whatever its
     role; a row is dropped when one of its turns shares `ngram` consecutive words with an evaluation turn
     (arXiv:2005.14165, appendix C). An evaluation question of fewer words matches a question that is the same as a
-    whole; a short answer matches nothing. By embedding, where `embedding_threshold` is given: a row is dropped when the
+    whole; a short answer matches nothing. By embedding, if `embedding_threshold` is given: a row is dropped when the
     cosine of its question (all user turns) with that of an evaluation row reaches the threshold; the best is named.
     """
     import pyarrow as pa

@@ -53,8 +53,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Dedu
     whitespace collapsed), and an empty text repeats nothing; the others reach their thresholds. Rows are taken the
     preferred first, and one is dropped exactly when a kept row repeats it by any method: no two rows that stay repeat
     each other, and `kept_id` always names a row that stays and reaches the method's threshold with that score. Of
-    more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics tell the recall; of more than
-    LARGE_ROWS the cosine pairs are searched by cells (dedup/large.py) on a CPU, unless the recipe asks for every pair.
+    more than MEASURED_FROM rows a sample is compared with every kept one, and the metrics contain the recall; of
+    more than LARGE_ROWS the cosine pairs are searched by cells (dedup/large.py) on a CPU, unless the recipe asks for
+    every pair.
     """
     import numpy as np
     import pyarrow as pa
@@ -101,7 +102,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Dedu
     if len(pair_of) > spec.max_dropped_fraction * len(ids):
         raise GateRefused(
             f"{len(pair_of):,} of {len(ids):,} rows repeat the {spec.field} of another, more than "
-            f"dedup.max_dropped_fraction {spec.max_dropped_fraction}; where answers are short and questions differ "
+            f"dedup.max_dropped_fraction {spec.max_dropped_fraction}; if answers are short and questions differ "
             "(labels, yes and no), compare both: dedup.field=both"
         )
     rows_out = write_rows(out / "rows.parquet", (row for i, row in enumerate(read_rows(source)) if i not in pair_of))

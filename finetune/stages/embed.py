@@ -38,14 +38,14 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The digests of a folder's files, or the commit a Hub name stands for now; LSA is made of the rows alone."""
+    """The digests of a folder's files, or the current commit of a Hub model; LSA depends on the rows alone."""
     return model_fingerprint(spec.embedding, spec.folder)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> EmbedMetrics:
     """Write vectors.npy (N, d) float32, row i for the i-th row of filter, ids.parquet in that order, embedding.json.
 
-    Raises GateRefused where answers are to be compared alone and are labels.
+    Raises GateRefused if answers are to be compared alone and are labels.
     """
     import numpy as np
 

@@ -166,7 +166,9 @@ def _warn(result: EvaluateMetrics, ctx: Context) -> None:
     ratio = result["perplexity_ratio_interval"]
     if ratio is not None and ratio[0] <= 1 <= ratio[1]:
         ends = f"{ratio[0]:.4g} to {ratio[1]:.4g}"
-        ctx.say(f"evaluate: perplexity does not tell base and adapter apart (ratio {ends}, which holds 1)")
+        ctx.say(
+            f"evaluate: perplexity does not distinguish base and adapter (ratio {ends}, the 95 % interval includes 1)"
+        )
     if words := never_stops(result):
         ctx.say(f"evaluate: {words}")
     for name, figures in result.get("metrics", {}).items():

@@ -33,7 +33,7 @@ MANY_TOKENS = 65_536  # of a smaller model: its states are held for all of them
 
 
 class Spec(Section):
-    """The formats asked for, and how many held-out tokens a large model may be scored on (0 where none is)."""
+    """The formats asked for, and how many held-out tokens a large model may be scored on (0 if none is)."""
 
     export: Export
     tokens: int
@@ -48,7 +48,7 @@ def spec(recipe: Recipe) -> Spec | None:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The program that makes K-quants, where any is asked for: two versions of it write different files."""
+    """The program that makes K-quants, if any is asked for: two versions of it write different files."""
     from finetune.gguf.llama_cpp import K_QUANTS, quantizer_digests
 
     return {"llama_quantize": quantizer_digests()} if K_QUANTS.keys() & set(spec.export.gguf) else {}
@@ -60,9 +60,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Expo
     Every file is read again, a tensor at a time. `reload_difference` is the largest |weight of the GGUF - merged
     weight|, for kinds without blocks; `perplexity` (exp of nats a supervised token) is that of the merged model and of
     each file on the same held-out rows, `agreement` and `mean_kl` set each file beside the merged model. transformers
-    reads small models too, and must find the same weights; `not_loaded`: why it did not. Raises InputError where
-    a package or llama-quantize is missing, or where the architecture or the tokenizer cannot be described to
-    llama.cpp; FinetuneError where the weights in a file are others; GateRefused where a file's perplexity or template
+    reads small models too, and must find the same weights; `not_loaded`: why it did not. Raises InputError if
+    a package or llama-quantize is missing, or if the architecture or the tokenizer cannot be described to
+    llama.cpp; FinetuneError if the weights in a file are others; GateRefused if a file's perplexity or template
     is not the merged model's.
     """
     from finetune.gguf.scoring import Kind, score
@@ -124,8 +124,8 @@ def _refuse_ruined(perplexity: Mapping[str, float], most: float) -> None:
     ratios = {kind: value / perplexity["merged"] for kind, value in perplexity.items()}
     if ruined := [f"{kind} ({ratio:.2f})" for kind, ratio in ratios.items() if ratio > most]:
         raise GateRefused(
-            f"export: perplexity / the merged model's is above export.max_perplexity_ratio {most:g} in "
-            f"{', '.join(ruined)}; ask for more bits, or raise export.max_perplexity_ratio"
+            f"export: the perplexity divided by that of the merged model is above export.max_perplexity_ratio {most:g} "
+            f"in {', '.join(ruined)}; choose a format with more bits, or raise export.max_perplexity_ratio"
         )
 
 
@@ -244,7 +244,7 @@ def _read_again(
 
 
 def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
-    """The held-out rows to score, of so many tokens as a model of its size can be scored on."""
+    """Return the held-out rows to score; a large model (`parameters`) is scored on fewer tokens."""
     from finetune.eval.compare import first_rows
     from finetune.tokenization.token_rows import read_token_rows
 
@@ -263,7 +263,7 @@ def _parameters(planned: list[Planned]) -> int:
 
 
 def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
-    """Why transformers does not read such a file back as it was; "" where it does."""
+    """Why transformers does not read such a file back as it was; "" if it does."""
     from finetune.gguf.support import of_config, rope
 
     if not (arch := of_config(config)).reloaded:
@@ -280,7 +280,7 @@ def _not_loaded(planned: list[Planned], config: Mapping[str, Any]) -> str:
 def _loaded(path: Path, merged: Path) -> Mapping[str, torch.Tensor]:
     """The weights of a file as transformers reads them, fp32; the network is not asked.
 
-    The model is that of the merged configuration where transformers does not read every setting from the file.
+    The model is that of the merged configuration if transformers does not read every setting from the file.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -365,6 +365,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool, temp
         raise ValueError(str(error)) from error
     except RenderingTooLong:
         raise InputError(
-            f"export: the chat template does not come to an end on a conversation of {len(chat)} turns; fix it, or "
-            "choose another by render.template"
+            f"export: the chat template does not finish in the allowed time on a conversation of {len(chat)} turns; "
+            "fix it, or set render.template to another"
         ) from None

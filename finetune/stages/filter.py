@@ -41,14 +41,14 @@ class Rendering(Section):
 
 
 class Spec(Section):
-    """The rules, and the template where they count rendered tokens."""
+    """The rules, and the template if they count rendered tokens."""
 
     rules: Filter
     rendering: Rendering | None = None
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """None where the recipe keeps every row."""
+    """None if the recipe keeps every row."""
     rules, render = recipe.filter, recipe.render
     if rules is None:
         return None
@@ -80,7 +80,7 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> FilterMetrics:
-    """Write rows.parquet and rejects.parquet. Raises GateRefused where no row is left."""
+    """Write rows.parquet and rejects.parquet. Raises GateRefused if no row is left."""
     parts = row_ranges(inputs["ingest"] / "rows.parquet", PART_ROWS)
     seen = parts[-1].stop if parts else 0
     rejected: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from finetune.errors import InputError
 from finetune.metrics import Headline, IngestMetrics
 from finetune.recipe import LocalSource, Recipe, Section, Source
 
-HOPELESS_ROWS = 1000  # so many rows of a source refused and none read: the format is wrong, the rest is the same
+HOPELESS_ROWS = 1000  # rows of a source refused and none read: the format is wrong, and the rest would be refused too
 SHOWN_ROWS = 3
 
 
@@ -54,7 +54,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Inge
 
     The rows of stage generate, if it is on, come behind those of the sources.
 
-    Raises InputError where a source cannot be read, no row is left, or more than the allowed share is refused.
+    Raises InputError if a source cannot be read, no row is left, or more than the allowed share is refused.
     """
     first: list[Reject] = []
     refused: Counter[str] = Counter()
@@ -145,7 +145,7 @@ def _trained_on(sources: Iterable[tuple[str, Source]]) -> Iterator[str]:
 
 
 def _read_as(decisions: Mapping[str, Decision]) -> str:
-    """How each source was read, and what to do where that is wrong."""
+    """How each source was read, and what to do if that is wrong."""
     formats = ", ".join(f"{label} as {decision.format}" for label, decision in decisions.items())
     return f"(Read: {formats}. Fix those rows, or set the source's format and columns.)"
 

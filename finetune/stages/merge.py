@@ -115,7 +115,7 @@ def _write_config(base: Path, out: Path, dtype: str, untie: bool) -> None:
 
 
 def _write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
-    """The tokenizer and template that were trained: the adapter's, and the base's where the adapter has none."""
+    """The tokenizer and template that were trained: the adapter's, and the base's if the adapter has none."""
     from finetune.models import loading
 
     for name in (*loading.TOKENIZER_FILES, *loading.more_templates(base)):

@@ -30,7 +30,7 @@ class Spec(Section):
 
 
 def spec(recipe: Recipe) -> Spec | None:
-    """The pack section; its length is render's where it states none. None if packing is off or nothing is trained."""
+    """The pack section; its length is render's if it states none. None if packing is off or nothing is trained."""
     if recipe.pack is None or recipe.train is None:
         return None
     return Spec(method=recipe.pack.method, length_tokens=recipe.pack.length_tokens or recipe.render.max_length_tokens)
@@ -42,7 +42,7 @@ def fingerprint(spec: Spec) -> dict[str, object]:
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> PackMetrics:
-    """Pack the training rows. Raises GateRefused where a row does not fit, or a packed row would have no label.
+    """Pack the training rows. Raises GateRefused if a row does not fit, or a packed row would have no label.
 
     Writes no packed rows for a base whose documents would see each other (models/trial.py): training then takes the
     rendered rows one by one.

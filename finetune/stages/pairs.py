@@ -137,7 +137,7 @@ def fingerprint(spec: Spec) -> Mapping[str, object]:
 def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> PairsMetrics:
     """Write train.parquet and eval.parquet (docs/preference.md), rejects.parquet, texts.parquet, audit.json, template/.
 
-    Raises InputError (exit 2) for a source that cannot be read or rows that are no pairs; GateRefused (exit 3) where
+    Raises InputError (exit 2) for a source that cannot be read or rows that are not pairs; GateRefused (exit 3) if
     too many pairs are left out, none is left, all have one label, or training on them would ruin the model.
     """
     from finetune.models.loading import load_tokenizer

@@ -43,7 +43,7 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
     """Render both splits; a row that is left out is in rejects.parquet with its reason.
 
     Without training rows (`train: null` beside `eval_data`) the template is proved on the held-out ones.
-    Raises GateRefused (with row ids) where training on the result would ruin the model.
+    Raises GateRefused (with row ids) if training on the result would ruin the model.
     """
     from finetune.data.records import read_rows, reject_writer
     from finetune.models.loading import load_tokenizer
@@ -314,7 +314,7 @@ def _note_masked(path: Path, tally: Tally) -> None:
 
 
 def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:
-    """A row that was left out; its tokens and their limit where it was counted."""
+    """A row that was left out; its tokens and their limit if it was counted."""
     from finetune.data.records import Reject
 
     counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"

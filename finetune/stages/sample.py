@@ -23,7 +23,7 @@ Pick = tuple[int, int]  # a row's number, and which copy of it, from 1
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """The pool by the recipe's rule, best first; its metrics; each row's figure where one decides."""
+    """The pool by the recipe's rule, best first; its metrics; each row's figure if one decides."""
 
     order: Sequence[Pick]
     limits: Mapping[str, object]
@@ -75,7 +75,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Samp
     rejects.parquet: why a row is not used at all.
 
     A source of weight w gives round(w × rows) rows: whole copies of all, and one more of as many as are missing, chosen
-    by a hash of seed and row id. A source with `rows` gives that many, chosen so; all where there are fewer. Then
+    by a hash of seed and row id. A source with `rows` gives that many, chosen so; all if there are fewer. Then
     `random` keeps that many by such a hash; `top_k` those with the largest figure in a column, or with most tokens of
     the base's own tokenizer (the contents of all turns, no special tokens), the earlier row on a tie; `diverse` takes
     rows by turns from clusters of their vectors.
@@ -199,7 +199,9 @@ def _spread(pool: Sequence[Pick], ids: Sequence[str], spec: Spec, embedded: Path
     rows = sorted({i for i, _ in pool}, key=lambda i: hashes[i])
     vectors = vectors_of(embedded, [ids[i] for i in rows])
     if vectors is None:
-        raise InputError("sample.diverse needs the vectors that dedup.embedding makes, and there are none")
+        raise InputError(
+            "sample.diverse needs vectors, and there are none; set dedup.embedding, or sample.diverse: null"
+        )
     clusters = min(spec.clusters or cluster_count(len(rows), spec.diverse or 1), len(rows))
     cluster, distance = clustered(vectors, clusters, spec.seed, ctx.stop.check)
     order = by_turns(cluster.tolist(), distance.tolist(), [hashes[i] for i in rows])

@@ -52,7 +52,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Spli
     """Write train.parquet and eval.parquet, both in the original order.
 
     Rows are one group when their whole texts are equal once normalised, when they are copies of one row, or when their
-    vectors (where there are any) reach group_threshold, also in chains. With `eval_data` its rows come first in
+    vectors (if there are any) reach group_threshold, also in chains. With `eval_data` its rows come first in
     eval.parquet; decontaminate has left out what repeats one of them.
     """
     source = inputs["sample"] / "rows.parquet"

@@ -44,7 +44,7 @@ def spec(recipe: Recipe) -> Spec:
 
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
-    """The earlier adapter that is gone on from; the base's files and the rows are inputs."""
+    """The earlier adapter that training continues from; the base's files and the rows are inputs."""
     from finetune.lora import resume as lora_resume
 
     return lora_resume.fingerprint(spec.lora)

@@ -46,7 +46,7 @@ def answer_seeds(job: Job, seeds: Sequence[Seed]) -> None:
 
 
 def answer(job: Job, prompts: Sequence[Prompt]) -> list[Best | None]:
-    """Return the best answer to each prompt; None where none can be used: it is among the rejects then."""
+    """Return the best answer to each prompt; None if none can be used: it is among the rejects then."""
     section = job.section
     asks = [
         Ask(

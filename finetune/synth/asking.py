@@ -139,7 +139,7 @@ class Asker:
         self._tokens, self.seconds = 0, 0.0  # of new responses
 
     def ask_all(self, asks: Sequence[Ask], label: str) -> list[Reply | None]:
-        """Return the response to each request, kept or new; None where the budget was used up.
+        """Return the response to each request, kept or new; None if the budget was used up.
 
         Raises FinetuneError or InputError for a model that cannot be asked; the responses before it are kept.
         """

@@ -121,7 +121,7 @@ def check_endpoint(model: LanguageModel, field: str) -> str:
 def check_room(model: LanguageModel, field: str, device: str) -> None:
     """Raise GateRefused if the weights of a local model are larger than the free memory of `device` (cuda, cpu).
 
-    Of a model on the Hub the files are listed; where the Hub does not answer, nothing is checked.
+    Of a model on the Hub the files are listed; if the Hub does not answer, nothing is checked.
     """
     from finetune.eval.voice import loaded_bytes, no_room
     from finetune.models.loading import weight_files

@@ -140,7 +140,7 @@ class Job:
     def rounds(self) -> list[dict[str, Any]]:
         """Return for each round: rows tried and made, mean words, and the share of different word pairs among all.
 
-        The last is distinct-2 (arXiv:1510.03055) of the instructions: 1 where no two words follow each other twice.
+        The last is distinct-2 (arXiv:1510.03055) of the instructions: 1 if no two words follow each other twice.
         """
         lines = []
         for number in sorted({*self.asked, *(m.round for m in self.made)}):

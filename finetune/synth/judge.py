@@ -77,7 +77,7 @@ def figures(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
     A row's score is the mean of its two orders, so that a preference for a place cancels out; above 0.5 it is a win.
     `win_rate` is the mean score (a tie counts half) and its 95 % bootstrap interval over rows;
     `order_agreement` the share of rows with the same verdict in both orders; `first_shown` the share of verdicts for
-    the answer shown first among those that are no tie.
+    the answer shown first among those that are not a tie.
     """
     scored = [v for v in verdicts if v.score is not None]
     scores = np.array([v.score for v in scored], dtype=np.float64)
@@ -103,7 +103,7 @@ def words_of(f: Mapping[str, Any]) -> str:
         return f"judge {f['model']}: none of its {f['unreadable']} replies holds a verdict"
     ends = f["win_rate_interval"]
     interval = f" (95 %: {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
-    apart = "" if ends and (ends[0] > 0.5 or ends[1] < 0.5) else "; it does not tell the two apart"
+    apart = "" if ends and (ends[0] > 0.5 or ends[1] < 0.5) else "; it does not distinguish the two"
     lost = f"; {f['unreadable']} rows without a verdict" if f["unreadable"] else ""
     return (
         f"judge {f['model']}: the adapter wins {f['win_rate']:.1%}{interval} against the base on {f['rows']} rows: "

@@ -47,7 +47,7 @@ class Prompts:
         if not text:
             raise InputError(f"prompt {path}: it renders to nothing")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise InputError(f"prompt {path}: it writes a lone surrogate (U+D800–U+DFFF), which is no text")
+            raise InputError(f"prompt {path}: it writes a lone surrogate (U+D800–U+DFFF), which UTF-8 cannot encode")
         return text
 
 
@@ -76,7 +76,7 @@ def files(own: Path | None) -> dict[str, Path]:
             hint = f"; did you mean {near}.jinja?" if near else ""
             raise InputError(f"{theirs[name]}: no prompt has this name{hint} (there is {', '.join(ours)})")
     if not theirs:
-        raise InputError(f"{own} holds no .jinja file; the prompts are {', '.join(ours)}")
+        raise InputError(f"{own} holds no .jinja file; allowed names: {', '.join(f'{n}.jinja' for n in ours)}")
     return ours | theirs
 
 

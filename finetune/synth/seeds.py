@@ -1,4 +1,4 @@
-"""Seed rows of generation: prompts, with their answers where they have one."""
+"""Seed rows of generation: prompts, with their answers if they have one."""
 
 from __future__ import annotations
 

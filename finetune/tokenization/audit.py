@@ -59,7 +59,7 @@ class Tally:
         rows[1] += has_id
 
     def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
-        """Count a row that is left out; `length` is its tokens, where they were counted."""
+        """Count a row that is left out; `length` is its tokens, if they were counted."""
         self.rows_in += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.left_out[row_id] = (reason, length)
@@ -156,7 +156,7 @@ def _outside(spans: Sequence[Span], length: int) -> Iterator[Span]:
 
 
 def _find(text: str, content: str, start: int, end: int) -> int:
-    """Where `content` stands in text[start:end], or -1; as it is, or escaped once or twice as in a JSON string."""
+    """Return the position of `content` in text[start:end], or -1; unchanged, or escaped once or twice as in JSON."""
     at = text.find(content, start, end)
     if at >= 0:
         return at
@@ -226,7 +226,7 @@ def check_ids(row_id: str, ids: Sequence[int], wanted: Sequence[int], show: Call
         ours, theirs = ([show(i) for i in tokens[same : same + 6]] for tokens in (ids, wanted))
         raise GateRefused(
             f"row {row_id}: its token ids differ from the base's own apply_chat_template at token {same}: "
-            f"{ours} where the base gives {theirs}"
+            f"{ours}, the base gives {theirs}"
         )
 
 
@@ -240,8 +240,8 @@ def check_special_counts(
         mine, theirs = list(ids).count(token), list(wanted).count(token)
         if mine != theirs - count:
             raise GateRefused(
-                f"row {row_id}: the special token {show(token)!r} (id {token}) is in its ids {mine} times, where the "
-                f"template writes it {theirs - count} times and the row's text holds it {count} times"
+                f"row {row_id}: the special token {show(token)!r} (id {token}) is in its ids {mine} times; the "
+                f"template writes it {theirs - count} times and the row's text contains it {count} times"
             )
 
 
@@ -283,7 +283,7 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def check_pad(pad: int, labels: Iterable[int]) -> None:
-    """Raise GateRefused where the pad token is a label: collators mask it, and a masked EOS never stops."""
+    """Raise GateRefused if the pad token is a label: collators mask it, and a masked EOS never stops."""
     if pad in set(labels):
         raise GateRefused(f"the pad token (id {pad}) is also a label; choose another")
 
@@ -295,7 +295,7 @@ def check_shares(
     max_unterminated: float = 1.0,
     first: str = "training",
 ) -> None:
-    """Raise GateRefused where too many rows were cut, left out or lack an end, over all splits, or where none is left.
+    """Raise GateRefused if too many rows were cut, left out or lack an end, over all splits, or if none is left.
 
     `first` names the rows of the first of `tallies`: the training ones, or the held-out ones if no row is trained.
     """

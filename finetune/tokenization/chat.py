@@ -1,8 +1,8 @@
 """From a row's messages to rendered text: which turns a template is given, and which strings may control the model.
 
-A chat template writes control strings such as `</s>`; so may a user. Once both are in one text they cannot be told
-apart, so `ControlStrings` swaps the user's for placeholders of the same length while the template runs. Equal lengths
-keep every character position, hence every span, as it was.
+A chat template writes control strings such as `</s>`; so may a user. Once both are in one text they cannot be
+distinguished, so `ControlStrings` replaces the user's by placeholders of the same length while the template runs. With
+equal lengths every character position, and so every span, stays the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def chat_of(messages: Iterable[Message]) -> Chat:
 def merge_system(chat: Chat) -> Chat:
     """Put a leading system message in front of the first user turn, parted by an empty line.
 
-    Raises InputError where no user turn follows directly.
+    Raises InputError if no user turn follows directly.
     """
     if not chat or chat[0]["role"] != "system":
         return chat
@@ -162,7 +162,7 @@ class ControlStrings:
     def __init__(self, strings: Iterable[str]) -> None:
         self.strings = tuple(sorted(set(strings), key=lambda s: (-len(s), s)))
         if len(self.strings) > self.SIZE:
-            raise InputError(f"{len(self.strings)} control tokens; no more than {self.SIZE} can be told apart")
+            raise InputError(f"{len(self.strings)} control tokens; at most {self.SIZE} are supported")
         self.names = {s: chr(self.TRUE + i) * len(s) for i, s in enumerate(self.strings)}
         self._typed = {s: chr(self.TYPED + i) * len(s) for i, s in enumerate(self.strings)}
         self._find = _any_of(self.strings)
@@ -180,7 +180,7 @@ class ControlStrings:
     def hide(self, chat: Chat) -> Chat:
         """The chat with every typed control string replaced by its placeholder.
 
-        Raises InputError where a turn already holds characters of plane 16.
+        Raises InputError if a turn already holds characters of plane 16.
         """
         if any(ord(c) >= self.TRUE for s in _strings(chat) for c in s):
             raise InputError("the row holds both a control string and a private-use character U+100000 or above")
@@ -275,7 +275,7 @@ def before_tag(text: str, at: int) -> int:
 
 
 def skip_space(text: str, at: int) -> int:
-    """Return the place of the first character at or after `at` that is no white space."""
+    """Return the place of the first character at or after `at` that is not white space."""
     while at < len(text) and text[at].isspace():
         at += 1
     return at

@@ -70,7 +70,7 @@ class JinjaRenderer:
     ) -> tuple[str, list[Span]]:
         """The text and the ranges of generation blocks (none for a template without markers).
 
-        Raises TemplateRefused, also if the template does not come to an end on this conversation.
+        Raises TemplateRefused, also if the template does not finish in the allowed time.
         """
         from jinja2 import TemplateError
 
@@ -78,7 +78,7 @@ class JinjaRenderer:
             return self._written(chat, generation_prompt, tools)
         except RenderingTooLong:
             raise TemplateRefused(
-                f"the chat template does not come to an end on a conversation of {len(chat)} turns"
+                f"the chat template does not finish in the allowed time on a conversation of {len(chat)} turns"
             ) from None
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise TemplateRefused(f"the chat template refused: {error}") from error
@@ -118,7 +118,7 @@ def named_templates() -> dict[str, Path]:
 def template_text(name: str, file: Path | None) -> str:
     """The text of a template given by name or file.
 
-    Raises InputError (with what there is) where there is none.
+    Raises InputError (with what there is) if there is none.
     """
     known = named_templates()
     path = file or known.get(name)

@@ -66,7 +66,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, meant: Collection[str] = ()) -> None:
-        """`meant`: special tokens that are tokens where a row holds their text (those of the recipe's tokens.add)."""
+        """`meant`: special tokens that are tokens if a row holds their text (those of the recipe's tokens.add)."""
         from tokenizers import Tokenizer
 
         if not tokenizer.is_fast:
@@ -83,7 +83,7 @@ class Encoder:
     def encode(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[Tokens]:
         """Ids and offsets of each text; every control string in it becomes a control token.
 
-        Raises InputError where the tokenizer does not end on a text, by its name.
+        Raises InputError if the tokenizer does not end on a text, by its name.
         """
         return _encoded(self._plain, texts, names)
 
@@ -101,7 +101,7 @@ class Encoder:
         return tokens
 
     def typed_specials(self, row: Rendered) -> Mapping[str, int]:
-        """How often the text of each special token was typed in a row, where it stays text."""
+        """How often the text of each special token was typed in a row, if it stays text."""
         if row.sealed is None:
             return {}
         written = {s: row.sealed.count(name) for s, name in self.controls.names.items()}
@@ -135,7 +135,7 @@ def choose_pad(
 ) -> str:
     """A pad token that never is a label: the base's own if it serves no other purpose, else an unused special token.
 
-    Of the recipe's own tokens (`meant`) only one with "pad" in its text is taken. Raises GateRefused where the base has
+    Of the recipe's own tokens (`meant`) only one with "pad" in its text is taken. Raises GateRefused if the base has
     none.
     """
     taken = {tokenizer.bos_token, tokenizer.eos_token}

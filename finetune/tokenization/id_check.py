@@ -36,7 +36,7 @@ class IdCheck:
         self.other: Counter[str] = Counter()  # why a row's ids are not those of apply_chat_template -> rows
 
     def compare(self, row: Example, row_tokenizer: RowTokenizer) -> None:
-        """Compare one row. Raises GateRefused where its ids differ; a row that is left out later is passed over."""
+        """Compare one row. Raises GateRefused if its ids differ; a row that is left out later is skipped."""
         if row.text is not None:
             return
         try:
@@ -47,7 +47,7 @@ class IdCheck:
         self.check(row, rendered, ids)
 
     def check(self, row: Example, rendered: Rendered, ids: list[int]) -> None:
-        """Compare the ids of one rendered row. Raises GateRefused where they differ."""
+        """Compare the ids of one rendered row. Raises GateRefused if they differ."""
         from jinja2 import TemplateError
 
         chat, show = rendered.chat or [], self._tokenizer.convert_ids_to_tokens

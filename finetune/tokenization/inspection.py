@@ -43,7 +43,7 @@ def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Se
     """The row as runs of equal (supervised, special); their texts joined are the decoded row.
 
     A run is shown as what it adds to the text before it, since SentencePiece drops the space of a first token. Raises
-    ValueError where `ids` and `mask` differ in length.
+    ValueError if `ids` and `mask` differ in length.
     """
     special = frozenset(tokenizer.all_special_ids)
     kinds = [(bool(m), i in special) for i, m in zip(ids, mask, strict=True)]

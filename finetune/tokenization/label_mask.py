@@ -33,7 +33,7 @@ def token_mask(offsets: Offsets, spans: Sequence[Span]) -> Mask:
 
 
 def last_tokens(offsets: Offsets, spans: Sequence[Span]) -> list[int | None]:
-    """For each span the index of its last token, or None where no token of it is left."""
+    """For each span the index of its last token, or None if no token of it is left."""
     order = sorted(range(len(spans)), key=lambda i: spans[i])
     ends = np.full(len(spans), -1, np.int64)
     first, last = _overlapping(offsets, [spans[i] for i in order])

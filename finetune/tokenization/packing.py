@@ -39,8 +39,8 @@ def pack(input_ids: pa.ListArray, mask: pa.ListArray, length: int, first: int = 
 
     `input_ids` list<int32> and `mask` list<uint8> have equal offsets, a document a row; `first` is the number of the
     first one, for messages. TRL packs inside `map` batches
-    of 1,000 rows unless told otherwise, which wastes about 6 % more; here one batch holds every row.
-    Raises GateRefused for a document that is longer than a bin or a bin without a label, FinetuneError where a token or
+    of 1,000 rows by default, which wastes about 6 % more; here one batch holds every row.
+    Raises GateRefused for a document that is longer than a bin or a bin without a label, FinetuneError if a token or
     a document was lost.
     """
     import pyarrow as pa

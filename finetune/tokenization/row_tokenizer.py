@@ -131,8 +131,8 @@ class RowTokenizer:
     def check_prompts(self, rows: Sequence[Example]) -> int:
         """Prove on `rows` that what inference feeds the model begins what was trained; returns how many were proved.
 
-        Raises GateRefused where it does not. Rows that `batch` drops, and those whose earlier turns the template writes
-        differently in a prompt, are passed over.
+        Raises GateRefused if it does not. Rows that `batch` drops, and those whose earlier turns the template writes
+        differently in a prompt, are skipped.
         """
         checked = 0
         for row in rows:
@@ -176,10 +176,12 @@ class RowTokenizer:
             self.endless += 1
             if self.endless == MOST_ENDLESS:
                 raise GateRefused(
-                    f"the chat template does not come to an end on {self.endless} rows, the last of them {row.id}; "
-                    "choose another by render.template, or leave such rows out by a rule of filter"
+                    f"the chat template does not finish in the allowed time on {self.endless} rows, the last of "
+                    f"them {row.id}; set render.template to another, or leave such rows out by a rule of filter"
                 ) from None
-            tally.drop(row.id, f"the chat template does not come to an end on its {len(row.messages)} turns")
+            tally.drop(
+                row.id, f"the chat template does not finish in the allowed time on its {len(row.messages)} turns"
+            )
             return None
         except MemoryError:
             raise InputError(
@@ -275,7 +277,7 @@ class RowTokenizer:
             yield TokenizedRow(name, np.array(ids[start:end], np.int32), cut, truncated, unterminated)
 
     def _unterminated(self, prepared: _Row, offsets: Offsets) -> bool:
-        """Whether a supervised turn begins within the kept tokens and ends behind them, or has no end at all."""
+        """Return whether a supervised turn begins within the kept tokens and ends after them, or has no end at all."""
         if prepared.row.text is not None and not self.rules.eos:
             return True
         if len(offsets) <= self.rules.max_length:

@@ -36,7 +36,7 @@ class RenderingTooLong(BaseException):
 def check_template(template: str, special: Mapping[str, str], name: str) -> None:
     """Try a template out in a process of its own before it is used here.
 
-    Raises InputError where it does not end, outgrows the memory, loads other files, does not parse, or does what
+    Raises InputError if it does not end, outgrows the memory, loads other files, does not parse, or does what
     the sandbox forbids; FinetuneError if another process ended that one. `name` is in the message and states which
     template it is.
     """

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def problem_of(template: str, special: dict[str, str]) -> str | None:
-    """Why the template cannot be used at all, or None. That it refuses a conversation is no problem."""
+    """Why the template cannot be used at all, or None. A refused conversation does not count."""
     environment = Strict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(
         raise_exception=_refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
@@ -84,7 +84,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:
-    """Ask the system to end this process; where it cannot, the parent's own clock does."""
+    """Ask the system to end this process; if it cannot, the parent's own clock does."""
     if sys.platform == "win32":
         return
     import resource

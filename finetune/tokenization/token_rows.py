@@ -51,7 +51,7 @@ def read_token_rows(path: Path, limit: int | None = None, *, whole: bool = True)
 
 
 def under_other_prompts(rows: Sequence[TokenRow], seed: int) -> list[TokenRow]:
-    """Each row's last answer behind the prompt of another row, and no row behind its own (a seeded rotation)."""
+    """Return each row's last answer after the prompt of another row, never its own (a seeded rotation)."""
     order = np.random.default_rng(seed).permutation(len(rows))
     prompt_of = np.empty(len(rows), dtype=np.int64)
     prompt_of[order] = np.roll(order, 1)

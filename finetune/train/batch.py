@@ -65,9 +65,10 @@ MOST_EPOCHS = 3  # more passes over the same rows mostly memorise them
 
 
 def size_to_rows(rows: int, bins: int) -> Sizing:
-    """Return the largest batch and the fewest epochs with WANTED_STEPS steps or more, packed rows first.
+    """Return the largest batch size, then the fewest epochs, that give WANTED_STEPS optimiser steps or more.
 
-    `bins` is the number of packed rows that `rows` documents fill. Where nothing reaches it: one row a step, unpacked.
+    Packed rows (`bins` of them, filled by `rows` documents) are tried first, then unpacked rows. If neither gives
+    enough steps in MOST_EPOCHS epochs, the result is one unpacked row a step and MOST_EPOCHS epochs.
     """
     bins, rows = max(1, min(bins, rows)), max(1, rows)
     for units, packed, batches in ((bins, True, (16, 8, 4)), (rows, False, (16, 8, 4, 2, 1))):

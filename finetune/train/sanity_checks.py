@@ -294,7 +294,7 @@ def prove_isolation(
             if off > tolerance:
                 raise GateRefused(
                     f"two {'packed documents' if packed else 'rows of a batch'} see each other: the logits of one "
-                    f"differ by {off:.1%} (RMS) when the other is changed, where rounding explains {tolerance:.1%}"
+                    f"differ by {off:.1%} (RMS) when the other is changed; rounding explains {tolerance:.1%} at most"
                 )
 
 

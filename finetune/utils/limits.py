@@ -90,9 +90,9 @@ def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[Non
 
 
 def memory_is_short() -> bool:
-    """Whether this process cannot have SHORT_BYTES more. Takes 10 µs.
+    """Return True if SHORT_BYTES more memory cannot be allocated. Takes 10 µs.
 
-    Some libraries lose the error, and C++ ones end the process by it: ask before they are called.
+    Call it before a library that hides MemoryError, and before C++ code that aborts on a failed allocation.
     """
     try:
         if sys.platform == "win32":
@@ -163,7 +163,7 @@ def watched(work: Callable[[], T], *, seconds: float, memory_bytes: int) -> T:
 
 
 def _data_bytes() -> int:
-    """The private writable memory of this process; 0 where /proc does not report it."""
+    """The private writable memory of this process; 0 if /proc does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     except (OSError, ValueError, IndexError):

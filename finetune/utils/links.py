@@ -120,9 +120,9 @@ def remove(path: Path, root: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where there is no such folder.
+    """The names in a folder, sorted; none if there is no such folder.
 
-    Raises OSError where it cannot be read. `Path.glob` takes that for an empty folder; what is deleted because nothing
+    Raises OSError if it cannot be read. `Path.glob` takes that for an empty folder; what is deleted because nothing
     names it must not depend on it.
     """
     try:

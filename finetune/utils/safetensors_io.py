@@ -78,7 +78,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class GrownRef(TensorRef):
-    """A tensor with more rows than the `stored_rows` that the file has: those behind them are zeros."""
+    """A tensor with more rows than the `stored_rows` that the file has; the additional rows are zeros."""
 
     stored_rows: int
 
@@ -91,7 +91,7 @@ class GrownRef(TensorRef):
 
     @classmethod
     def of(cls, ref: TensorRef, rows: int) -> GrownRef:
-        """The tensor `ref` with so many rows."""
+        """Return `ref` with `rows` rows."""
         return cls(ref.name, ref.dtype, (rows, *ref.shape[1:]), ref.file, ref.offset, ref.shape[0])
 
 
@@ -258,8 +258,9 @@ def plan_shards(tensors: Iterable[TensorShape], max_shard_bytes: int) -> ShardPl
 def write_shards(folder: Path, plan: ShardPlan, pieces: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Write tensors, whole or a few rows at a time, in the order of `plan.tensors`; synced to disk.
 
-    A piece may be reused once the next one is requested. Returns each safetensors file's xxh3-128. Raises FinetuneError
-    if a piece does not match the planned tensor (name, dtype, shape), or if there are too few or too many pieces.
+    `pieces` may overwrite the memory of a piece as soon as the next one is requested. Returns each safetensors file's
+    xxh3-128. Raises FinetuneError if a piece does not match the planned tensor (name, dtype, shape), or if there are
+    too few or too many pieces.
     """
     stream = iter(pieces)
     digests = {}

@@ -122,7 +122,7 @@ def test_an_unreadable_file_is_refused_with_its_line(tmp_path: Path, name: str, 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
-    assert "beside the recipe" in refusal(tmp_path / "absent.jsonl")
+    assert "next to the recipe" in refusal(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="there is no file"):
         content_digest(tmp_path / "absent.jsonl")
 

@@ -69,12 +69,12 @@ def pipe(folder: Path) -> Path:
 
 Make = Callable[[Path], Path]
 PATHS: dict[str, tuple[Make, str]] = {
-    "missing": (lambda f: f / "x.jsonl", r"there is no file .*x\.jsonl; .*beside the recipe"),
-    "folder": (lambda f: f, r"is a folder without a file of rows; a file's name ends in \.jsonl"),
+    "missing": (lambda f: f / "x.jsonl", r"there is no file .*x\.jsonl; .*next to the recipe"),
+    "folder": (lambda f: f, r"is a folder without a file of rows; allowed endings: \.jsonl"),
     "symlink_loop": (lambda f: link(f, "x.jsonl"), r"x\.jsonl' cannot be looked at: .*; name another file"),
     "dangling_link": (lambda f: link(f, "gone.jsonl"), r"x\.jsonl is a link to a file that is not there"),
-    "pipe": (pipe, r"x\.jsonl is no regular file but a pipe.*save its rows in a file"),
-    "device": (lambda f: link(f, "/dev/zero"), r"x\.jsonl is no regular file .* a device"),
+    "pipe": (pipe, r"x\.jsonl is a pipe, .* not a regular file; save its rows in a file"),
+    "device": (lambda f: link(f, "/dev/zero"), r"x\.jsonl is .* a device, not a regular file"),
     "long_name": (lambda f: f / ("x" * 300 + ".jsonl"), r"File name too long"),
     "zero_in_name": (lambda f: f / "a\0b.jsonl", r"'.*a\\x00b.jsonl' cannot be looked at"),
     "parquet_cut": (cut_parquet, r"x\.parquet: after row 0: not readable as parquet"),

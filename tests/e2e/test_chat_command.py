@@ -152,7 +152,7 @@ def test_a_conversation_ends_with_stdin_and_one_too_long_says_so(finished, merge
         (("nothing", "--prompt", "x"), "has not run yet"),
         (("small", "--prompt", " "), "--prompt is empty"),
         (("small", "--prompt", "x", "--compare", "other"), "allowed: base"),
-        (("./gone", "--prompt", "x"), "is no folder"),
+        (("./gone", "--prompt", "x"), "is not a folder"),
         (("artifacts/base", "--prompt", "x"), "holds no config.json"),
     ],
 )

@@ -67,6 +67,6 @@ def test_an_error_inside_comes_out_and_an_abandoned_one_leaves_no_thread():
     with pytest.raises(RuntimeError, match="shapes"):
         run.proceed(1)
     run.abandon()
-    with pytest.raises(FinetuneError, match="not come to its end"):
+    with pytest.raises(FinetuneError, match="not returned yet"):
         run.result()
     assert threading.active_count() == before

@@ -156,7 +156,7 @@ def test_a_model_without_a_frozen_copy_of_its_adapter_is_refused(load, adapter):
     from finetune.models import loading
 
     model = loading.attach_adapter(load(), adapter, trainable=True)
-    with pytest.raises(GateRefused, match="the base would be the reference"):
+    with pytest.raises(GateRefused, match="the reference would be the base"):
         reference.restore(model, reference.start_values(model))
 
 
@@ -189,7 +189,7 @@ def test_one_element_beside_the_start_is_refused(part, load, base, adapter, pair
             model.get_parameter(name).view(-1)[0].add_(1e-6)
 
     monkeypatch.setattr(reference, "restore", rounded)
-    with pytest.raises(GateRefused, match="does not begin as the start adapter"):
+    with pytest.raises(GateRefused, match="is not equal to the start adapter"):
         aligned(job(tmp_path), load(), base, pairs, adapter, ctx)
 
 

@@ -32,8 +32,8 @@ def test_labels_on_the_answer_and_its_terminator_are_right():
         ([0, 0, 0, 0, 0, 0, 0], IDS, "no token of its answer carries a label"),
         ([0, 0, 0, 1, 1, 0, 0], IDS, "do not end with the answer's terminator"),
         ([0, 0, 0, 1, 1, 1, 1], IDS, "do not end with the answer's terminator"),
-        ([0, 0, 0, 1, 0, 0, 0], IDS, "'w' behind them"),
-        ([0, 0, 0, 1, 1, 1, 0, 0], [*IDS, 7], "'w' behind them"),
+        ([0, 0, 0, 1, 0, 0, 0], IDS, "'w' after them"),
+        ([0, 0, 0, 1, 1, 1, 0, 0], [*IDS, 7], "'w' after them"),
         ([0, 0, 0, 1], IDS, "7 ids and a mask of 4"),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_key_written_twice_or_a_tag_hides_no_other_error(tmp_path):
 
 ABSENT = {
     "a data file": ("  - {source: local, path: rows.jsnl}\n", "r:6: data.1.path: no such file: ", "did you mean rows.jsonl?"),
-    "a data folder": ("  - {source: local, path: none}\n", "r:6: data.1.path: ", "a folder without a file of rows; a file's name ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
+    "a data folder": ("  - {source: local, path: none}\n", "r:6: data.1.path: ", "a folder without a file of rows; allowed endings: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
     "a data pattern": ("  - {source: local, path: x-*.jsonl}\n", "r:6: data.1.path: no file matches ", "under the working folder"),
     "held-out rows": ("eval_data: [{source: local, path: rows.jsnl}]\n", "r:6: eval_data.0.path: no such file", "did you mean rows.jsonl?"),
     "evaluation data": ("decontaminate: {against: [{source: local, path: x}]}\n", "r:6: decontaminate.against.0.path: no such file", ""),

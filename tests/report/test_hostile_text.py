@@ -126,7 +126,7 @@ def test_a_template_that_hangs_on_one_conversation_only_is_stopped_there(short: 
     check_template(text, SPECIAL, "sly")
     render = JinjaRenderer(text, SPECIAL)
     assert render([turn("user", "a"), turn("assistant", "b")])[0] == "<s>Q: a\nA: b</s>"
-    with pytest.raises(TemplateRefused, match="does not come to an end on a conversation of 1 turns"):
+    with pytest.raises(TemplateRefused, match="does not finish in the allowed time on a conversation of 1 turns"):
         render([turn("user", "a trap")])
     assert render([turn("user", "a"), turn("assistant", "b")])[1] == [(11, 16)]  # and nothing is left behind
 

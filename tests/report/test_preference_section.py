@@ -52,7 +52,7 @@ def test_the_page_shows_funnel_reasons_intervals_and_rows(tmp_path):
     page = write_report(run.store, "made").read_text()
     for words in (
         '<a href="#preference">', "− contaminated", "− too long", "− missing side", "my&lt;pairs&gt;", "25.0 %",
-        "shares the words &#39;a &lt;b&gt; 1", "told apart: my&lt;pairs&gt;", "70.0 %, 95 % 0.6 to 0.8",
+        "shares the words &#39;a &lt;b&gt; 1", "ranked correctly: my&lt;pairs&gt;", "70.0 %, 95 % 0.6 to 0.8",
         "-0.05 nats a token, 95 % -0.07 to -0.03", "displacement: chosen answers lost", "65.0 % → 85.0 %",
         "79.5 → 55.25", "Why &lt;i&gt;snow", "chosen &amp; 1", "held out: ", "0.5 is chance",
     ):  # fmt: skip

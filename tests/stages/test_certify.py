@@ -295,7 +295,7 @@ def test_enough_tokens_are_worth_no_word(tmp_path: Path) -> None:
 def test_no_usable_row_is_said(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
     write_rows(inputs["render"] / "eval.parquet", [[3, 4, 5, 6]])
-    with pytest.raises(FinetuneError, match="no held-out row"):
+    with pytest.raises(FinetuneError, match="every held-out row is truncated"):
         run(tmp_path, inputs)
 
 

@@ -119,7 +119,7 @@ def test_perplexities_and_their_ratio_have_intervals(inputs: dict[str, Path], tm
     assert found["perplexity_ratio"] == pytest.approx(found["perplexity_adapter"] / found["perplexity_base"])
     assert "tasks" not in found and "tasks_harness" not in found
     low, high = found["perplexity_ratio_interval"]
-    assert any("does not tell base and adapter apart" in line for line in said) == (low <= 1 <= high)
+    assert any("does not distinguish base and adapter" in line for line in said) == (low <= 1 <= high)
     run(inputs, tmp_path / "two")
     for name in ("eval.json", "samples.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -130,7 +130,7 @@ def test_an_adapter_that_changes_nothing_is_not_told_from_its_base(inputs: dict[
     said: list[str] = []
     found = run({**inputs, "train": tmp_path / "train"}, tmp_path / "out", said)
     assert found["perplexity_ratio_interval"] == [1, 1]
-    assert any("does not tell base and adapter apart (ratio 1 to 1" in line for line in said)
+    assert any("does not distinguish base and adapter (ratio 1 to 1" in line for line in said)
 
 
 def test_one_row_has_no_interval(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_names_that_cannot_be_tasks_are_refused(tasks: list[str]) -> None:
         ({"stop_rate": 0.0}, "NO ANSWER ENDED BY ITSELF (0 of 4,"),
         ({"nll_difference_interval": [-0.1, 0.2]}, "may have learned their style only"),
         ({"nll_difference_interval": None}, "no other prompt to be compared with"),
-        ({"perplexity_ratio_interval": [0.9, 1.1]}, "does not tell base and adapter apart"),
+        ({"perplexity_ratio_interval": [0.9, 1.1]}, "does not distinguish base and adapter"),
         ({"stop_rate": None}, None),
     ],
 )

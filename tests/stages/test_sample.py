@@ -174,7 +174,7 @@ def test_diverse_counts_copies_last_and_needs_vectors(tmp_path):
     data = [{"source": "local", "path": "/none/a", "weight": 2.0}]
     found, _ = built(tmp_path, recipe(data=data, sample={"diverse": 25}), rows=rows, embedded=embedded)
     assert len(found) == 25 and sum("~" in i for i in found) == 5
-    with pytest.raises(InputError, match=r"sample\.diverse needs the vectors"):
+    with pytest.raises(InputError, match=r"sample\.diverse needs vectors"):
         built(tmp_path, recipe(sample={"diverse": 5}), rows=rows)
 
 

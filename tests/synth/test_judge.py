@@ -81,6 +81,6 @@ def test_figures_of_swapped_answers_mirror_each_other():
 
 def test_the_sentence_says_whether_the_two_are_told_apart():
     won = words_of({"model": "m", **figures([Verdict(1, 1)] * 20, 0)})
-    assert "wins 100.0%" in won and "does not tell" not in won
-    assert "does not tell" in words_of({"model": "m", **figures([Verdict(1, 1), Verdict(0, 0)] * 10, 0)})
+    assert "wins 100.0%" in won and "does not distinguish" not in won
+    assert "does not distinguish" in words_of({"model": "m", **figures([Verdict(1, 1), Verdict(0, 0)] * 10, 0)})
     assert "none of its 2 replies" in words_of({"model": "m", **figures([Verdict(None, 1)] * 2, 0)})
