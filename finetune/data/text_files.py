@@ -51,7 +51,8 @@ def _zstd() -> ModuleType:
             from backports import zstd
         except ImportError:
             raise InputError("reading .zst files needs a package: pip install backports.zstd") from None
-    return zstd
+    module: ModuleType = zstd
+    return module
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
