@@ -63,6 +63,7 @@ class Curation:
     pairs: Sequence[Pair]
     own_held: int = 0  # the last ones of `pairs`, which are held out as they are
     left_out: dict[int, Reject] = field(default_factory=dict)
+    unread: Sequence[Reject] = ()  # rows that were left out before they became pairs
 
     @property
     def trainable(self) -> list[int]:
@@ -86,8 +87,9 @@ class Curation:
 
     def reasons(self) -> str:
         """How many pairs are left out for each reason, a line each, with the first row and its detail."""
-        counts = Counter(r.reason for r in self.left_out.values())
-        first = {r.reason: r for _, r in sorted(self.left_out.items(), reverse=True)}
+        rejects = [*self.unread, *(reject for _, reject in sorted(self.left_out.items()))]
+        counts = Counter(reject.reason for reject in rejects)
+        first = {reject.reason: reject for reject in reversed(rejects)}
         return "".join(f"\n  {n} × {why} ({first[why].id}: {first[why].detail})" for why, n in sorted(counts.items()))
 
 

@@ -149,7 +149,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pair
     own, held = reading.read(spec.data, ctx), reading.read(spec.eval_data, ctx)
     reading.check(spec.max_refused_fraction)
     _check_both_labels(own, spec)
-    curation = Curation([*own, *held], len(held))
+    curation = Curation([*own, *held], len(held), unread=reading.rejects)
     train, evaluated, figures = _curate(spec, curation, inputs.get("split"), ctx)
     asked, base = spec.rendering, inputs["base"]
     writer = PairWriter.proved_on(
@@ -228,7 +228,8 @@ def _curate(
 
 def _require_some(curation: Curation, left: Sequence[int], which: str) -> None:
     if not left:
-        raise GateRefused(f"pairs: no pair {which} is left of {len(curation.pairs)}{curation.reasons()}")
+        total = len(curation.pairs) + len(curation.unread)
+        raise GateRefused(f"pairs: no pair {which} is left of {total} rows:{curation.reasons()}")
 
 
 def _alike(repeats: Repeats) -> Alike:
