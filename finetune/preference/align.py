@@ -50,11 +50,9 @@ def align(
     dataset = datasets.Dataset(batches.read_pairs(pairs, objective.method, job.train.batch_rows, job.seed))
     asked = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batches.batch_of(job.train.batch_rows, asked, ctx.world, objective.method, objective.loss)
-    forward = vars(base).get("forward")
     start: dict[str, torch.Tensor] = {}
 
     def build(shared: dict[str, Any]) -> PairTrainer | JudgedTrainer:
-        _put_back_forward(base, forward)
         start.clear()
         return _trainer(objective, base, tokenizer, dataset, adapter, shared, start)
 
@@ -79,14 +77,6 @@ def align(
     )
 
 
-def _put_back_forward(base: PreTrainedModel, forward: object) -> None:
-    """Restore the base's forward, so that TRL's fused head of an earlier attempt is not wrapped again."""
-    if forward is None:
-        vars(base).pop("forward", None)
-    else:
-        vars(base)["forward"] = forward
-
-
 def _trainer(
     objective: Objective,
     base: PreTrainedModel,
@@ -99,8 +89,8 @@ def _trainer(
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     from finetune.models import loading
     from finetune.preference import reference
-    from finetune.preference.trainers import JudgedTrainer, PairTrainer, score_supervised
-    from finetune.train.recipe_trainer import keeps_logits
+    from finetune.preference.trainers import JudgedTrainer, PairTrainer
+    from finetune.train.recipe_trainer import agreed, keeps_logits, score_supervised
 
     rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
     own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
@@ -117,7 +107,7 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=partial(collate, pad_id=pad_id),
     )
-    if own_logits:
+    if agreed(trainer.accelerator, own_logits):
         score_supervised(base)
     reference.restore(trainer.model, start)
     return trainer

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import DPOTrainer, KTOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import FusedCausalLMOutput, use_adapter
+from trl.trainer.utils import use_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
-
-
-def score_supervised(base: PreTrainedModel) -> None:
-    """Let `base`, which holds TRL's fused head, compute the logits of supervised positions only.
-
-    Outside Triton's devices TRL's head scores every position, prompt and padding too, twice (again in backward), and
-    also an entropy and a mean of the logits that are not used here; both are 0 in the result.
-    """
-    fused = base.forward
-
-    @functools.wraps(fused)
-    def forward(*inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:  # noqa: ANN401 - any model's output
-        labels = named.get("labels")
-        if not fused_lm_head or labels is None or named.get("output_router_logits"):
-            return fused(*inputs, fused_lm_head=fused_lm_head, **named)
-        targets = labels[:, 1:]
-        kept = (targets != -100).any(0).nonzero().flatten()  # positions whose next token is supervised in any row
-        asked = {name: value for name, value in named.items() if name != "labels"}
-        logits = fused(*inputs, **asked, logits_to_keep=kept).logits.float()  # (B, N, V)
-        own = targets[:, kept]
-        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none")  # ignored: 0
-        log_probs = logits.new_zeros(targets.shape).index_copy(1, kept, -nll.view(own.shape))
-        right = torch.zeros_like(targets, dtype=torch.bool).index_copy(1, kept, logits.argmax(-1) == own)
-        none = torch.zeros_like(log_probs, requires_grad=False)
-        return FusedCausalLMOutput(
-            log_probs=log_probs, entropy=none, mean_logits=none, is_top1=right, label_mask=targets != -100
-        )
-
-    vars(base)["forward"] = forward
 
 
 class _OwnRows:

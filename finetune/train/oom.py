@@ -39,7 +39,7 @@ def halving(
 
     from finetune.utils.runtime import RandomState
 
-    start = RandomState.now()
+    start, forward = RandomState.now(), vars(base).get("forward")
     while True:
         try:
             return attempt(micro)
@@ -62,6 +62,9 @@ def halving(
         ctx.say(f"train: {words}")
         micro = smaller
         remove_adapters(base)
+        vars(base).pop("forward", None)  # TRL's fused head: the next trainer would wrap it again
+        if forward is not None:
+            vars(base)["forward"] = forward
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,23 +1,25 @@
-"""TRL's `SFTTrainer` with what a recipe adds: LoRA+ and, on a CPU, the loss of the supervised tokens only."""
+"""What a recipe adds to TRL's trainers: LoRA+ and, on a CPU, a head for the supervised tokens only."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
 LOGIT_BYTES = 1 << 30  # most that the logits of a micro-batch may take, with their gradient and log-probabilities
 
 
 def keeps_logits(model: PreTrainedModel, tokens: int) -> bool:
-    """Return whether the loss of a micro-batch of `tokens` tokens is computed from the model's own logits.
+    """Return whether a micro-batch of `tokens` tokens is scored by the model's own logits (`score_supervised`).
 
     The model must compute the logits of chosen positions (`logits_to_keep`; some know only the last ones, so it is
     tried), on a CPU, and they must be small. The answer depends on nothing that changes from run to run.
@@ -37,21 +39,47 @@ def keeps_logits(model: PreTrainedModel, tokens: int) -> bool:
     return some.shape[1] == len(kept) and torch.allclose(some, whole[:, kept], rtol=1e-3, atol=1e-3)
 
 
+def agreed(accelerator: Accelerator, choice: bool) -> bool:
+    """Return `choice` if it is every process's: processes that compute differently would wait for each other."""
+    return bool(accelerator.gather(torch.tensor([int(choice)], device=accelerator.device)).min())
+
+
+def score_supervised(base: PreTrainedModel) -> None:
+    """Let TRL's fused head on `base` (trl/trainer/utils.py, add_fused_lm_head) score the supervised positions only.
+
+    Outside Triton's devices it scores every position, prompt and padding too, twice (again in backward), with an
+    entropy and a mean of the logits. Nothing here uses those two: they are NaN in the result. TRL's trainers sum,
+    weigh and log the rest as before.
+    """
+    fused = base.forward
+
+    @functools.wraps(fused)
+    def forward(*inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:  # noqa: ANN401 - any model's output
+        labels = named.get("labels")
+        if not fused_lm_head or labels is None or named.get("output_router_logits"):
+            return fused(*inputs, fused_lm_head=fused_lm_head, **named)
+        targets = labels[:, 1:]
+        kept = (targets != -100).any(0).nonzero().flatten()  # positions whose next token is supervised in any row
+        asked = {name: value for name, value in named.items() if name != "labels"}
+        logits = fused(*inputs, **asked, logits_to_keep=kept).logits.float()  # (B, N, V)
+        own = targets[:, kept]
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none")  # ignored: 0
+        log_probs = logits.new_zeros(targets.shape).index_copy(1, kept, -nll.view(own.shape))
+        right = torch.zeros_like(targets, dtype=torch.bool).index_copy(1, kept, logits.argmax(-1) == own)
+        unknown = torch.full_like(log_probs, math.nan, requires_grad=False)
+        return FusedCausalLMOutput(
+            log_probs=log_probs, entropy=unknown, mean_logits=unknown, is_top1=right, label_mask=targets != -100
+        )
+
+    vars(base)["forward"] = forward
+
+
 class RecipeTrainer(SFTTrainer):
-    """`SFTTrainer` with two additions.
-
-    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B matrices have `lora_plus_ratio` times the learning rate of the rest,
-    which stays in the first parameter groups (their rate is logged).
-
-    With `own_logits` the loss is computed from the logits of the supervised positions alone. TRL's fused head computes
-    every position outside Triton's devices, twice (again in backward), and their entropy; it is made for vocabularies
-    whose logits do not fit.
+    """`SFTTrainer` with LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B matrices have `lora_plus_ratio` times the
+    learning rate of the rest, which stays in the first parameter groups (their rate is logged).
     """
 
     lora_plus_ratio: float | None = None
-    own_logits = False
-    counts = torch.zeros(3, dtype=torch.int64)  # since the last log: tokens predicted right, supervised, all
-    tokens_seen = 0
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the configured optimiser and move the B matrices to separate parameter groups."""
@@ -67,45 +95,3 @@ class RecipeTrainer(SFTTrainer):
             if faster:
                 optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * self.lora_plus_ratio})
         return optimizer
-
-    def compute_loss(
-        self,
-        model: Callable[..., Any],
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Return the loss of a micro-batch (labels (B, T), -100 where nothing is learned); () fp32.
-
-        It is the sum over the supervised tokens divided by `num_items_in_batch`, their number in the whole batch.
-        """
-        if not self.own_logits or return_outputs:
-            loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss
-        targets = inputs["labels"][:, 1:]
-        kept = (targets != -100).any(0).nonzero().flatten()  # positions whose next token any row learns
-        asked = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**asked, use_cache=False, logits_to_keep=kept).logits.float()  # (B, N, V)
-        targets = targets[:, kept]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        supervised = targets != -100
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(count).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages the gradients across ranks
-        right = (logits.detach().argmax(-1) == targets)[supervised].sum()
-        mask = inputs.get("attention_mask")  # packed rows have none, and no padding
-        tokens = mask.sum() if mask is not None else torch.tensor(inputs["labels"].numel())
-        if cast("torch.nn.Module", self.model).training:
-            self.counts = self.counts + torch.stack([right, supervised.sum(), tokens])
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step, with the names that TRL uses for the tokens seen and the share of them predicted right."""
-        if self.own_logits:
-            counts = self.accelerator.gather(self.counts[None]).sum(0).tolist()
-            self.counts = torch.zeros(3, dtype=torch.int64)
-            self.tokens_seen += counts[2]
-            if counts[2]:  # none since the last step: the summary at the end
-                logs = {**logs, "mean_token_accuracy": counts[0] / max(1, counts[1]), "num_tokens": self.tokens_seen}
-        super().log(logs, start_time)

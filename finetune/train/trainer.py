@@ -14,7 +14,7 @@ from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused
 from finetune.metrics import TrainMetrics
 from finetune.train.arguments import Job, shared_arguments
-from finetune.train.batch import batch_shape, total_steps
+from finetune.train.batch import batch_shape, longest_row, total_steps
 from finetune.train.checkpoint import COMPLETE, last_checkpoint
 from finetune.utils.files import write_json
 from finetune.utils.upstream import use_one_gpu
@@ -161,14 +161,12 @@ def _trainer(
     arguments: SFTConfig,
 ) -> SFTTrainer:
     """Return the trainer on `base` with the recipe's adapter, new or continued from an earlier one."""
-    import torch
-
     from finetune.lora import config as lora_config
     from finetune.lora import fused_linear as fused_adapters
     from finetune.lora import resume as lora_resume
-    from finetune.train.recipe_trainer import RecipeTrainer, keeps_logits
+    from finetune.train.recipe_trainer import RecipeTrainer, agreed, keeps_logits, score_supervised
 
-    longest = max(map(len, dataset.with_format(None)["input_ids"]))
+    longest = longest_row(dataset.data.table)
     own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
     adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
@@ -181,8 +179,8 @@ def _trainer(
         peft_config=adapter,
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
-    chosen = torch.tensor([int(own_logits)], device=trainer.accelerator.device)
-    trainer.own_logits = bool(trainer.accelerator.gather(chosen).min())  # of one mind, or they wait for each other
+    if agreed(trainer.accelerator, own_logits):
+        score_supervised(base)
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:

@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import GateRefused
 from finetune.preference import align as preference_align
-from finetune.preference import batches, reference, trainers
+from finetune.preference import batches, reference
 from finetune.preference.follower import AlignFollower
 from finetune.preference.reference import Objective, expected_loss
 from finetune.recipe import Runtime
@@ -82,8 +82,8 @@ def test_the_logits_of_supervised_positions_train_as_trls_head_does(
     objective, load, base, adapter, pairs, judged, ctx, tmp_path, monkeypatch
 ):
     rows, kept = judged if objective is KTO else pairs, []
-    score = trainers.score_supervised
-    monkeypatch.setattr(trainers, "score_supervised", lambda model: kept.append(model) or score(model))
+    score = recipe_trainer.score_supervised
+    monkeypatch.setattr(recipe_trainer, "score_supervised", lambda model: kept.append(model) or score(model))
     own = aligned(job(tmp_path, "own"), load(), base, rows, adapter, ctx, objective)[1]
     assert len(kept) == 1
     monkeypatch.setattr(recipe_trainer, "keeps_logits", lambda *_: False)

@@ -227,7 +227,7 @@ def test_several_processes_are_told_and_do_not_wait_for_each_other(ctx):
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(FinetuneError, match=r"4 rows a micro-batch.*runtime\.micro_batch_rows=2"):
-        oom.halving(attempt, None, 4, 4, replace(ctx, world=2), checkpointing=True)
+        oom.halving(attempt, torch.nn.Identity(), 4, 4, replace(ctx, world=2), checkpointing=True)
 
 
 def test_what_counts_as_a_full_device():

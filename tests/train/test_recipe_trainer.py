@@ -22,11 +22,12 @@ def test_loss_and_gradients_are_trls(layout, items, load, base, ctx, tmp_path, m
     with pytest.raises(Exception, match="logged no loss"):
         trained(job(tmp_path, max_steps=1), load(), base, table, ctx)
     trainer = made[0]
-    assert trainer.own_logits
+    base_model = trainer.model.get_base_model()
+    own_forward = vars(base_model)["forward"]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     found = []
     for own in (True, False):
-        trainer.own_logits = own
+        base_model.forward = own_forward if own else own_forward.__wrapped__
         trainer.model.train()
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
