@@ -49,7 +49,7 @@ COMMENTS = {  # by the beginning of a line
     "  - {source: hub": "split: train, format: auto, where not written",
     "  - source: local": "a file of this machine",
     "    format:": "how a row is laid out",
-    "    path:": "beside this recipe, or under the working folder",
+    "    path:": "next to this recipe, or under the working folder",
     "    columns:": "the format's names, each with yours",
     "  - {source: pydoc": "rows made of Python's own documentation",
     "ingest:": "columns that are not read",

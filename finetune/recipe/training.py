@@ -331,7 +331,7 @@ class Certify(Section):
     """Required agreement of the merged model with the trained one."""
 
     base: Literal["auto", "original", "dequantized"] = "auto"
-    """Weights that the adapter is merged into: the original ones, those of training (dequantized), or the better."""
+    """Weights to merge into: the original ones, those of training (dequantized), or the better of those that pass."""
     tokens: Annotated[int, Field(ge=64)] = 8192
     """Held-out tokens read; if fewer than half are compared (long prompts), up to four times as many."""
     min_agreement: Fraction = 0.75

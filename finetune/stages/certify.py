@@ -101,6 +101,15 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Cert
             certificate = _certificate(
                 spec, dtype, comparisons, held_out, {**gain, "control_agreement": same["agreement"]}
             )
+    near = [n for n, c in certificate["candidates"].items() if _passes(spec.certify, c)]
+    if near and certificate["base"] not in near and "better_than_trained" not in certificate:  # certify.base: auto
+        far = certificate
+        certificate = _certificate(spec, dtype, comparisons, held_out, base=near[0])
+        ctx.say(
+            f"certify: merged into the {near[0]} base: into the {far['base']} one it would agree with what was trained "
+            f"on {far['agreement']:.1%} of the next tokens (at least {spec.certify.min_agreement:.1%} is needed) at a "
+            f"perplexity ratio of {far['perplexity_ratio']:.4g} (at most {spec.certify.max_perplexity_ratio:g})"
+        )
     certificate["round_trip_dtype"] = compute  # merge may run on another machine
     write_json(out / "certificate.json", certificate)  # also when the gate refuses: the figures are for the person
     _gate(spec.certify, certificate)
@@ -214,9 +223,11 @@ def _certificate(
     comparisons: Mapping[str, Comparison],
     held_out: HeldOut,
     better: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of certificate.json, with six significant digits: the last bits of a sum do not change it.
 
+    `base`: the candidate to take; None: the dequantized one if it is surely better, else the original one.
     `better`: that the merge is surely better than what was trained (`_gain`), and the agreement of its control, the
     merge into the base as the adapter saw it: what the two merges differ by is what 4 bits cost this base.
     """
@@ -231,7 +242,7 @@ def _certificate(
     chosen, difference = next(iter(comparisons)), None
     if len(comparisons) == 2:
         apart = paired_interval(nll["dequantized"], nll["original"], tokens, spec.seed)
-        chosen = "dequantized" if apart.high < 0 else "original"
+        chosen = base or ("dequantized" if apart.high < 0 else "original")
         difference = {
             "nll_per_token": six(apart.value),
             "interval": [six(apart.low), six(apart.high)],
@@ -278,16 +289,10 @@ def _gate(limits: Certify, certificate: Mapping[str, Any]) -> None:
     """Refuse a merge that is not the model that was trained, unless 4 bits are why and it is surely better."""
     if _passes(limits, certificate) or "better_than_trained" in certificate:
         return
-    better = [n for n, c in certificate["candidates"].items() if n != certificate["base"] and _passes(limits, c)]
-    advice = (
-        f"the {better[0]} base is near enough: set certify.base: {better[0]}"
-        if better
-        else "publish the adapter instead (merge: null), or lower certify.min_agreement or raise "
-        "certify.max_perplexity_ratio if you accept this"
-    )
     raise GateRefused(
         f"certify: {certificate['words']}; allowed are at least {limits.min_agreement:.1%} and at most a ratio of "
-        f"{limits.max_perplexity_ratio:g}; {advice}"
+        f"{limits.max_perplexity_ratio:g}; publish the adapter instead (merge: null), or lower certify.min_agreement "
+        "or raise certify.max_perplexity_ratio if you accept this"
     )
 
 

@@ -74,7 +74,10 @@ def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> st
         return "render: no row"
     row = table.to_pylist()[0]
     ids = row["input_ids"]
-    text = "".join(f"»{s.text}«" if s.supervised else s.text for s in segments(tokenizer, ids, row["mask"]))
+    text = "".join(
+        f"»{''.join(s.text for s in run)}«" if supervised else "".join(s.text for s in run)
+        for supervised, run in groupby(segments(tokenizer, ids, row["mask"]), lambda s: s.supervised)
+    )
     if len(text) > most:
         text = f"{text[: most // 2]} … {text[-most // 2 :]}"
     names = tokenizer.convert_ids_to_tokens(ids)

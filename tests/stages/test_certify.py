@@ -143,12 +143,14 @@ def test_a_base_that_is_asked_for_is_the_only_candidate(tmp_path: Path, base: st
     assert certificate["base"] == base
 
 
-def test_the_gate_refuses_and_says_which_base_would_do(tmp_path: Path) -> None:
+def test_auto_takes_the_base_that_passes_and_the_gate_refuses_one_that_was_asked_for(tmp_path: Path) -> None:
     inputs = finish(tmp_path)
-    with pytest.raises(GateRefused, match=r"at least 99\.0%.*set certify\.base: dequantized"):
-        run(tmp_path, inputs, certify={**OPEN, "min_agreement": 0.99})
+    with pytest.raises(GateRefused, match=r"at least 99\.0%.*publish the adapter instead"):
+        run(tmp_path, inputs, certify={**OPEN, "base": "original", "min_agreement": 0.99})
     assert json.loads((tmp_path / "out/certificate.json").read_text())["base"] == "original"  # the figures are kept
-    assert run(tmp_path, inputs, "again", certify={"base": "dequantized", "min_agreement": 0.99})["agreement"] == 1
+    certificate = run(tmp_path, inputs, "again", certify={**OPEN, "min_agreement": 0.99})
+    assert certificate["base"] == "dequantized" and certificate["agreement"] == 1
+    assert certificate["candidates"]["original"]["agreement"] < 0.99
 
 
 def test_the_gate_refuses_a_perplexity_that_rose(tmp_path: Path) -> None:
