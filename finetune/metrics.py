@@ -12,7 +12,7 @@ Interval = Sequence[float]  # low, high
 
 
 class Headline(NamedTuple):
-    """What a table of stages shows of one: its most important figure and its rows."""
+    """One row of a table of stages: the most important figure, rows in and rows out."""
 
     figure: str = ""
     rows_in: int | None = None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from finetune.context import Context
 from finetune.errors import FinetuneError
 from finetune.metrics import BaseMetrics
+from finetune.models.device import has_bf16
 from finetune.tiny.muon import Muon, gradient_of
 from finetune.tiny.text import Shingles, corpus
 from finetune.utils.quiet import quiet
@@ -250,7 +251,7 @@ def pretrain(model: MistralForCausalLM, rows: torch.Tensor, size: Size, seed: in
     """
     import torch
 
-    native = _native_bf16()
+    native = has_bf16()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     embedding = model.model.embed_tokens.weight
     hidden = {id(p) for p in (*matrices, embedding)}
@@ -343,11 +344,3 @@ def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
         for batch in rows.split(16):
             total += _cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).item() * len(batch)
     return total / len(rows) if len(rows) else math.nan
-
-
-def _native_bf16() -> bool:
-    """Return whether the CPU has bf16 instructions. Without them torch uses code slower than fp32."""
-    import torch
-
-    abilities = torch.cpu.get_capabilities()
-    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))

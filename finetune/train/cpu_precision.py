@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.errors import FinetuneError
-from finetune.models.device import Precision, pick_precision
+from finetune.models.device import Precision, has_bf16, pick_precision
 from finetune.utils.files import canonical_json, read_json, replace_bytes
 from finetune.utils.runtime import SMALL_PARAMETERS, single_thread
 
@@ -75,14 +75,6 @@ def _try(base: Path, *, started: bool) -> tuple[Precision, str]:
     if ratio >= WORTH:
         return "bf16", f"{ratio:.1f} times as fast as fp32 in a trial on this CPU"
     return "fp32", f"bf16 was {ratio:.1f} times as fast in a trial on this CPU; {WORTH} is needed"
-
-
-def has_bf16() -> bool:
-    """Return whether the CPU has bf16 instructions. Without them torch emulates it, up to 34 times slower than fp32."""
-    import torch
-
-    abilities = torch.cpu.get_capabilities()
-    return any(bool(abilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def measure(hidden: int, intermediate: int) -> float:

@@ -1,4 +1,4 @@
-"""What a recipe adds to TRL's trainers: LoRA+ and, on a CPU, a head for the supervised tokens only."""
+"""Additions to TRL's trainers: LoRA+ and, on a CPU, a head that scores the supervised tokens only."""
 
 from __future__ import annotations
 
