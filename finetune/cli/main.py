@@ -68,6 +68,7 @@ def plan(
     recipe: RecipeName,
     as_json: AsJson = False,
     device: Annotated[str | None, typer.Option(help="Plan for another GPU: t4, l4, a100-40, h100 …")] = None,
+    longest: Annotated[bool, typer.Option("--longest", help="And the longest rows for 8 to 80 GB.")] = False,
     sets: Sets = None,
     artifacts: Artifacts = ARTIFACTS,
     scratch: Scratch = SCRATCH,
@@ -84,7 +85,7 @@ def plan(
         note(line)
     planned = run_view.with_start(loaded.recipe, store, note)
     steps = runner.plan(planned, store)
-    result = pipeline_plan.predict(planned, steps, device, store.scratch)
+    result = pipeline_plan.predict(planned, steps, device, store.scratch, longest=longest)
     if hint := preflight.more_epochs(planned, steps, store):
         note(hint)
     print_text(json.dumps(result, indent=1, sort_keys=True) if as_json else pipeline_plan.describe(result))

@@ -17,6 +17,9 @@ from finetune.estimate.tape import Block, Slot, Value
 
 Policy = Literal["none", "every_2", "every_4", "selective", "full", "offload"]
 POLICIES: tuple[Policy, ...] = ("none", "every_4", "every_2", "selective", "full", "offload")
+OFFLOAD_BUFFERS = (
+    2  # layer inputs on the GPU, of those on their way to RAM and back (train/activation_checkpointing.py)
+)
 HEAD_TOKENS, HEAD_WIDTH = (
     4096,
     32768,
@@ -61,7 +64,8 @@ class MicroBatch:
 def peak(decoder: Decoder, batch: MicroBatch) -> dict[str, int]:
     """Return peak bytes of forward and backward by kind; memory allocated before is not counted.
 
-    Kinds: activations, layer_inputs, mask, scores, dequantized (one matrix at a time), logits, gradients.
+    Kinds: activations, layer_inputs, mask, scores, dequantized (one matrix at a time, or those of one
+    input), logits, gradients.
     """
     step = _Step(decoder, batch)
     step.run()
@@ -93,6 +97,8 @@ class _Step:
         leaf = stream.block if checkpointed else None
         mask = self._mask()
         angles = ops.ledger.new(2 * self.batch.length * self.model.head_dim * ops.element)
+        copied = OFFLOAD_BUFFERS if policy == "offload" and self.batch.cuda else 0
+        buffers = [ops.new(self.model.hidden, kind="layer_inputs") for _ in range(copied)]
         every = int(policy.removeprefix("every_")) if policy.startswith("every_") else 1
         for number, linears in enumerate(self.model.layers):
             layer = partial(self._layer, number, linears)
@@ -105,7 +111,7 @@ class _Step:
         del stream
         ops.autocast.clear()
         ops.tape.backward(result, ops.ledger.new(0))
-        del mask, angles, leaf
+        del mask, angles, leaf, buffers
 
     def _mask(self) -> Block:
         """(rows, 1, length, length) booleans shared by all layers; two more exist while it is built."""
@@ -128,8 +134,9 @@ class _Step:
 
     def _mlp(self, number: int, linears: Mapping[str, Linear], x: Value) -> Value:
         ops, width = self.ops, linears["gate_proj"].outer
-        gated = ops.silu(ops.linear(f"{number}.gate", x, linears["gate_proj"]), width)
-        up = ops.linear(f"{number}.up", x, linears["up_proj"])
+        gate, up_proj = linears["gate_proj"], linears["up_proj"]
+        gated = ops.silu(ops.linear(f"{number}.gate", x, gate, [up_proj]), width)
+        up = ops.linear(f"{number}.up", x, up_proj, [gate])
         product = ops.times(gated, up, width)
         del gated, up
         return ops.linear(f"{number}.down", product, linears["down_proj"])
@@ -138,9 +145,11 @@ class _Step:
         """Queries, keys and values stay alive until the output projection: local names hold them."""
         ops = self.ops
         wide, narrow = linears["q_proj"].outer, linears["k_proj"].outer
-        query = ops.linear(f"{number}.q", x, linears["q_proj"])
-        key = ops.linear(f"{number}.k", x, linears["k_proj"])
-        value = ops.linear(f"{number}.v", x, linears["v_proj"])
+        own = {name: linears[f"{name}_proj"] for name in "qkv"}
+        query, key, value = (
+            ops.linear(f"{number}.{name}", x, one, [o for other, o in own.items() if other != name])
+            for name, one in own.items()
+        )
         rotated, key_rotated = ops.rotate(query, wide), ops.rotate(key, narrow)
         query, key = rotated, key_rotated
         del rotated, key_rotated

@@ -6,6 +6,7 @@ the base once per pass and launches every kernel, so fewer and larger micro-batc
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,10 @@ ASSUMED_UTILISATION = 0.35
 LAYER_SECONDS = 0.010  # least time of a layer per micro-batch: kernel launches (0.34 s for a 7B's 32 layers on an H200)
 HOST_BANDWIDTH = 12e9  # assumed: bytes/s between GPU and pinned RAM, PCIe 3
 MARGIN = 0.05  # share of the memory left free if there is a choice
+COMPILE_SECONDS = 80.0  # a graph for the first length and one for any: 31 s each (7B on an H200)
+COMPILED_SHARE = 0.2  # of a step that compiled layers save where adapters are fused (0.963 s of 1.218 there)
+LONGEST_ON = ("rtx3070", "t4", "rtx3090", "a100-80")  # 8, 15, 24 and 80 GB
+ROW_UNIT = 128  # tokens
 VARLEN_TOKENS = 65_536  # per micro-batch: more gains nothing
 
 
@@ -34,6 +39,7 @@ class Device:
 
 
 DEVICES = {
+    "rtx3070": Device(int(7.6 * GIB), 40.6e12, 448e9),
     "t4": Device(int(14.7 * GIB), 65e12, 320e9, ampere=False),
     "l4": Device(int(22.0 * GIB), 121e12, 300e9),
     "a10g": Device(int(22.0 * GIB), 70e12, 600e9),
@@ -108,7 +114,7 @@ class Options:
     def policies(self) -> Sequence[Policy]:
         """Return the allowed policies: the recipe's, or all."""
         asked = self.run.runtime.checkpointing
-        every = [p for p in POLICIES if p != "offload" or not self.run.runtime.compile]
+        every = [p for p in POLICIES if p != "offload" or self.run.runtime.compile is not True]
         return every if asked == "auto" else (asked,)
 
     def best(self, device: Device, *, varlen: bool | None = None) -> Choice:
@@ -139,12 +145,42 @@ class Options:
         seconds = choice.rows * self.run.row_tokens / choice.tokens_per_second
         return seconds >= 2 * LAYER_SECONDS * self.shapes.layers
 
+    def worth_compiling(self, choice: Choice, steps: int | None) -> bool:
+        """Return whether layers are compiled: as runtime.compile has it; auto, if `steps` save more than it takes.
+
+        `steps` is None if unknown. Only what was measured: plain adapters that are fused, in 16 bits, activations on
+        the GPU (a layer that is not fused may keep its dequantised matrix when it is compiled).
+        """
+        run, asked = self.run, self.run.runtime
+        if asked.compile != "auto":
+            return asked.compile
+        fused = asked.fused_adapters == "on" or (asked.fused_adapters == "auto" and self.worth_fusing(choice))
+        if not fused or steps is None or choice.policy == "offload" or run.reference or run.quantization is None:
+            return False
+        if run.lora.dora or run.train.precision == "fp32":
+            return False
+        tokens = steps * run.train.batch_rows * run.row_tokens / self.world
+        return COMPILED_SHARE * tokens / choice.tokens_per_second > COMPILE_SECONDS
+
     def _total(self, rows: int, policy: Policy, attention: Attention) -> int:
         return sum(self.parts(rows, policy, attention).values())
 
     def _chosen(self, rows: int, policy: Policy, attention: Attention, rate: float, budget: int) -> Choice:
         fits = self._total(rows, policy, attention) <= budget
         return Choice(rows, policy, self.parts(rows, policy, attention), rate, fits, budget)
+
+
+def longest_rows(shapes: Shapes, run: Training, device: Device, most: int) -> tuple[int, Choice] | None:
+    """Return the most tokens that a row may have on a device, and how to train them; None if ROW_UNIT are too many.
+
+    In multiples of ROW_UNIT up to `most`: whatever is asked of policy and rows at once, longer rows need more.
+    """
+
+    def choice(units: int) -> Choice:
+        return Options(shapes, replace(run, row_tokens=ROW_UNIT * units)).best(device)
+
+    units = bisect.bisect_left(range(1, most // ROW_UNIT + 1), x=True, key=lambda n: not choice(n).fits)
+    return (ROW_UNIT * units, choice(units)) if units else None
 
 
 def recomputed(policy: Policy, layers: int) -> tuple[float, float]:

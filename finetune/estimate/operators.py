@@ -134,10 +134,13 @@ class Operators:
         slot = x.slot
         return self.run(width, [x], [x.block], lambda g, saved: [(slot, self.new(width))])
 
-    def linear(self, name: str, x: Value, linear: Linear) -> Value:
-        """`lora.Linear4bit.forward`: the base's product, a copy of it, dropout, A, B, the scaling, their sum."""
+    def linear(self, name: str, x: Value, linear: Linear, beside: Sequence[Linear] = ()) -> Value:
+        """`lora.Linear4bit.forward`: the base's product, a copy of it, dropout, A, B, the scaling, their sum.
+
+        `beside` are further layers that receive `x`: without dropout a fused one is dequantised together with them.
+        """
         if self.fused and linear.rank:
-            return self._fused(name, x, linear)
+            return self._fused(name, x, linear, () if self.dropout else beside)
         base = self.frozen(x, linear)
         if not linear.rank:
             return base
@@ -154,13 +157,14 @@ class Operators:
         output = self.scale(output, linear.outer)
         return self.add(result, output, linear.outer)
 
-    def _fused(self, name: str, x: Value, linear: Linear) -> Value:
+    def _fused(self, name: str, x: Value, linear: Linear, beside: Sequence[Linear]) -> Value:
         """lora/fused_linear.py: saves its input, x·Aᵀ and both factors as cast for this call.
 
         The matrix is dequantised within the operator, which is visible on a GPU only.
         """
         dropped = self._dropped(x, linear.inner) if self.dropout else None
-        size = linear.inner * linear.outer * self.element if self.quantized and self.cuda else 0
+        outer = linear.outer + sum(other.outer for other in beside)
+        size = linear.inner * outer * self.element if self.quantized and self.cuda else 0
         counts = {"A": linear.rank * linear.inner, "B": linear.rank * linear.outer}
         factors = [self.ledger.new(n * self.element if self.half else 0) for n in counts.values()]
         slot, apart = x.slot, dropped.slot if dropped else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +12,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
 from finetune.models.layerwise import decoder_layers
+from finetune.utils.format import first_line
+from finetune.utils.upstream import prepare_compiling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
     from finetune.context import Context
 
 
+GRAPHS = 5  # of a layer: of the first and of the others, for one length and for any, and one to spare
 KEPT_SHARE = 0.25  # of the memory that is available: training and the system need the rest
 
 
@@ -73,19 +79,48 @@ def keep_dequantized(base: torch.nn.Module, available: int | None) -> int:
     return wanted
 
 
-def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> int:
+def compile_layers(base: PreTrainedModel, say: Callable[[str], None], backend: str = "inductor") -> int:
     """Have every decoder layer of `base` compiled when it first runs; how many there are.
 
     A layer and not the model: layers share what was compiled for one of them (the first, whose input needs no gradient,
-    has a graph of its own), and nothing is fused across layers anyway.
+    has a graph of its own), and nothing is fused across layers anyway. Where compiling fails, `say` is told once and
+    all layers run as they are; a length beyond the GRAPHS graphs of a layer runs uncompiled, too.
     """
+    errors = prepare_compiling(GRAPHS)
     layers = decoder_layers(base)
-    for layer in layers:
-        layer.compile(backend=backend)
+    plainly = [layer.forward for layer in layers]
+
+    def replace(number: int) -> None:
+        compiled = torch.compile(plainly[number], backend=backend)
+
+        @functools.wraps(plainly[number])
+        def forward(*inputs: object, **named: object) -> object:
+            if not is_compiled(base):
+                return plainly[number](*inputs, **named)
+            try:
+                return compiled(*inputs, **named)
+            except errors as error:
+                for layer in layers:
+                    del vars(layer)["forward"]
+                cause = getattr(error, "inner_exception", None) or error
+                say(f"layers run uncompiled, for compiling failed: {first_line(cause)}")
+            return plainly[number](*inputs, **named)
+
+        vars(layers[number])["forward"] = forward
+
+    for number in range(len(layers)):
+        replace(number)
     return len(layers)
 
 
-def speed_up(base: PreTrainedModel, ctx: Context) -> None:
-    """Apply the recipe's `runtime` options for speed to `base`, and report them."""
-    if ctx.runtime.compile:
-        ctx.say(f"train: {compile_layers(base)} layers are compiled at their first step")
+def is_compiled(base: PreTrainedModel) -> bool:
+    """Return whether the layers of `base` are compiled, or will be when they first run."""
+    return "forward" in vars(decoder_layers(base)[0])
+
+
+def speed_up(base: PreTrainedModel, ctx: Context, wanted: bool, stage: str = "train") -> None:
+    """Have the layers of `base` compiled if it is `wanted`; what is compiled is kept in scratch for the next start."""
+    if wanted:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ctx.scratch.absolute() / "compiled"))
+        count = compile_layers(base, lambda line: ctx.say(f"{stage}: {line}"))
+        ctx.say(f"{stage}: {count} layers are compiled at their first step")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.dedup.embedding_timing import describe as embedding_time_in_words
 from finetune.dedup.embedding_timing import embedding_time
 from finetune.errors import InputError
-from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
+from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, LONGEST_ON, Choice, Options, longest_rows
 from finetune.estimate.memory import OTHER_LAYERS, Training, disk, ram, windowed
 from finetune.estimate.rows import expect
 from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
@@ -35,12 +35,20 @@ if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
 
 DEFAULT_DEVICE = "t4"  # the device used if none is given
+MOST_TOKENS = 1 << 20  # of a row, for a base that names no number of positions
 
 
 def predict(
-    recipe: Recipe, steps: Sequence[Step], device: str | None = None, scratch: Path = Path("scratch")
+    recipe: Recipe,
+    steps: Sequence[Step],
+    device: str | None = None,
+    scratch: Path = Path("scratch"),
+    *,
+    longest: bool = False,
 ) -> dict[str, Any]:
     """Return the plan as JSON: stages, access, memory, disk, tokens, steps, time. None if it depends on unread data.
+
+    With `longest` also the tokens of the longest rows that fit GPUs of 8 to 80 GB.
 
     Raises InputError for an unknown device name, and for an adapter that does not fit the known base.
     """
@@ -86,6 +94,12 @@ def predict(
         return result | {"memory_bytes": None, "ram_bytes": None, "disk_bytes": None, "devices": None}
     result["notes"] = _notes(recipe, shapes, pinned)
     options = Options(shapes, Training.of(recipe, pinned))
+    if longest:
+        most = _positions(recipe, shapes) or MOST_TOKENS
+        found = {name: longest_rows(shapes, options.run, DEVICES[name], most) for name in LONGEST_ON}
+        result["longest"] = {
+            name: row and {"row_tokens": row[0], **_on_device(row[1], recipe, None)} for name, row in found.items()
+        }
     named = device.lower() if device else DEFAULT_DEVICE
     choices = {name: options.best(DEVICES[name]) for name in ([named] if device else DEVICES)}
     chosen = choices[named]
@@ -96,7 +110,10 @@ def predict(
     result["ram_bytes"] = ram(shapes, recipe, chosen.rows, chosen.policy)
     result["disk_bytes"] = disk(shapes, recipe)
     tokens = _tokens_trained(recipe, result)
-    result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
+    result["devices"] = {
+        name: {**_on_device(choice, recipe, tokens), "compiled": options.worth_compiling(choice, result["steps"])}
+        for name, choice in choices.items()
+    }
     return result
 
 
@@ -305,7 +322,16 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"  preference  {_pairs_in_words(result['preference'])}")
     if result["devices"]:
         lines += ["", *_table(result["devices"])]
+    lines += _longest(result.get("longest") or {})
     return "\n".join(lines)
+
+
+def _longest(found: dict[str, Any]) -> list[str]:
+    lines = ["", "  longest rows that fit (render.max_length_tokens and pack.length_tokens)"] if found else []
+    for name, on in found.items():
+        words = f"{on['row_tokens']:>9,} tokens, checkpointing {on['checkpointing']}" if on else "none"
+        lines.append(f"  {name:<11} {gb(DEVICES[name].memory_bytes):>9}  {words}")
+    return lines
 
 
 def _describe_alignment(figures: dict[str, Any]) -> list[str]:
@@ -359,7 +385,9 @@ def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
             f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
         )
     note = "the fastest way that fits, estimated for full rows at"
-    return [*lines, f"  {note} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
+    lines.append(f"  {note} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate")
+    compiled = ", ".join(name for name, on in devices.items() if on["compiled"])
+    return [*lines, f"  layers are compiled on: {compiled} (runtime.compile)"] if compiled else lines
 
 
 def _status(status: str) -> str:

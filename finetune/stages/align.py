@@ -93,7 +93,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Alig
     attending = attention.choose(device, False, precision, inputs["base"], say, trust_remote_code=remote_code)
     policy, micro = _decide(spec, inputs, device, ctx)
     base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
-    models_compile.speed_up(base, ctx)
+    models_compile.speed_up(base, ctx, ctx.runtime.compile is True, "align")
     job = Job(
         seed=spec.seed,
         lora=spec.lora,

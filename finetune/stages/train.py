@@ -87,9 +87,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Trai
 
     attending = attention.choose(device, packed.exists(), precision, inputs["base"], say, trust_remote_code=remote_code)
     varlen = attention.is_varlen(attending)
-    policy, micro, worth_fusing = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
+    policy, micro, worth_fusing, compiled = _decide(spec, inputs["base"], rows, device, ctx, varlen=varlen)
     base = loading.load_base(spec.model, inputs["base"], ctx, spec.quantization, precision, device, attending)
-    models_compile.speed_up(base, ctx)
+    models_compile.speed_up(base, ctx, compiled)
     settings = spec.train
     held_out = read_token_rows(inputs["render"] / "eval.parquet", settings.eval_rows) if settings.eval_steps else ()
     job = Job(
@@ -126,7 +126,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Trai
         "precision": precision,
         "attention": attending,
         "fused_adapters": job.fused_adapters,
-        "compiled": ctx.runtime.compile,
+        "compiled": models_compile.is_compiled(base),
         "device": result.device_name,
         "batch_rows": spec.train.batch_rows,
         "micro_batch_rows": result.micro_batch_rows,
@@ -191,8 +191,9 @@ def _zero_adapter(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Contex
 
 def _decide(
     spec: Spec, base: Path, rows: Path | pa.Table, device: str, ctx: Context, *, varlen: bool
-) -> tuple[str, int | None, bool]:
-    """The checkpointing policy, the rows at once (None: as runtime has it), and whether fused adapters are faster.
+) -> tuple[str, int | None, bool, bool]:
+    """The checkpointing policy, the rows at once (None: as runtime has it), whether fused adapters are faster, and
+    compiled layers.
 
     On a GPU what is `auto` becomes the fastest that fits its free memory; a CPU recomputes for large bases only.
     """
@@ -206,7 +207,7 @@ def _decide(
     shapes = shapes_in(base)
     if device == "cpu" or shapes is None:
         large = read_json(base / "base.json")["parameters"] >= CHECKPOINT_FROM_PARAMETERS
-        return (("full" if large else "none") if asked == "auto" else asked), None, False
+        return (("full" if large else "none") if asked == "auto" else asked), None, False, ctx.runtime.compile is True
     run = Training(
         lora=spec.lora,
         quantization=spec.quantization,
@@ -219,7 +220,8 @@ def _decide(
     options = Options(shapes, run, ctx.world)
     choice = options.best(device_like(*gpu), varlen=varlen)
     ctx.say(f"train: {choice.describe()}")
-    return choice.policy, choice.rows, options.worth_fusing(choice)
+    compiled = options.worth_compiling(choice, batch.total_steps(batch.count_rows(rows), spec.train))
+    return choice.policy, choice.rows, options.worth_fusing(choice), compiled
 
 
 def _add_template(template: Path, base: Path, adapter: Path, pad_token: str) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from trl.models.activation_offloading import OffloadActivations
 
 from finetune.errors import InputError
+from finetune.estimate.activations import OFFLOAD_BUFFERS
 from finetune.train.batch import OFFLOAD_ON_CPU
 
 ATTENTION = ("_scaled_dot_product_", "varlen_attn", "flash_attn", "flash_attention")
@@ -33,7 +35,7 @@ def settings(policy: str, device: str) -> tuple[bool, dict[str, Any] | None]:
     elif policy == "offload":
         if device == "cpu":
             raise InputError(OFFLOAD_ON_CPU)
-        chosen["offload"] = True
+        # what is recomputed from is moved by TRL's `activation_offloading`, on a stream of its own
     return True, chosen
 
 
@@ -50,8 +52,20 @@ def _keeps(ctx: SelectiveCheckpointContext, operator: object, *args: object, **k
 
 
 def enable(model: torch.nn.Module, chosen: dict[str, Any] | None) -> None:
-    """Enable checkpointing as `Trainer` does: two of the settings are for transformers, the rest for torch."""
+    """Enable checkpointing as `Trainer` does: one of the settings is for transformers, the rest for torch."""
     own = dict(chosen or {})
-    every, offload = own.pop("every_n_layers", 1), own.pop("offload", False)
+    every = own.pop("every_n_layers", 1)
     whole: Any = model
-    whole.activation_checkpointing_enable(activation_checkpointing_kwargs=own, every_n_layers=every, offload=offload)
+    whole.activation_checkpointing_enable(activation_checkpointing_kwargs=own, every_n_layers=every)
+
+
+def buffer_twice(trainer: Any) -> None:  # noqa: ANN401 - any of TRL's trainers
+    """Let TRL's offloading keep the inputs of OFFLOAD_BUFFERS layers on the GPU: one is copied while the next is made.
+
+    TRL keeps five. Its transfers run on a second stream, back too: the copy for a layer begins while the GPU still
+    computes the one before. What is frozen is named again, because fusing has moved it.
+    """
+    context = trainer.maybe_activation_offload_context
+    if isinstance(context, OffloadActivations):
+        context.max_fwd_stash_size = OFFLOAD_BUFFERS
+        context.update_model_params(trainer.model)

@@ -78,6 +78,7 @@ def shared_arguments(job: Job, ctx: Context, micro: int, accumulate: int, steps:
         "use_cpu": job.device == "cpu",
         "activation_checkpointing": recompute,
         "activation_checkpointing_kwargs": settings,
+        "activation_offloading": job.checkpointing == "offload",
         "max_length": None,
         "remove_unused_columns": False,  # the collator takes the rows' numbers off
         "save_strategy": "steps",

@@ -93,3 +93,10 @@ def longest_row(rows: Path | pa.Table) -> int:
 
     table = pq.read_table(rows, columns=["input_ids"]) if isinstance(rows, Path) else rows
     return int(pc.max(pc.list_value_length(table["input_ids"])).as_py() or 1)
+
+
+def count_rows(rows: Path | pa.Table) -> int:
+    """Return the rows of a packed file, or of a table."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(rows).num_rows if isinstance(rows, Path) else rows.num_rows)

@@ -117,6 +117,9 @@ def remove_adapters(base: PreTrainedModel) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    from finetune.lora.shared_inputs import dissolve
+
+    dissolve(base)
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base.set_submodule(name, module.get_base_layer())

@@ -77,7 +77,7 @@ def train(
     rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
     task = Task(
-        build=lambda shared: _trainer(job, base, tokenizer, dataset, _arguments(shared, packed)),
+        build=lambda shared: _fused(_trainer(job, base, tokenizer, dataset, _arguments(shared, packed)), job, ctx),
         prove=lambda trainer: sanity_checks.prove(
             trainer, trainer.data_collator, dataset, job.lora, job.precision, packed=packed, tokens=job.tokens
         ),
@@ -102,7 +102,7 @@ def run(
     micro: int,
 ) -> Result:
     """Train with `micro` rows a micro-batch, from the last complete checkpoint on."""
-    from finetune.train import distributed, divergence, neftune, sanity_checks, tracking
+    from finetune.train import activation_checkpointing, distributed, divergence, neftune, sanity_checks, tracking
     from finetune.train.callbacks import replace_printers
     from finetune.utils import quiet
 
@@ -117,6 +117,7 @@ def run(
         )
     with quiet.quiet():
         trainer = task.build(shared_arguments(job, ctx, micro, accumulate, steps))
+        activation_checkpointing.buffer_twice(trainer)
         state = trainer.accelerator.state
         distributed.verify(state.distributed_type.value, state.num_processes, ctx.world, os.environ)
         replace_printers(trainer, follower)
@@ -185,6 +186,18 @@ def _trainer(
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:
         lora_resume.load(cast("PeftModel", trainer.model), job.start)
+    return trainer
+
+
+def _fused(trainer: SFTTrainer, job: Job, ctx: Context) -> SFTTrainer:
+    """Fuse layers that receive the same tensor, if adapters are fused, without dropout, and nothing is sharded."""
+    from finetune.lora import shared_inputs
+
+    shared_out = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if job.fused_adapters and not job.lora.dropout and not shared_out:
+        _, why = shared_inputs.share_inputs(trainer.model, trainer.accelerator.autocast())
+        if why is not None:
+            ctx.say(f"{job.stage}: layers that read the same tensor are not fused: {why}")
     return trainer
 
 

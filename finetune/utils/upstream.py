@@ -57,6 +57,19 @@ def check_lora_target(config: LoraConfig, model: torch.nn.Module, name: str) -> 
     check(config, model, name)
 
 
+def prepare_compiling(graphs: int) -> type[Exception]:
+    """Limit the graphs of a function to `graphs`, have a backward compiled with its forward, and return the class of
+    what compiling raises (torch 2.13; `torch.compiler.config` has the limit only, since 2.12).
+    """
+    from torch._dynamo import config
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._functorch import config as backward
+
+    config.recompile_limit = graphs
+    backward.force_non_lazy_backward_lowering = True
+    return TorchDynamoException
+
+
 @contextmanager
 def no_gguf_bar() -> Iterator[None]:
     """Read GGUF without the bar that transformers always draws (transformers 5.23).

@@ -6,11 +6,16 @@ import pytest
 
 from finetune.estimate.activations import POLICIES
 from finetune.estimate.choice import (
+    COMPILE_SECONDS,
+    COMPILED_SHARE,
     DEVICES,
+    LONGEST_ON,
     MARGIN,
+    ROW_UNIT,
     Options,
     device_like,
     flops_per_token,
+    longest_rows,
     recomputed,
     tokens_per_second,
 )  # fmt: skip
@@ -98,3 +103,47 @@ def test_a_device_is_known_by_the_drivers_name():
     assert device_like("NVIDIA GeForce RTX 4090", 7, True).bandwidth == DEVICES["rtx4090"].bandwidth
     assert device_like("NVIDIA H200", 7, True).bandwidth == DEVICES["h200"].bandwidth
     assert device_like("some other", 7, True).flops == DEVICES["a10g"].flops
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("mistral-guanaco", LONGEST_ON[:2]), pytest.param("zephyr-7b-qlora", LONGEST_ON, marks=pytest.mark.slow)],
+)
+def test_the_longest_rows_are_the_last_that_plan_says_fit(name, devices):
+    lengths = []
+    for device in devices:
+        found = options(name)
+        longest, choice = longest_rows(found.shapes, found.run, DEVICES[device], 1 << 19)
+        own = [f"render.max_length_tokens={longest + more}" for more in (0, ROW_UNIT)]
+        packed = [f"pack.length_tokens={longest + more}" for more in (0, ROW_UNIT)] if found.run.packed else ["", ""]
+        fits = [options(name, *filter(None, sets)).best(DEVICES[device]) for sets in zip(own, packed, strict=True)]
+        assert [c.fits for c in fits] == [True, False] and fits[0] == choice
+        lengths.append(longest)
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+
+def test_the_longest_rows_end_at_the_positions_of_the_base_and_none_may_fit():
+    found = options("mistral-guanaco")
+    assert longest_rows(found.shapes, found.run, DEVICES["a100-80"], 1024)[0] == 1024
+    assert longest_rows(found.shapes, found.run, replace(DEVICES["t4"], memory_bytes=10**9), 1 << 20) is None
+
+
+def test_layers_are_compiled_where_that_pays_for_itself():
+    found, gpu = options("mistral-guanaco"), DEVICES["h200"]
+    choice = found.best(gpu)
+    step = found.run.train.batch_rows * found.run.row_tokens / choice.tokens_per_second
+    enough = int(COMPILE_SECONDS / COMPILED_SHARE / step) + 1
+    assert found.worth_compiling(choice, enough) and not found.worth_compiling(choice, enough - 1)
+    assert not found.worth_compiling(choice, None)  # the rows are not counted yet
+    for sets in (
+        "runtime.fused_adapters=off",
+        "runtime.checkpointing=offload",
+        "runtime.compile=false",
+        "train.precision=fp32",
+        "lora.dora=true",
+        "runtime.micro_batch_rows=1",  # kernels are launched for longer than they run: adapters are not fused
+    ):
+        other = options("mistral-guanaco", sets)
+        assert not other.worth_compiling(other.best(gpu), 10**6), sets
+    asked = options("mistral-guanaco", "runtime.compile=true")
+    assert asked.worth_compiling(asked.best(gpu), None) and "offload" not in asked.policies()

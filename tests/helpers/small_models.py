@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.utils.checkpoint import checkpoint
 
 from finetune.estimate.activations import Decoder, MicroBatch, peak
@@ -28,28 +29,32 @@ def config(hidden, intermediate, layers, heads, kv_heads):
 
 def quantized(config, folder, dtype=torch.float32, double=False):
     """The base, as `models.load_base` loads one."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    MistralForCausalLM(config).to(dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", device_map={"": "cpu"}, quantization_config=settings
     )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # as finetune.models.loading says why
     return model.requires_grad_(False)
 
 
-def adapted(model, targets, dropout, fused=False):
+def adapted(model, targets, dropout, fused=False, **settings):
     """With fp32 adapters, TRL's head, and in training."""
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     lora = LoraConfig(
-        r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets or "all-linear", task_type="CAUSAL_LM"
-    )
+        r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=targets or "all-linear", task_type="CAUSAL_LM",
+        **settings,
+    )  # fmt: skip
     if fused:
         fused_linear.use(lora)
     whole = get_peft_model(model, lora)
@@ -82,7 +87,7 @@ def apply(model, policy):
     if not on:
         model.activation_checkpointing_disable()
         return
-    activation_checkpointing.enable(model, {k: v for k, v in settings.items() if k != "offload"})
+    activation_checkpointing.enable(model, settings)
     if policy == "offload":
         keep_inputs_elsewhere(model)
 

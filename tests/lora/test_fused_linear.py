@@ -111,7 +111,7 @@ def test_on_a_gpu_too(settings, dtype):
 
 def test_an_fp32_stream_over_a_16_bit_layer_goes_through_peft(monkeypatch):
     """What is trained whole makes the stream fp32."""
-    monkeypatch.setattr(fused_linear, "adapted_linear", lambda *_: pytest.fail("was called"))
+    monkeypatch.setattr(fused_linear, "adapted_linears", lambda *_: pytest.fail("was called"))
     passed(adapted(True, dtype=torch.bfloat16), torch.float32, enabled=True)
 
 
@@ -122,8 +122,8 @@ def test_an_input_that_needs_no_gradient_gets_none():
 
 def test_what_is_not_one_plain_adapter_goes_through_peft(monkeypatch):
     called = []
-    operator = fused_linear.adapted_linear
-    monkeypatch.setattr(fused_linear, "adapted_linear", lambda *given: called.append(1) or operator(*given))
+    operator = fused_linear.adapted_linears
+    monkeypatch.setattr(fused_linear, "adapted_linears", lambda *given: called.append(1) or operator(*given))
     model = adapted(True)
     passed(model)
     assert called == [1]

@@ -69,7 +69,7 @@ def test_nothing_is_built_by_a_plan(offline, tmp_path):
 def test_an_unknown_device_is_refused_and_a_small_one_does_not_fit(offline, tmp_path):
     recipe = load_recipe("mistral-guanaco", ["runtime.checkpointing=none"]).recipe
     steps = steps_of(recipe, tmp_path)
-    with pytest.raises(InputError, match="allowed: t4, l4"):
+    with pytest.raises(InputError, match="allowed: rtx3070, t4, l4"):
         pipeline_plan.predict(recipe, steps, "t5")
     assert not pipeline_plan.predict(recipe, steps, "T4")["devices"]["t4"]["fits"]
 

@@ -1,11 +1,13 @@
 """Every policy gives the same gradients, keeps what it says, and is not dropped on the way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.errors import InputError
-from finetune.estimate.activations import POLICIES
+from finetune.estimate.activations import OFFLOAD_BUFFERS, POLICIES
 from finetune.recipe import Lora, Runtime
 from finetune.train import activation_checkpointing
 from tests.helpers.live_storage import LiveStorages
@@ -55,11 +57,37 @@ def test_gradients_are_the_same_and_attention_runs_again_only_where_it_must(poli
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_offloading_by_trl_gives_the_same_gradients_where_streams_do_nothing(model, monkeypatch):
+    """TRL's code on a CPU that stands for the GPU: what is kept of a layer is its input, copied and read back once."""
+    from trl.models.activation_offloading import OffloadActivations, get_act_offloading_ctx_manager
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda stream: None, raising=False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    apply(model, "full")
+    expected = gradients(model)
+    context = get_act_offloading_ctx_manager(model, use_pin_memory=False)
+    activation_checkpointing.buffer_twice(SimpleNamespace(maybe_activation_offload_context=context, model=model))
+    assert isinstance(context, OffloadActivations) and context.max_fwd_stash_size == OFFLOAD_BUFFERS == 2
+    copies, waiting, original = [], [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda given, **how: copies.append(given.shape) or original(given, **how))
+    read, pack, handle = [], context.pack_hook, context.unpack_hook
+    context.pack_hook = lambda tensor: [pack(tensor), waiting.append(len(context.fwd_stash))][0]
+    context.unpack_hook = lambda number: read.append(number) or handle(number)
+    for _ in range(2):  # the second step begins as clean as the first
+        with context:
+            found = gradients(model)
+        assert copies.count(torch.Size([1, 64, 64])) >= 4 and max(waiting) <= 2
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    apply(model, "none")
+
+
 def test_what_trainer_is_told():
     assert activation_checkpointing.settings("none", "cpu") == (False, None)
     assert activation_checkpointing.settings("full", "cpu") == (True, {"use_reentrant": False})
     assert activation_checkpointing.settings("every_4", "cpu")[1]["every_n_layers"] == 4
-    assert activation_checkpointing.settings("offload", "cuda")[1]["offload"]
+    assert activation_checkpointing.settings("offload", "cuda") == activation_checkpointing.settings("full", "cuda")
     with pytest.raises(InputError, match="use full"):
         activation_checkpointing.settings("offload", "cpu")
     named = {activation_checkpointing.settings(p, "cuda")[0] for p in POLICIES if p != "none"}
