@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -327,9 +327,28 @@ def _forward(
     if attention_mask is None:
         if position_ids is None or query.shape[2] != key.shape[2]:
             raise FinetuneError("variable-length attention was given neither the documents' bounds nor a mask")
-        attention_mask = _seen(position_ids, sliding_window)
+        attention_mask = _seen_once(position_ids, sliding_window)
     dense: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     return dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **more)
+
+
+@cache
+def _masks() -> MutableMapping[torch.Tensor, dict[int | None, torch.Tensor]]:
+    """Masks of `_seen` by positions, which live no longer than these: every layer of a forward has the same ones."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
+
+
+def _seen_once(position_ids: torch.Tensor, window: int | None) -> torch.Tensor:
+    import torch
+
+    if torch.compiler.is_compiling():
+        return _seen(position_ids, window)
+    made = _masks().setdefault(position_ids, {})
+    if window not in made:
+        made[window] = _seen(position_ids, window)
+    return made[window]
 
 
 def _seen(position_ids: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.errors import FinetuneError
@@ -60,6 +62,39 @@ def flattened(ids, device="cpu"):
     )
     batch.pop("labels")
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Metadata(TorchDispatchMode):
+    """Counts the operators that make a tensor of numbers that are not real: positions, bounds, masks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.count += bool(made) and not any(t.is_floating_point() for t in made)
+        return out
+
+
+@pytest.mark.parametrize("batch", ["packed", "without bounds", "padded", "one row"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", varlen_reference.NAME])
+def test_bounds_positions_and_masks_are_made_once_a_batch_and_not_once_a_layer(tmp_path, backend, batch):
+    name = varlen_reference.register(as_operator=True) if backend == varlen_reference.NAME else backend
+    ids, counts = torch.arange(3, 3 + sum(LENGTHS)), []
+    given = flattened(ids)
+    if batch == "without bounds":
+        given = {k: v for k, v in given.items() if k in ("input_ids", "position_ids")}
+    elif batch != "packed":
+        given = {"input_ids": ids[None], **({"attention_mask": torch.ones(1, len(ids))} if batch == "padded" else {})}
+    for layers in (1, 3):
+        model = load_tiny(save_tiny(tmp_path / str(layers), "mistral", num_hidden_layers=layers, sliding_window=6))
+        model.set_attn_implementation(name)
+        model.activation_checkpointing_enable()
+        own = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+        with Metadata() as seen:
+            model.train()(**own, use_cache=False).logits.square().mean().backward()
+        counts.append(seen.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
