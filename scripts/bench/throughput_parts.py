@@ -54,17 +54,26 @@ class Data:
         return [-100] * (len(ids) - count) + ids[len(ids) - count :]
 
 
-def documents(size: Size, seed: int = 0) -> Data:
-    """Random documents that fill `size.rows` rows to the last token, four a row, of very different lengths."""
+def documents(size: Size, seed: int = 0, *, changing: bool = False) -> Data:
+    """Random documents that fill `size.rows` rows to the last token, four a row, of very different lengths.
+
+    With `changing` each row has its own length, 0.6 of the size's or more.
+    """
     generator = np.random.default_rng(seed)
     vocabulary = random_model.SHAPES[size.shape][-1]
     found = []
     for _ in range(size.rows):
-        shares = generator.dirichlet(np.full(DOCUMENTS_A_ROW, 1.5)) * (size.length - 8 * DOCUMENTS_A_ROW)
+        row = int(generator.uniform(0.6, 1) * size.length) if changing else size.length
+        shares = generator.dirichlet(np.full(DOCUMENTS_A_ROW, 1.5)) * (row - 8 * DOCUMENTS_A_ROW)
         lengths = 8 + shares.astype(int)
-        lengths[-1] += size.length - lengths.sum()
+        lengths[-1] += row - lengths.sum()
         found += [generator.integers(3, vocabulary, n).tolist() for n in lengths]
     return Data(found, [max(1, int(SUPERVISED * len(d))) for d in found])
+
+
+def whole(steps: list[Data]) -> Data:
+    """The documents of all steps as one."""
+    return Data([d for s in steps for d in s.documents], [n for s in steps for n in s.supervised])
 
 
 def packed_table(data: Data) -> Any:  # noqa: ANN401 - pyarrow.Table
@@ -164,6 +173,7 @@ class Watch:
     started: float = field(default_factory=time.perf_counter)
     moments: list[float] = field(default_factory=list)
     first: dict[int, torch.Tensor] = field(default_factory=dict)  # by place among the trained parameters
+    losses: list[float] = field(default_factory=list)  # of every step, where finetune trains
 
     def __enter__(self) -> Watch:
         """Begin; what is taken at the first step falls into the time of the second, which no figure counts."""

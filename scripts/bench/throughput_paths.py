@@ -31,6 +31,8 @@ class Way:
     compile: bool = False
     liger: bool = False
     fused: bool = False  # adapters
+    precision: str = ""  # on a GPU; else bf16
+    changing: bool = False  # every row of another length, other ones in every step
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ class Task:
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in."""
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+    def every_step(self) -> list[parts.Data]:
+        """The documents of each step, where they change; else those of all."""
+        if not self.way.changing:
+            return [self.data]
+        return [parts.documents(self.size, seed, changing=True) for seed in range(self.steps)]
 
     @property
     def micro(self) -> int:
@@ -151,16 +159,13 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
     folder = task.folder / "ours"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pq.write_table(parts.packed_table(task.data), folder / "packed.parquet")
-    runtime = Runtime(
-        micro_batch_rows=task.micro,
-        save_steps=task.steps,
-        compile=task.way.compile,
-    )
+    pq.write_table(parts.packed_table(parts.whole(task.every_step())), folder / "packed.parquet")
+    runtime = Runtime(micro_batch_rows=task.micro, save_steps=task.steps)
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=task.device)
     if task.way.liger:
         _liger(base)
-    models_compile.speed_up(base, ctx)
+    if task.way.compile:
+        models_compile.compile_layers(base, print, "inductor" if task.device == "cuda" else "aot_eager")
     job = train_trainer.Job(
         seed=0,
         lora=parts.LORA,
@@ -186,7 +191,8 @@ def ours(task: Task, base: Any, watch: parts.Watch) -> float:  # noqa: ANN401
     if result.micro_batch_rows != task.micro:
         raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     with (folder / "metrics.jsonl").open() as lines:
-        return float(json.loads(lines.readline())["loss"])
+        watch.losses = [float(entry["loss"]) for line in lines if "loss" in (entry := json.loads(line))]
+    return watch.losses[0]
 
 
 def _liger(base: Any) -> None:  # noqa: ANN401

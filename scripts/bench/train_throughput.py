@@ -49,9 +49,11 @@ LADDER = {
     "J": dataclasses.replace(FUSED, meaning="I + compiled layers", compile=True),
     "K": dataclasses.replace(FUSED, meaning="I + Liger's norms, SwiGLU and RoPE", liger=True),
     "M": dataclasses.replace(FREE, meaning="Unsloth under TRL's trainer", path="unsloth"),
+    "O": dataclasses.replace(FUSED, meaning="J, every row of another length", compile=True, changing=True),
+    "P": dataclasses.replace(FUSED, meaning="I in fp16 with the GradScaler", precision="fp16"),
     "N": dataclasses.replace(FREE, meaning="H + compiled layers (adapters not fused)", compile=True),
 }
-FIRST = "ABCHIJKNGDEFM"  # where time is short
+FIRST = "ABCHIJOPKNGDEFM"  # where time is short
 COLUMNS = (
     "tokens_per_second", "supervised_tokens_per_second", "step_seconds_median", "step_seconds_p95",
     "before_first_step_seconds", "allocated_peak_bytes", "reserved_peak_bytes", "mfu", "grad_norm", "loss_error",
@@ -65,7 +67,7 @@ def task_of(asked: argparse.Namespace, way: Way, folder: Path) -> Task:
     from finetune.models import attention
 
     size = parts.SIZES[asked.model]
-    precision = "bf16" if asked.device == "cuda" else "fp32"
+    precision = (way.precision or "bf16") if asked.device == "cuda" else "fp32"
     name = "sdpa"
     if way.varlen:
         config = folder / "config"
@@ -84,13 +86,24 @@ def measure(asked: argparse.Namespace, letter: str) -> dict[str, Any]:
     watch = parts.Watch(task.device)
     loss = run(task, base, watch)
     found = parts.figures(watch, task.size, task.data, asked.skip, PEAK_FLOPS if task.device == "cuda" else None)
-    expected = torch.load(asked.out / "reference.pt", weights_only=True)
-    errors = {
-        "loss_error": abs(loss - expected["loss"]) / expected["loss"],
-        "gradient_error": parts.relative_error(watch.first, expected["gradients"]),
-    }
+    errors: dict[str, Any] = {"loss_error": None, "gradient_error": None, "losses": watch.losses}
+    if way.changing:
+        seconds, tokens = watch.seconds(asked.skip), sum(d.tokens for d in task.every_step()) / task.steps
+        found["tokens_per_second"] = round(tokens * len(seconds) / sum(seconds), 1)
+        found |= {"slowest_step_seconds": max(seconds), "graphs": _graphs()}
+    else:
+        expected = torch.load(asked.out / "reference.pt", weights_only=True)
+        errors["loss_error"] = abs(loss - expected["loss"]) / expected["loss"]
+        errors["gradient_error"] = parts.relative_error(watch.first, expected["gradients"])
     about = {"config": letter, "meaning": way.meaning, "attention": task.attention, "micro_batch_rows": task.micro}
     return {**about, "model": asked.model, "device": task.device, "precision": task.precision, **found, **errors}
+
+
+def _graphs() -> int:
+    """What was compiled, each of the first layer and of the others for some lengths or for any."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def reference(asked: argparse.Namespace) -> None:
@@ -103,9 +116,9 @@ def reference(asked: argparse.Namespace) -> None:
     task = task_of(asked, LADDER["D"], asked.out)
     base = parts.base(task.size, task.device, torch.float32, "eager")
     parts.save_adapter(base, asked.out / "adapter")
-    from finetune.train.oom import undress
+    from finetune.train.oom import remove_adapters
 
-    undress(base)
+    remove_adapters(base)
     model = get_peft_model(base, lora_config.lora_config(parts.LORA, base))
     set_peft_model_state_dict(model, load_file(str(asked.out / "adapter" / "adapter_model.safetensors")))
     total, loss = sum(task.data.supervised), 0.0
@@ -129,17 +142,11 @@ def everything(asked: argparse.Namespace) -> None:
         if missing or time.monotonic() - begun > asked.budget:
             found[letter] = {"config": letter, "skipped": missing or "no time left"}
             continue
+        if letter == "reference" and (asked.out / "reference.pt").exists():
+            continue
         command = [sys.executable, __file__, "--config", letter, "--model", asked.model, "--device", asked.device]
-        command += [
-            "--out",
-            str(asked.out),
-            "--steps",
-            str(asked.steps),
-            "--skip",
-            str(asked.skip),
-            "--threads",
-            str(asked.threads),
-        ]
+        command += ["--out", str(asked.out), "--steps", str(asked.steps), "--skip", str(asked.skip)]
+        command += ["--threads", str(asked.threads)]
         with (asked.out / f"{letter}.log").open("w") as log:
             left = max(60.0, asked.budget - (time.monotonic() - begun)) if asked.budget < float("inf") else None
             try:
@@ -191,7 +198,7 @@ def _cell(column: str, value: float | None) -> str:
 
 def pairs(asked: argparse.Namespace) -> dict[str, Any]:
     """Step time of finetune over a plain TRL script's, pair by pair, the order turned round every time."""
-    from finetune.train.oom import undress
+    from finetune.train.oom import remove_adapters
 
     ways = {"trl": Way("plain", "trl", checkpointing="none"), "finetune": Way("ours", "finetune", checkpointing="none")}
     tasks = {name: task_of(asked, way, asked.out) for name, way in ways.items()}
@@ -202,7 +209,7 @@ def pairs(asked: argparse.Namespace) -> dict[str, Any]:
     for number in range(-1, asked.pairs):  # the first pair warms up
         medians = {}
         for name in sorted(ways, reverse=bool(number % 2)):
-            undress(base)
+            remove_adapters(base)
             gc.collect()
             watch = parts.Watch(task.device, gradients=False)
             run(tasks[name], base, watch)

@@ -29,10 +29,11 @@ from finetune.estimate import choice
 from finetune.estimate import memory as estimate_memory
 from finetune.estimate.shapes import shapes_of
 from finetune.models import attention
-from finetune.models import compile as models_compile
+from finetune.preference.align import align
+from finetune.preference.reference import Objective
 from finetune.recipe import Lora, Quantization, Runtime, Tracking, Train
 from finetune.train import trainer as train_trainer
-from finetune.train.oom import undress
+from finetune.train.oom import remove_adapters
 
 STEPS = 3
 REFERENCE = Lora(r=64, alpha=16, dropout=0.1, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"])
@@ -51,11 +52,19 @@ class Way:
     packed: bool = True
     varlen: bool = True
     fused: bool = False
+    pairs: bool = False  # DPO
 
 
 WAYS = {
     "8 GB: one row, all recomputed, paged 8-bit optimiser": Way(1, "full", 2, optimizer="paged_adamw_8bit", fused=True),
     "one row, nothing recomputed": Way(1, "none", 2, fused=True),
+    "2 rows, nothing recomputed": Way(2, "none", fused=True),
+    "4 rows, nothing recomputed": Way(4, "none", fused=True),
+    "DPO, 2 pairs, all recomputed": Way(2, "full", 2, packed=False, varlen=False, pairs=True, share=0.5),
+    "DoRA, 4 rows, all but attention recomputed": Way(
+        4, "selective", lora=Lora(r=16, alpha=16, dropout=0.0, dora=True)
+    ),
+    "one row, inputs in RAM": Way(1, "offload", 2, fused=True),
     "4 rows, 1 layer in 2 recomputed": Way(4, "every_2", 2, fused=True),
     "8 rows, all but attention recomputed": Way(8, "selective", fused=True),
     "8 rows, nothing recomputed": Way(8, "none", fused=True),
@@ -102,6 +111,10 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     folder.mkdir(parents=True)
     rows: Any = parts.packed_table(data) if way.packed else parts.padded_table(data).slice(0, size.rows)
     table = rows
+    if way.pairs:
+        pq.write_table(_pairs(data, size), folder / "pairs.parquet")
+        parts.save_adapter(base, folder / "adapter")
+        remove_adapters(base)
     if way.packed:
         pq.write_table(table, folder / "packed.parquet")
         rows = folder / "packed.parquet"
@@ -111,9 +124,10 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     ctx = Context(scratch=folder, runtime=runtime, tracking=Tracking(), device=device)
     base.activation_checkpointing_disable()  # the way before may have recomputed
     base.set_attn_implementation(attention.VARLEN if way.varlen and cuda else "sdpa")
-    models_compile.speed_up(base, ctx)
-    longest = max(len(ids) for ids in table["input_ids"].to_pylist())
-    run = estimate_memory.Training(way.lora, Quantization(), train, runtime, way.packed, longest)
+    longest = length if way.pairs else max(len(ids) for ids in table["input_ids"].to_pylist())
+    run = estimate_memory.Training(
+        way.lora, Quantization(), train, runtime, way.packed, longest, 2 if way.pairs else 1, way.pairs
+    )
     shapes = shapes_of(parts.random_model.config_of(size.shape))
     assert shapes is not None
     attending = estimate_memory.Attention(varlen=way.varlen)
@@ -126,7 +140,12 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     if cuda:
         torch.cuda.empty_cache()
     with Peaks(device, gradients=False) as watch:
-        result = train_trainer.train(job, base, parts.tokenizer(), rows, ctx)
+        if way.pairs:
+            objective = Objective("dpo", "sigmoid", 0.1)
+            given = (folder / "pairs.parquet", folder / "adapter")
+            result = align(replace(job, stage="align"), objective, base, parts.tokenizer(), *given, ctx)
+        else:
+            result = train_trainer.train(job, base, parts.tokenizer(), rows, ctx)
     if result.micro_batch_rows != way.rows:
         raise RuntimeError(f"the device was full: {result.micro_batch_rows} rows were taken")
     peaks = parts.memory(device)
@@ -134,13 +153,27 @@ def measure(base: Any, size: parts.Size, way: Way, asked: argparse.Namespace) ->
     # a paged optimiser's states lie in memory that moves between GPU and RAM, which torch's allocator does not count
     outside = planned["optimizer"] if way.optimizer.startswith("paged") else 0
     predicted = sum(planned.values()) - planned["unused"] - planned["device"] - outside
-    rate = sum(len(ids) for ids in table["input_ids"].to_pylist()) / watch.seconds(STEPS - 1)[0]
+    tokens = 2 * size.rows * length if way.pairs else sum(len(ids) for ids in table["input_ids"].to_pylist())
+    rate = tokens / watch.seconds(STEPS - 1)[0]
     like = choice.DEVICES["h200"] if not cuda else gpu()
     return {
         "allocated": allocated, "predicted": predicted, "off": predicted / allocated - 1, "plan": sum(planned.values()),
         "reserved": peaks["reserved_peak_bytes"], "tokens_per_second": rate, "parts": planned,
         "predicted_tokens_per_second": choice.tokens_per_second(shapes, run, like, way.rows, way.policy, attending),
     }  # fmt: skip
+
+
+def _pairs(data: parts.Data, size: parts.Size) -> Any:  # noqa: ANN401 - pyarrow.Table
+    """A pair a row of `size`, each side as long as a row: half prompt, half answer."""
+    import pyarrow as pa
+
+    ids = [token for document in data.documents for token in document]
+    half, sides = size.length // 2, {}
+    rows = [ids[i * size.length : (i + 1) * size.length] for i in range(size.rows)]
+    for name, order in (("chosen", 1), ("rejected", -1)):
+        answers = [row[half:][::order] for row in rows]
+        sides |= {f"{name}_ids": answers, f"{name}_mask": [[1] * len(a) for a in answers]}
+    return pa.table({"prompt_ids": [row[:half] for row in rows], **sides})
 
 
 def gpu() -> choice.Device:
@@ -156,6 +189,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further one begins")
+    parser.add_argument("--only", default="", help="ways whose name has this in it; ways that OUT has are not repeated")
     asked = parser.parse_args()
     begun = time.monotonic()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -167,9 +201,10 @@ def main() -> None:
         torch.set_num_threads(1)
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
     base = parts.base(size, asked.device, dtype, "sdpa")
-    found: dict[str, dict[str, Any]] = {}
+    kept = asked.out / "training_memory.json"
+    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name, way in WAYS.items():
-        if way.policy == "offload" and asked.device == "cpu":
+        if (way.policy == "offload" and asked.device == "cpu") or asked.only not in name or name in found:
             continue
         if time.monotonic() - begun > asked.budget:
             print(f"no time left for: {name}", flush=True)
@@ -180,10 +215,11 @@ def main() -> None:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         finally:
-            undress(base)
+            remove_adapters(base)
         row = found[name]
-        print(f"{name}: {row['allocated'] / 1e9:.2f} GB, predicted {row['off']:+.1%}", flush=True)
-        (asked.out / "training_memory.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        print(f"{name}: {row['allocated'] / 1e9:.2f} GB, predicted {row['off']:+.1%}, {speed}", flush=True)
+        kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     lines = ["| what | allocated | predicted | off | reserved | the plan's total | tokens/s | predicted |"]
     lines += ["|" + "---|" * 8]
     for name, row in found.items():
