@@ -31,44 +31,62 @@ SAME_16 = 0.25  # small gradients of keys are sums that cancel; a missing adapte
 class Group:
     """Layers of one module that receive the same tensor: the first of them computes the results of all.
 
-    Each layer's `forward` is this object's `call`. A result waits until its layer is called with the same tensor; a
-    layer that is called with another one, or is no plain LoRA at that moment, computes alone.
+    A result waits until its layer is called with the same tensor; a layer that is called with another one, or is no
+    plain LoRA at that moment, computes alone.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], stored: Stored) -> None:
+    def __init__(self, layers: Sequence[Any], stored: Stored) -> None:
         self.layers, self.stored = list(layers), stored
         self.given: torch.Tensor | None = None
         self.graded = False
         self.waiting: dict[int, torch.Tensor] = {}
         for number, layer in enumerate(layers):
-            vars(layer)["forward"] = partial(self.call, number)
+            layer.group, layer.number = self, number
+            layer.__class__ = SHARING[type(layer)]
 
-    def call(self, number: int, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """(…, in_features) → (…, out_features) of layer `number`."""
+    def result(self, number: int, x: torch.Tensor) -> torch.Tensor | None:
+        """(…, in_features) → (…, out_features) of layer `number`; None: it computes alone."""
         if number and self.given is x and number in self.waiting and self.graded == torch.is_grad_enabled():
             out = self.waiting.pop(number)
             if not self.waiting:
                 self.given = None
             return out
-        if number == 0 and not (args or kwargs):
-            factors = [f for f in (factors_of(layer, x) for layer in self.layers) if f is not None and f[3] is None]
-            if len(factors) == len(self.layers):
-                a, b, scalings, _ = (list(f) for f in zip(*factors, strict=True))
-                biases = biases_of([base_of(layer) for layer in self.layers], x)
-                out, *rest = fused_linear.adapted_linears(x, None, *self.stored, biases, a, b, scalings)[:-1]
-                self.given, self.graded, self.waiting = x, torch.is_grad_enabled(), dict(enumerate(rest, 1))
-                return out
-        layer = self.layers[number]
-        alone: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return alone
+        factors = [factors_of(layer, x) for layer in self.layers] if number == 0 else [None]
+        plain = [f for f in factors if f is not None and f[3] is None]
+        if len(plain) < len(self.layers):
+            return None
+        a, b, scalings, _ = (list(f) for f in zip(*plain, strict=True))
+        biases = biases_of([base_of(layer) for layer in self.layers], x)
+        out, *rest = fused_linear.adapted_linears(x, None, *self.stored, biases, a, b, scalings)[:-1]
+        self.given, self.graded, self.waiting = x, torch.is_grad_enabled(), dict(enumerate(rest, 1))
+        return out
+
+
+class _Sharing(torch.nn.Module):
+    """A layer of a group, by its class: compiled layers share graphs, which a function of each would prevent."""
+
+    group: Group
+    number: int
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """(…, in_features) → (…, out_features)."""
+        out = None if args or kwargs else self.group.result(self.number, x)
+        alone: Any = super().forward
+        return alone(x, *args, **kwargs) if out is None else out
+
+
+SHARING: dict[type, type] = {
+    kind: type(f"Sharing{kind.__name__}", (_Sharing, kind), {})
+    for kind in (FusedLinear4bit, Linear4bit, KeptLinear4bit)
+}
 
 
 def dissolve(model: torch.nn.Module) -> None:
     """Every layer computes alone again; weights that were joined stay parts of one tensor."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), Group):
-            del vars(module)["forward"]
+        if isinstance(module, _Sharing):
+            module.__class__ = type(module).__bases__[1]
+            del module.group, module.number
 
 
 def share_inputs(model: Any, precision: AbstractContextManager[Any]) -> tuple[int, str | None]:  # noqa: ANN401

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -24,11 +23,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def tiny(kind, folder, hidden=256, **settings):
+def tiny(kind, folder, hidden=256, layers=LAYERS, **settings):
     from transformers import AutoConfig
 
     sizes = {
-        "hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+        "hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": layers, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": small_models.VOCABULARY, **FAMILIES[kind],
     }  # fmt: skip
     return small_models.quantized(AutoConfig.for_model(kind, **sizes), folder, **settings)
@@ -52,9 +51,8 @@ def names(model):
     """Last names of the layers of each group, in the order in which they are called."""
     seen = {}
     for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, partial):
-            seen.setdefault(id(forward.func.__self__), []).append((forward.args[0], name.rpartition(".")[2]))
+        if group := getattr(module, "group", None):
+            seen.setdefault(id(group), []).append((module.number, name.rpartition(".")[2]))
     return {tuple(n for _, n in sorted(group)) for group in seen.values()}
 
 
@@ -217,11 +215,17 @@ def test_a_tensor_that_changes_between_two_layers_is_not_the_same(tmp_path):
     assert [len(c) for c in calls.seen.values()] == [2] and calls.groups() == []
 
 
-def test_a_compiled_layer_keeps_the_operators_whole(tmp_path):
+def test_compiled_layers_keep_the_operators_whole_and_share_one_graph_for_each_length_and_one_for_all(tmp_path):
     torch._dynamo.reset()
-    model = dressed(tiny("mistral", tmp_path))
+    torch._dynamo.utils.counters.clear()
+    model = dressed(tiny("mistral", tmp_path, layers=4))
     alone = step(model)
     shared(model)
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     assert_same(alone, step(model), 1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first layer's input needs no gradient
+    for tokens in (16, 40, 24):
+        ids = torch.arange(5, 5 + tokens)[None]
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

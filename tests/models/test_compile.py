@@ -123,8 +123,8 @@ def test_what_is_compiled_is_kept_in_scratch_unless_the_machine_says_where(load,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
-def test_a_training_of_compiled_layers_is_the_plain_one_and_lengths_share_graphs(attention, load, base, ctx, tmp_path):
+@pytest.mark.parametrize(("attention", "fused"), [("sdpa", False), ("varlen", False), ("varlen", True)])
+def test_compiled_layers_train_as_plain_ones_and_lengths_share_graphs(attention, fused, load, base, ctx, tmp_path):
     """Each micro-batch has another number of tokens and documents; the varlen kernel is one operator, as a GPU's is."""
     rows = packed(documents(60), tmp_path)
     name = varlen_reference.register(as_operator=True) if attention == "varlen" else attention
@@ -138,7 +138,8 @@ def test_a_training_of_compiled_layers_is_the_plain_one_and_lengths_share_graphs
                 model, pytest.fail, "eager"
             )  # the graphs, without inductor's minutes
             assert layers == len(model.model.layers)
-        return trained(job(tmp_path, folder, max_steps=2), model, base, rows, ctx)[1]
+        own = dataclasses.replace(job(tmp_path, folder, max_steps=2), fused_adapters=fused and compiled)
+        return trained(own, model, base, rows, ctx)[1]
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
