@@ -29,7 +29,6 @@ def publish_run(
 ) -> dict[str, Any]:
     """Push the results of a finished run; print the URLs, or in a dry run files and card. Return the receipt."""
     from finetune.publish import publish
-    from finetune.publish.card import write_card
     from finetune.publish.contents import stages_read
 
     recipe_name = name.partition("@")[0]
@@ -77,7 +76,7 @@ def publish_run(
     )
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card, force=force)
+        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, force=force)
     if not quiet:
         _print_receipt(receipt)
     return receipt

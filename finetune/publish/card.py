@@ -6,6 +6,7 @@ quoted in code blocks whose fences no content can close. Metadata: https://huggi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
@@ -34,178 +35,13 @@ HF_WORDS = {
     "nf4": "linear weights in NF4 with a scale per 64 (bitsandbytes)",
 }
 CURVE = "assets/training.svg"
-
-_MODEL = """\
----
-{{ metadata }}
----
-
-# {{ repo }}
-
-{{ summary }}
-{% for line in warnings %}
-**{{ line }}**
-{% endfor %}
-- Base: {{ base_words }}
-- Kind: {{ kind_words }}
-{%- if template %}
-- Chat template: {{ template.name | code }}, sha256 {{ template.sha256 | code }}; a turn ends with token \
-{{ template.terminators | code }}
-{%- endif %}
-{%- for what, where in siblings %}
-- {{ what }}: {{ where }}
-{%- endfor %}
-
-## Data
-
-{% if sources %}
-{%- for source in sources %}
-- {{ source }}
-{%- endfor %}
-{% endif %}
-{%- if funnel %}
-| stage | rows left | what happened |
-|---|---:|---|
-{%- for stage, rows, detail in funnel %}
-| {{ stage | code }} | {{ rows }} | {{ detail }} |
-{%- endfor %}
-{% endif %}
-## Training
-{% if curve_words %}
-![Loss while training]({{ curve }})
-
-{{ curve_words }}
-{% endif %}
-{%- if machine %}
-{% for line in machine -%}
-- {{ line }}
-{% endfor %}
-{%- endif %}
-{%- if training %}
-| figure | value |
-|---|---:|
-{%- for name, value in training %}
-| {{ name | code }} | {{ value }} |
-{%- endfor %}
-{% else %}
-No figures were recorded.
-{% endif %}
-{%- if preference %}
-## Preference training
-
-| figure | value |
-|---|---:|
-{%- for name, value in preference %}
-| {{ name }} | {{ value }} |
-{%- endfor %}
-{% endif %}
-## Evaluation
-{% if verdict %}
-{%- for line in verdict %}
-- {{ line.question }} {{ line.answer }}: {{ line.words }}
-{%- endfor %}
-{% endif %}
-{%- if evaluation %}
-On held-out rows of the same data. Perplexity is exp(sum of negative log-likelihoods / supervised tokens); `stop_rate` \
-is the share of greedy generations that end by themselves.
-{%- if measured_on %} Measured: {{ measured_on }}.{% endif %}
-
-| figure | value |
-|---|---:|
-{%- for name, value in evaluation %}
-| {{ name | code }} | {{ value }} |
-{%- endfor %}
-{% else %}
-Not evaluated.
-{% endif %}
-{%- if samples %}
-## Sample answers
-
-Greedy answers to held-out prompts, the first of them, not chosen; long texts are cut.
-{% for sample in samples %}
-### {{ sample.id }}
-
-{{ sample.prompt | fence("text") }}
-
-Base{{ sample.base_end }}:
-
-{{ sample.base | fence("text") }}
-
-Adapter{{ sample.adapter_end }}:
-
-{{ sample.adapter | fence("text") }}
-{% endfor %}
-{%- endif %}
-## Certificate
-
-{{ certificate }}
-
-## How to load it
-{% for note, language, lines in loading %}
-{%- if note %}
-{{ note }}
-{% endif %}
-{{ lines | fence(language) }}
-{% endfor %}
-## Limits
-
-{% for limit in limits -%}
-- {{ limit }}
-{% endfor %}
-## Recipe
-
-{{ recipe_text | fence("yaml") }}
-"""
-
-_DATASET = """\
----
-{{ metadata }}
----
-
-# {{ repo }}
-
-The curated rows that {{ name | code }} was trained on and evaluated with: chat messages, each with its id and source.
-
-## Sources
-
-{% for source in sources -%}
-- {{ source }}
-{% endfor %}
-Their licences go on holding for their rows.
-
-## Curation
-
-{% if funnel -%}
-| stage | rows left | what happened |
-|---|---:|---|
-{%- for stage, rows, detail in funnel %}
-| {{ stage | code }} | {{ rows }} | {{ detail }} |
-{%- endfor %}
-{% endif %}
-The rows that were left out, and the pairs of near-duplicates, are not part of this repository.
-
-## Files
-
-| split | file | rows |
-|---|---|---:|
-{%- for split, rows in splits %}
-| {{ split | code }} | {{ ("data/" + split + ".parquet") | code }} | {{ rows }} |
-{%- endfor %}
-
-{% for column, words in columns -%}
-- {{ column | code }}: {{ words }}
-{% endfor %}
-{{ load | fence("python") }}
-
-## Recipe
-
-{{ recipe_text | fence("yaml") }}
-"""
+CARDS = Path(__file__).parent / "cards"
 COLUMNS = {
     "id": "SOURCE:N, the N-th row of that source, counted from 1",
     "source": "the source's name",
     "messages": "the turns in order, each with `role` (system, user, assistant, tool) and `content`",
     "text": "the whole of a raw-text row, whose messages are empty",
+    "tools": "the tools on offer, as JSON",
 }
 
 
@@ -232,7 +68,7 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
 def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
     evaluation, measured_on = sections.evaluation(facts.metrics)
     siblings = [(f"Also published, {other}", where) for other, where in facts.siblings.items() if other != kind]
-    return _template(_MODEL).render(
+    return _template("model.jinja").render(
         metadata=Markdown(_metadata(kind, repo, facts)),
         repo=repo,
         summary=_summary(kind, facts),
@@ -261,7 +97,7 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
 
 def _dataset_card(repo: str, facts: Facts) -> str:
     columns = dict.fromkeys(name for split in facts.rows.values() for name in split["columns"])
-    return _template(_DATASET).render(
+    return _template("dataset.jinja").render(
         metadata=Markdown(_dataset_metadata(facts)),
         repo=repo,
         name=facts.recipe.name,
@@ -274,14 +110,17 @@ def _dataset_card(repo: str, facts: Facts) -> str:
     )
 
 
-def _template(text: str) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(  # noqa: S701 - jinja2 escapes HTML; `finalize` escapes Markdown, with its HTML
-        undefined=jinja2.StrictUndefined, finalize=escaped, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(CARDS),
+        undefined=jinja2.StrictUndefined,
+        finalize=escaped,
+        keep_trailing_newline=True,
     )
     environment.filters.update(code=code, fence=fence)
-    return environment.from_string(text)
+    return environment.get_template(name)
 
 
 def _metadata(kind: Kind, repo: str, facts: Facts) -> str:

@@ -15,7 +15,7 @@ from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped
 from finetune.recipe import Generate, HubSource, LocalSource, Recipe
 from finetune.synth.judge import words_of as judge_words
-from finetune.utils.format import number, task_figures
+from finetune.utils.format import clipped, duration, number, task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
@@ -98,9 +98,9 @@ def machine(facts: Facts) -> list[str]:
         lines.append(f"Hardware: {train['device']}" + (f", {processes} processes" if processes != 1 else ""))
     if "train" in facts.seconds:
         speed = f", {number(train['tokens_per_second'])} tokens a second" if train.get("tokens_per_second") else ""
-        lines.append(f"Time: {_duration(facts.seconds['train'])} for the training stage{speed}")
+        lines.append(f"Time: {duration(facts.seconds['train'])} for the training stage{speed}")
         if others := sum(s for stage, s in facts.seconds.items() if stage != "train"):
-            lines.append(f"Time of the other stages together: {_duration(others)}")
+            lines.append(f"Time of the other stages together: {duration(others)}")
     if isinstance(peak := train.get("peak_memory_bytes"), int) and peak:
         lines.append(f"Peak memory while training: {peak / 1e9:.2f} GB")
     if facts.versions:
@@ -175,13 +175,6 @@ def _value_text(value: object) -> str:
     return number(value) if isinstance(value, (str, int, float)) else ""
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def certificate_words(certificate: Json | None) -> str:
     """Return the certificate in one or two sentences."""
     if certificate is None:
@@ -207,9 +200,11 @@ def samples(facts: Facts) -> list[dict[str, str]]:
     """Return prompt and answers of base and adapter, each with at most LONGEST_SAMPLE characters."""
     lines = []
     for line in facts.samples:
-        answers = {who: f"{_clipped(line[who]['text'])}" for who in ("base", "adapter")}
+        answers = {who: clipped(line[who]["text"].strip("\n"), LONGEST_SAMPLE) for who in ("base", "adapter")}
         ends = {f"{who}_end": "" if line[who]["finish"] == "stop" else " (did not end)" for who in ("base", "adapter")}
-        lines.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
+        lines.append(
+            {"id": str(line["id"]), "prompt": clipped(line["prompt"].strip("\n"), LONGEST_SAMPLE), **answers, **ends}
+        )
     return lines
 
 
@@ -234,11 +229,6 @@ def warnings(facts: Facts) -> list[str]:
     ):
         lines.append("Warning: it repeats its training rows (see Evaluation).")
     return lines if evaluate or train else []
-
-
-def _clipped(text: str) -> str:
-    printable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
-    return printable if len(printable) <= LONGEST_SAMPLE else printable[:LONGEST_SAMPLE] + " …"
 
 
 def limits(kind: Kind, facts: Facts) -> list[str]:

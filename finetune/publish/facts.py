@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.eval.verdict import Verdict
 from finetune.hub.client import Kind
@@ -25,9 +25,7 @@ class Facts:
     template: Json | None = None  # template.json: name, sha256, terminators (token ids), pad_token
     seconds: Mapping[str, float] = field(default_factory=dict)  # stage → how long it took
     versions: Mapping[str, str] = field(default_factory=dict)  # library → version, while training
-    sources: Sequence[
-        Json
-    ] = ()  # for each of recipe.data and eval_data what pinned it: commit, digest or version of Python
+    sources: Sequence[Json] = ()  # what pinned each of data and eval_data: commit, digest or version of Python
     licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → its licence on the Hub
     steps: Sequence[Json] = ()  # the lines of metrics.jsonl
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown
@@ -42,10 +40,3 @@ class Card:
 
     text: str
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-class CardWriter(Protocol):
-    """Type of `publish.card.write_card`, which is passed as an argument."""
-
-    def __call__(self, kind: Kind, repo: str, facts: Facts) -> Card:
-        """Return the card of one push."""

@@ -22,8 +22,9 @@ from finetune.errors import GateRefused, InputError
 from finetune.eval.verdict import REPEATS, verdict_of
 from finetune.hub.client import Kind, require_token
 from finetune.publish import private_rows
+from finetune.publish.card import write_card
 from finetune.publish.contents import CARD, collect
-from finetune.publish.facts import CardWriter, Facts
+from finetune.publish.facts import Facts
 from finetune.recipe import HubSource, Recipe
 from finetune.utils.files import read_json, write_json
 from finetune.utils.limits import require_space
@@ -76,7 +77,6 @@ def publish(
     repo: str | None,
     dry_run: bool,
     ctx: Context,
-    card: CardWriter,
     *,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -89,7 +89,6 @@ def publish(
         repo: instead of `publish.repo`.
         dry_run: only list what would be pushed, with the cards; no network, no receipt.
         ctx: scratch folder and progress output.
-        card: writes README.md.
         force: push although the adapter does not differ from its base, or is worse.
 
     Returns:
@@ -106,7 +105,7 @@ def publish(
     if not dry_run:
         require_token(next(iter(targets.values())))
     ctx.scratch.mkdir(parents=True, exist_ok=True)
-    with _folder(ctx, "publish-made-") as made:
+    with _folder(ctx, "publish-made") as made:
         facts = _facts(recipe, run, folders, targets)
         _check_worth(facts, list(targets), ctx, force=force, dry_run=dry_run)
         if line := private_rows.private_text(recipe, folders, "this push"):
@@ -115,10 +114,12 @@ def publish(
         facts = replace(facts, licences=_licences(facts, list(targets), ctx, ask=not dry_run))
         prepared = []
         for kind, (contents, rows) in collected.items():
-            written = card(kind, targets[kind], replace(facts, rows=rows))
-            prepared.append(
-                Prepared(kind, targets[kind], contents | _written(written.files, made / kind), written.text)
-            )
+            card = write_card(kind, targets[kind], replace(facts, rows=rows))
+            for name, content in card.files.items():
+                contents[name] = made / kind / name
+                contents[name].parent.mkdir(parents=True, exist_ok=True)
+                contents[name].write_bytes(content)
+            prepared.append(Prepared(kind, targets[kind], contents, card.text))
         receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
         receipt["pushes"] = [_push_summary(push, ctx) for push in prepared] if dry_run else []
         for push in [] if dry_run else prepared:
@@ -133,8 +134,13 @@ def _push(
     from finetune.publish.verify import check_loaded
 
     template = folders["render"] / "template" if "render" in folders else None
-    with _staged(push, ctx) as folder:
-        ctx.say(f"pushing {push.kind} to {push.repo}: {len(push.contents) + 1} files, {_megabytes(folder)}")
+    with _folder(ctx, "publish") as folder:
+        for name, source in push.contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source.resolve(), folder / name)
+        (folder / CARD).write_text(push.card, encoding="utf-8")
+        total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        ctx.say(f"pushing {push.kind} to {push.repo}: {len(push.contents) + 1} files, {total / 1e6:,.1f} MB")
         private, message = recipe.publish.private, f"{recipe.name}: {push.kind}"
         done = push_folder(folder, push.repo, push.kind, private, message, ctx.say)
         receipt["pushes"].append(done)
@@ -211,33 +217,12 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
     return licences
 
 
-def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
-    """Write the files that a card shows; used only in the push."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return {name: folder / name for name in files}
-
-
 @contextmanager
-def _folder(ctx: Context, prefix: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=ctx.scratch))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _staged(push: Prepared, ctx: Context) -> Iterator[Path]:
-    """Yield a folder under scratch with the files to push: hard links, or copies if links are not supported."""
-    with _folder(ctx, "publish-") as folder:
-        for name, source in push.contents.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source.resolve(), place)
-        (folder / CARD).write_text(push.card, encoding="utf-8")
-        yield folder
+def _folder(ctx: Context, kind: str) -> Iterator[Path]:
+    """Yield a new folder under scratch, named after this process: `clean` removes it if the process was killed."""
+    prefix = f"{kind}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=ctx.scratch, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _link_or_copy(source: Path, place: Path) -> None:
@@ -255,10 +240,6 @@ def _push_summary(push: Prepared, ctx: Context) -> dict[str, Any]:
     ctx.say(f"would push {push.kind} to {push.repo}: {len(sizes)} files, {total / 1e6:,.1f} MB; nothing was sent")
     files = [{"path": name, "bytes": size} for name, size in sorted(sizes.items())]
     return {"kind": push.kind, "repo": push.repo, "files": files, "bytes": total, "card": push.card}
-
-
-def _megabytes(folder: Path) -> str:
-    return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any] | None:

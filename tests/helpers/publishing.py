@@ -9,7 +9,6 @@ from typing import Any
 
 from finetune.context import Context
 from finetune.data.records import Example, Message, write_rows
-from finetune.publish.card import write_card
 from finetune.publish.publish import Run, publish
 from finetune.recipe import Recipe
 from tests.helpers.base_templates import CHATML
@@ -83,7 +82,7 @@ class Act:
     def __call__(self, recipe: Recipe, repo: str | None = None, dry_run: bool = False) -> dict[str, Any]:
         metrics: dict[str, dict[str, object]] = {"train": {"loss": 1.5}, "evaluate": {}}
         run = Run(self.run_folder, "name: tiny\n", metrics, self.sets)
-        return publish(recipe, run, self.folders, repo, dry_run, self.ctx, write_card)
+        return publish(recipe, run, self.folders, repo, dry_run, self.ctx)
 
     def licence_lines(self) -> list[str]:
         """What was said of licences."""
