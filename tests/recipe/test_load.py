@@ -45,7 +45,7 @@ BAD = {
     "lora on lm_head": (GOOD + "lora: {targets: [q_proj, lm_head]}\n", "r:6: lora.targets: "),
     "no targets": (GOOD + "lora: {targets: []}\n", "an empty list trains nothing"),
     "a broken expression": (GOOD + "filter: {drop_matching: ['(']}\n", "r:6: filter.drop_matching.0: found '('; not a regular expression"),
-    "two sampling rules": (GOOD + "sample: {top_k: 3, random: 4}\n", "r:6: sample: top_k and random are two different rules"),
+    "two sampling rules": (GOOD + "sample: {top_k: 3, random: 4}\n", "r:6: sample: top_k and random are different rules"),
     "an unknown format": (GOOD + "  - {source: local, path: x, format: alpacca}\n", "did you mean alpaca?"),
     "an unknown source": (GOOD + "  - {source: locl, path: x}\n", "r:6: data.1: found source 'locl'; allowed: source: hub, local or pydoc; did you mean local?"),
     "a source without a kind": (GOOD + "  - {path: x}\n", "r:6: data.1: the field `source` is missing"),
