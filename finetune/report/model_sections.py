@@ -1,4 +1,4 @@
-"""The report's sections on training, evaluation, certificate, merge and export."""
+"""The report's sections on training, evaluation, certificate and export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.eval.metrics import never_stops
 from finetune.report.stage_view import Stages, StageView
 from finetune.synth.judge import words_of as judge_words
 from finetune.utils import svg
-from finetune.utils.format import NONE, clipped, duration, interval, number, percent, size, task_figures
+from finetune.utils.format import NONE, clipped, interval, number, percent, size, task_figures
 
 SAMPLES, OPEN_SAMPLES, MOVED_SAMPLES = 24, 4, 5
 LONGEST_TEXT = 700
@@ -304,20 +304,6 @@ def _difference(apart: Mapping[str, Any] | None) -> str:
         f"Merged into the dequantized base, an answer's token costs {abs(value):.3g} nats "
         f"{'less' if value < 0 else 'more'} than merged into the original ({range_})."
     )
-
-
-def merge_section(view: StageView) -> dict[str, Any]:
-    """Return the files written and the memory used."""
-    m = view.metrics
-    lines = [
-        ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
-        ("tensors", f"{number(m.get('tensors'))}, {number(m.get('changed_tensors'))} of them changed"),
-        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'' if m.get('files') == 1 else 's'}"),
-        ("memory for it", size(m.get("peak_anon_bytes"))),
-        ("time", duration(m.get("seconds"))),
-        ("folder", str(view.folder)),
-    ]
-    return {"absent": "" if m else view.absence, "figures": lines if m else []}
 
 
 def export_section(view: StageView) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from finetune.recipe.load import parse_recipe
 from finetune.report.html import render_page
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils.files import replace_bytes
-from finetune.utils.format import NONE, duration, number, percent, size
+from finetune.utils.format import duration, number, percent, size
 from finetune.utils.links import read_regular
 
 REPORT = "report.html"
@@ -61,18 +61,17 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": judged,
         "definitions": DEFINITIONS,
         "tiles": tiles(stages),
+        "stages": stages,
         "synthetic": synthetic_section.synthetic_section(stages.get("generate")),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
         "preference": preference_section.preference_section(stages),
         "evaluation": model_sections.evaluation_section(stages),
         "certificate": model_sections.certificate_section(stages),
-        "merge": model_sections.merge_section(stages["merge"]),
         "export": model_sections.export_section(stages["export"]),
         "recipe_text": text,
         "sets": value["sets"],
-        "environment": environment(stages),
-        "stage_table": [_stage_line(v) for v in stages.values()],
+        "manifests": [v.manifest for v in stages.values() if v.manifest is not None],
         "folder": str(value["folder"]),
     }
 
@@ -206,33 +205,3 @@ def tiles(stages: Stages) -> list[tuple[str, str, str]]:
         part = f"all stages, {duration(trained)} of it training" if trained else "all stages"
         tiles_made.append(("Time", duration(sum(seconds)), part))
     return tiles_made
-
-
-def environment(stages: Stages) -> list[tuple[str, str]]:
-    """Return code, machine and library versions of the last complete stage."""
-    manifests = [v.manifest for v in stages.values() if v.manifest is not None]
-    if not manifests:
-        return []
-    e = manifests[-1].environment
-    commits = sorted({str(m.environment.get("git_commit")) for m in manifests})
-    changed = ", with changes not committed" if e.get("git_dirty") else ""
-    lines = [
-        ("code", ", ".join(c if c != "None" else "no git" for c in commits) + changed),
-        ("device", str(stages["train"].metrics.get("device", NONE))),
-        ("machine", f"{e.get('system')} on {e.get('machine')}, {number(e.get('cpu_count'))} cores"),
-        ("Python", str(e.get("python"))),
-    ]
-    versions = e.get("versions") or {}
-    return [*lines, ("libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))]
-
-
-def _stage_line(view: StageView) -> dict[str, str]:
-    gone = view.status == "missing" and bool(view.metrics)
-    return {
-        "name": view.name,
-        "kind": view.status,
-        "status": "done, files gone" if gone else view.status if view.status != "missing" else "not run",
-        "seconds": duration(view.seconds) if view.seconds is not None else "",
-        "memory": size(view.manifest.peak_memory_bytes) if view.manifest else "",
-        "folder": str(view.folder) if view.folder and not gone else "",
-    }
