@@ -27,16 +27,15 @@ def print_runs(values: list[dict[str, Any]]) -> None:
     """Print a table per run; for two runs also the recipe fields and metrics that differ, side by side."""
     for value in values:
         with recorded(value["folder"]):
-            rows = [_stage_line(stage, record) for stage, record in value["stages"].items()]
+            rows = []
+            for stage, record in value["stages"].items():
+                seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
+                headline = headline_of(stage, record["metrics"])
+                figure = record.get("message") or headline.figure
+                rows.append([stage, record["status"], headline.rows, seconds, figure])
         print_table(f"{value['recipe']}@{value['run']}", ["stage", "status", "rows", "seconds", "figure"], rows)
     if len(values) == 2:
         _print_comparison(*values)
-
-
-def _stage_line(stage: str, record: Mapping[str, Any]) -> list[str]:
-    seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
-    headline = headline_of(stage, record["metrics"])
-    return [stage, record["status"], headline.rows, seconds, record.get("message") or headline.figure]
 
 
 def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
