@@ -30,6 +30,7 @@ def publish_run(
     """Push the results of a finished run; print the URLs, or in a dry run files and card. Return the receipt."""
     from finetune.publish import publish
     from finetune.publish.contents import stages_read
+    from finetune.publish.facts import Facts, with_sets
 
     recipe_name = name.partition("@")[0]
     store, screen = Store(artifacts, scratch), Screen(silent=quiet)
@@ -40,7 +41,6 @@ def publish_run(
 
     value = run_view.finished(store, name, needs, screen.say)
     short = value["recipe"]
-    text = recipe_text(value["folder"])
     recipe = recorded_recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
     stage = run_view.adapter_stage(value["stages"])
@@ -65,18 +65,17 @@ def publish_run(
             )
     trained, read = manifests.get("train"), manifests.get("ingest")
     pinned = read.fingerprint if read else {}
-    run = publish.Run(
-        folder=value["folder"],
-        recipe_text=text,
+    facts = Facts(
+        recipe,
+        with_sets(recipe_text(value["folder"]), value["sets"]),
         metrics={n: s["metrics"] for n, s in value["stages"].items()},
-        sets=value["sets"],
         seconds={n: s["seconds"] for n, s in value["stages"].items() if s.get("seconds")},
         versions=trained.environment.get("versions", {}) if trained else {},
         sources=[*pinned.get("sources", []), *pinned.get("eval_sources", [])],
     )
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, force=force)
+        receipt = publish.publish(facts, value["folder"], folders, repo, dry_run, ctx, force=force)
     if not quiet:
         _print_receipt(receipt)
     return receipt

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
+from finetune.eval.metrics import never_stops
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.preference.words import figures_of
 from finetune.publish import card_sections as sections
 from finetune.publish.adapter_summary import trained
 from finetune.publish.card_curve import training_curve
-from finetune.publish.card_loading import loading
 from finetune.publish.facts import Card, Facts
 from finetune.publish.markdown import Markdown, code, escaped, fence
 from finetune.recipe import HubSource, Recipe
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 # A model merged into one base is a finetune of it; the Hub's "merge" means a merge of several models.
 RELATION = {"adapter": "adapter", "merged": "finetune", **dict.fromkeys(("gguf", *HF_KINDS), "quantized")}
 LIBRARY = {"adapter": "peft", "gguf": "gguf", **dict.fromkeys(("merged", *HF_KINDS), "transformers")}
-HF_WORDS = {
-    "fp8": "linear weights in float8_e4m3fn with a scale per output channel, inputs rounded to the same per token "
-    "(compressed-tensors)",
-    "w4a16": "linear weights in 4-bit integers with a scale per 128, rounded to nearest (compressed-tensors)",
-    "nf4": "linear weights in NF4 with a scale per 64 (bitsandbytes)",
-}
 CURVE = "assets/training.svg"
 CARDS = Path(__file__).parent / "cards"
 COLUMNS = {
@@ -66,14 +60,25 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
 
 
 def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
+    recipe, measured = facts.recipe, facts.metrics.get("evaluate") or {}
     evaluation, measured_on = sections.evaluation(facts.metrics)
     siblings = [(f"Also published, {other}", where) for other, where in facts.siblings.items() if other != kind]
     return _template("model.jinja").render(
         metadata=Markdown(_metadata(kind, repo, facts)),
         repo=repo,
-        summary=_summary(kind, facts),
+        kind=kind,
+        name=recipe.name,
+        base=facts.base,
+        lora=recipe.lora,
+        quantization=recipe.quantization,
+        gguf=recipe.export.gguf if recipe.export else [],
+        longest=recipe.render.max_length_tokens,
+        licence=recipe.publish.license,
+        measured=measured,
+        certified=facts.certificate is not None,
+        exported=(facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {},
+        never_stops=never_stops(measured, "Give a limit of new tokens."),
         base_words=sections.base_words(facts.base, facts.licences),
-        kind_words=_kind_words(kind, facts.recipe),
         template=facts.template,
         siblings=siblings,
         sources=sections.sources(facts),
@@ -89,8 +94,6 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
         measured_on=Markdown(measured_on),
         samples=sections.samples(facts),
         certificate=sections.certificate_words(facts.certificate),
-        loading=loading(kind, repo, facts),
-        limits=sections.limits(kind, facts),
         recipe_text=sections.without_folders(facts.recipe_text, facts.recipe),
     )
 
@@ -119,7 +122,8 @@ def _template(name: str) -> jinja2.Template:
         finalize=escaped,
         keep_trailing_newline=True,
     )
-    environment.filters.update(code=code, fence=fence)
+    literal, verbatim = (lambda value: Markdown(repr(value))), Markdown
+    environment.filters.update(code=code, fence=fence, literal=literal, number=number, verbatim=verbatim)
     return environment.get_template(name)
 
 
@@ -170,25 +174,3 @@ def _size(rows: int) -> str:
 
 def _datasets(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(s.id for s in recipe.data if isinstance(s, HubSource)))
-
-
-def _summary(kind: Kind, facts: Facts) -> str:
-    trained = "QLoRA" if facts.recipe.quantization else "LoRA"
-    what = "adapter for" if kind == "adapter" else "fine-tune of"
-    forms = {"gguf": ", as GGUF files for llama.cpp and Ollama"} | {k: f", quantised to {k}" for k in HF_KINDS}
-    form = forms.get(kind, "")
-    return f"{facts.recipe.name}: a {trained} {what} {facts.base['id']}, trained by supervised fine-tuning{form}."
-
-
-def _kind_words(kind: Kind, recipe: Recipe) -> str:
-    if kind == "merged":
-        return "the whole model, the adapter merged into its weights"
-    if kind in HF_WORDS:
-        return f"the merged model, {HF_WORDS[kind]}; embeddings and head are not quantised"
-    if kind == "gguf":
-        kinds: list[str] = list(recipe.export.gguf) if recipe.export else []
-        return f"the merged model as {', '.join(kinds)}, with an Ollama Modelfile for the first"
-    lora, quantization = recipe.lora, recipe.quantization
-    stored = f"{quantization.type}{' with double quantisation' if quantization.double else ''}" if quantization else ""
-    over = f", trained over the base in {stored}" if stored else ""
-    return f"a LoRA adapter of rank {lora.r}, alpha {number(lora.alpha)}, on {lora.targets}{over}"

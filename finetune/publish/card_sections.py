@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.eval.answer_metrics import words_of
-from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts, Json
@@ -229,32 +228,6 @@ def warnings(facts: Facts) -> list[str]:
     ):
         lines.append("Warning: it repeats its training rows (see Evaluation).")
     return lines if evaluate or train else []
-
-
-def limits(kind: Kind, facts: Facts) -> list[str]:
-    """Return limits: what was not tried, measured or stated."""
-    recipe = facts.recipe
-    scored = (facts.metrics.get("evaluate") or {}).get("tasks")
-    lines = [
-        f"Trained on sequences of at most {recipe.render.max_length_tokens:,} tokens; longer ones were not tried.",
-        f"Neither truthfulness nor safety{'' if scored else ', nor any public benchmark,'} was measured.",
-        "The base's own licence and limits apply, and those of the data.",
-    ]
-    if recipe.publish.license is None:
-        lines.append("No licence was stated for this repository.")
-    if not facts.metrics.get("evaluate"):
-        lines.append("Nothing was measured on held-out rows.")
-    if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
-        lines.insert(0, words)
-    if kind != "adapter" and facts.certificate is None:
-        lines.append("The merge is not certified.")
-    exported = (facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {}
-    if kind == "gguf" and not exported.get("tokenizer_exact", True):
-        text = exported.get("tokenizer_differs", "some text")
-        lines.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
-    if why := exported.get("perplexity_unknown"):
-        lines.append(f"What the quantisation costs was not measured: {why}.")
-    return lines
 
 
 def without_folders(text: str, recipe: Recipe) -> str:

@@ -18,9 +18,9 @@ class Facts:
     """Facts about a run that the model card needs. Unknown values are absent."""
 
     recipe: Recipe
-    recipe_text: str  # as it was written
+    recipe_text: str  # as it was written, with the `--set` options of the run
     metrics: Mapping[str, Json]  # stage → its metrics
-    base: Json  # base.json: id, kind, revision, parameters
+    base: Json = field(default_factory=dict)  # base.json: id, kind, revision, parameters
     certificate: Json | None = None
     template: Json | None = None  # template.json: name, sha256, terminators (token ids), pad_token
     seconds: Mapping[str, float] = field(default_factory=dict)  # stage → how long it took
@@ -32,6 +32,11 @@ class Facts:
     rows: Mapping[str, Json] = field(default_factory=dict)  # split → {"rows", "columns"} of the dataset repository
     siblings: Mapping[Kind, str] = field(default_factory=dict)  # kind → repository of the same publish command
     verdict: Verdict | None = None  # on the run as a whole
+
+
+def with_sets(text: str, sets: Sequence[str]) -> str:
+    """Return a recipe's text with the `--set` options of its run as comments."""
+    return "\n".join([text.rstrip("\n"), *(f"# --set {s}" for s in sets)]) + "\n"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,6 @@ from finetune.utils.files import read_json, write_json
 from finetune.utils.limits import require_space
 
 RECEIPT = "publish.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Facts about the published run from `run.json` and the manifests."""
-
-    folder: Path  # the run's folder, for the receipt
-    recipe_text: str  # text of the user's file
-    metrics: Mapping[str, Mapping[str, Any]]  # stage → its metrics
-    sets: Sequence[str] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source, those of eval_data last
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,8 @@ def repositories(recipe: Recipe, repo: str | None) -> dict[Kind, str]:
 
 
 def publish(
-    recipe: Recipe,
-    run: Run,
+    facts: Facts,
+    run_folder: Path,
     folders: Mapping[str, Path],
     repo: str | None,
     dry_run: bool,
@@ -83,8 +70,8 @@ def publish(
     """Stage each kind in a separate folder under `ctx.scratch`, push it, compare, load it, and write the receipt.
 
     Args:
-        recipe: the recipe of the run with its `publish` section.
-        run: facts about the run.
+        facts: the recipe with its `publish` section, and the records of its run; the rest is read from `folders`.
+        run_folder: where the receipt is written.
         folders: stage → finished folder; contents.NEEDED lists those that a kind needs.
         repo: instead of `publish.repo`.
         dry_run: only list what would be pushed, with the cards; no network, no receipt.
@@ -101,12 +88,12 @@ def publish(
             trained one.
         FinetuneError: other errors of the Hub; the disk is too small for a copy.
     """
-    targets = repositories(recipe, repo)
+    recipe, targets = facts.recipe, repositories(facts.recipe, repo)
     if not dry_run:
         require_token(next(iter(targets.values())))
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     with _folder(ctx, "publish-made") as made:
-        facts = _facts(recipe, run, folders, targets)
+        facts = _with_files(facts, folders, targets)
         _check_worth(facts, list(targets), ctx, force=force, dry_run=dry_run)
         if line := private_rows.private_text(recipe, folders, "this push"):
             ctx.say(line)
@@ -123,7 +110,7 @@ def publish(
         receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
         receipt["pushes"] = [_push_summary(push, ctx) for push in prepared] if dry_run else []
         for push in [] if dry_run else prepared:
-            _push(push, recipe, folders, receipt, run.folder / RECEIPT, ctx)
+            _push(push, recipe, folders, receipt, run_folder / RECEIPT, ctx)
     return receipt
 
 
@@ -151,27 +138,19 @@ def _push(
     ctx.say(f"{'pushed' if done['new_commit'] else 'already there'}, every hash equal: {done['url']}{also}")
 
 
-def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
-    """Return the input of the cards; the recipe's text includes the `--set` options of the run."""
-    text = "\n".join([run.recipe_text.rstrip("\n"), *(f"# --set {s}" for s in run.sets)]) + "\n"
-    template = _optional_json(folders.get("render"), "template/template.json")
+def _with_files(facts: Facts, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
+    """Return the input of the cards: the records of a run, with what its stages' files hold."""
     if "base" not in folders:
         raise InputError("cannot publish: stage base is not finished; run the recipe first")
-    samples = _lines(folders.get("evaluate"), "samples.jsonl")[: private_rows.samples_shown(recipe)]
-    return Facts(
-        recipe=recipe,
-        recipe_text=text,
-        metrics=run.metrics,
+    return replace(
+        facts,
         base=read_json(folders["base"] / "base.json"),
         certificate=_optional_json(folders.get("certify"), "certificate.json"),
-        template=template,
-        seconds=run.seconds,
-        versions=run.versions,
-        sources=run.sources,
+        template=_optional_json(folders.get("render"), "template/template.json"),
         steps=_lines(folders.get("train"), "metrics.jsonl"),
-        samples=samples,
+        samples=_lines(folders.get("evaluate"), "samples.jsonl")[: private_rows.samples_shown(facts.recipe)],
         siblings=targets,
-        verdict=verdict_of(run.metrics, folders),
+        verdict=verdict_of(facts.metrics, folders),
     )
 
 
