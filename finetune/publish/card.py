@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
 from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import BAD, REPEATS, few_steps
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.preference.words import figures_of
 from finetune.publish import card_sections as sections
@@ -19,7 +20,7 @@ from finetune.publish.card_curve import training_curve
 from finetune.publish.facts import Card, Facts
 from finetune.publish.markdown import Markdown, code, escaped, fence
 from finetune.recipe import HubSource, Recipe
-from finetune.utils.format import number
+from finetune.utils.format import duration, number
 from finetune.utils.secrets import find_secrets
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # A model merged into one base is a finetune of it; the Hub's "merge" means a merge of several models.
 RELATION = {"adapter": "adapter", "merged": "finetune", **dict.fromkeys(("gguf", *HF_KINDS), "quantized")}
 LIBRARY = {"adapter": "peft", "gguf": "gguf", **dict.fromkeys(("merged", *HF_KINDS), "transformers")}
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 CURVE = "assets/training.svg"
 CARDS = Path(__file__).parent / "cards"
 COLUMNS = {
@@ -60,7 +62,8 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
 
 
 def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
-    recipe, measured = facts.recipe, facts.metrics.get("evaluate") or {}
+    recipe, measured, train = facts.recipe, facts.metrics.get("evaluate") or {}, facts.metrics.get("train") or {}
+    refusal = facts.verdict.refusal if facts.verdict else ""
     evaluation, measured_on = sections.evaluation(facts.metrics)
     siblings = [(f"Also published, {other}", where) for other, where in facts.siblings.items() if other != kind]
     return _template("model.jinja").render(
@@ -85,12 +88,18 @@ def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
         funnel=sections.funnel(facts.metrics),
         curve=CURVE,
         curve_words=curve_words,
-        machine=trained(facts.recipe) + sections.machine(facts),
+        trained=trained(recipe),
+        train=train,
+        seconds=facts.seconds,
+        versions={name: facts.versions[name] for name in LIBRARIES if name in facts.versions},
+        refusal=refusal,
+        few_steps=isinstance(train.get("steps"), int) and few_steps(train["steps"]),
+        memorised=not refusal.startswith(REPEATS)
+        and any(line.question == "Memorised?" and line.level == BAD for line in sections.verdict_lines(facts)),
         training=sections.training(facts.metrics),
         preference=figures_of(facts.metrics.get("align") or {}),
         evaluation=evaluation,
         verdict=sections.verdict_lines(facts),
-        warnings=sections.warnings(facts),
         measured_on=Markdown(measured_on),
         samples=sections.samples(facts),
         certificate=sections.certificate_words(facts.certificate),
@@ -123,7 +132,9 @@ def _template(name: str) -> jinja2.Template:
         keep_trailing_newline=True,
     )
     literal, verbatim = (lambda value: Markdown(repr(value))), Markdown
-    environment.filters.update(code=code, fence=fence, literal=literal, number=number, verbatim=verbatim)
+    environment.filters.update(
+        code=code, duration=duration, fence=fence, literal=literal, number=number, verbatim=verbatim
+    )
     return environment.get_template(name)
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from finetune.eval.answer_metrics import words_of
-from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
+from finetune.eval.verdict import Line
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped
 from finetune.recipe import Generate, HubSource, LocalSource, Recipe
 from finetune.synth.judge import words_of as judge_words
-from finetune.utils.format import clipped, duration, number, task_figures
+from finetune.utils.format import clipped, number, task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
 EVALUATION = ("perplexity_base", "perplexity_adapter", "perplexity_merged", "stop_rate")
-TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # reported in the machine section
+TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # reported in the template
 LONGEST_LIST, LONGEST_SAMPLE = 12, 600
 
 
@@ -88,28 +88,8 @@ def funnel(metrics: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def machine(facts: Facts) -> list[str]:
-    """On what the training ran, how long it took and how much memory it held."""
-    train = facts.metrics.get("train") or {}
-    lines = []
-    if train.get("device"):
-        processes = train.get("processes", 1)
-        lines.append(f"Hardware: {train['device']}" + (f", {processes} processes" if processes != 1 else ""))
-    if "train" in facts.seconds:
-        speed = f", {number(train['tokens_per_second'])} tokens a second" if train.get("tokens_per_second") else ""
-        lines.append(f"Time: {duration(facts.seconds['train'])} for the training stage{speed}")
-        if others := sum(s for stage, s in facts.seconds.items() if stage != "train"):
-            lines.append(f"Time of the other stages together: {duration(others)}")
-    if isinstance(peak := train.get("peak_memory_bytes"), int) and peak:
-        lines.append(f"Peak memory while training: {peak / 1e9:.2f} GB")
-    if facts.versions:
-        names = [n for n in ("torch", "transformers", "trl", "peft", "bitsandbytes") if n in facts.versions]
-        lines.append("Libraries: " + ", ".join(f"{n} {facts.versions[n]}" for n in names))
-    return lines
-
-
 def training(metrics: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """Return the training metrics that `machine` does not report."""
+    """Return the training metrics that the lines on the machine do not report."""
     return figures({k: v for k, v in (metrics.get("train") or {}).items() if k not in TRAINED_ELSEWHERE})
 
 
@@ -210,24 +190,6 @@ def samples(facts: Facts) -> list[dict[str, str]]:
 def verdict_lines(facts: Facts) -> tuple[Line, ...]:
     """Return the verdict without its last line, which is advice for the publisher."""
     return facts.verdict.lines[:-1] if facts.verdict else ()
-
-
-def warnings(facts: Facts) -> list[str]:
-    """Return warnings for the reader: no difference from the base, few steps, memorised rows."""
-    lines = []
-    train, evaluate = (facts.metrics.get(stage) or {} for stage in ("train", "evaluate"))
-    if facts.verdict and facts.verdict.refusal:
-        lines.append(f"Warning: {facts.verdict.refusal}.")
-    if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
-        lines.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    has_warned = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
-    if (
-        not has_warned
-        and facts.verdict
-        and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
-    ):
-        lines.append("Warning: it repeats its training rows (see Evaluation).")
-    return lines if evaluate or train else []
 
 
 def without_folders(text: str, recipe: Recipe) -> str:
