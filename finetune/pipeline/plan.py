@@ -178,13 +178,6 @@ def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     return figures | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
 
 
-def _pairs_in_words(figures: dict[str, Any]) -> str:
-    name = f"{figures['method']} ({figures['loss']})"
-    if figures["pairs"] is None:
-        return f"{name}; pairs and steps unknown until the stage pairs has run"
-    return f"{name}; {figures['tokens']:,} tokens in {figures['pairs']:,} pairs; {figures['steps']:,} steps"
-
-
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     """Return rows, tokens and optimiser steps: counted by render and pack, or estimated from local files."""
     pack, render = by_name["pack"], by_name["render"]
@@ -219,90 +212,25 @@ def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str
 
 def describe(result: dict[str, Any]) -> str:
     """Return the plan as text."""
-    lines = [f"{result['recipe']}  {result['model']}", ""]
-    width = max(len(n) for n in result["stages"])
-    for name, status in result["stages"].items():
-        older = result["older_versions"].get(name)
-        note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
-        lines.append(f"  {name:<{width}}  {STATUS_WORDS[status]}{note}")
-    lines += ["", f"  access      {result['access']}"]
-    aligning = _describe_alignment(result["alignment"]) if "alignment" in result else []
-    if "imports" in result:
-        lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
-        lines += aligning
-        lines += [f"  preference  {_pairs_in_words(result['preference'])}"] if result.get("preference") else []
-        lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
-        return "\n".join(lines)
-    if result["parameters"] is None:
-        lines.append("  base        pre-trained here first, about a minute on two quiet cores; memory is known then")
-    else:
-        lines.append(f"  parameters  {result['parameters']:,} ({result['trainable_parameters']:,} trained)")
-        parts = {k: v for k, v in result["memory_bytes"].items() if k != "total"}
-        lines += _wrapped(
-            "GPU memory", f"{gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
-        )
-        for note in result["notes"]:
-            lines += _labelled("note", note)
-        if result["sliding_window"]:
-            window = f"sliding window of {result['sliding_window']:,} tokens"
-            lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
-        lines += _wrapped("RAM", f"{gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
-        lines += _wrapped("disk", "", result["disk_bytes"])
-    lines += aligning
-    if result["tokens"] is None:
-        lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
-    else:
-        about, why = ("about ", ", estimated from the files") if result["estimated"] else ("", "")
-        lines.append(
-            f"  tokens      {about}{result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps{why}"
-        )
-        if result["few_steps"]:
-            lines.append(f"  WARNING     {result['few_steps']}")
-    if result["generate"]:
-        lines += _labelled("generate", generation_in_words(result["generate"]))
-    if result["embedding"]:
-        lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
-    if result.get("preference"):
-        lines.append(f"  preference  {_pairs_in_words(result['preference'])}")
-    if result["devices"]:
-        lines += ["", *_table(result["devices"])]
-    return "\n".join(lines)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(  # noqa: S701 - text for a terminal
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        embedding_time_in_words=embedding_time_in_words, gb=gb, generation_in_words=generation_in_words,
+        labelled=_labelled, parts=_parts, status_words=STATUS_WORDS, utilisation=ASSUMED_UTILISATION,
+    )  # fmt: skip
+    return environment.get_template("plan.jinja").render(**result).rstrip("\n")
 
 
-def _describe_alignment(figures: dict[str, Any]) -> list[str]:
-    """The lines on preference training."""
-    on = figures["devices"][figures["memory_device"]]
-    unit = "pair" if figures["method"] == "dpo" else "answer"
-    at_once = f"{on['micro_batch_pairs']} {unit}{'s' if on['micro_batch_pairs'] > 1 else ''} at once"
-    how = f"{at_once}, checkpointing {on['checkpointing']}"
-    parts = {k: v for k, v in figures["memory_bytes"].items() if k != "total"}
-    fits = "" if on["fits"] else ", which it has not"
-    peak = f"{gb(on['peak_bytes'])} at the peak on a {figures['memory_device']} ({how}){fits}:"
-    lines = _wrapped("alignment", f"{figures['method']}: {peak}", parts)
-    lines.append(f"{'':14}the reference is a frozen copy of the start adapter: no second base in memory")
-    others = [
-        f"{name} {gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in figures["devices"].items()
-    ]
-    if len(others) > 1:
-        lines += _labelled("", f"peaks: {', '.join(others)}")
-    if figures["pairs"] is not None:
-        lines.append(f"{'':14}{figures['pairs']:,} {unit}s, {figures['steps']:,} steps")
-    return lines
+def _labelled(label: str, text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=f"  {label:<12}", subsequent_indent=" " * 14)
 
 
-def _device(result: dict[str, Any]) -> str:
-    on = result["devices"][result["memory_device"]]
-    rows = f"{on['micro_batch_rows']} row{'s' if on['micro_batch_rows'] > 1 else ''}"
-    return f"a {result['memory_device']} ({rows} at once, checkpointing {on['checkpointing']})"
-
-
-def _labelled(label: str, text: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent=f"  {label:<12}", subsequent_indent=" " * 14)
-
-
-def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) -> list[str]:
+def _parts(label: str, first: str, parts: dict[str, int], width: int = 100) -> str:
     """Format `first` and parts above 50 MB, largest first, in lines of at most `width` columns."""
-    largest = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
+    largest = sorted(((k, v) for k, v in parts.items() if v > 50e6 and k != "total"), key=lambda part: -part[1])
     lines: list[str] = []
     line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
     for number, (name, size) in enumerate(largest):
@@ -310,18 +238,4 @@ def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) ->
         if len(line) + len(word) > width:
             lines, line = [*lines, line], " " * 13
         line += word
-    return [*lines, line]
-
-
-def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line per device: whether it fits, its memory, the peak, and the training settings."""
-    lines = ["  GPU         fits    usable      peak  rows x steps  checkpointing  tokens/s   training"]
-    for name, on in devices.items():
-        shape = f"{on['micro_batch_rows']} x {on['accumulation']}"
-        minutes = f"{on['train_seconds'] / 60:,.0f} min" if on["train_seconds"] else "unknown"
-        lines.append(
-            f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {gb(on['memory_bytes']):>9} {gb(on['peak_bytes']):>9}"
-            f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
-        )
-    note = "the fastest way that fits, estimated for full rows at"
-    return [*lines, f"  {note} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
+    return "\n".join([*lines, line])
