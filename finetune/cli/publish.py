@@ -43,10 +43,8 @@ def publish_run(
     short = value["recipe"]
     recipe = recorded_recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
-    stage = run_view.adapter_stage(value["stages"])
-    if stage == "align" and value["stages"][stage]["status"] != "done":  # the adapter before it would be pushed
-        status = value["stages"][stage]["status"]
-        raise InputError(f"{stage} of {short} is {status}: run `finetune run {recipe_name}` first")
+    if run_view.adapter_stage(value["stages"]) == "align":  # otherwise the adapter before it would be pushed
+        run_view.done_folders(value, ["align"], name)
     # A stage that was done and whose files are gone is refused below, by name.
     done = {n: s for n, s in value["stages"].items() if s["status"] == "done" or (s["path"] and s["metrics"])}
     folders = {n: Path(s["path"]) for n, s in done.items()}

@@ -294,7 +294,7 @@ def _compared(
         if there is None:
             wrong.append(f"{name} is missing")
             continue
-        hashed, expected = ("sha256", there.lfs.sha256) if there.lfs else ("git_sha1", there.blob_id)
+        hashed, expected = announced(there)
         digest = hub_digest(path, size, hashed)
         if there.size != size or digest != expected:
             wrong.append(f"{name} has {size} bytes, {hashed} {digest[:12]}; there {there.size}, {expected[:12]}")
@@ -306,6 +306,11 @@ def _compared(
             "commit, and push again"
         )
     return files
+
+
+def announced(file: RepoFile) -> tuple[str, str]:
+    """Return the kind of hash, as `hub_digest` takes it, and the hash that the Hub lists for a file."""
+    return ("sha256", file.lfs.sha256) if file.lfs else ("git_sha1", file.blob_id)
 
 
 def hub_digest(content: Path | bytes, size: int, kind: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.errors import FinetuneError, InputError
-from finetune.hub.client import hub_digest, tree_of
+from finetune.hub.client import announced, hub_digest, tree_of
 from finetune.hub.errors import LOG_IN, retried, sentences
 from finetune.utils.quiet import no_bars
 
@@ -78,9 +78,7 @@ class HubFolder:
             info = self._again(lambda: api.repo_info(self.repo_id, repo_type="dataset"))
             self._commit = info.sha or "main"
             entries = self._again(lambda: tree_of(api, self.repo_id, "dataset", self._commit))
-        return {
-            e.path: Remote(e.size, *(("sha256", e.lfs.sha256) if e.lfs else ("git_sha1", e.blob_id))) for e in entries
-        }
+        return {e.path: Remote(e.size, *announced(e)) for e in entries}
 
     def fetch(self, files: Mapping[str, Remote], into: Path) -> None:
         """Download files to `into`/path. Raises FinetuneError if one differs from the listing."""

@@ -85,6 +85,15 @@ def adapter_needs(value: dict[str, Any]) -> Collection[str]:
     return ("base", adapter_stage(value["stages"]))
 
 
+def done_folders(value: dict[str, Any], stages: Collection[str], name: str) -> list[Path]:
+    """Return the folders of these stages of the run `name`. Raises InputError for the first that is not finished."""
+    for stage in stages:
+        if (status := value["stages"][stage]["status"]) != "done":
+            command = f"finetune run {name.partition('@')[0]}"
+            raise InputError(f"{stage} of {value['recipe']}@{value['run']} is {status}: run `{command}` first")
+    return [Path(value["stages"][stage]["path"]) for stage in stages]
+
+
 def chosen_by_commands(store: Store, folders: Sequence[Path], stages: Collection[str]) -> set[Path]:
     """Return those of a recipe's runs, newest first, that `finished` chooses for some needs out of `stages`.
 
