@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.context import Context
 from finetune.data.records import Example, Message, Reject
 from finetune.data.text import field_text, text_key
 from finetune.dedup.holdout import Names, choose, count_leaks
@@ -24,9 +25,6 @@ from finetune.filters.overlap import Against, find_overlaps
 from finetune.preference.records import Pair, context_text, question, said
 from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe import Split
-
-if TYPE_CHECKING:
-    from finetune.context import Context
 
 PROMPT_JACCARD = JaccardSection()  # by words two prompts are near-duplicates from here on, without dedup.jaccard
 MOST_PROMPTS = 32  # of a held-out conversation's answers whose prompts are compared: the first ones and the last

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.context import Context
 from finetune.errors import GateRefused
 from finetune.preference import reference
 from finetune.preference.reference import Objective, expected_loss
 from finetune.train.callbacks import Follower
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 MARGIN_TOLERANCE = {"cpu": 0.0, "cuda": 0.01}  # of step 1, in β-scaled nats: a GPU may take another kernel for backward
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.data.records import Example
@@ -18,9 +19,6 @@ from finetune.tokenization.chat import chat_of
 from finetune.tokenization.chat_template import tools_of
 from finetune.tokenization.rendering import Rendered, render_prompt
 from finetune.tokenization.row_tokenizer import RowTokenizer, TokenizedRow
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 UNLIMITED = 1 << 30  # tokens: pairs are dropped by their length as a whole, never cut
 Ids = NDArray[np.int32]
@@ -178,8 +176,6 @@ def check_labels(
 
 def pair_table(pairs: Sequence[TokenizedPair], method: str) -> pa.Table:
     """Pairs as the columns of train.parquet and eval.parquet (docs/preference.md)."""
-    import pyarrow as pa
-
     names = ("chosen", "rejected") if method == "dpo" else ("completion",)
     ids, masks = pa.list_(pa.int32()), pa.list_(pa.int8())
     columns: dict[str, Any] = {

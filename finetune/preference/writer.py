@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from finetune.context import Context
 from finetune.preference.curate import Curation
 from finetune.preference.records import Pair, as_json
 from finetune.preference.tokens import UNLIMITED, TokenizedPair, pair_table, tokenize
@@ -15,11 +20,6 @@ from finetune.tokenization.encoder import Encoder
 from finetune.tokenization.id_check import IdCheck
 from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
 from finetune.tokenization.template_profile import Reasoning
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from finetune.context import Context
 
 BATCH = 256  # pairs rendered and tokenised together
 SAMPLE = 200  # sides that the template is tried on, and whose ids are compared with apply_chat_template's
@@ -67,8 +67,6 @@ class PairWriter:
 
         Those over `most` tokens, and those that the template refuses, are left out in `curation` with a reason.
         """
-        import pyarrow.parquet as pq
-
         kept: list[TokenizedPair] = []
         groups = [numbers[at : at + BATCH] for at in range(0, len(numbers), BATCH)]
         with pq.ParquetWriter(target, pair_table([], method).schema, compression="zstd") as writer:
@@ -90,9 +88,6 @@ class PairWriter:
 
 def write_texts(path: Path, train: Sequence[TokenizedPair], held: Sequence[TokenizedPair]) -> None:
     """Write texts.parquet, the pairs as messages: pair_id, split, prompt, an answer a side, tools (JSON texts)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     sides = train[0].pair.sides
     rows = []
     for split, pairs in (("train", train), ("eval", held)):
