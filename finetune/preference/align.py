@@ -18,6 +18,7 @@ from finetune.errors import GateRefused
 from finetune.models import loading
 from finetune.preference import batches, reference
 from finetune.preference.follower import AlignFollower
+from finetune.preference.records import SIDES
 from finetune.preference.reference import Objective, expected_loss
 from finetune.preference.trainers import JudgedTrainer, PairTrainer
 from finetune.train import oom, sanity_checks
@@ -84,8 +85,8 @@ def _trainer(
     start: dict[str, torch.Tensor],
 ) -> PairTrainer | JudgedTrainer:
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
-    rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
-    own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
+    rows = int(shared["per_device_train_batch_size"]) * len(SIDES[objective.method])
+    own_logits = keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
@@ -138,7 +139,7 @@ def prove(
     count = min(PROVED_PAIRS, int(trainer.args.per_device_train_batch_size), len(dataset))
     rows = [dataset[i] for i in range(count)]
     collated = trainer.data_collator(rows)
-    reference.check_labels(collated, rows, batches.SIDES[objective.method])
+    reference.check_labels(collated, rows, SIDES[objective.method])
     with sanity_checks.undisturbed(model), trainer.accelerator.autocast():
         batch = sanity_checks.on_device(collated, trainer.accelerator.device)
         model.eval()

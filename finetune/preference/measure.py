@@ -20,7 +20,7 @@ from finetune.context import Context
 from finetune.eval.generation import Answer, greedy
 from finetune.eval.metrics import Interval, paired_interval, perplexity, perplexity_ratio_interval, ratio_interval
 from finetune.eval.scoring import POSITIONS, batches, padded, row_nll
-from finetune.preference.batches import SIDES
+from finetune.preference.records import SIDES
 from finetune.preference.reference import as_reference
 from finetune.tokenization.token_rows import TokenRow
 

@@ -5,12 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from finetune.data.records import REJECTED_CHARACTERS, Example, Message, Reject
 from finetune.data.text import field_text
+from finetune.recipe import Jaccard as JaccardSection
+from finetune.recipe import Section
 
 SIDES = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
+GROUP_THRESHOLD = 0.9  # of prompts, without a split section
+
+
+class Repeats(Section):
+    """By what pairs, and prompts, repeat each other: the dedup section, and the split section's threshold."""
+
+    drop: bool = True  # False: the recipe drops no repeated rows
+    exact: bool = True
+    minhash: JaccardSection | None = None
+    embedding: str | None = None
+    threshold: float = 1.0
+    group_threshold: float = GROUP_THRESHOLD
+    by: Literal["pair", "prompt"] = "pair"
+    folder: Annotated[Path | None, Field(exclude=True)] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,19 +17,18 @@ from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
 from finetune.filters.overlap import Against
 from finetune.metrics import Headline, PairsMetrics
+from finetune.preference.records import GROUP_THRESHOLD, Repeats
 from finetune.recipe import Filter, Recipe, Section, Source
-from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe.filters import Own
 
 if TYPE_CHECKING:
-    from finetune.preference.curate import Alike, Curation
+    from finetune.preference.curate import Curation
     from finetune.preference.read import Reading
     from finetune.preference.records import Pair
     from finetune.preference.tokens import TokenizedPair
     from finetune.preference.writer import PairWriter
 
 SHOWN_ROWS = 3
-GROUP_THRESHOLD = 0.9  # of prompts, without a split section
 Made = Mapping[str, Sequence["TokenizedPair"]]  # "train" and "eval"
 
 
@@ -40,19 +39,6 @@ class Rendering(Section):
     system: Literal["merge", "refuse"]
     reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
     template_file: Annotated[Path | None, Field(exclude=True)] = None
-
-
-class Repeats(Section):
-    """By what pairs, and prompts, repeat each other: the dedup section, and the split section's threshold."""
-
-    drop: bool = True  # False: the recipe drops no repeated rows
-    exact: bool = True
-    minhash: JaccardSection | None = None
-    embedding: str | None = None
-    threshold: float = 1.0
-    group_threshold: float = GROUP_THRESHOLD
-    by: Literal["pair", "prompt"] = "pair"
-    folder: Annotated[Path | None, Field(exclude=True)] = None
 
 
 class Spec(Section):
@@ -206,7 +192,7 @@ def _curate(
     if spec.rules is not None:
         curate.apply_rules(curation, rules_of(spec.rules))
     figures: PairsMetrics = {"contradictions": curate.drop_contradictions(curation)}
-    alike = _alike(spec.repeats)
+    alike = spec.repeats
     file = split / "eval.parquet" if split is not None else None
     held_rows = curate.held_prompts(read_rows(file) if file is not None and file.is_file() else ())
     parts = curate.embed_parts(curation.pairs, held_rows.prompts, alike, ctx, _made_by(spec.repeats))
@@ -230,12 +216,6 @@ def _require_some(curation: Curation, left: Sequence[int], which: str) -> None:
     if not left:
         total = len(curation.pairs) + len(curation.unread)
         raise GateRefused(f"pairs: no pair {which} is left of {total} rows:{curation.reasons()}")
-
-
-def _alike(repeats: Repeats) -> Alike:
-    from finetune.preference.curate import Alike
-
-    return Alike(**{name: getattr(repeats, name) for name in type(repeats).model_fields if name != "drop"})
 
 
 def _made_by(repeats: Repeats) -> Mapping[str, object] | None:
