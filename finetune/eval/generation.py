@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, St
 
 from finetune.context import Context
 from finetune.eval.scoring import batches
-from finetune.models.layerwise import CausalModel, Generator
+
+if TYPE_CHECKING:
+    from finetune.models.layerwise import CausalModel, Generator
 
 Prompt = Sequence[int] | np.ndarray
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from finetune.context import Context
 from finetune.errors import FinetuneError
-from finetune.models.layerwise import CausalModel, head_logits, without_adapter
+from finetune.models.layerwise import head_logits, without_adapter
 from finetune.tokenization.token_rows import TokenRow
+
+if TYPE_CHECKING:
+    from finetune.models.layerwise import CausalModel
 
 POSITIONS = 1024  # whose logits exist at once
 

@@ -21,9 +21,8 @@ from finetune.preference.follower import AlignFollower
 from finetune.preference.records import SIDES
 from finetune.preference.reference import Objective, expected_loss
 from finetune.preference.trainers import JudgedTrainer, PairTrainer
-from finetune.train import oom, sanity_checks
+from finetune.train import oom, recipe_trainer, sanity_checks
 from finetune.train.arguments import Job
-from finetune.train.recipe_trainer import agreed, keeps_logits, score_supervised
 from finetune.train.trainer import Result, Task, run
 from finetune.utils.upstream import use_one_gpu
 
@@ -86,7 +85,7 @@ def _trainer(
 ) -> PairTrainer | JudgedTrainer:
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     rows = int(shared["per_device_train_batch_size"]) * len(SIDES[objective.method])
-    own_logits = keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
+    own_logits = recipe_trainer.keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
@@ -100,8 +99,8 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=partial(collate, pad_id=pad_id),
     )
-    if agreed(trainer.accelerator, own_logits):
-        score_supervised(base)
+    if recipe_trainer.agreed(trainer.accelerator, own_logits):
+        recipe_trainer.score_supervised(base)
     reference.restore(trainer.model, start)
     return trainer
 
