@@ -16,7 +16,7 @@ from finetune.data.records import Example, Reject, RowRange, batches, reject_wri
 from finetune.engine.local import Local
 from finetune.errors import GateRefused, InputError
 from finetune.filters import basic
-from finetune.filters.section import rules_of
+from finetune.filters.registry import rules_of
 from finetune.metrics import FilterMetrics, Headline
 from finetune.recipe import Filter, Recipe, Section
 from finetune.recipe.filters import Own

@@ -186,7 +186,7 @@ def _curate(
     spec: Spec, curation: Curation, split: Path | None, ctx: Context
 ) -> tuple[list[int], list[int], PairsMetrics]:
     """Leave pairs out and choose which are held out: the numbers of both splits, and figures."""
-    from finetune.filters.section import rules_of
+    from finetune.filters.registry import rules_of
     from finetune.preference import curate
 
     if spec.rules is not None:
