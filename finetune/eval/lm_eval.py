@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +34,6 @@ PACKAGE = "lm_eval"
 INSTALL = "evaluate.tasks: lm-evaluation-harness is not installed (pip install lm-eval, or pip install '.[harness]')"
 ROW_TOKENS = 512  # assumed tokens per row of a batch: document lengths are not known beforehand
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """Loaded tasks. `tasks` holds the harness's own task objects by name, `groups` the groups they belong to."""
-
-    loaded: Mapping[str, Any]
-
-    @property
-    def tasks(self) -> Mapping[str, Any]:
-        """The tasks by name."""
-        return self.loaded["tasks"]
 
 
 def digests(folder: Path | None) -> dict[str, str]:
@@ -71,8 +58,8 @@ def version() -> str:
     return importlib.metadata.version(PACKAGE)
 
 
-def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
-    """Load the tasks with their documents, which may be downloaded now.
+def load(names: Sequence[str], folder: Path | None, seed: int) -> dict[str, Any]:
+    """Load the tasks with their documents, which may be downloaded now, in the harness's own form.
 
     Raises InputError for an unknown name, FinetuneError if a task's definition or data cannot be read.
     """
@@ -93,7 +80,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return Benchmarks(loaded)
+    return dict(loaded)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
@@ -137,7 +124,7 @@ def _hushed() -> Iterator[None]:
 def score(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Benchmarks,
+    benchmarks: Mapping[str, Any],
     limit: int | None,
     batch_tokens: int,
     seed: int,
@@ -160,7 +147,7 @@ def score(
 def _run(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Benchmarks,
+    benchmarks: Mapping[str, Any],
     limit: int | None,
     rows: int,
     seed: int,
@@ -172,7 +159,7 @@ def _run(
     import torch
     from lm_eval.evaluator import evaluate
 
-    for task in benchmarks.tasks.values():
+    for task in benchmarks["tasks"].values():
         task.set_fewshot_seed(seed)  # both models see the same examples
     random.seed(seed)
     np.random.seed(seed)
@@ -182,7 +169,7 @@ def _run(
         with _hushed():
             results = evaluate(
                 lm=_watched(model, tokenizer, rows, ctx, bar),
-                task_dict=dict(benchmarks.loaded),
+                task_dict=dict(benchmarks),
                 limit=limit,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=True,

@@ -154,7 +154,6 @@ def _write_gguf(
     gguf_writer.require_gguf()
     folder = inputs["merge"]
     config: dict[str, Any] = read_json(folder / "config.json")
-    gguf_writer.architecture(config)
     kinds: list[str] = list(dict.fromkeys(spec.export.gguf))
     quantizer = llama_cpp.require_quantizer(kinds)
     exact = gguf_writer.plan(folder, config, gguf_writer.exact_kind(folder))
