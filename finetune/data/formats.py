@@ -212,10 +212,10 @@ def check_mapping(columns: Mapping[str, str], canonical: Iterable[str], present:
     known = list(dict.fromkeys(canonical))
     for ours, theirs in columns.items():
         if ours not in known:
-            raise FormatError(f"columns: unknown key {ours!r}{did_you_mean(ours, known)}; allowed: {listed(known)}")
+            raise FormatError(f"columns: unknown key {ours!r}; allowed: {listed(known)}{did_you_mean(ours, known)}")
         if theirs not in present:
-            near = did_you_mean(theirs, present)
-            raise FormatError(f"columns.{ours}: there is no column {theirs!r}{near}; there is {listed(present)}")
+            there = f"there is {listed(present)}{did_you_mean(theirs, present)}"
+            raise FormatError(f"columns.{ours}: there is no column {theirs!r}; {there}")
 
 
 def _resolve(

@@ -10,9 +10,8 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
-import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest
 from finetune.utils.format import six
 from finetune.utils.progress import Bar
+from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> dict[str, Any]
     from datasets.exceptions import DatasetsError
 
     random.seed(seed)  # some tasks shuffle their documents as they are read
-    with _hushed():
+    with quiet(PACKAGE):
         manager = _manager(names, folder)
         try:
             with contextlib.chdir(folder or "."):  # data_files of a task are relative to it
@@ -89,7 +89,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
 
     include = str(folder.absolute()) if folder else None
     own: list[str] = []
-    with _hushed():
+    with quiet(PACKAGE):
         if include:
             manager = TaskManager(include_path=include, include_defaults=False)
             own = list(manager.all_tasks)
@@ -104,21 +104,6 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
             hint = f"; similar: {', '.join(near)}" if near else ""
             raise InputError(f"evaluate.tasks: lm-evaluation-harness {version()} has no task {name!r}{hint}{there}")
     return manager
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Let only errors of the harness through."""
-    from finetune.utils.quiet import quiet
-
-    logger = logging.getLogger(PACKAGE)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet():
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def score(
@@ -166,7 +151,7 @@ def _run(
     torch.manual_seed(seed)
     bar = ctx.bar(label, None)
     try:
-        with _hushed():
+        with quiet(PACKAGE):
             results = evaluate(
                 lm=_watched(model, tokenizer, rows, ctx, bar),
                 task_dict=dict(benchmarks),

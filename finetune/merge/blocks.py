@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, pairwise
 from math import prod
 
 import torch
@@ -41,11 +42,11 @@ def merged_pieces(
     def blocks() -> Iterator[_Block]:
         """Yield blocks; a source's factors are loaded while the blocks of the previous one are computed."""
         count = 0
-        for source, following in _with_next(_Source(plan.targets[name], device, once) for name in names):
-            todo = [] if following is None else [None]
-            for rows in [*todo, *source.blocks()]:
-                owner = source if rows is not None else following
-                assert owner is not None  # noqa: S101
+        sources = (_Source(plan.targets[name], device, once) for name in names)
+        for source, following in pairwise(chain(sources, (None,))):
+            assert source is not None  # noqa: S101
+            todo = [] if following is None else [(following, None)]
+            for owner, rows in (*todo, *((source, rows) for rows in source.blocks())):
                 yield _Block(owner, rows, slots[count % len(slots)])
                 count += 1
 
@@ -193,14 +194,3 @@ class _Block:
 def _finite(value: torch.Tensor) -> bool:
     """Return whether every element is finite: a finite sum proves it, several times faster than testing each."""
     return bool(torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all())
-
-
-def _with_next(sources: Iterable[_Source]) -> Iterator[tuple[_Source, _Source | None]]:
-    """Yield each source with the next one."""
-    before: _Source | None = None
-    for source in sources:
-        if before is not None:
-            yield before, source
-        before = source
-    if before is not None:
-        yield before, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
         "rows_out": rows,
         "rejected": job.reasons(),
         "rounds": job.rounds(),
-        "operations": _operations(job.made),
+        "operations": dict(sorted(Counter(row.operation for row in job.made).items())),
         "requests": budget.requests,
         "prompt_tokens": budget.prompt_tokens,
         "tokens": budget.tokens,
@@ -143,13 +144,6 @@ def _budget_used(limit: str, job: Job, out: Path) -> GateRefused:
         f"{len(lines):,} rows so far are in {path}. Every response is kept: raise it and run again to go on, or take "
         "those rows as a local source"
     )
-
-
-def _operations(made: Sequence[Made]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in made:
-        counts[row.operation] = counts.get(row.operation, 0) + 1
-    return dict(sorted(counts.items()))
 
 
 def _lineage(made: Sequence[Made], seeds: Sequence[Seed]) -> list[list[dict[str, Any]]]:

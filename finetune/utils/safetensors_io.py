@@ -8,7 +8,6 @@ private mapping of a 14 GB file counts against the commit limit, and a 12.7 GB m
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -69,9 +68,11 @@ class TensorRef:
         """
         if not len(raw):
             return
-        with self.file.open("rb", buffering=0) as file:
+        with self.file.open("rb") as file:
             begin = self.offset + start
-            _read_fully(file.fileno(), memoryview(raw.numpy()), begin, self.file)  # type: ignore[arg-type]
+            file.seek(begin)
+            if file.readinto(raw.numpy().data) != len(raw):
+                raise InputError(f"{self.file}: ended early: the file was truncated while it was read")
             if once:
                 forget_pages(file.fileno(), begin, len(raw))
 
@@ -308,12 +309,3 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
-
-
-def _read_fully(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done : done + (1 << 30)]], offset + done)
-        if not count:
-            raise InputError(f"{path}: ended early: the file was truncated while it was read")
-        done += count
