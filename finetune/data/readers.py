@@ -203,11 +203,7 @@ def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
 
 def _delimiter(header: str) -> str:
     """The mark that divides the first line into most columns; a comma on a tie."""
-
-    def columns(mark: str) -> int:
-        return len(next(csv.reader([header], delimiter=mark), []))
-
-    return max(DELIMITERS, key=columns)
+    return max(DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
 
 
 def _table_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:

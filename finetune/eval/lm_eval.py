@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
+from finetune.eval.metrics import paired_interval
 from finetune.utils.files import file_digest
 from finetune.utils.format import six
 from finetune.utils.progress import Bar
@@ -240,8 +241,6 @@ def _difference(
 ) -> list[float | None] | None:
     """Return the ends of the paired interval of adapter - base."""
     import numpy as np
-
-    from finetune.eval.metrics import paired_interval
 
     pair = []
     for results in (adapter, base):

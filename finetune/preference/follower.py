@@ -46,7 +46,8 @@ class AlignFollower(Follower):
     ) -> None:
         """Check, after the checkpoint is loaded, that the reference is still the start adapter."""
         if model is not None:
-            reference.require_start(_inner(model), self.start, resumed=self.resumed_from > 0)
+            inner: torch.nn.Module = getattr(model, "module", model)  # of DistributedDataParallel
+            reference.require_start(inner, self.start, resumed=self.resumed_from > 0)
         super().on_train_begin(args, state, control, model=model, **more)
 
     def on_log(
@@ -78,9 +79,3 @@ class AlignFollower(Follower):
         if self.ctx.rank == 0:
             shutil.rmtree(self.checkpoints / f"checkpoint-{state.global_step}" / "ref", ignore_errors=True)
         super().on_save(args, state, control, **more)
-
-
-def _inner(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel."""
-    inner: torch.nn.Module = getattr(model, "module", model)
-    return inner

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from finetune.context import Context
 from finetune.data.files import skipped_files
 from finetune.data.formats import FormatError
 from finetune.data.records import Reject
@@ -18,9 +18,6 @@ from finetune.preference.formats import CURATED, Layout, decide_pairs, to_pairs
 from finetune.preference.pydoc_pairs import pydoc_pairs
 from finetune.preference.records import Pair
 from finetune.recipe import LocalSource, PydocSource, Source
-
-if TYPE_CHECKING:
-    from finetune.context import Context
 
 SHOWN_ROWS = 3
 KIND = "kind"  # a column of the built-in pairs: it becomes part of the source's name, so that each kind is measured

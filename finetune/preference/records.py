@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from finetune.data.records import REJECTED_CHARACTERS, Example, Message, Reject
 from finetune.data.text import field_text
 from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe import Section
+from finetune.tokenization.chat import chat_of
 
 SIDES = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
 GROUP_THRESHOLD = 0.9  # of prompts, without a split section
@@ -91,7 +92,4 @@ def context_text(pair: Pair) -> str:
 
 def as_json(messages: Sequence[Message]) -> str:
     """Return messages as JSON text, as chat templates read them."""
-    turns: list[dict[str, Any]] = [
-        {**(json.loads(m.extra) if m.extra else {}), "role": m.role, "content": m.content} for m in messages
-    ]
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True)
+    return json.dumps(chat_of(messages), ensure_ascii=False, sort_keys=True)

@@ -62,11 +62,6 @@ class Plan:
             for name, (ref, part) in self.parts.items()
         ]
 
-    @property
-    def needed_bytes(self) -> int:
-        """Return the bytes of the folder, at most."""
-        return plan_shards(self.shapes, SHARD_BYTES).file_bytes + SPARE_BYTES
-
 
 def plan(folder: Path, kind: HfKind) -> Plan:
     """Plan the quantised copy of the merged model in `folder` from its headers and config.json.
@@ -100,8 +95,8 @@ def plan(folder: Path, kind: HfKind) -> Plan:
 def write(folder: Path, out: Path, planned: Plan, ctx: Context) -> int:
     """Write the planned copy of `folder` to the new folder `out`, synced to disk; return the bytes of its weights."""
     out.mkdir()
-    require_space(out, planned.needed_bytes, f"export: {planned.kind}", "ask for fewer formats")
     shards = plan_shards(planned.shapes, SHARD_BYTES)
+    require_space(out, shards.file_bytes + SPARE_BYTES, f"export: {planned.kind}", "ask for fewer formats")
     names = [t.name for t in shards.tensors]
     tracked = ctx.track(names, f"export {planned.kind}", len(names))
     pieces = ((name, piece) for name in tracked for piece in _pieces(planned.kind, *planned.parts[name]))

@@ -12,7 +12,8 @@ from finetune.context import Context
 from finetune.metrics import AlignMetrics, Headline
 from finetune.preference.reference import Objective
 from finetune.recipe import Lora, Model, Quantization, Recipe, Train
-from finetune.utils.files import read_json, write_json
+from finetune.utils import runtime
+from finetune.utils.files import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     from finetune.models.device import Precision
@@ -69,7 +70,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Alig
     from finetune.train import cpu_precision
     from finetune.train.arguments import Job
     from finetune.train.trainer import save_adapter
-    from finetune.utils import runtime
 
     adapter = inputs["train"] / "adapter"
     device = pick_device(ctx.device)
@@ -210,8 +210,6 @@ def _copy_beside(start: Path, template: Path, adapter: Path) -> None:
     """Tokenizer and template travel with the aligned adapter as with the one it began from; an adapter that was
     imported without rows has no template, and gets that of the pairs.
     """
-    from finetune.utils.files import write_bytes
-
     copied = {p.relative_to(start): p for p in sorted(start.rglob("*")) if p.is_file()}
     copied |= {Path("template") / p.name: p for p in sorted(template.iterdir())}
     copied.setdefault(Path("chat_template.jinja"), template / "inference.jinja")

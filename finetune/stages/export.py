@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.eval.compare import first_rows
 from finetune.metrics import ExportMetrics, Headline
 from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.utils.files import read_json, write_bytes
@@ -244,7 +245,6 @@ def _read_again(
 
 def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
     """Return the held-out rows to score; a large model (`parameters`) is scored on fewer tokens."""
-    from finetune.eval.compare import first_rows
     from finetune.tokenization.token_rows import read_token_rows
 
     if not spec.export.perplexity_rows:

@@ -15,6 +15,8 @@ from finetune.data.sources import source_fingerprint
 from finetune.errors import GateRefused
 from finetune.metrics import GenerateMetrics, Headline
 from finetune.recipe import Generate, Recipe, Section
+from finetune.synth.asking import Budget, BudgetUsed, identity, open_asker
+from finetune.synth.prompts import Prompts, digests
 from finetune.utils.files import canonical_json, replace_bytes, write_json
 from finetune.utils.format import clipped
 
@@ -51,9 +53,6 @@ def also(spec: Spec) -> tuple[str, ...]:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """Return digests of the seeds and the prompts, and the identity of the model."""
-    from finetune.synth.asking import identity
-    from finetune.synth.prompts import digests
-
     section = spec.asked
     judged = section.best == "judge" and section.samples > 1
     prefix = section.method.split("_")[0] + "_"  # of the prompts of this method
@@ -72,10 +71,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
     or generate.max_requests or max_tokens is used up: the rows so far are then in rows-so-far.jsonl.
     """
     from finetune.synth.answers import answer_seeds
-    from finetune.synth.asking import Budget, BudgetUsed, open_asker
     from finetune.synth.evolve import evolve
     from finetune.synth.job import Job
-    from finetune.synth.prompts import Prompts
     from finetune.synth.seeds import read_seeds, require_seeds
     from finetune.synth.self_instruct import write_tasks
 

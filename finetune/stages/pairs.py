@@ -15,16 +15,18 @@ from finetune.data.records import read_rows, reject_writer
 from finetune.data.sources import source_fingerprint
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
+from finetune.filters import custom
 from finetune.filters.overlap import Against
+from finetune.filters.registry import rules_of
 from finetune.metrics import Headline, PairsMetrics
-from finetune.preference.records import GROUP_THRESHOLD, Repeats
+from finetune.preference.records import GROUP_THRESHOLD, Pair, Repeats
 from finetune.recipe import Filter, Recipe, Section, Source
 from finetune.recipe.filters import Own
+from finetune.utils.files import write_json
 
 if TYPE_CHECKING:
     from finetune.preference.curate import Curation
     from finetune.preference.read import Reading
-    from finetune.preference.records import Pair
     from finetune.preference.tokens import TokenizedPair
     from finetune.preference.writer import PairWriter
 
@@ -104,7 +106,6 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """Return digests of the sources, custom rules, template and embedding model."""
-    from finetune.filters import custom
     from finetune.tokenization.chat_template import fingerprint_of
 
     outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
@@ -186,7 +187,6 @@ def _curate(
     spec: Spec, curation: Curation, split: Path | None, ctx: Context
 ) -> tuple[list[int], list[int], PairsMetrics]:
     """Leave pairs out and choose which are held out: the numbers of both splits, and figures."""
-    from finetune.filters.registry import rules_of
     from finetune.preference import curate
 
     if spec.rules is not None:
@@ -259,7 +259,6 @@ def _written(
     from finetune.tokenization.audit import check_pad
     from finetune.tokenization.chat_template import write_template
     from finetune.tokenization.encoder import choose_pad
-    from finetune.utils.files import write_json
 
     row_tokenizer, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
     pad = choose_pad(tokenizer, template.text, row_tokenizer.labels)

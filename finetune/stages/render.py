@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context
+from finetune.data.records import Example, Reject, RowRange, read_rows, reject_writer, row_ranges
+from finetune.errors import FinetuneError
 from finetune.metrics import Headline, RenderMetrics
 from finetune.recipe import Recipe, Render
+from finetune.utils.files import canonical_json, read_json, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.data.records import Example, Reject, RowRange
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.chat_template import Template
     from finetune.tokenization.id_check import IdCheck
@@ -45,7 +47,6 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
     Without training rows (`train: null` beside `eval_data`) the template is proved on the held-out ones.
     Raises GateRefused (with row ids) if training on the result would ruin the model.
     """
-    from finetune.data.records import read_rows, reject_writer
     from finetune.models.loading import load_tokenizer
     from finetune.models.new_tokens import meant
     from finetune.tokenization.audit import Tally, check_pad, check_shares
@@ -230,7 +231,6 @@ def _too_long(out: Path, base: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     from finetune.models.architecture import positions
-    from finetune.utils.files import read_json
 
     pinned, config = (read_json(p) if p.is_file() else {} for p in (base / "base.json", base / "config.json"))
     known = pinned["positions"] if "positions" in pinned else positions(config)
@@ -258,8 +258,6 @@ def _write(
     """
     import pyarrow.parquet as pq
 
-    from finetune.data.records import row_ranges
-    from finetune.errors import FinetuneError
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.row_tokenizer import table
 
@@ -288,8 +286,6 @@ def _write(
 
 def _note_masked(path: Path, tally: Tally) -> None:
     """Append the assistant turns without a label: {"id", "turn", "reason"}; no file without any."""
-    from finetune.utils.files import canonical_json
-
     if tally.masked_turns:
         with path.open("a", encoding="utf-8") as file:
             for row_id, turn, reason in tally.masked_turns:
@@ -299,8 +295,6 @@ def _note_masked(path: Path, tally: Tally) -> None:
 
 def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:
     """A row that was left out; its tokens and their limit if it was counted."""
-    from finetune.data.records import Reject
-
     counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"
     detail = f"{counted.removeprefix(', ')}: {reason}" if counted else reason
     limit = None if length is None else rules.max_length
@@ -310,8 +304,6 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
 def _write_audit(
     path: Path, tallies: Mapping[str, Tally], row_tokenizer: RowTokenizer, proved: int, check: IdCheck
 ) -> None:
-    from finetune.utils.files import write_json
-
     content = {
         "splits": {name: tally.as_json() for name, tally in tallies.items()},
         "template": row_tokenizer.template.name,

@@ -38,19 +38,25 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
-    """Position of one tensor in a file; nothing is read before `load`."""
+class TensorShape:
+    """Name, dtype and shape of a tensor."""
 
     name: str
     dtype: str  # safetensors code: "BF16", "F32", …
     shape: tuple[int, ...]
-    file: Path
-    offset: int  # bytes from the start of the file
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's data."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef(TensorShape):
+    """Position of one tensor in a file; nothing is read before `load`."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
 
     def load(self) -> torch.Tensor:
         """Return a copy of the tensor on the CPU, in the dtype of the file."""
@@ -174,20 +180,6 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
     if weight_map and (missing := sorted(set(weight_map) ^ set(refs))):
         raise InputError(f"{index}: the index and the shards differ in {missing[0]} ({len(missing)} names in all)")
     return refs
-
-
-@dataclass(frozen=True, slots=True)
-class TensorShape:
-    """Name, dtype and shape of a tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
