@@ -101,11 +101,6 @@ def exact_kind(folder: Path) -> str:
     return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
-def exact_kind_of(planned: Sequence[Planned]) -> str:
-    """The kind that a plan without blocks was made for."""
-    return next((p.kind for p in planned if len(p.source.shape) > 1), "f32")
-
-
 def read_facts(path: Path) -> dict[str, Any]:
     """Facts read from a finished file: `tensors` (name → shape), `template`, `terminators` (token ids), `strings` (text
     of the tokens that a template may name: bos_token, eos_token, …, as far as the file has them).

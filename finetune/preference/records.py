@@ -33,6 +33,15 @@ class Repeats(Section):
     folder: Annotated[Path | None, Field(exclude=True)] = None
 
 
+class Rendering(Section):
+    """Settings of the render section that decide a pair's tokens."""
+
+    template: str
+    system: Literal["merge", "refuse"]
+    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
+    template_file: Annotated[Path | None, Field(exclude=True)] = None
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One row of preference data.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,14 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.context import Context
 from finetune.preference.curate import Curation
-from finetune.preference.records import Pair, as_json
+from finetune.preference.records import Pair, Rendering, as_json
 from finetune.preference.tokens import UNLIMITED, TokenizedPair, pair_table, tokenize
 from finetune.tokenization.chat import verification_sample
 from finetune.tokenization.chat_template import Template, choose_template
 from finetune.tokenization.encoder import Encoder
 from finetune.tokenization.id_check import IdCheck
 from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
-from finetune.tokenization.template_profile import Reasoning
 
 BATCH = 256  # pairs rendered and tokenised together
 SAMPLE = 200  # sides that the template is tried on, and whose ids are compared with apply_chat_template's
@@ -39,22 +37,18 @@ class PairWriter:
 
     @classmethod
     def proved_on(
-        cls,
-        pairs: Sequence[Pair],
-        tokenizer: PreTrainedTokenizerBase,
-        base: Path,
-        template: str,
-        file: Path | None = None,
-        system: Literal["merge", "refuse"] = "merge",
-        reasoning: Reasoning = "auto",
+        cls, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, base: Path, asked: Rendering
     ) -> PairWriter:
-        """Return a writer for `template`, after comparing the token ids of a sample with apply_chat_template's.
+        """Return a writer for the template, after comparing the token ids of a sample with apply_chat_template's.
 
         Raises GateRefused if choose_template does, or if ids or prompts differ.
         """
         every = (pair.example(side) for pair in pairs for side in range(len(pair.answers)))
         sample = verification_sample(every, SAMPLE)
-        made = cls(tokenizer, choose_template(template, file, tokenizer, sample, system, reasoning, base))
+        template = choose_template(
+            asked.template, asked.template_file, tokenizer, sample, asked.system, asked.reasoning, base
+        )
+        made = cls(tokenizer, template)
         for row in sample:
             made.ids.compare(row, made.worker)
         made.proved = made.worker.check_prompts(sample)

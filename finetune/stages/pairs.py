@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal, cast
 
 from finetune.context import Context
 from finetune.data.formats import unique_labels
@@ -19,7 +17,7 @@ from finetune.filters import custom
 from finetune.filters.overlap import Against
 from finetune.filters.registry import rules_of
 from finetune.metrics import Headline, PairsMetrics
-from finetune.preference.records import GROUP_THRESHOLD, Pair, Repeats
+from finetune.preference.records import GROUP_THRESHOLD, Pair, Rendering, Repeats
 from finetune.recipe import Filter, Recipe, Section, Source
 from finetune.recipe.filters import Own
 from finetune.utils.files import write_json
@@ -32,15 +30,6 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 3
 Made = Mapping[str, Sequence["TokenizedPair"]]  # "train" and "eval"
-
-
-class Rendering(Section):
-    """Settings of the render section that decide a pair's tokens."""
-
-    template: str
-    system: Literal["merge", "refuse"]
-    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
-    template_file: Annotated[Path | None, Field(exclude=True)] = None
 
 
 class Spec(Section):
@@ -138,16 +127,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pair
     _check_both_labels(own, spec)
     curation = Curation([*own, *held], len(held), unread=reading.rejects)
     train, evaluated, figures = _curate(spec, curation, inputs.get("split"), ctx)
-    asked, base = spec.rendering, inputs["base"]
-    writer = PairWriter.proved_on(
-        [curation.pairs[i] for i in (*train, *evaluated)],
-        load_tokenizer(base),
-        base,
-        asked.template,
-        asked.template_file,
-        asked.system,
-        asked.reasoning,
-    )
+    chosen = [curation.pairs[i] for i in (*train, *evaluated)]
+    writer = PairWriter.proved_on(chosen, load_tokenizer(inputs["base"]), inputs["base"], spec.rendering)
     made = {
         name: writer.write(curation, numbers, out / f"{name}.parquet", spec.method, spec.max_length_tokens, ctx)
         for name, numbers in (("train", train), ("eval", evaluated))
