@@ -187,7 +187,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
 def _bytes_of(path: Path) -> int:
     if path.is_symlink():
         return 0
-    return path.lstat().st_size if path.is_file() else links.size_of(path)
+    return tree_bytes(path)
 
 
 def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:

@@ -20,7 +20,7 @@ from finetune.utils.format import NONE, first_line, visible
 
 if TYPE_CHECKING:
     from finetune.report.rows import InspectedRow
-    from finetune.tokenization.inspection import Decoder
+    from finetune.tokenization.inspection import Tokenizer
 
 
 def print_runs(values: list[dict[str, Any]]) -> None:
@@ -177,7 +177,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     ] + sides
 
 
-def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[InspectedRow]:
+def _inspected_pairs(path: Path, tokenizer: Tokenizer, count: int) -> list[InspectedRow]:
     """The first pairs of the stage pairs: a row for each side, the prompt with that answer."""
     import pyarrow.parquet as pq
 
