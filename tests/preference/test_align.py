@@ -225,4 +225,6 @@ def test_every_loss_begins_where_equal_policies_put_it(load, base, adapter, pair
         trainer.loss_types, trainer.label_smoothing = [loss], 0.1 if loss in SMOOTHED else 0.0
         with torch.no_grad():
             found = float(trainer.compute_loss(trainer.model, dict(batch)))
-        assert found == pytest.approx(expected_loss(Objective("dpo", loss, 0.2, trainer.label_smoothing), None)), loss
+        assert found == pytest.approx(
+            expected_loss(Objective(method="dpo", loss=loss, beta=0.2, label_smoothing=trainer.label_smoothing), None)
+        ), loss
