@@ -83,7 +83,8 @@ def compile_layers(base: PreTrainedModel, say: Callable[[str], None], backend: s
     """Have every decoder layer of `base` compiled when it first runs; how many there are.
 
     A layer and not the model: layers share what was compiled for one of them (the first, whose input needs no gradient,
-    has a graph of its own), and nothing is fused across layers anyway. Where compiling fails, `say` is told once and
+    has a graph of its own), and nothing is fused across layers anyway. What needs no gradient (proofs, held-out rows)
+    runs as it is: it would take graphs of its own. Where compiling fails, `say` is told once and
     all layers run as they are; a length beyond the GRAPHS graphs of a layer runs uncompiled, too.
     """
     errors = prepare_compiling(GRAPHS)
@@ -95,7 +96,7 @@ def compile_layers(base: PreTrainedModel, say: Callable[[str], None], backend: s
 
         @functools.wraps(plainly[number])
         def forward(*inputs: object, **named: object) -> object:
-            if not is_compiled(base):
+            if not (torch.is_grad_enabled() and is_compiled(base)):
                 return plainly[number](*inputs, **named)
             try:
                 return compiled(*inputs, **named)

@@ -124,7 +124,9 @@ def test_what_is_compiled_is_kept_in_scratch_unless_the_machine_says_where(load,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "fused"), [("sdpa", False), ("varlen", False), ("varlen", True)])
-def test_compiled_layers_train_as_plain_ones_and_lengths_share_graphs(attention, fused, load, base, ctx, tmp_path):
+def test_compiled_layers_train_as_plain_ones_and_lengths_share_graphs(
+    attention, fused, load, base, ctx, tmp_path, monkeypatch
+):
     """Each micro-batch has another number of tokens and documents; the varlen kernel is one operator, as a GPU's is."""
     rows = packed(documents(60), tmp_path)
     name = varlen_reference.register(as_operator=True) if attention == "varlen" else attention
@@ -141,8 +143,10 @@ def test_compiled_layers_train_as_plain_ones_and_lengths_share_graphs(attention,
         own = dataclasses.replace(job(tmp_path, folder, max_steps=2), fused_adapters=fused and compiled)
         return trained(own, model, base, rows, ctx)[1]
 
+    most = models_compile.GRAPHS
+    monkeypatch.setattr(models_compile, "GRAPHS", 50)  # what is asked of it and not what it is held to
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert_close(outcome("plain", False), outcome("compiled", True))
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= models_compile.GRAPHS
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
