@@ -90,7 +90,7 @@ def _trainer(
     from finetune.models import loading
     from finetune.preference import reference
     from finetune.preference.trainers import JudgedTrainer, PairTrainer
-    from finetune.train.recipe_trainer import agreed, keeps_logits, score_supervised
+    from finetune.train.recipe_trainer import agreed, in_pieces, keeps_logits, score_supervised
 
     rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
     own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
@@ -108,7 +108,7 @@ def _trainer(
         data_collator=partial(collate, pad_id=pad_id),
     )
     if agreed(trainer.accelerator, own_logits):
-        score_supervised(base)
+        score_supervised(base, pieces=in_pieces(base))
     reference.restore(trainer.model, start)
     return trainer
 

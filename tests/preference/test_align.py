@@ -83,7 +83,7 @@ def test_the_logits_of_supervised_positions_train_as_trls_head_does(
 ):
     rows, kept = judged if objective is KTO else pairs, []
     score = recipe_trainer.score_supervised
-    monkeypatch.setattr(recipe_trainer, "score_supervised", lambda model: kept.append(model) or score(model))
+    monkeypatch.setattr(recipe_trainer, "score_supervised", lambda model, **how: kept.append(model) or score(model, **how))
     own = aligned(job(tmp_path, "own"), load(), base, rows, adapter, ctx, objective)[1]
     assert len(kept) == 1
     monkeypatch.setattr(recipe_trainer, "keeps_logits", lambda *_: False)
