@@ -94,7 +94,9 @@ def _trainer(
 
     rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
     own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
+    pieces = own_logits and in_pieces(base)
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
+    config: Any = model.peft_config["default"]
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
     dpo = objective.method == "dpo"
@@ -108,7 +110,7 @@ def _trainer(
         data_collator=partial(collate, pad_id=pad_id),
     )
     if agreed(trainer.accelerator, own_logits):
-        score_supervised(base, pieces=in_pieces(base))
+        score_supervised(base, pieces and not config.lora_dropout)
     reference.restore(trainer.model, start)
     return trainer
 

@@ -159,10 +159,10 @@ class _Threads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         function: Callable[[int], torch.Tensor],
         count: int,
-        *parameters: torch.Tensor,  # noqa: ANN401
+        *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Return the detached results; their graphs are kept for backward."""
         ctx.parameters = parameters

@@ -77,7 +77,7 @@ def train(
     dataset = _dataset(rows)
     rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
-    if rows_at_once == "auto" and not job.lora.dropout and _in_pieces(job, base):
+    if rows_at_once == "auto" and _in_pieces(job, base):
         share, longest = micro * accumulate, longest_row(dataset.data.table)
         micro = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * longest <= TOKENS_AT_ONCE))
         accumulate = share // micro
@@ -173,6 +173,7 @@ def _trainer(
 
     longest = longest_row(dataset.data.table)
     own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
+    pieces = own_logits and _in_pieces(job, base)
     adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
         fused_adapters.use(adapter)
@@ -185,7 +186,7 @@ def _trainer(
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
     if agreed(trainer.accelerator, own_logits):
-        score_supervised(base, pieces=_in_pieces(job, base))
+        score_supervised(base, pieces)
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:
@@ -196,7 +197,8 @@ def _trainer(
 def _in_pieces(job: Job, base: PreTrainedModel) -> bool:
     from finetune.train.recipe_trainer import TOKENS_AT_ONCE, in_pieces, keeps_logits
 
-    return job.train.neftune_alpha is None and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
+    noise = job.train.neftune_alpha or job.lora.dropout
+    return not noise and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
 
 
 def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:
