@@ -86,7 +86,9 @@ def _trainer(
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     rows = int(shared["per_device_train_batch_size"]) * len(SIDES[objective.method])
     own_logits = recipe_trainer.keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
+    pieces = own_logits and recipe_trainer.in_pieces(base)
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
+    config: Any = model.peft_config["default"]
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
     dpo = objective.method == "dpo"
@@ -100,7 +102,7 @@ def _trainer(
         data_collator=partial(collate, pad_id=pad_id),
     )
     if recipe_trainer.agreed(trainer.accelerator, own_logits):
-        recipe_trainer.score_supervised(base)
+        recipe_trainer.score_supervised(base, pieces and not config.lora_dropout)
     reference.restore(trainer.model, start)
     return trainer
 
