@@ -9,6 +9,7 @@ import pickle
 import secrets
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,7 +60,9 @@ class RayEngine:
         with _one_sentence("the state of the workers"):
             work = partial(_work, self._calls, ray.put(build))
             data = ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
-        done = iter(data.map(work, num_cpus=1, memory=memory, ray_remote_args_fn=options).iter_rows())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray 2.60 wants to remove this argument, and has no other for max_retries
+            done = iter(data.map(work, num_cpus=1, memory=memory, ray_remote_args_fn=options).iter_rows())
         for number in range(1, len(parts) + 1):
             with _one_sentence(f"partition {number} of {len(parts)}"):
                 result = pickle.loads(next(done)["result"])  # noqa: S301 - a worker made it
