@@ -6,7 +6,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,26 +69,26 @@ def chat(name: str, prompt: str | None, options: Options, artifacts: Path, scrat
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty; write a question, or omit it for a conversation")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in cli/run.py
-    screen = Screen()
-    if options.server:
-        _chat_with_server(name, prompt, options, screen)
-        return
-    folder = model_folder(name)
-    if folder is not None and options.compare:
-        raise InputError("a merged model holds no base to compare with; give the name of its run instead")
-    talk = folder_voice(folder, screen) if folder else run_voice(name, artifacts, scratch, screen)
-    conversation = Conversation(options.system, options.seed)
-    with talk as voice:
-        if conversation.system and not voice.profile.takes_system:
-            screen.say("this template has no place for a system message: it goes before the first question")
-        exchange = partial(_exchange, voice, options=options)
+    screen, conversation = Screen(), Conversation(options.system, options.seed)
+    with ExitStack() as stack:
+        if options.server:
+            exchange = _with_server(name, options, screen)
+        else:
+            folder = model_folder(name)
+            if folder is not None and options.compare:
+                raise InputError("a merged model holds no base to compare with; give the name of its run instead")
+            talk = folder_voice(folder, screen) if folder else run_voice(name, artifacts, scratch, screen)
+            voice = stack.enter_context(talk)
+            if conversation.system and not voice.profile.takes_system:
+                screen.say("this template has no place for a system message: it goes before the first question")
+            exchange = partial(_exchange, voice, options=options)
         if prompt is not None:
             exchange(conversation, clean(prompt))
-            return
-        _talk(exchange, conversation, screen)
+        else:
+            _talk(exchange, conversation, screen)
 
 
-def _chat_with_server(name: str, prompt: str | None, options: Options, screen: Screen) -> None:
+def _with_server(name: str, options: Options, screen: Screen) -> Exchange:
     from finetune.serve.client import Sampling, connect
 
     if options.compare:
@@ -107,11 +107,7 @@ def _chat_with_server(name: str, prompt: str | None, options: Options, screen: S
         _write("\n")
         conversation.messages += [asked, {"role": "assistant", "content": "".join(pieces).strip()}]
 
-    conversation = Conversation(options.system, options.seed)
-    if prompt is not None:
-        exchange(conversation, clean(prompt))
-        return
-    _talk(exchange, conversation, screen)
+    return exchange
 
 
 Exchange = Callable[[Conversation, str], None]  # answers a question and remembers both
@@ -146,17 +142,13 @@ def _talk_on(exchange: Exchange, conversation: Conversation, screen: Screen, ter
             try:
                 exchange(conversation, line)
             except FinetuneError as error:
-                if _ends_talk(error, terminal):
+                # A signal ends the conversation, and a server that failed if no person can ask again.
+                if isinstance(error, Stopped) or not (terminal or isinstance(error, InputError)):
                     raise
                 screen.say(str(error))
             except KeyboardInterrupt:
                 _write("\n")
                 screen.say("(stopped; this question and its answer are forgotten)")
-
-
-def _ends_talk(error: FinetuneError, terminal: bool) -> bool:
-    """Return whether an error ends the conversation: a signal does, and a failed server if no person can ask again."""
-    return isinstance(error, Stopped) or not (terminal or isinstance(error, InputError))
 
 
 def _command(line: str, conversation: Conversation, screen: Screen) -> bool:
@@ -200,17 +192,17 @@ def _exchange(voice: Voice, conversation: Conversation, question: str, options: 
     labelled = options.compare is not None
     if labelled:
         _write("adapter> ")
-    answer = _answer(voice, ids, options, seed, _write)
+    answer = _answer(voice, ids, options, seed)
     _write("\n")
     if labelled:
         _write("base> ")
         with cast("PeftModel", voice.model).disable_adapter():
-            _answer(voice, ids, options, seed, _write)
+            _answer(voice, ids, options, seed)
         _write("\n")
     conversation.messages += [asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Callable[[str], None]) -> str:
+def _answer(voice: Voice, ids: list[int], options: Options, seed: int) -> str:
     """The answer to a prompt of token ids, written piece by piece; ends before a terminator, which is not part of it.
 
     Raises InputError if the prompt leaves no room for an answer.
@@ -223,10 +215,10 @@ def _answer(voice: Voice, ids: list[int], options: Options, seed: int, write: Ca
         raise InputError(f"the conversation has {len(ids)} tokens, this model reads {voice.positions}: /reset it")
 
     class Writer(TextStreamer):
-        """Streamer that passes complete words to `write`."""
+        """Streamer that prints complete words."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            write(printable(text))
+            _write(printable(text))
 
     sampling = {"temperature": options.temperature, "top_k": 50, "top_p": 1.0} if options.temperature else {}
     config = GenerationConfig(
@@ -260,12 +252,6 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-HISTORY_LINES = 1000
-
-
-GOES_ON = "\\"  # at a line's end
-
-
 def history_file() -> Path:
     """Return the file with the history of typed lines, readable by the user only."""
     home = os.environ.get("XDG_STATE_HOME", "")
@@ -288,7 +274,7 @@ def remembering(terminal: bool) -> Iterator[None]:
         yield
         return
     path = history_file()
-    readline.set_history_length(HISTORY_LINES)
+    readline.set_history_length(1000)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
@@ -303,8 +289,8 @@ def remembering(terminal: bool) -> Iterator[None]:
 def read_question(terminal: bool) -> str:
     """Read a line, and further ones while a line ends in a backslash. Raises EOFError, KeyboardInterrupt."""
     line = input("\nyou> " if terminal else "")
-    while line.endswith(GOES_ON):
-        line = line.removesuffix(GOES_ON) + "\n"
+    while line.endswith("\\"):
+        line = line[:-1] + "\n"
         try:
             line += input("...> " if terminal else "")
         except EOFError:  # the lines so far are the question

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import xxhash
 from finetune.cli.session import make_context, signals_handled
 from finetune.cli.voice import Voice, open_voice, prompt_ids
 from finetune.context import Context
-from finetune.errors import FinetuneError, InputError, not_written
+from finetune.errors import InputError, not_written
 from finetune.eval.prompts import PromptRow, read_prompts
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -88,10 +88,13 @@ def generate(name: str, source: Path, target: Path, options: Options, artifacts:
             {"name": "generate", "model": "builtin:tiny-mistral", "data": [{"source": "pydoc"}]}
         )
         ctx = make_context(recipe, store, screen, stop, "generate", 0, 1)
-        if voice is not None:
-            _answer_all(voice, left, options, made_by, target, ctx)
-        elif server is not None:
-            _ask_all(server, left, options, made_by, target, ctx)
+        if server is not None:
+            answers = _answered_there(server, left, options, ctx)
+        else:
+            assert voice is not None  # noqa: S101 - one of both answers
+            answers = _answered_here(voice, left, options, ctx)
+        with closing(answers):
+            _write_all(answers, len(left), made_by, target, ctx)
     order = {t.id: position for position, t in enumerate(tasks)}
     lines = sorted(_read_lines(target), key=lambda line: order[line["id"]])
     replace_bytes(target, "".join(canonical_json(line) + "\n" for line in lines).encode())
@@ -131,14 +134,11 @@ def _tasks(voice: Voice | None, rows: Sequence[PromptRow], options: Options, sou
     return tasks
 
 
-def _answer_all(
-    voice: Voice,
-    tasks: Sequence[Task],
-    options: Options,
-    made_by: str,
-    target: Path,
-    ctx: Context,
-) -> None:
+Answers = Generator[list[tuple[Task, Reply]], None, None]
+
+
+def _answered_here(voice: Voice, tasks: Sequence[Task], options: Options, ctx: Context) -> Answers:
+    """Yield the answers of the model loaded here, a batch at a time."""
     from finetune.eval.generation import Request, Sampling, answer
 
     limits = [options.max_new_tokens if voice.positions is None else voice.positions - len(t.ids) for t in tasks]
@@ -147,33 +147,15 @@ def _answer_all(
         for t, limit in zip(tasks, limits, strict=True)
     ]
     sampling = Sampling(options.temperature, options.top_p)
-    bar = ctx.bar("generate", len(tasks))
-    start, tokens = time.monotonic(), 0
-    try:
-        made = answer(voice.model, requests, sampling, voice.terminators, voice.pad_id, ctx, options.batch_tokens)
-        for batch in made:
-            lines = []
-            for i, generated in sorted(batch.items()):
-                tokens += len(generated.ids)
-                text = voice.tokenizer.decode(generated.ids, skip_special_tokens=True)
-                lines.append(_line(tasks[i], text, generated.finish, len(generated.ids), made_by))
-            append(target, lines)
-            bar.advance(len(batch), f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s")
-    finally:
-        bar.close()
-    seconds = time.monotonic() - start
-    if tasks:
-        ctx.say(
-            f"{len(tasks)} answers, {tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} tokens/s"
-        )
-    else:
-        append(target, [])
+    for batch in answer(voice.model, requests, sampling, voice.terminators, voice.pad_id, ctx, options.batch_tokens):
+        texts = {i: voice.tokenizer.decode(made.ids, skip_special_tokens=True) for i, made in batch.items()}
+        yield [(tasks[i], Reply(texts[i], made.finish, tokens=len(made.ids))) for i, made in sorted(batch.items())]
 
 
-def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: str, target: Path, ctx: Context) -> None:
-    """Ask a server, `SERVER_REQUESTS` at once; the answers are appended in the order of `tasks`.
+def _answered_there(server: Server, tasks: Sequence[Task], options: Options, ctx: Context) -> Answers:
+    """Yield the answers of a server in the order of `tasks`; `SERVER_REQUESTS` are asked for at once.
 
-    Raises the first error of a request, after the answers to those before it have been appended.
+    Raises the first error of a request, after the answers to those before it.
     """
 
     def ask(task: Task) -> Reply:
@@ -181,21 +163,29 @@ def _ask_all(server: Server, tasks: Sequence[Task], options: Options, made_by: s
         sampling = served.Sampling(options.max_new_tokens, options.temperature, options.top_p, seed)
         return server.ask(task.row.messages, sampling, task.row.tools)
 
-    bar = ctx.bar("generate", len(tasks))
-    begun, tokens = time.monotonic(), 0
     replies = in_order(ask, tasks, SERVER_REQUESTS, AHEAD * SERVER_REQUESTS)
     try:
         for task, reply in zip(tasks, replies, strict=True):
             ctx.stop.check()
-            tokens += reply.tokens
-            line = _line(task, reply.text, reply.finish, reply.tokens, made_by)
-            append(target, [line | ({"tool_calls": list(reply.calls)} if reply.calls else {})])
-            bar.advance(1, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
+            yield [(task, reply)]
     finally:
         replies.close()
+
+
+def _write_all(answers: Answers, count: int, made_by: str, target: Path, ctx: Context) -> None:
+    """Append each batch of answers to `target`, and report the speed."""
+    bar, start, tokens = ctx.bar("generate", count), time.monotonic(), 0
+    append(target, [])  # the file exists even if there is nothing to answer
+    try:
+        for batch in answers:
+            append(target, [_line(task, reply, made_by) for task, reply in batch])
+            tokens += sum(reply.tokens for _, reply in batch)
+            bar.advance(len(batch), f"{tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s")
+    finally:
         bar.close()
-    if not tasks:
-        append(target, [])
+    seconds = max(time.monotonic() - start, 1e-9)
+    if count:
+        ctx.say(f"{count} answers, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
 
 
 def _stream(task: str, seed: int) -> int:
@@ -203,12 +193,11 @@ def _stream(task: str, seed: int) -> int:
     return int.from_bytes(xxhash.xxh3_128_digest(f"{seed}\0{task}".encode()), "big")
 
 
-def _line(task: Task, text: str, finish: str, tokens: int, made_by: str) -> dict[str, Any]:
-    asked: dict[str, Any] = {"messages": task.row.messages}
-    if task.row.tools:
-        asked["tools"] = task.row.tools
-    place = {"id": task.id, "row": task.row.number, "sample": task.sample}
-    return {**place, **asked, "answer": text, "finish": finish, "tokens": tokens, "made_by": made_by}
+def _line(task: Task, reply: Reply, made_by: str) -> dict[str, Any]:
+    line = {"id": task.id, "row": task.row.number, "sample": task.sample, "messages": task.row.messages}
+    line |= {"tools": task.row.tools} if task.row.tools else {}
+    line |= {"answer": reply.text, "finish": reply.finish, "tokens": reply.tokens, "made_by": made_by}
+    return line | ({"tool_calls": list(reply.calls)} if reply.calls else {})
 
 
 def append(target: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -239,7 +228,13 @@ def read_output(target: Path, expected: set[str], made_by: str) -> set[str]:
         if other:
             raise InputError(f"--output {target}: line {number} {other}; name another file, or remove this one")
         ids.add(line["id"])
-    _cut_torn(target)
+    content = target.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):  # a line torn by a kill
+        try:
+            os.truncate(target, whole)
+        except OSError as error:
+            raise not_written(target, error) from None
     return ids
 
 
@@ -258,14 +253,3 @@ def _read_lines(target: Path) -> list[dict[str, Any]]:
             ) from None
         lines.append(line)
     return lines
-
-
-def _cut_torn(target: Path) -> None:
-    content = target.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        try:
-            with target.open("r+b") as file:
-                file.truncate(whole)
-        except OSError as error:
-            raise FinetuneError(f"{target}: cannot be written: {error.strerror}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from finetune.cli.run import DEFAULT_MODEL
 from finetune.errors import InputError
 from finetune.estimate.choice import DEVICES, Options
 from finetune.estimate.memory import Training
@@ -27,7 +28,6 @@ from finetune.recipe.load import load_recipe, parse_recipe
 from finetune.utils.files import canonical_json, read_json
 from finetune.utils.resources import resource
 
-DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_DEVICE = "t4"
 LENGTHS = (2048, 1536, 1024, 768, 512, 256)  # render.max_length_tokens; the longest that fits is used
 LARGEST_ON_CPU = 1_000_000_000  # parameters, as in preflight
@@ -126,7 +126,8 @@ def write_recipe(
 
 def target(name: str, out: Path | None, *, force: bool) -> Path:
     """Return the file to write. Raises InputError for another suffix, and for an existing file without `force`."""
-    path = _path("out" if out else "name", str(out or _default_path(name)))
+    default = Path("recipes" if Path("recipes").is_dir() else "", f"{name}.yaml")
+    path = _path("out" if out else "name", str(out or default))
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--out {path}: a recipe's file ends in .yaml")
     if path.exists() and not force:
@@ -252,11 +253,6 @@ def suggested_name(data: str) -> str:
     """Derive a recipe name from the data's name: `my rows.jsonl.gz` gives my-rows."""
     stem = FILE.sub("", data.rstrip("/").rpartition("/")[2])
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "mine"
-
-
-def _default_path(name: str) -> Path:
-    folder = Path("recipes")
-    return (folder if folder.is_dir() else Path()) / f"{name}.yaml"
 
 
 def _text(hardware: str, lines: list[str], path: Path, own: Mapping[str, str]) -> str:

@@ -113,7 +113,7 @@ def run(
     asked: dict[str, Any] = {"until": until, "sets": sets or [], "artifacts": artifacts, "scratch": scratch}
     asked |= {"fresh": fresh, "force": force, "mirror": mirror, "engine": engine, "ray_address": ray_address}
     if processes > 1:
-        launch_recipe(recipe, processes, **asked)
+        launch_recipe(recipe, processes, asked)
     else:
         run_recipe(recipe, **asked)
 

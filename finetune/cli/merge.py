@@ -133,14 +133,11 @@ def _start_of(adapter: str, store: Store, screen: Screen) -> tuple[Lora, Recipe 
         raise InputError(f"{adapter}: no folder, RECIPE[@RUN] or OWNER/NAME[@REVISION] of an adapter") from None
     if start.start_run is not None:
         value = run_view.finished(store, adapter, run_view.adapter_needs, screen.say)
-        trained = value["stages"][stage := run_view.adapter_stage(value["stages"])]
-        if trained["status"] != "done":
-            raise InputError(f"{stage} of {value['recipe']}@{value['run']} is {trained['status']}")
+        (trained,) = run_view.done_folders(value, [run_view.adapter_stage(value["stages"])], adapter)
         pinned = f"{value['recipe']}@{value['run']}"
         path = value["folder"] / "recipe.yaml"
         own = parse_recipe(path.read_text(encoding="utf-8"), path, value["sets"])
-        trained_folder = Path(trained["path"]) / "adapter"
-        return start.model_copy(update={"start_from": pinned, "start_folder": trained_folder}), own
+        return start.model_copy(update={"start_from": pinned, "start_folder": trained / "adapter"}), own
     ctx = Context(store.scratch, Runtime(), Tracking(), say=screen.say, bar=screen.bar)
     return start.model_copy(update={"start_folder": folder_of(start, ctx)}), None
 

@@ -29,8 +29,8 @@ def publish_run(
 ) -> dict[str, Any]:
     """Push the results of a finished run; print the URLs, or in a dry run files and card. Return the receipt."""
     from finetune.publish import publish
-    from finetune.publish.card import write_card
     from finetune.publish.contents import stages_read
+    from finetune.publish.facts import Facts, with_sets
 
     recipe_name = name.partition("@")[0]
     store, screen = Store(artifacts, scratch), Screen(silent=quiet)
@@ -41,13 +41,10 @@ def publish_run(
 
     value = run_view.finished(store, name, needs, screen.say)
     short = value["recipe"]
-    text = recipe_text(value["folder"])
     recipe = recorded_recipe(value, sets)
     screen.say(f"from the run {short}@{value['run']}")
-    stage = run_view.adapter_stage(value["stages"])
-    if stage == "align" and value["stages"][stage]["status"] != "done":  # the adapter before it would be pushed
-        status = value["stages"][stage]["status"]
-        raise InputError(f"{stage} of {short} is {status}: run `finetune run {recipe_name}` first")
+    if run_view.adapter_stage(value["stages"]) == "align":  # otherwise the adapter before it would be pushed
+        run_view.done_folders(value, ["align"], name)
     # A stage that was done and whose files are gone is refused below, by name.
     done = {n: s for n, s in value["stages"].items() if s["status"] == "done" or (s["path"] and s["metrics"])}
     folders = {n: Path(s["path"]) for n, s in done.items()}
@@ -66,18 +63,17 @@ def publish_run(
             )
     trained, read = manifests.get("train"), manifests.get("ingest")
     pinned = read.fingerprint if read else {}
-    run = publish.Run(
-        folder=value["folder"],
-        recipe_text=text,
+    facts = Facts(
+        recipe,
+        with_sets(recipe_text(value["folder"]), value["sets"]),
         metrics={n: s["metrics"] for n, s in value["stages"].items()},
-        sets=value["sets"],
         seconds={n: s["seconds"] for n, s in value["stages"].items() if s.get("seconds")},
         versions=trained.environment.get("versions", {}) if trained else {},
         sources=[*pinned.get("sources", []), *pinned.get("eval_sources", [])],
     )
     with signals_handled(screen) as stop:
         ctx = make_context(recipe, store, screen, stop, value["run"], 0, 1)
-        receipt = publish.publish(recipe, run, folders, repo, dry_run, ctx, write_card, force=force)
+        receipt = publish.publish(facts, value["folder"], folders, repo, dry_run, ctx, force=force)
     if not quiet:
         _print_receipt(receipt)
     return receipt

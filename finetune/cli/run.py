@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.cli.options import root_options
 from finetune.cli.session import make_context, signals_handled
@@ -27,6 +28,8 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.report.live import Live
 from finetune.utils.console import Screen, print_error, print_table
 from finetune.utils.streams import print_text
+
+DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 
 
 def run_recipe(
@@ -58,7 +61,8 @@ def run_recipe(
     for line in loaded.notes:
         screen.say(line)
     store = Store(artifacts, scratch)
-    record = _record(loaded, store, write=rank == 0)
+    digest = make_key("recipe", 1, loaded.recipe.model_dump(mode="json"), {}, {})
+    record = Run(store.artifacts, loaded.recipe.name, loaded.text, loaded.sets, digest, write=rank == 0)
     start = time.monotonic()
     with signals_handled(screen, launched=world > 1) as stop, ExitStack() as owned:
         ctx = make_context(loaded.recipe, store, screen, stop, record.name, rank, world)
@@ -158,37 +162,20 @@ def _write_report(store: Store, record: Run, screen: Screen) -> bool:
         return False
 
 
-def launch_recipe(
-    name: str,
-    processes: int,
-    *,
-    until: str | None,
-    sets: Sequence[str],
-    artifacts: Path,
-    scratch: Path,
-    fresh: bool,
-    force: bool = False,
-    mirror: str | None = None,
-    engine: str = "local",
-    ray_address: str | None = None,
-) -> None:
-    """Run in several processes: each trains its share of every batch, the first runs the other stages."""
+def launch_recipe(name: str, processes: int, asked: Mapping[str, Any]) -> None:
+    """Run in several processes: each trains its share of every batch, the first runs the other stages.
+
+    `asked` are the arguments of run_recipe in each of them.
+    """
     if launch.ranks(os.environ)[1] > 1:
         raise InputError("--processes starts its own processes: remove it under accelerate launch or torchrun")
-    _check_engine(engine, ray_address)
-    if engine != "local":
+    _check_engine(asked["engine"], asked["ray_address"])
+    if asked["engine"] != "local":
         raise InputError("--engine ray runs the data stages: run with --until pack first, then with --processes alone")
-    load_recipe(name, sets, artifacts)  # its errors are printed once, here
-    arguments = ["run", name, "--artifacts", str(artifacts), "--scratch", str(scratch)]
-    arguments += ["--until", until] if until else []
-    arguments += ["--mirror", mirror] if mirror else []
-    arguments += [name for name, asked in (("--fresh", fresh), ("--force", force)) if asked]
-    launch.launch([*arguments, *(f"--set={s}" for s in sets)], processes)
-
-
-def _record(loaded: LoadedRecipe, store: Store, *, write: bool) -> Run:
-    digest = make_key("recipe", 1, loaded.recipe.model_dump(mode="json"), {}, {})
-    return Run(store.artifacts, loaded.recipe.name, loaded.text, loaded.sets, digest, write=write)
+    load_recipe(name, asked["sets"], asked["artifacts"])  # its errors are printed once, here
+    values = [w for n in ("artifacts", "scratch", "until", "mirror") if asked[n] for w in (f"--{n}", str(asked[n]))]
+    flags = [f"--{n}" for n in ("fresh", "force") if asked[n]]
+    launch.launch(["run", name, *values, *flags, *(f"--set={s}" for s in asked["sets"])], processes)
 
 
 def _preflight(
@@ -271,22 +258,6 @@ def next_step(loaded: LoadedRecipe, judged: Verdict | None, until: str | None, s
     return f"next: finetune chat {name}{roots}"
 
 
-def _larger(loaded: LoadedRecipe) -> str:
-    """Return the way to a 7B on the same rows, or the example's command if the rows are the built-in ones."""
-    if any(source.source == "pydoc" for source in loaded.recipe.data):
-        return "make sft RECIPE=mistral-guanaco"
-    return (
-        f"the same `finetune init` as for {loaded.recipe.name}, with --name {loaded.recipe.name}-7b "
-        "--model mistralai/Mistral-7B-Instruct-v0.2 --device t4"
-    )
-
-
-def _rejecting(steps: list[runner.Step]) -> list[str]:
-    """Return the stages that dropped rows, which are listed in their rejects.parquet."""
-    files = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
-    return [name for name, file in files.items() if file and file.rows]
-
-
 def _print_result(
     loaded: LoadedRecipe, steps: list[runner.Step], record: Run, seconds: float, until: str | None, store: Store
 ) -> None:
@@ -300,11 +271,12 @@ def _print_result(
         rows.append([m.stage, headline.rows, f"{m.seconds:.1f}", headline.figure])
     print_table(f"{loaded.recipe.name}  {record.name}", ["stage", "rows", "seconds", "figure"], rows)
     folders = {s.stage.name: s.folder for s in steps if s.manifest}
+    rejects = {s.stage.name: s.manifest.files.get("rejects.parquet") for s in steps if s.manifest}
     for label, stage, inside in (
         ("merged model", "merge", ""),
         ("adapter", "align" if "align" in folders else "train", "adapter"),
         ("rows", "dedup", "rows.parquet"),
-        *(("why a row is absent", stage, "rejects.parquet") for stage in _rejecting(steps)),
+        *(("why a row is absent", stage, "rejects.parquet") for stage, file in rejects.items() if file and file.rows),
         ("duplicates", "dedup", "pairs.parquet"),
         ("samples", "evaluate", "samples.jsonl"),
         ("certificate", "certify", "certificate.json"),
@@ -323,4 +295,8 @@ def _print_result(
             print_error(words)  # again, where it is not scrolled away, and in every run that finds it
     print_text(f"\n{next_step(loaded, judged, until, store)}")
     if loaded.recipe.model.kind == "builtin":
-        print_text(f"A 7B, on a machine with a GPU: {_larger(loaded)}")
+        name = loaded.recipe.name
+        larger = f"the same `finetune init` as for {name}, with --name {name}-7b --model {DEFAULT_MODEL} --device t4"
+        if any(source.source == "pydoc" for source in loaded.recipe.data):
+            larger = "make sft RECIPE=mistral-guanaco"
+        print_text(f"A 7B, on a machine with a GPU: {larger}")

@@ -17,7 +17,7 @@ from finetune.errors import FinetuneError, InputError
 from finetune.models import quantized_cache
 from finetune.pipeline import run_view
 from finetune.pipeline.leases import is_being_built, is_running
-from finetune.pipeline.runs import find_run, latest_run, read_record, remove_run, run_folders
+from finetune.pipeline.runs import begun_at, find_run, latest_run, read_record, remove_run, run_folders
 from finetune.pipeline.stage_list import STAGES, stage_folder
 from finetune.pipeline.store import Store
 from finetune.publish.contents import NEEDED
@@ -29,9 +29,7 @@ from finetune.utils.streams import print_text
 
 ASKED = frozenset({"base", "train", *(stage for stages in NEEDED.values() for stage in stages)})  # by some command
 
-LEFT_BY = re.compile(
-    r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-"
-)  # the process that made a folder of its own
+LEFT_BY = re.compile(r"(?:publish|publish-made|pushed|incoming)-(\d{1,9})-")  # process that made a folder of its own
 MEASURED = re.compile(r"evaluate-(\w+)\.json")  # kept by stage evaluate of this key until its judge has answered
 
 
@@ -51,8 +49,9 @@ def list_runs(store: Store, recipe: str | None = None) -> list[dict[str, Any]]:
 
 
 def _described(store: Store, folder: Path) -> dict[str, Any]:
-    name = folder.parent.name
-    line: dict[str, Any] = {"recipe": name, "run": folder.name, "time": _time(folder.name), "seconds": None}
+    name, moment = folder.parent.name, begun_at(folder.name)
+    time = moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else None
+    line: dict[str, Any] = {"recipe": name, "run": folder.name, "time": time, "seconds": None}
     figures = {f"perplexity_{kind}": None for kind in ("base", "adapter", "merged")}
     try:
         value = run_view.read(store, f"{name}@{folder.name}")
@@ -70,17 +69,6 @@ def _described(store: Store, folder: Path) -> dict[str, Any]:
         **figures,
         "bytes": sum(tree_bytes(p) for p in [folder, *paths]),
     }
-
-
-def _time(run: str) -> str | None:
-    """Return the time in a run's name, 20261130T114606Z-2a8ecdb6, as ISO 8601."""
-    import datetime
-
-    try:
-        moment = datetime.datetime.strptime(run.split("-")[0], "%Y%m%dT%H%M%SZ")
-    except ValueError:
-        return None
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def print_list(lines: list[dict[str, Any]]) -> None:
@@ -112,15 +100,14 @@ def remove_runs(names: Sequence[str], store: Store) -> list[str]:
     for folder in folders:
         if is_being_built(folder):
             raise InputError(f"{folder.parent.name}@{folder.name} is running; stop it first")
-    return [_remove(folder) for folder in folders]
-
-
-def _remove(folder: Path) -> str:
-    parent, count = folder.parent, tree_bytes(folder)
-    remove_run(folder)
-    newest = latest_run(parent)
-    left = f"; the newest run left is {parent.name}@{newest.name}" if newest else f"; {parent.name} has no run left"
-    return f"removed {parent.name}@{folder.name}, {count:,} bytes{left}"
+    lines = []
+    for folder in folders:
+        recipe, count = folder.parent.name, tree_bytes(folder)
+        remove_run(folder)
+        newest = latest_run(folder.parent)
+        left = f"the newest run left is {recipe}@{newest.name}" if newest else f"{recipe} has no run left"
+        lines.append(f"removed {recipe}@{folder.name}, {count:,} bytes; {left}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -200,7 +187,7 @@ def unused(store: Store, keep: int) -> list[Unused]:
 def _bytes_of(path: Path) -> int:
     if path.is_symlink():
         return 0
-    return path.lstat().st_size if path.is_file() else links.size_of(path)
+    return tree_bytes(path)
 
 
 def _points_of_older_sweeps(store: Store, keep: int) -> set[str]:

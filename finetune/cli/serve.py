@@ -137,15 +137,9 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
 
     value = run_view.finished(Store(artifacts, scratch), name, run_view.adapter_needs, screen.say)
     done = {n: Path(s["path"]) for n, s in value["stages"].items() if s["status"] == "done" and s["path"]}
-    trained = run_view.adapter_stage(value["stages"])
-    if trained not in done or "base" not in done:
-        status = value["stages"][trained]["status"]
-        raise InputError(
-            f"{trained} of {value['recipe']} is {status}: run `finetune run {name.partition('@')[0]}` first"
-        )
-    merged = done.get("merge")
-    adapter = done[trained] / "adapter"
-    base, more = _base(value, name, done["base"], scratch)
+    base_folder, trained = run_view.done_folders(value, run_view.adapter_needs(value), name)
+    merged, adapter = done.get("merge"), trained / "adapter"
+    base, more = _base(value, name, base_folder, scratch)
     config = read_json(adapter / "adapter_config.json")
     files = sorted(done["export"].rglob("*.gguf")) if "export" in done else []
     ranks = [int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]
@@ -157,7 +151,7 @@ def _of_run(name: str, artifacts: Path, scratch: Path, screen: Screen) -> engine
         adapter=adapter.absolute(),
         rank=max(ranks),
         template=_file(adapter / "template" / "inference.jinja", adapter / "chat_template.jinja"),
-        context=_context(done["base"]),
+        context=_context(base_folder),
         dtype=_dtype(),
         limits=(*engines.adapter_limits(config), *more),
     )

@@ -20,23 +20,22 @@ from finetune.utils.format import NONE, first_line, visible
 
 if TYPE_CHECKING:
     from finetune.report.rows import InspectedRow
-    from finetune.tokenization.inspection import Decoder
+    from finetune.tokenization.inspection import Tokenizer
 
 
 def print_runs(values: list[dict[str, Any]]) -> None:
     """Print a table per run; for two runs also the recipe fields and metrics that differ, side by side."""
     for value in values:
         with recorded(value["folder"]):
-            rows = [_stage_line(stage, record) for stage, record in value["stages"].items()]
+            rows = []
+            for stage, record in value["stages"].items():
+                seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
+                headline = headline_of(stage, record["metrics"])
+                figure = record.get("message") or headline.figure
+                rows.append([stage, record["status"], headline.rows, seconds, figure])
         print_table(f"{value['recipe']}@{value['run']}", ["stage", "status", "rows", "seconds", "figure"], rows)
     if len(values) == 2:
         _print_comparison(*values)
-
-
-def _stage_line(stage: str, record: Mapping[str, Any]) -> list[str]:
-    seconds = f"{record['seconds']:.1f}" if record["seconds"] is not None else ""
-    headline = headline_of(stage, record["metrics"])
-    return [stage, record["status"], headline.rows, seconds, record.get("message") or headline.figure]
 
 
 def _print_comparison(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -178,7 +177,7 @@ def inspected_rows(recipe: Recipe, store: Store, count: int) -> list[InspectedRo
     ] + sides
 
 
-def _inspected_pairs(path: Path, tokenizer: Decoder, count: int) -> list[InspectedRow]:
+def _inspected_pairs(path: Path, tokenizer: Tokenizer, count: int) -> list[InspectedRow]:
     """The first pairs of the stage pairs: a row for each side, the prompt with that answer."""
     import pyarrow.parquet as pq
 

@@ -48,15 +48,8 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
 
     store = Store(artifacts, scratch)
     value = run_view.finished(store, name, run_view.adapter_needs, screen.say)
-    recipe_name = name.partition("@")[0]
-    stages = run_view.adapter_needs(value)
-    for stage in stages:
-        if value["stages"][stage]["status"] != "done":
-            status = value["stages"][stage]["status"]
-            raise InputError(f"{stage} of {value['recipe']} is {status}: run `finetune run {recipe_name}` first")
-    base, adapter = (Path(value["stages"][stage]["path"]) for stage in stages)
-    adapter /= "adapter"
-    recipe = recipe_of(value, recipe_name)
+    base, trained = run_view.done_folders(value, run_view.adapter_needs(value), name)
+    adapter, recipe = trained / "adapter", recipe_of(value, name.partition("@")[0])
     device = pick_device(recipe.runtime.device)
     ctx = Context(scratch.absolute(), recipe.runtime, recipe.tracking, say=screen.say, bar=screen.bar, device=device)
     precision, why = pick_precision(recipe.training.precision, device)
@@ -68,8 +61,7 @@ def run_voice(name: str, artifacts: Path, scratch: Path, screen: Screen) -> Iter
     facts = read_json(described) if described.is_file() else {}
     with runtime.fitting(base, device):
         stops = facts.get("terminators") or generation_stops(base)
-        digests = [Path(value["stages"][stage]["path"]).name for stage in stages]  # keys of the two stages
-        identity = f"{digests}, {precision}"
+        identity = f"{[base.name, trained.name]}, {precision}"  # keys of the two stages
         yield make_voice(model, base, adapter, stops, facts, identity)
 
 

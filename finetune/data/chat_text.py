@@ -137,7 +137,8 @@ def _parsed(notation: Notation, text: str, at: int, where: str) -> tuple[Message
         if last and role == "assistant" and not body and not close.strip():
             break  # an open generation prompt
         content = body.strip() if notation.loose else body
-        if (bad := CONTROL.search(content)) or any(s.search(content) for s in _own(notation)):
+        again = not notation.loose and _STARTS[notation.name].search(content)
+        if (bad := CONTROL.search(content)) or again:
             actual = repr(bad[0]) if bad else "a second turn"
             raise RowError("control_tokens", where, f"{actual} inside a turn of {role}", ADVICE)
         style = styles.setdefault(written, (start, close))
@@ -150,10 +151,6 @@ def _parsed(notation: Notation, text: str, at: int, where: str) -> tuple[Message
     if text[:at] + "".join(start + body + close for _, start, body, close in pieces) != text or not messages:
         raise RowError("control_tokens", where, repr(text[:40]), ADVICE)
     return tuple(messages)
-
-
-def _own(notation: Notation) -> list[re.Pattern[str]]:
-    return [] if notation.loose else [_STARTS[notation.name]]
 
 
 def _holds_both(notation: Notation, first: re.Match[str], text: str) -> bool:

@@ -15,7 +15,7 @@ from finetune.data.tool_calls import CALLS_AS_TEXT, tools_of, writes_call
 from finetune.data.turns import READ_ROLES, turn_notation, turns_of
 from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, require_unicode, text_of
 from finetune.utils.files import canonical_json
-from finetune.utils.format import nearest
+from finetune.utils.format import did_you_mean
 
 RawRow = Mapping[str, object]
 
@@ -152,7 +152,8 @@ def decide(
     """
     everything = list(dict.fromkeys(name for row in sample for name in row))
     present = [name for name in everything if name not in ignored]
-    _check_mapping(asked, columns, present)
+    formats = REQUIRED if asked == "auto" else (asked,)
+    check_mapping(columns, [n for name in formats for n in (*REQUIRED[name], *OPTIONAL[name])], present)
     if asked == "auto":
         name, resolved, why = _guess(columns, present, sample)
     else:
@@ -206,20 +207,30 @@ def _guess(
     )
 
 
-def _check_mapping(asked: str, columns: Mapping[str, str], present: Sequence[str]) -> None:
-    formats = REQUIRED if asked == "auto" else {asked: REQUIRED[asked]}
-    canonical = list(dict.fromkeys(n for name in formats for n in (*REQUIRED[name], *OPTIONAL[name])))
+def check_mapping(columns: Mapping[str, str], canonical: Iterable[str], present: Sequence[str]) -> None:
+    """Raise FormatError unless the recipe's `columns` map names of `canonical` to columns of `present`."""
+    known = list(dict.fromkeys(canonical))
     for ours, theirs in columns.items():
-        if ours not in canonical:
-            close = _near(ours, canonical)
-            raise FormatError(f"columns: unknown key {ours!r}{close}; allowed: {listed(canonical)}")
+        if ours not in known:
+            raise FormatError(f"columns: unknown key {ours!r}; allowed: {listed(known)}{did_you_mean(ours, known)}")
         if theirs not in present:
-            close = _near(theirs, present)
-            raise FormatError(f"columns.{ours}: there is no column {theirs!r}{close}; there is {listed(present)}")
+            there = f"there is {listed(present)}{did_you_mean(theirs, present)}"
+            raise FormatError(f"columns.{ours}: there is no column {theirs!r}; {there}")
 
 
 def _resolve(
     name: str, columns: Mapping[str, str], present: Sequence[str], sample: Sequence[RawRow] = ()
+) -> dict[str, str]:
+    aliases = {**COMMON_ALIASES, **ALIASES[name]}
+    return resolve((*REQUIRED[name], *OPTIONAL[name]), aliases, columns, present, sample)
+
+
+def resolve(
+    wanted: Iterable[str],
+    aliases: Mapping[str, tuple[str, ...]],
+    columns: Mapping[str, str],
+    present: Sequence[str],
+    sample: Sequence[RawRow] = (),
 ) -> dict[str, str]:
     """Canonical name -> the source's column, for those that are there: the recipe's mapping, the name, an alias.
 
@@ -227,10 +238,9 @@ def _resolve(
     """
     resolved: dict[str, str] = {}
     folded = {name.strip().lower(): name for name in reversed(present)}  # `Question`, ` Answer` of a spreadsheet
-    for canonical in (*REQUIRED[name], *OPTIONAL[name]):
+    for canonical in wanted:
         taken = set(resolved.values()) | {v for k, v in columns.items() if k != canonical}
-        aliases = ALIASES[name].get(canonical, ()) + COMMON_ALIASES.get(canonical, ())
-        names = (columns.get(canonical, canonical), *aliases)
+        names = (columns.get(canonical, canonical), *aliases.get(canonical, ()))
         there = [name if name in present else folded.get(name) for name in names]
         options = [name for name in there if name is not None and name not in taken]
         if canonical in ("messages", "conversations") and len(options) > 1:
@@ -280,18 +290,22 @@ def to_example(row: RawRow, decision: Decision, row_id: str, source: str) -> Exa
         messages = turns_of(*get[REQUIRED[decision.format][0]], decision.notes)
     else:
         messages = question_and_answer(get, decision.format, decision.notes)
-    messages = _with_system(messages, get, decision.notes)
+    messages = with_system(messages, get, decision.notes)
     tools = tools_of(*get["tools"], decision.notes) if "tools" in get else None
     if tools is not None and decision.format in ("alpaca", "prompt_completion") and writes_call(messages[-1].content):
         decision.notes[CALLS_AS_TEXT] += 1
-    for name in decision.watched:
-        _refuse_lost(name, row.get(name), messages, text, decision)
+    if decision.watched:
+        free = [n for n in (*REQUIRED[decision.format], *OPTIONAL[decision.format]) if n not in decision.columns]
+        parts = [text] if text is not None else [part for m in messages for part in (m.content, m.extra or "")]
+        for name in decision.watched:
+            refuse_lost(name, row.get(name), parts, decision.format, free, is_text=text is not None)
     return Example(row_id, source, messages, text, extra, tools)
 
 
-def _with_system(
+def with_system(
     messages: tuple[Message, ...], get: Mapping[str, tuple[str, object]], notes: Counter[str]
 ) -> tuple[Message, ...]:
+    """Put the column `system` in front of messages without a system turn."""
     system = optional_text(*get["system"]) if "system" in get else ""
     if not system.strip():
         return messages
@@ -302,29 +316,32 @@ def _with_system(
     return (Message("system", system), *messages)
 
 
-def _refuse_lost(name: str, value: object, messages: Sequence[Message], text: str | None, decision: Decision) -> None:
-    """Refuse a row whose column `name`, that the format does not use, holds what the messages do not."""
+def refuse_lost(
+    name: str, value: object, parts: Sequence[str], format_: str, free: Sequence[str], *, is_text: bool = False
+) -> None:
+    """Raise RowError if a column that the format does not read holds what no text of `parts` does.
+
+    `free` are the canonical names without a column; `is_text`: the row is a text, and the column may be its answer.
+    """
     if is_blank(value):
         return
-    ours = [text] if text is not None else [part for m in messages for part in (m.content, m.extra or "")]
-    joined = "\n".join(ours)
-    if isinstance(value, str) and all(part.strip() in value for part in ours if part and not part.startswith("{")):
-        return  # the whole conversation once more, as a template writes it
-    held = value if not isinstance(value, Mapping) else {k: v for k, v in value.items() if k not in NUMBERED}
+    joined = "\n".join(parts)
     if isinstance(value, str):
+        if all(part.strip() in value for part in parts if part and not part.startswith("{")):
+            return  # the whole conversation once more, as a template writes it
         lost = value.strip() not in joined
     else:
+        held = value if not isinstance(value, Mapping) else {k: v for k, v in value.items() if k not in NUMBERED}
         lost = any(leaf not in joined and leaf.lower() not in STRUCTURE for leaf in leaves(held))
     if lost:
-        free = [n for n in (*REQUIRED[decision.format], *OPTIONAL[decision.format]) if n not in decision.columns]
         use = f"use it (columns: {{{free[0]}: {name}}}, or another of {listed(free)}), or " if free else ""
-        if text is not None:
+        if is_text:
             use = f"use it (format: prompt_completion, columns: {{prompt: text, completion: {name}}}), or "
         raise RowError(
             "unused_column",
             name,
             kind(value),
-            f"nothing there, since format {decision.format} does not read this column; {use}leave it out with "
+            f"nothing there, since format {format_} does not read this column; {use}leave it out with "
             f"ingest.ignore: [{name}]",
         )
 
@@ -353,8 +370,3 @@ def unique_labels(labels: Iterable[str]) -> list[str]:
             name = f"{label}#{number}"
         out.append(name)
     return out
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    close = nearest(name, known)
-    return f" (did you mean {close!r}?)" if close else ""

@@ -4,7 +4,7 @@ Importing every module of the standard library has side effects (one opens a bro
 a display), so it never happens in the process that trains. Run as `python -I -S -B pydoc_reader.py`: isolated, without
 site-packages. It imports nothing but the standard library, and of this package nothing at all.
 
-One line an entry: {"kind", "module", "owner", "name", "signature", "doc", "bases", "members"}.
+One line an entry: the fields of `Entry`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from types import ModuleType
 
 # Opens a browser, prints, needs a display, is a test suite, is another system's, or is a demo.
@@ -32,7 +33,30 @@ ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|0x[0-9a-fA-F]{9,}")
 COMPUTED_PATH = re.compile(r"""['"](?:/|[A-Za-z]:\\)""")
 PUBLIC_MEMBERS = 12  # names listed of a module
 
-Entry = dict[str, object]
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One documented thing of the standard library.
+
+    `kind` is topic, module, function, class, method or property; `owner` is the class of a method or property.
+    `signature` is the call with its brackets, or empty if it has none that is the same in every run.
+    """
+
+    kind: str
+    module: str
+    owner: str
+    name: str
+    doc: str
+    signature: str = ""
+    bases: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The name as one writes it in code."""
+        if self.kind in ("topic", "module"):
+            return self.name
+        return ".".join(part for part in (self.module, self.owner, self.name) if part)
 
 
 def main() -> int:
@@ -42,8 +66,8 @@ def main() -> int:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     with os.fdopen(private, "w", encoding="ascii", newline="\n") as out:
-        for item in entries():
-            out.write(json.dumps(item, sort_keys=True) + "\n")
+        for entry in entries():
+            out.write(json.dumps(asdict(entry), sort_keys=True) + "\n")
     return 0
 
 
@@ -60,7 +84,7 @@ def topic_entries() -> Iterator[Entry]:
     """The language reference that `help()` shows."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
-        yield entry("topic", "", "", name, topics[name])
+        yield Entry("topic", "", "", name, topics[name])
 
 
 def tree(name: str) -> Iterator[ModuleType]:
@@ -83,16 +107,16 @@ def module_entries(module: ModuleType) -> Iterator[Entry]:
     """A module, then what it makes public, re-exports too."""
     space = vars(module)
     names = public_names(module)
-    callables = [n for n in names if callable(space[n])]
-    yield entry("module", module.__name__, "", module.__name__, document(module), members=callables[:PUBLIC_MEMBERS])
+    callables = tuple(n for n in names if callable(space[n]))
+    yield Entry("module", module.__name__, "", module.__name__, document(module), members=callables[:PUBLIC_MEMBERS])
     for name in names:
         value = space[name]
         if inspect.isclass(value):
-            bases = [b.__qualname__ for b in value.__bases__]
-            yield entry("class", module.__name__, "", name, document(value), signature(value), bases)
+            bases = tuple(b.__qualname__ for b in value.__bases__)
+            yield Entry("class", module.__name__, "", name, document(value), signature(value), bases)
             yield from member_entries(module.__name__, name, value)
         elif inspect.isroutine(value):
-            yield entry("function", module.__name__, "", name, document(value), signature(value))
+            yield Entry("function", module.__name__, "", name, document(value), signature(value))
 
 
 def member_entries(module: str, owner: str, cls: type) -> Iterator[Entry]:
@@ -104,9 +128,9 @@ def member_entries(module: str, owner: str, cls: type) -> Iterator[Entry]:
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
-            yield entry("property", module, owner, name, document(value))
+            yield Entry("property", module, owner, name, document(value))
         elif inspect.isroutine(value):
-            yield entry("method", module, owner, name, document(value) or inherited(cls, name), signature(value))
+            yield Entry("method", module, owner, name, document(value) or inherited(cls, name), signature(value))
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -147,29 +171,6 @@ def signature(value: object) -> str:
     except Exception:  # no signature, or an annotation that cannot be shown
         return ""
     return "" if "<" in text or "{" in text or COMPUTED_PATH.search(text) else text
-
-
-def entry(
-    kind: str,
-    module: str,
-    owner: str,
-    name: str,
-    doc: str,
-    call: str = "",
-    bases: list[str] | None = None,
-    members: list[str] | None = None,
-) -> Entry:
-    """One line of the output."""
-    return {
-        "kind": kind,
-        "module": module,
-        "owner": owner,
-        "name": name,
-        "signature": call,
-        "doc": doc,
-        "bases": bases or [],
-        "members": members or [],
-    }
 
 
 if __name__ == "__main__":

@@ -14,40 +14,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.data.pydoc_reader import Entry
 from finetune.errors import FinetuneError, how_it_ended
 
 MAX_ANSWER_CHARACTERS = 1200
 MAX_TOPIC_CHARACTERS = 1800
 MIN_DOC_CHARACTERS = 25  # "See base class." answers nothing
 READER_TIMEOUT_SECONDS = 120
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One documented thing of the standard library.
-
-    `kind` is topic, module, function, class, method or property; `owner` is the class of a method or property.
-    `signature` is the call with its brackets, or empty if it has none that is the same in every run.
-    """
-
-    kind: str
-    module: str
-    owner: str
-    name: str
-    signature: str
-    doc: str
-    bases: tuple[str, ...] = ()
-    members: tuple[str, ...] = ()
-
-    @property
-    def path(self) -> str:
-        """The name as one writes it in code."""
-        if self.kind in ("topic", "module"):
-            return self.name
-        return ".".join(part for part in (self.module, self.owner, self.name) if part)
 
 
 def fingerprint() -> dict[str, str]:

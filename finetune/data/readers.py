@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from finetune.data.json_files import RawRow, json_file, json_lines
 from finetune.data.text_files import CHUNK_BYTES, MOST_ROW_BYTES, lines, refuse
@@ -82,9 +82,9 @@ def local_rows(path: Path, encoding: str | None = None) -> Iterator[RawRow]:
     if encoding is not None and ending in BINARY_ENDINGS:
         raise InputError(f"{path}: encoding {encoding} is that of text, and {ending} holds none; leave encoding out")
     if ending == ".parquet":
-        return _parquet(path)
+        return _table_rows(path, "parquet", _parquet_batches(path))
     if ending == ".arrow":
-        return _arrow(path)
+        return _table_rows(path, "Arrow", _arrow_batches(path))
     if not path.name.lower().endswith(PACKED):
         _require_text(path)
     read: dict[str, Callable[[Path, str | None], Iterator[RawRow]]]
@@ -203,98 +203,68 @@ def _csv(path: Path, encoding: str | None) -> Iterator[RawRow]:
 
 def _delimiter(header: str) -> str:
     """The mark that divides the first line into most columns; a comma on a tie."""
-
-    def columns(mark: str) -> int:
-        return len(next(csv.reader([header], delimiter=mark), []))
-
-    return max(DELIMITERS, key=columns)
+    return max(DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:  # else it is read as a whole
-            for group in range(file.num_row_groups):
-                about = file.metadata.row_group(group)
-                row_bytes = about.total_byte_size / max(1, about.num_rows)
-                if row_bytes > MOST_ROW_BYTES:
-                    _refuse_bomb(path, number)
-                rows = int(min(ARROW_ROWS, max(1, BATCH_BYTES // max(1, row_bytes))))
-                for batch in _unpacked(path, number, file.iter_batches(batch_size=rows, row_groups=[group])):
-                    for row in batch:
-                        number += 1
-                        yield RawRow(number, row)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: after row {number}: not readable as parquet: {first_line(error)}") from error
-
-
-def _unpacked(path: Path, number: int, batches: Iterator[pa.RecordBatch]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each batch, after `number` others, each batch unpacked within BATCH_MEMORY.
+def _table_rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[RawRow]:
+    """The rows of a Parquet or Arrow file, each batch read and unpacked within BATCH_MEMORY.
 
     A dictionary of one long text, say, has no size of its own in the file.
     """
-    while True:
-        try:
-            with memory(BATCH_MEMORY):
-                batch = next(batches, None)
-                rows = None if batch is None else batch.to_pylist()
-        except MemoryError:
-            _refuse_bomb(path, number)
-        if rows is None:
-            return
-        del batch
-        number += len(rows)
-        yield rows
-
-
-def _refuse_bomb(path: Path, number: int) -> NoReturn:
-    raise InputError(
-        f"{path}: after row {number}: rows that unpack to more than {MOST_ROW_BYTES >> 20} MB each, or to more than "
-        f"{BATCH_MEMORY / 1e9:.1f} GB together; is it what it should be?"
-    )
-
-
-def _arrow(path: Path) -> Iterator[RawRow]:
     import pyarrow as pa
+
+    def unpacked() -> list[dict[str, Any]] | None:
+        with memory(BATCH_MEMORY):
+            batch = next(batches, None)
+            return None if batch is None else batch.to_pylist()
 
     number = 0
     try:
-        with pa.memory_map(str(path)) as source:
-            batches = _arrow_batches(source)
-            while True:
-                try:
-                    with memory(BATCH_MEMORY):  # its buffers may be packed
-                        batch = next(batches, None)
-                except MemoryError:
-                    _refuse_bomb(path, number)
-                if batch is None:
-                    return
-                size = batch.nbytes / max(1, batch.num_rows)
-                if size > MOST_ROW_BYTES:
-                    _refuse_bomb(path, number)
-                step = int(min(ARROW_ROWS, max(1, BATCH_BYTES // max(1, size))))
-                slices = (batch.slice(start, step) for start in range(0, batch.num_rows, step))
-                for rows in _unpacked(path, number, slices):
-                    for row in rows:
-                        number += 1
-                        yield RawRow(number, row)
+        while (rows := unpacked()) is not None:
+            for row in rows:
+                number += 1
+                yield RawRow(number, row)
+    except MemoryError:
+        raise InputError(
+            f"{path}: after row {number}: rows that unpack to more than {MOST_ROW_BYTES >> 20} MB each, or to more "
+            f"than {BATCH_MEMORY / 1e9:.1f} GB together; is it what it should be?"
+        ) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: after row {number}: not readable as Arrow: {first_line(error)}") from error
+        raise InputError(f"{path}: after row {number}: not readable as {kind}: {first_line(error)}") from error
 
 
-def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow file, or of a stream in a file, as `datasets` writes it."""
+def _rows_at_once(size: int, rows: int) -> int:
+    """The rows that are unpacked together, of `rows` rows of `size` bytes. Raises MemoryError if one is too large."""
+    row_bytes = size / max(1, rows)
+    if row_bytes > MOST_ROW_BYTES:
+        raise MemoryError
+    return int(min(ARROW_ROWS, max(1, BATCH_BYTES // max(1, row_bytes))))
+
+
+def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:  # else it is read as a whole
+        for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            step = _rows_at_once(about.total_byte_size, about.num_rows)
+            yield from file.iter_batches(batch_size=step, row_groups=[group])
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file, or of a stream in a file, as `datasets` writes it, in slices."""
     import pyarrow as pa
 
-    if source.read(6) == b"ARROW1":
-        file = pa.ipc.open_file(source)
-        yield from (file.get_batch(i) for i in range(file.num_record_batches))
-        return
-    source.seek(0)
-    yield from pa.ipc.open_stream(source)
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            whole = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            source.seek(0)
+            whole = iter(pa.ipc.open_stream(source))
+        for batch in whole:
+            step = _rows_at_once(batch.nbytes, batch.num_rows)
+            yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.data import pydoc_rows
 from finetune.data.files import data_files, digest, is_one_file, skipped_files
@@ -20,6 +20,7 @@ from finetune.errors import InputError
 from finetune.recipe import HubSource, LocalSource, Source
 
 SAMPLE_ROWS = 100  # looked at to decide a format
+T = TypeVar("T")
 
 
 def source_fingerprint(source: Source, scratch: Path | None = None) -> dict[str, object]:
@@ -102,22 +103,29 @@ def row_id(label: str, file: str, raw: RawRow) -> str:
 def _converted(
     rows: Iterable[tuple[str, RawRow]], decision: Decision, label: str, columns_of: Mapping[str, set[str]]
 ) -> Iterator[Example | Reject]:
-    for file, raw in rows:
-        found_id = row_id(label, file, raw)
-        if raw.row is None:
-            yield Reject(found_id, label, "unreadable", raw.problem, printable(raw.text))
-            continue
-        try:
-            yield to_example(raw.row, decision, found_id, label)
-        except RowError as error:
-            yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(raw.row)))
-        except RecursionError:
-            yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
+    yield from converted(rows, label, lambda row, name: (to_example(row, decision, name, label),))
     everywhere = set().union(*columns_of.values())
     for column in sorted(everywhere):
         lacking = sorted(file for file, columns in columns_of.items() if column not in columns)
         if lacking:
             decision.notes[f"the column {column!r} is missing in {listed(lacking)}"] += len(lacking)
+
+
+def converted(
+    rows: Iterable[tuple[str, RawRow]], label: str, convert: Callable[[dict[str, object], str], Iterable[T]]
+) -> Iterator[T | Reject]:
+    """Yield what `convert` makes of each row and its id, or a Reject if the row cannot be read or does not fit."""
+    for file, raw in rows:
+        name = row_id(label, file, raw)
+        if raw.row is None:
+            yield Reject(name, label, "unreadable", raw.problem, _printable(raw.text))
+            continue
+        try:
+            yield from convert(raw.row, name)
+        except RowError as error:
+            yield Reject(name, label, error.reason, _printable(str(error)), _printable(_row_text(raw.row)))
+        except RecursionError:
+            yield Reject(name, label, "nested", "a column is nested too deeply", _printable(_row_text(raw.row)))
 
 
 def raw_rows(
@@ -167,7 +175,7 @@ def _commit(source: HubSource, scratch: Path | None) -> str:
     return resolve_revision(source.id, source.revision, repo_type="dataset", scratch=scratch)
 
 
-def row_text(row: dict[str, object]) -> str:
+def _row_text(row: dict[str, object]) -> str:
     """A raw row as text."""
     try:
         return str(row)
@@ -175,6 +183,6 @@ def row_text(row: dict[str, object]) -> str:
         return "(nested too deeply to be shown)"
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """The first 200 characters, with what no file can hold shown as an escape."""
     return text[:200].encode("utf-8", "backslashreplace").decode()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import io
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NoReturn, cast
@@ -57,25 +55,19 @@ def _zstd() -> ModuleType:
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """The lines of a text file (UTF-8 if no encoding is given) with their numbers; a byte order mark is left out."""
-    number = 0
-    try:
-        with opened(path) as stream:
-            if encoding is not None:
-                text = io.TextIOWrapper(stream, encoding, newline="\n")
-                for number, line in enumerate(iter(partial(text.readline, MOST_ROW_BYTES + 1), ""), start=1):
-                    if len(line) > MOST_ROW_BYTES:
-                        refuse(path, number, "a line without end", f"at most {MOST_ROW_BYTES >> 20} MB a row")
-                    yield number, line.removeprefix("\ufeff") if number == 1 else line
-                return
-            for raw in _split(path, stream):
-                number += 1
-                if number == 1:
-                    raw = _without_mark(path, raw)
-                yield number, raw.decode()
-    except UnicodeError as error:
-        _refuse_encoding(path, number + (encoding is not None), error, encoding)
-    except UNREADABLE as error:
-        refuse(path, number + 1, f"a file that is damaged or cut off ({first_line(error)})", "a whole file")
+    open_line: list[str] = []  # pieces of a line that has not ended
+    number, length = 1, 0
+    for text in chunks(path, encoding):
+        first, *later = text.split("\n")
+        open_line.append(first)
+        for following in later:
+            yield number, "".join([*open_line, "\n"])
+            open_line, length, number = [following], 0, number + 1
+        length += len(open_line[-1])
+        if length > MOST_ROW_BYTES:
+            refuse(path, number, "a line without end", f"at most {MOST_ROW_BYTES >> 20} MB a row")
+    if last := "".join(open_line):
+        yield number, last
 
 
 def chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
@@ -93,7 +85,7 @@ def chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
                 line += text.count("\n")
             decoder.decode(b"", final=True)
     except UnicodeError as error:
-        if isinstance(error, UnicodeDecodeError) and encoding is None:
+        if isinstance(error, UnicodeDecodeError):
             line += error.object[: error.start].count(b"\n")
         _refuse_encoding(path, line, error, encoding)
     except UNREADABLE as error:
@@ -115,25 +107,6 @@ def _pieces(path: Path, stream: BinaryIO) -> Iterator[bytes]:
         yield raw
 
 
-def _split(path: Path, stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a stream, with their ends. Raises InputError for one that is longer than a row may be."""
-    open_line: list[bytes] = []  # pieces of a line that has not ended
-    number = length = 0
-    for piece in _pieces(path, stream):
-        *whole, rest = piece.split(b"\n")
-        if whole:
-            whole[0] = b"".join([*open_line, whole[0]])
-            open_line, length, number = [], 0, number + len(whole)
-            for line in whole:
-                yield line + b"\n"
-        open_line.append(rest)
-        length += len(rest)
-        if length > MOST_ROW_BYTES:
-            refuse(path, number + 1, "a line without end", f"at most {MOST_ROW_BYTES >> 20} MB a row")
-    if last := b"".join(open_line):
-        yield last
-
-
 def _without_mark(path: Path, start: bytes) -> bytes:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         refuse(path, 1, "UTF-16 text", f"UTF-8 text; {_advice(path)}")
@@ -146,7 +119,8 @@ def _refuse_encoding(path: Path, line: int, error: UnicodeError, encoding: str |
     problem = first_line(error)
     if isinstance(error, UnicodeDecodeError):
         byte = f"the byte 0x{error.object[error.start]:02x}"
-        problem = byte if encoding is not None else f"{byte} at byte {error.start}"
+        place = error.start - 1 - error.object.rfind(b"\n", 0, error.start)
+        problem = byte if encoding is not None else f"{byte} at byte {place}"
     refuse(path, line, problem, f"{encoding or 'UTF-8'} text; {_advice(path, encoding)}")
 
 

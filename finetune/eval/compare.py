@@ -85,27 +85,15 @@ def lay_out(rows: Sequence[TokenRow], batch_tokens: int = 4096) -> HeldOut:
     """Batch rows of similar length, at most `batch_tokens` with padding (a longer row is alone)."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * len(rows[i].ids) <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    from finetune.eval import scoring
+
     batches, positions, labels, owners = [], [], [], []
-    for group in groups:
-        width = max(len(rows[i].ids) for i in group)
-        ids = torch.zeros(len(group), width, dtype=torch.int64)
-        wanted = torch.zeros(len(group), width, dtype=torch.bool)
-        for k, i in enumerate(group):
-            row = torch.from_numpy(np.asarray(rows[i].ids, dtype=np.int64))
-            supervised = torch.from_numpy(np.asarray(rows[i].mask, dtype=bool))
-            ids[k, : len(row)] = row
-            wanted[k, : len(row) - 1] = supervised[1:]
-            labels.append(row[1:][supervised[1:]])
-            owners.append(np.full(int(supervised[1:].sum()), i, dtype=np.int64))
+    for group in scoring.batches([len(row.ids) for row in rows], batch_tokens):
+        ids, _, wanted = scoring.padded([rows[i] for i in group])
         batches.append(ids)
-        positions.append(wanted)
+        positions.append(torch.nn.functional.pad(wanted[:, 1:], (0, 1)))
+        labels.append(ids[:, 1:][wanted[:, 1:]])
+        owners.append(np.repeat(group, wanted[:, 1:].sum(1).numpy()))
     return HeldOut(tuple(batches), tuple(positions), torch.cat(labels), np.concatenate(owners), len(rows))
 
 

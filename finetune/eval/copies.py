@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.records import read_rows
 from finetune.data.text import word_runs, words
 
 RUN = 5
@@ -50,8 +51,6 @@ def kept_copies(samples: Path, train: Path, kept: Path | None) -> Copies | None:
 
 def read_copies(samples: Path, train: Path) -> Copies | None:
     """Count from samples.jsonl of evaluate and train.parquet of split; None if either is not there."""
-    from finetune.data.records import read_rows
-
     if not samples.is_file() or not train.is_file():
         return None
     lines = []

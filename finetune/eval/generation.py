@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from finetune.context import Context
 from finetune.eval.scoring import batches
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import LogitsProcessor
-
     from finetune.models.layerwise import CausalModel, Generator
 
 Prompt = Sequence[int] | np.ndarray
@@ -89,8 +88,6 @@ def answer(
     `batch_tokens` bounds prompts plus answers of a padded batch (a longer request is alone). A batch that does not fit
     the GPU is halved. Raises Stopped between two tokens if a signal was received.
     """
-    import torch
-
     todo = list(batches([len(r.prompt) + r.limit for r in requests], batch_tokens))[::-1]
     while todo:
         group = todo.pop()
@@ -115,9 +112,6 @@ def _generate(
     pad_id: int,
     ctx: Context,
 ) -> list[list[int]]:
-    import torch
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
     width, limits = max(len(r.prompt) for r in requests), [r.limit for r in requests]
     ids = torch.full((len(requests), width), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -155,9 +149,6 @@ def _generate(
 
 def _sampler(requests: Sequence[Request], sampling: Sampling, width: int, device: torch.device) -> LogitsProcessor:
     """Return a logits processor that keeps only the token chosen by each row's random stream at this step."""
-    import torch
-    from transformers import LogitsProcessor
-
     steps = max(r.limit for r in requests)
     drawn = np.stack([np.random.Generator(np.random.Philox(key=r.stream)).random(steps) for r in requests])
     uniform = torch.from_numpy(drawn).to(device, torch.float32 if str(device).startswith("mps") else torch.float64)
@@ -186,8 +177,6 @@ def draw(scores: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
         (B,) int64. The cumulative sum is in the order of the ids and in fp64, so that tokens of equal probability do
         not swap between batches.
     """
-    import torch
-
     chances = torch.softmax(scores.float() / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ranked, order = chances.sort(dim=-1, descending=True, stable=True)

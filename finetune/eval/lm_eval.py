@@ -10,18 +10,18 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
-import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, InputError
+from finetune.eval.metrics import paired_interval
 from finetune.utils.files import file_digest
 from finetune.utils.format import six
 from finetune.utils.progress import Bar
+from finetune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -35,18 +35,6 @@ PACKAGE = "lm_eval"
 INSTALL = "evaluate.tasks: lm-evaluation-harness is not installed (pip install lm-eval, or pip install '.[harness]')"
 ROW_TOKENS = 512  # assumed tokens per row of a batch: document lengths are not known beforehand
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """Loaded tasks. `tasks` holds the harness's own task objects by name, `groups` the groups they belong to."""
-
-    loaded: Mapping[str, Any]
-
-    @property
-    def tasks(self) -> Mapping[str, Any]:
-        """The tasks by name."""
-        return self.loaded["tasks"]
 
 
 def digests(folder: Path | None) -> dict[str, str]:
@@ -71,8 +59,8 @@ def version() -> str:
     return importlib.metadata.version(PACKAGE)
 
 
-def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
-    """Load the tasks with their documents, which may be downloaded now.
+def load(names: Sequence[str], folder: Path | None, seed: int) -> dict[str, Any]:
+    """Load the tasks with their documents, which may be downloaded now, in the harness's own form.
 
     Raises InputError for an unknown name, FinetuneError if a task's definition or data cannot be read.
     """
@@ -81,7 +69,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     from datasets.exceptions import DatasetsError
 
     random.seed(seed)  # some tasks shuffle their documents as they are read
-    with _hushed():
+    with quiet(PACKAGE):
         manager = _manager(names, folder)
         try:
             with contextlib.chdir(folder or "."):  # data_files of a task are relative to it
@@ -93,7 +81,7 @@ def load(names: Sequence[str], folder: Path | None, seed: int) -> Benchmarks:
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return Benchmarks(loaded)
+    return dict(loaded)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
@@ -102,7 +90,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
 
     include = str(folder.absolute()) if folder else None
     own: list[str] = []
-    with _hushed():
+    with quiet(PACKAGE):
         if include:
             manager = TaskManager(include_path=include, include_defaults=False)
             own = list(manager.all_tasks)
@@ -119,25 +107,10 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     return manager
 
 
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Let only errors of the harness through."""
-    from finetune.utils.quiet import quiet
-
-    logger = logging.getLogger(PACKAGE)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet():
-            yield
-    finally:
-        logger.setLevel(before)
-
-
 def score(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Benchmarks,
+    benchmarks: Mapping[str, Any],
     limit: int | None,
     batch_tokens: int,
     seed: int,
@@ -160,7 +133,7 @@ def score(
 def _run(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Benchmarks,
+    benchmarks: Mapping[str, Any],
     limit: int | None,
     rows: int,
     seed: int,
@@ -172,17 +145,17 @@ def _run(
     import torch
     from lm_eval.evaluator import evaluate
 
-    for task in benchmarks.tasks.values():
+    for task in benchmarks["tasks"].values():
         task.set_fewshot_seed(seed)  # both models see the same examples
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     bar = ctx.bar(label, None)
     try:
-        with _hushed():
+        with quiet(PACKAGE):
             results = evaluate(
                 lm=_watched(model, tokenizer, rows, ctx, bar),
-                task_dict=dict(benchmarks.loaded),
+                task_dict=dict(benchmarks),
                 limit=limit,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=True,
@@ -268,8 +241,6 @@ def _difference(
 ) -> list[float | None] | None:
     """Return the ends of the paired interval of adapter - base."""
     import numpy as np
-
-    from finetune.eval.metrics import paired_interval
 
     pair = []
     for results in (adapter, base):

@@ -28,11 +28,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Return whether 0 is outside the interval."""
-        return self.low > 0 or self.high < 0
-
 
 def ratio_interval(
     numerators: Floats, denominators: Floats, seed: int = 0, samples: int = 4000, level: float = 0.95

@@ -11,7 +11,6 @@ from typing import Any
 import xxhash
 
 from finetune.data.formats import FormatError, decide, to_example
-from finetune.data.json_files import RawRow
 from finetune.data.readers import local_rows
 from finetune.data.values import RowError
 from finetune.errors import InputError
@@ -97,7 +96,7 @@ def _rows(path: Path) -> list[PromptRow]:
         messages = _user(example.text) if example.text is not None else prompt_of(chat_of(example.messages))
         if not messages:
             raise InputError(f"{path}, row {raw.number}: no prompt: the answer is the first turn")
-        rows_read.append(PromptRow(number, messages, _tools(getattr(example, "tools", None), raw, path)))
+        rows_read.append(PromptRow(number, messages, json.loads(example.tools) if example.tools else None))
     return rows_read
 
 
@@ -120,22 +119,3 @@ def prompt_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return chat
     last = next((i for i in range(len(chat) - 1, -1, -1) if chat[i]["role"] == "assistant"), 0)
     return chat[:last]
-
-
-def _tools(read: str | None, raw: RawRow, path: Path) -> list[Any] | None:
-    """Return the row's tools: those that its format read, else its `tools` column, a list or a JSON string."""
-    value: Any = read if read is not None else (raw.row or {}).get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise InputError(
-                f"{path}, row {raw.number}: tools: found {value[:40]!r}; allowed: a list, or one as JSON"
-            ) from None
-    if not value:
-        return None
-    if not isinstance(value, list):
-        raise InputError(
-            f"{path}, row {raw.number}: tools: found a {type(value).__name__}; allowed: a list, or one as JSON"
-        )
-    return value

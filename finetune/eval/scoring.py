@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from finetune.context import Context
 from finetune.errors import FinetuneError
+from finetune.models.layerwise import head_logits, without_adapter
 from finetune.tokenization.token_rows import TokenRow
 
 if TYPE_CHECKING:
-    import torch
-
     from finetune.models.layerwise import CausalModel
 
 POSITIONS = 1024  # whose logits exist at once
@@ -39,8 +39,6 @@ def row_nll(
     label: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return per row the summed negative log-likelihood of its supervised tokens (nats), and their number."""
-    import torch
-
     nll = np.zeros(len(rows), dtype=np.float64)
     counts = np.array([int(r.mask[1:].sum()) for r in rows], dtype=np.int64)
     todo = list(batches([len(r.ids) for r in rows], batch_tokens))
@@ -53,8 +51,6 @@ def row_nll(
 
 def padded(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a padded batch (B, T): token ids and attention mask int64, and supervised tokens, bool."""
-    import torch
-
     shape = len(rows), max(len(r.ids) for r in rows)
     ids, attention = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
     wanted = torch.zeros(shape, dtype=torch.bool)
@@ -73,8 +69,6 @@ def _batch_nll(
     wanted: torch.Tensor,
 ) -> torch.Tensor:
     """Return (B,) fp32 sums over the supervised positions of (B, T) rows."""
-    import torch
-
     ids, attention, wanted = (t.to(model.device) for t in (ids, attention, wanted))
     losses = token_nll(model, ids, attention, wanted)
     keep = wanted[:, 1:]
@@ -94,10 +88,6 @@ def token_nll(
     would take 4 GB. They are computed within the model's forward, at the call of its head, so that weights sharded by
     FSDP are present; later changes of logits (Gemma's cap, Cohere's scale) are applied to each part by that forward.
     """
-    import torch
-
-    from finetune.models.layerwise import head_logits, without_adapter
-
     causal = without_adapter(model)
     keep, targets = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
     parts: list[torch.Tensor] = []

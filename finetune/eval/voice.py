@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import file_digest, read_json
 from finetune.utils.format import first_line
+from finetune.utils.quiet import quiet
 from finetune.utils.runtime import available_memory
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def _load_folder(folder: Path, precision: Literal["bf16", "fp16", "fp32"], devic
     import transformers
 
     from finetune.models.device import DTYPES
-    from finetune.utils.quiet import quiet
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     auto: Any = transformers.AutoModelForCausalLM

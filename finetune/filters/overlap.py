@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
+from finetune.context import Context
+from finetune.data.formats import unique_labels
 from finetune.data.records import Example, Reject
+from finetune.data.sources import read_source, source_fingerprint
 from finetune.data.text import word_runs, words
 from finetune.dedup.embedding_names import LSA, model_fingerprint
 from finetune.errors import InputError
 from finetune.recipe import Decontaminate, Recipe, Section, Source
-
-if TYPE_CHECKING:
-    from finetune.context import Context
 
 
 class Against(Section):
@@ -40,8 +40,6 @@ class Against(Section):
         """Return the identity of the evaluation data (a file's digest, a Hub data set's commit, the Python that is
         documented), and of the model whose vectors are compared.
         """
-        from finetune.data.sources import source_fingerprint
-
         found: dict[str, object] = {"against": [source_fingerprint(source) for source in self.section.against]}
         if self.embedding is not None:
             found["model"] = model_fingerprint(self.embedding, self.folder)
@@ -62,8 +60,6 @@ def find_overlaps(asked: Against, rows: Iterable[Example], ctx: Context) -> Over
 
     Raises InputError for evaluation data that cannot be read.
     """
-    from finetune.data.formats import unique_labels
-
     section = asked.section
     index = NgramIndex(section.ngram)
     labels = unique_labels(source.label for source in section.against)
@@ -171,8 +167,6 @@ def _turns(row: Example) -> Iterator[tuple[bool, str]]:
 
 def _evaluation_rows(source: Source, label: str, ctx: Context) -> Iterator[Example]:
     """The rows of an evaluation source. Raises InputError for one that cannot be read: it would not be protected."""
-    from finetune.data.sources import read_source
-
     _, rows = read_source(source, label, ctx.scratch, whole=False)
     for row in ctx.track(rows, f"read {label}", total=source.take):
         if isinstance(row, Reject):

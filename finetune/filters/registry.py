@@ -1,15 +1,17 @@
-"""Build row checks from a recipe's filter rules."""
+"""Build row checks from a recipe's filter section; token counts are left to the stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 
 from finetune.data.records import Example
 from finetune.errors import InputError
-from finetune.filters import basic, endings, quality
+from finetune.filters import basic, conditions, custom, endings, language, quality
 from finetune.filters.basic import Drop
 from finetune.recipe.filters import (
     Echo,
+    Filter,
     LanguageRule,
     Links,
     Own,
@@ -26,16 +28,31 @@ OwnFunction = Callable[[Example], object]
 MOST_SHOWN = 200  # characters of a reason from a user-defined function
 
 
-def check_of(
-    rule: Rule, load: Callable[[Own], OwnFunction], detector: Callable[[Sequence[str]], quality.Detect]
-) -> Check:
-    """Return the rule as a function of a row.
+def rules_of(rules: Filter) -> Check:
+    """All rules but the token count as one function: the first that leaves a row out names the reason."""
+    drop = [re.compile(p) for p in rules.drop_matching]
+    keep = [re.compile(p) for p in rules.keep_matching]
+    users = (rules.min_user_characters, rules.max_user_characters)
+    answers = (rules.min_assistant_characters, rules.max_assistant_characters)
+    checks: list[Check] = [
+        basic.empty_turn,
+        basic.no_assistant,
+        *([basic.not_alternating] if rules.alternate else []),
+        lambda row: basic.length_outside(row, "user", *users),
+        lambda row: basic.length_outside(row, "assistant", *answers),
+        lambda row: basic.matching(row, drop, keep),
+        *([conditions.check_of(rules.keep_where)] if rules.keep_where else []),
+        *(check_of(rule) for rule in rules.rules),
+    ]
 
-    Args:
-        rule: the rule with its limits.
-        load: loads the function of a user-defined rule.
-        detector: builds a language detector; its argument is the languages it must know.
-    """
+    def judge(row: Example) -> basic.Verdict:
+        return next((verdict for check in checks if (verdict := check(row)) is not None), None)
+
+    return judge
+
+
+def check_of(rule: Rule) -> Check:
+    """Return the rule as a function of a row. Raises InputError for a user's function that cannot be loaded."""
     match rule:
         case Turns():
             return lambda row: quality.turns(row, rule.min_turns, rule.max_turns)
@@ -52,13 +69,10 @@ def check_of(
         case Links():
             return lambda row: quality.links(row, rule.max_share)
         case LanguageRule():
-            return _language(rule, detector(rule.languages))
+            detect = language.detector(rule.languages)
+            return lambda row: quality.language(row, rule.languages, rule.min_confidence, rule.min_characters, detect)
         case Own():
-            return own_check(rule.function, load(rule))
-
-
-def _language(rule: LanguageRule, detect: quality.Detect) -> Check:
-    return lambda row: quality.language(row, rule.languages, rule.min_confidence, rule.min_characters, detect)
+            return own_check(rule.function, custom.load(rule))
 
 
 def own_check(name: str, function: OwnFunction) -> Check:

@@ -11,6 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from finetune.gguf.writer import read_facts
 from finetune.tokenization.chat_template import TEMPLATE_FAULTS
 from finetune.tokenization.template_sandbox import RenderingTooLong, limited
@@ -57,11 +62,6 @@ def _near(text: str, other: str) -> str:
 
 
 def _renderer(facts: dict[str, Any]) -> Render:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     class Generation(Extension):
         """The marker of answers: its content is written as if it had no marker."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,12 +80,10 @@ def _end(started: subprocess.Popen[str]) -> None:
     """No child outlives its stage: asked first, killed after five seconds."""
     if started.poll() is None:
         started.terminate()
-        for _ in range(50):
-            if started.poll() is not None:
-                break
-            time.sleep(0.1)
-        else:
+        try:
+            started.wait(5)
+        except subprocess.TimeoutExpired:
             started.kill()
-        started.wait()
+            started.wait()
     if started.stdout:
         started.stdout.close()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import gguf
+import torch
 
 from finetune.errors import FinetuneError
 from finetune.gguf.writer import Planned, unpermute
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK_ELEMENTS = 1 << 20
 ROUNDED = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # the kinds that have an exact expectation
@@ -23,8 +22,6 @@ class GgufWeights:
         """Open `path`, which holds the tensors of `planned`, in whatever kind each; those of `stored` if it was written
         here. Raises FinetuneError if one is missing.
         """
-        import gguf
-
         self.path = path
         self.written = planned if stored is None else stored
         self.planned: Mapping[str, Planned] = {p.source.name: p for p in planned}
@@ -34,9 +31,6 @@ class GgufWeights:
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor of that name, fp32, in memory of its own."""
-        import gguf
-        import torch
-
         planned = self.planned[name]
         stored = self._stored[planned.name]
         weight = torch.empty(planned.source.shape, dtype=torch.float32)
@@ -53,8 +47,6 @@ class GgufWeights:
         """The largest difference of a tensor from the merged weights; rounding to its kind (not one of blocks) is the
         only one allowed: raises FinetuneError for any other.
         """
-        import torch
-
         there, merged = self(planned.source.name), planned.source.load()
         dtype: torch.dtype = vars(torch)[ROUNDED[planned.kind]]
         largest = 0.0
@@ -71,16 +63,12 @@ class GgufWeights:
 
     def require_finite(self) -> None:
         """Read every tensor in blocks, which nothing else has read. Raises FinetuneError if one is not finite."""
-        import torch
-
         for one in self.written:
             if one.kind not in ROUNDED and not torch.isfinite(self(one.source.name)).all():
                 raise FinetuneError(f"{self.path.name}: {one.name} holds values that are not finite")
 
     def require_same(self, read: Mapping[str, torch.Tensor]) -> None:
         """Raise FinetuneError unless `read`, a state that another reader made of the file, holds the same values."""
-        import torch
-
         for name, planned in self.planned.items():
             if name not in read or not torch.equal(read[name].cpu(), self(name)):
                 raise _other_weights(self.path, planned)

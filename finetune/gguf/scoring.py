@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
 
 from finetune.context import Context
 from finetune.errors import FinetuneError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from finetune.eval.compare import HeldOut
-    from finetune.models.layerwise import StreamedModel, Weights
-    from finetune.tokenization.token_rows import TokenRow
+from finetune.eval.compare import HeldOut, compare, lay_out, per_row, supervised_hidden
+from finetune.eval.metrics import agreement, perplexity
+from finetune.models.layerwise import StreamedModel, Weights, empty_model, hidden_states
+from finetune.tokenization.token_rows import TokenRow
+from finetune.utils.safetensors_io import read_folder
 
 WORTH_SAYING_SECONDS = 30.0
 
@@ -51,10 +50,6 @@ def score(merged: Path, files: Mapping[str, Kind], rows: Sequence[TokenRow], dev
 
     Held in memory are two layers, the hidden states of `rows`, and two heads.
     """
-    from finetune.eval.compare import compare, lay_out, per_row
-    from finetune.eval.metrics import agreement, perplexity
-    from finetune.utils.safetensors_io import read_folder
-
     held_out, refs = lay_out(rows), read_folder(merged)
     counts = per_row(None, held_out)
     own = _streamed(merged, lambda name: refs[name].load(), device)
@@ -76,16 +71,11 @@ def score(merged: Path, files: Mapping[str, Kind], rows: Sequence[TokenRow], dev
 
 
 def _streamed(merged: Path, weights: Weights, device: str) -> StreamedModel:
-    from finetune.models.layerwise import StreamedModel, empty_model
-
     return StreamedModel(empty_model(merged), weights, device)
 
 
 def _hidden(model: StreamedModel, held_out: HeldOut, label: str, ctx: Context, models: int = 0) -> torch.Tensor:
     """Final hidden states (P, d) of the supervised positions; `models`: how many passes to announce."""
-    from finetune.eval.compare import supervised_hidden
-    from finetune.models.layerwise import hidden_states
-
     tokens = sum(batch.numel() for batch in held_out.batches)
     track = partial(_timed, label=label, tokens=tokens, models=models, ctx=ctx)
     return supervised_hidden(hidden_states([model], held_out.batches, track)[0], held_out)

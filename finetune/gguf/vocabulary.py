@@ -8,13 +8,13 @@ the model would be asked in other tokens than it was trained on, and only answer
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError
+from finetune.utils.limits import reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same numbers in GGUF and SentencePiece
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -40,6 +40,7 @@ PHI3_KEEPS, PHI3_STRIPS = frozenset(("<unk>", "<s>", "<|endoftext|>")), "</s>"
 # what a tokenizer may do to text first: llama.cpp does not bring accents and letters together (NFC)
 NORMALIZERS = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}
 NO_SCORE = -1000.0
+SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE in sentencepiece_model.proto
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,55 +202,12 @@ def _is_byte(piece: str) -> bool:
 
 
 def read_sentencepiece(path: Path) -> list[tuple[str, int, float]]:
-    """(piece, type, score) of every piece in a SentencePiece BPE model, by id.
+    """(piece, type, score) of every piece in a SentencePiece BPE model, by id. Raises InputError for any other file."""
+    from transformers.convert_slow_tokenizer import import_protobuf
 
-    The file is a protocol buffer (sentencepiece_model.proto): field 1 of the model are its pieces (1 text, 2 score,
-    3 type), field 2 the trainer's settings (3 model type: 2 is BPE). Raises InputError for any other file.
-    """
-    pieces: list[tuple[str, int, float]] = []
-    model_type = 1
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                entry = dict(_fields(value))
-                score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
-                pieces.append((entry[1].decode("utf-8"), entry.get(3, NORMAL), score))
-            elif number == 2:
-                model_type = dict(_fields(value)).get(3, 1)
-    except (IndexError, KeyError, struct.error, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a SentencePiece model; download it again") from error
-    if not pieces or model_type != 2:
+    model = import_protobuf().ModelProto()
+    with reading(f"{path}: not a SentencePiece model; download it again"):
+        model.ParseFromString(path.read_bytes())
+    if not model.pieces or model.trainer_spec.model_type != SENTENCEPIECE_BPE:
         raise InputError(f"{path}: a SentencePiece model of BPE pieces is needed; this is another kind")
-    return pieces
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of one protocol buffer message: an int, or bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        length = 4 if wire == 5 else 8
-        if wire == 2:
-            length, at = _varint(data, at)
-        elif wire not in (1, 5):
-            raise IndexError(f"wire type {wire}")
-        if at + length > len(data):
-            raise IndexError("cut short")
-        yield number, data[at : at + length]
-        at += length
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            return value, at
-        shift += 7
+    return [(p.piece, p.type, p.score) for p in model.pieces]

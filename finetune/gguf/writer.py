@@ -72,11 +72,6 @@ def require_gguf() -> None:
         raise InputError("export.gguf needs the gguf package: pip install gguf") from error
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the architecture of a config.json. Raises InputError for one we do not convert."""
-    return of_config(config).name
-
-
 def plan(folder: Path, config: Mapping[str, Any], kind: str) -> list[Planned]:
     """Every tensor of the file, known from shapes alone, in the order of the layers.
 
@@ -104,11 +99,6 @@ def exact_kind(folder: Path) -> str:
     """The kind that holds the weights of a folder as they are: bf16 or f16 if all are that, else f32."""
     dtypes = {ref.dtype for ref in read_folder(folder).values() if len(ref.shape) > 1}
     return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
-
-
-def exact_kind_of(planned: Sequence[Planned]) -> str:
-    """The kind that a plan without blocks was made for."""
-    return next((p.kind for p in planned if len(p.source.shape) > 1), "f32")
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -180,7 +170,7 @@ def write(
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(path, architecture(header.config))
+    writer = gguf.GGUFWriter(path, of_config(header.config).name)
     _describe(writer, header, kind, sum(prod(p.source.shape) for p in planned))
     factors = _rope_factors(header.config)
     if factors is not None:
@@ -244,7 +234,7 @@ def _describe(writer: GGUFWriter, header: Header, kind: str, parameters: int) ->
     """Return every key of the metadata, from the files of the merged folder: no date, no path, no program."""
     import gguf
 
-    config, arch = header.config, architecture(header.config)
+    config, arch = header.config, of_config(header.config).name
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_type("model")

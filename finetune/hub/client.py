@@ -6,6 +6,7 @@ A token is read by huggingface_hub alone and never passes through here.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -77,7 +78,10 @@ def resolve_revision(
             sha = info.sha or ""
             if not COMMIT.fullmatch(sha):
                 raise FinetuneError(f"the Hub named no commit for revision {named!r} of {repo_type} {repo_id}")
-            _keep_ref(_ref(caches[0], repo_id, repo_type, named), sha)
+            with suppress(OSError):  # if the cache cannot be written, the next run asks the Hub again
+                ref = _ref(caches[0], repo_id, repo_type, named)
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(sha, encoding="ascii")
             return sha
     for cache in caches:
         ref = _ref(cache, repo_id, repo_type, named)
@@ -162,12 +166,16 @@ def push_folder(
     def again(call: Callable[[], T]) -> T:
         return retried(call, say, wait)
 
-    api, repo_type = HfApi(), repo_type_of(kind)
-
+    api = HfApi()
+    repo_type: RepoType = "dataset" if kind == "dataset" else "model"
     with sentences("push to", repo_id, repo_type):
         again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
         info = again(lambda: api.repo_info(repo_id, repo_type=repo_type))
-        _require_private(private, info.private, repo_id)
+        if private and info.private is False:
+            raise InputError(
+                f"{repo_id} exists and is public, but publish.private is true: make it private in its settings on the "
+                "Hub, write `private: false`, or name another repository"
+            )
         stale = _stale_files(folder, kind, repo_id, again(lambda: tree_of(api, repo_id, repo_type, "main")))
         what: dict[str, Any] = {"folder_path": folder, "commit_message": message, "delete_patterns": stale or None}
         commit = again(lambda: api.upload_folder(repo_id=repo_id, repo_type=repo_type, **what))
@@ -186,20 +194,9 @@ def push_folder(
     }
 
 
-def repo_type_of(kind: Kind) -> RepoType:
-    """Return the type of repository for a kind of push."""
-    return "dataset" if kind == "dataset" else "model"
-
-
 def _ref(cache: Path, repo_id: str, repo_type: RepoType, revision: str) -> Path:
     """Return the file in which huggingface_hub's cache keeps the commit of a revision."""
     return cache / "--".join([f"{repo_type}s", *repo_id.split("/")]) / "refs" / revision
-
-
-def _keep_ref(ref: Path, sha: str) -> None:
-    with suppress(OSError):  # if the cache cannot be written, the next run asks the Hub again
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(sha, encoding="ascii")
 
 
 def _checked(action: str, repo_id: str, repo_type: RepoType, check: Callable[[], object]) -> str | None:
@@ -284,14 +281,6 @@ def _stale_files(folder: Path, kind: Kind, repo_id: str, listed: Iterable[RepoFi
     return [p for p in paths if OWN[kind].fullmatch(p) and not (folder / p).exists()]
 
 
-def _require_private(wanted: bool, is_private: bool | None, repo_id: str) -> None:
-    if wanted and is_private is False:
-        raise InputError(
-            f"{repo_id} exists and is public, but publish.private is true: make it private in its settings on the "
-            "Hub, write `private: false`, or name another repository"
-        )
-
-
 def _compared(
     folder: Path, repo_id: str, commit: str, listed: Iterable[RepoFile], removed: Iterable[str]
 ) -> list[dict[str, Any]]:
@@ -305,7 +294,7 @@ def _compared(
         if there is None:
             wrong.append(f"{name} is missing")
             continue
-        hashed, expected = ("sha256", there.lfs.sha256) if there.lfs else ("git_sha1", there.blob_id)
+        hashed, expected = announced(there)
         digest = hub_digest(path, size, hashed)
         if there.size != size or digest != expected:
             wrong.append(f"{name} has {size} bytes, {hashed} {digest[:12]}; there {there.size}, {expected[:12]}")
@@ -319,10 +308,15 @@ def _compared(
     return files
 
 
-def hub_digest(path: Path, size: int, kind: str) -> str:
-    """Return the sha256 of a file, or its git blob id: sha1 over `blob SIZE NUL CONTENT` (git-hash-object)."""
+def announced(file: RepoFile) -> tuple[str, str]:
+    """Return the kind of hash, as `hub_digest` takes it, and the hash that the Hub lists for a file."""
+    return ("sha256", file.lfs.sha256) if file.lfs else ("git_sha1", file.blob_id)
+
+
+def hub_digest(content: Path | bytes, size: int, kind: str) -> str:
+    """Return the sha256 of a file or of bytes, or the git blob id: sha1 over `blob SIZE NUL CONTENT`."""
     digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -5,7 +5,6 @@ Its type is dataset because rows and optimizer states are not a model; it must b
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.errors import FinetuneError, InputError
-from finetune.hub.client import hub_digest, tree_of
+from finetune.hub.client import announced, hub_digest, tree_of
 from finetune.hub.errors import LOG_IN, retried, sentences
 from finetune.utils.quiet import no_bars
 
@@ -42,12 +41,8 @@ class Remote:
 
     def equals(self, content: Path | bytes) -> bool:
         """Return whether a local file, or a bytes object, has these bytes."""
-        if isinstance(content, Path):
-            size = content.stat().st_size
-            return size == self.size and hub_digest(content, size, self.kind) == self.digest
-        if self.kind == "sha256":
-            return hashlib.sha256(content).hexdigest() == self.digest
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == self.digest
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        return size == self.size and hub_digest(content, size, self.kind) == self.digest
 
 
 class HubFolder:
@@ -83,9 +78,7 @@ class HubFolder:
             info = self._again(lambda: api.repo_info(self.repo_id, repo_type="dataset"))
             self._commit = info.sha or "main"
             entries = self._again(lambda: tree_of(api, self.repo_id, "dataset", self._commit))
-        return {
-            e.path: Remote(e.size, *(("sha256", e.lfs.sha256) if e.lfs else ("git_sha1", e.blob_id))) for e in entries
-        }
+        return {e.path: Remote(e.size, *announced(e)) for e in entries}
 
     def fetch(self, files: Mapping[str, Remote], into: Path) -> None:
         """Download files to `into`/path. Raises FinetuneError if one differs from the listing."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
+from finetune.hub.client import announced as announced_hash
 from finetune.hub.client import hub_digest
 from finetune.utils.files import canonical_json, read_json, replace_bytes
 
@@ -40,7 +41,7 @@ def require_announced(
     kept = _kept(record)
     announced: dict[str, list[Any]] = kept["announced"]
     if listed is not None:
-        announced = {f.path: ["sha256", f.lfs.sha256] if f.lfs else ["git_sha1", f.blob_id] for f in listed}
+        announced = {f.path: list(announced_hash(f)) for f in listed}
     seen: dict[str, list[int]] = dict(kept["seen"])
     for path in sorted(p for p in snapshot.rglob("*") if p.is_file()):
         name, stat = path.relative_to(snapshot).as_posix(), path.stat()

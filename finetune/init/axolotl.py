@@ -6,7 +6,8 @@ The keys are those of axolotl's documented configuration (https://docs.axolotl.a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from finetune.errors import InputError
 from finetune.recipe.data import HUB_NAME
 from finetune.utils.format import first_line
 from finetune.utils.links import read_regular
+from finetune.utils.resources import resource
 
 MOST_BYTES = 200_000
 # axolotl's key -> section and field of a recipe, where the value is the same
@@ -77,6 +79,12 @@ BY_ITSELF = {
     "bnb_config_kwargs": "nf4 with double quantization is the default",
 }
 
+TRANSLATED = frozenset(  # by the functions below, some of them together
+    "base_model revision_of_model trust_remote_code datasets sample_packing val_set_size train_on_inputs adapter "
+    "load_in_4bit load_in_8bit lora_target_linear lora_target_modules micro_batch_size gradient_accumulation_steps "
+    "lr_scheduler optimizer bf16 fp16 warmup_steps chat_template chat_template_jinja".split()
+)
+
 
 @dataclass
 class Translated:
@@ -114,35 +122,18 @@ def read(path: Path) -> dict[str, Any]:
 
 def translate(config: Mapping[str, Any], name: str) -> Translated:
     """Return the recipe for `config`. Every key of `config` is in the recipe, in `by_itself` or in `lost`."""
+    config = {key: value for key, value in config.items() if value not in (None, "", [])}
     out = Translated({"schema": 1, "name": name})
-    special: dict[str, Callable[[Translated, Mapping[str, Any]], None]] = {
-        "base_model": _model, "revision_of_model": _nothing, "trust_remote_code": _nothing, "datasets": _datasets,
-        "adapter": _adapter, "load_in_4bit": _nothing, "load_in_8bit": _nothing, "lora_target_linear": _targets,
-        "lora_target_modules": _targets, "micro_batch_size": _batch, "gradient_accumulation_steps": _nothing,
-        "sample_packing": _packing, "val_set_size": _held_out, "lr_scheduler": _schedule, "optimizer": _optimizer,
-        "bf16": _precision, "fp16": _precision, "warmup_steps": _warmup, "train_on_inputs": _supervise,
-        "chat_template": _template, "chat_template_jinja": _nothing, "wandb_project": _wandb,
-    }  # fmt: skip
+    for part in (_model, _rows, _adapter, _steps, _template):
+        part(out, config)
     for key, value in config.items():
-        if value is None or value == "" or value == []:
-            continue
-        if key in special:
-            special[key](out, config)
-        elif key in BY_ITSELF:
-            out.by_itself[key] = BY_ITSELF[key]
-        elif key not in SAME:
-            out.lost[key] = "no counterpart"
         if key in SAME:
             out.put(SAME[key], float(value) if key in FLOATS else value)
-    if "gradient_accumulation_steps" in config and "micro_batch_size" not in config:
-        out.lost["gradient_accumulation_steps"] = "without micro_batch_size; set train.batch_rows"
-    if config.get("chat_template_jinja"):
-        out.lost["chat_template_jinja"] = "save it as NAME.jinja and set render.template: NAME.jinja"
+        elif key in BY_ITSELF:
+            out.by_itself[key] = BY_ITSELF[key]
+        elif key not in TRANSLATED:
+            out.lost[key] = "no counterpart"
     return out
-
-
-def _nothing(out: Translated, config: Mapping[str, Any]) -> None:
-    """A key that another one's translation reads."""
 
 
 def _model(out: Translated, config: Mapping[str, Any]) -> None:
@@ -154,13 +145,24 @@ def _model(out: Translated, config: Mapping[str, Any]) -> None:
     out.put("model", model if len(model) > 1 else model["id"])
 
 
-def _datasets(out: Translated, config: Mapping[str, Any]) -> None:
-    out.put("data", [source for item in config["datasets"] for source in _source(out, item)])
+def _rows(out: Translated, config: Mapping[str, Any]) -> None:
+    if "datasets" in config:
+        out.put("data", [source for item in config["datasets"] for source in _source(out, item)])
+    if not config.get("sample_packing", True):
+        out.put("pack", None)
+    if "val_set_size" in config:
+        share = float(config["val_set_size"])
+        if share == 0:
+            out.put("split", None)
+        elif share < 1:
+            out.put("split.eval_fraction", min(share, 0.5))
+        else:
+            out.put("split", {"eval_fraction": 0.5, "max_eval_rows": math.floor(share)})
+    if config.get("train_on_inputs"):
+        out.put("render.supervise", "all")
 
 
 def _source(out: Translated, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    import re
-
     path = str(item.get("path", ""))
     files = item.get("data_files")
     local = files or path.startswith((".", "/", "~")) or not re.fullmatch(HUB_NAME, path) or Path(path).exists()
@@ -192,92 +194,51 @@ def _source(out: Translated, item: Mapping[str, Any]) -> Iterator[dict[str, Any]
 
 
 def _adapter(out: Translated, config: Mapping[str, Any]) -> None:
-    kind = config["adapter"]
+    kind, named = config.get("adapter", "qlora"), config.get("lora_target_modules")
     if kind not in ("lora", "qlora"):
         out.lost["adapter"] = f"{kind}: only LoRA and QLoRA are trained here"
     elif kind == "lora" and not config.get("load_in_4bit"):
         out.put("quantization", None)
         if config.get("load_in_8bit"):
             out.lost["load_in_8bit"] = "a frozen base is in 4 or 16 bits here; quantization: null is 16"
-
-
-def _targets(out: Translated, config: Mapping[str, Any]) -> None:
-    named = config.get("lora_target_modules")
     if config.get("lora_target_linear") or named == "all-linear":
         out.put("lora.targets", "all-linear")
     elif named:
         out.put("lora.targets", named)
 
 
-def _batch(out: Translated, config: Mapping[str, Any]) -> None:
-    out.put("train.batch_rows", int(config["micro_batch_size"]) * int(config.get("gradient_accumulation_steps") or 1))
-
-
-def _packing(out: Translated, config: Mapping[str, Any]) -> None:
-    if not config["sample_packing"]:
-        out.put("pack", None)
-
-
-def _held_out(out: Translated, config: Mapping[str, Any]) -> None:
-    share = float(config["val_set_size"])
-    if share == 0:
-        out.put("split", None)
-    elif share < 1:
-        out.put("split.eval_fraction", min(share, 0.5))
-    else:
-        out.put("split", {"eval_fraction": 0.5, "max_eval_rows": math.floor(share)})
-
-
-def _schedule(out: Translated, config: Mapping[str, Any]) -> None:
-    kind = str(config["lr_scheduler"])
-    if kind in SCHEDULES:
-        out.put("train.schedule", SCHEDULES[kind])
-    else:
-        out.lost["lr_scheduler"] = f"{kind}: train.schedule has constant, linear, cosine, wsd"
-
-
-def _optimizer(out: Translated, config: Mapping[str, Any]) -> None:
-    kind = str(config["optimizer"])
-    if kind in OPTIMIZERS:
-        out.put("train.optimizer", OPTIMIZERS[kind])
-    else:
-        out.lost["optimizer"] = f"{kind}: train.optimizer has {', '.join(sorted(set(OPTIMIZERS.values())))}"
-
-
-def _precision(out: Translated, config: Mapping[str, Any]) -> None:
-    for key in ("bf16", "fp16"):
-        if config.get(key) in (True, "full"):
-            out.put("train.precision", key)
-            return
-
-
-def _warmup(out: Translated, config: Mapping[str, Any]) -> None:
-    steps = config.get("max_steps")
-    if steps:
-        out.put("train.warmup_fraction", round(min(1.0, int(config["warmup_steps"]) / int(steps)), 4))
-    else:
-        out.lost["warmup_steps"] = f"{config['warmup_steps']} steps: set train.warmup_fraction, a share of all steps"
-
-
-def _supervise(out: Translated, config: Mapping[str, Any]) -> None:
-    if config["train_on_inputs"]:
-        out.put("render.supervise", "all")
+def _steps(out: Translated, config: Mapping[str, Any]) -> None:
+    accumulated, steps = config.get("gradient_accumulation_steps"), config.get("max_steps")
+    if "micro_batch_size" in config:
+        out.put("train.batch_rows", int(config["micro_batch_size"]) * int(accumulated or 1))
+    elif accumulated is not None:
+        out.lost["gradient_accumulation_steps"] = "without micro_batch_size; set train.batch_rows"
+    for key, field_, values in (("lr_scheduler", "schedule", SCHEDULES), ("optimizer", "optimizer", OPTIMIZERS)):
+        kind = str(config.get(key))
+        if kind in values:
+            out.put(f"train.{field_}", values[kind])
+        elif key in config:
+            out.lost[key] = f"{kind}: train.{field_} has {', '.join(sorted(set(values.values())))}"
+    precision = next((key for key in ("bf16", "fp16") if config.get(key) in (True, "full")), None)
+    if precision is not None:
+        out.put("train.precision", precision)
+    warmup = config.get("warmup_steps")
+    if warmup is not None and steps:
+        out.put("train.warmup_fraction", round(min(1.0, int(warmup) / int(steps)), 4))
+    elif warmup is not None:
+        out.lost["warmup_steps"] = f"{warmup} steps: set train.warmup_fraction, a share of all steps"
+    if "wandb_project" in config:
+        out.put("tracking.wandb", True)
 
 
 def _template(out: Translated, config: Mapping[str, Any]) -> None:
-    from finetune.utils.resources import resource
-
-    name = str(config["chat_template"])
-    if name in ("tokenizer_default", "jinja"):
-        return
+    name = str(config.get("chat_template", "jinja"))
     if resource("templates", f"{name}.jinja"):
         out.put("render.template", name)
-    else:
+    elif name not in ("tokenizer_default", "jinja"):
         out.lost["chat_template"] = f"{name}: set render.template to a name in recipes/templates or a .jinja file"
-
-
-def _wandb(out: Translated, config: Mapping[str, Any]) -> None:
-    out.put("tracking.wandb", True)
+    if "chat_template_jinja" in config:
+        out.lost["chat_template_jinja"] = "save it as NAME.jinja and set render.template: NAME.jinja"
 
 
 def text(translated: Translated) -> str:

@@ -11,18 +11,16 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, pairwise
 from math import prod
-from typing import TYPE_CHECKING
+
+import torch
 
 from finetune.errors import FinetuneError
+from finetune.merge.deltas import Edit
+from finetune.merge.plan import MergePlan, Target
 from finetune.utils.runtime import in_order, single_thread
 from finetune.utils.safetensors_io import ITEM_BYTES, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
-
-    from finetune.merge.deltas import Edit
-    from finetune.merge.plan import MergePlan, Target
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MB in fp32
 MOST_THREADS = 9
@@ -38,19 +36,17 @@ def merged_pieces(
     other bits depend. `once`: the base is not read again soon, so the page cache need not keep it.
     Raises FinetuneError if a value is not finite (a broken adapter, or fp16 too narrow for the base).
     """
-    import torch
-
     threads = min(torch.get_num_threads() + 1, MOST_THREADS)
     slots = [_Slot() for _ in range(threads + AHEAD)]
 
     def blocks() -> Iterator[_Block]:
         """Yield blocks; a source's factors are loaded while the blocks of the previous one are computed."""
         count = 0
-        for source, following in _with_next(_Source(plan.targets[name], device, once) for name in names):
-            todo = [] if following is None else [None]
-            for rows in [*todo, *source.blocks()]:
-                owner = source if rows is not None else following
-                assert owner is not None  # noqa: S101
+        sources = (_Source(plan.targets[name], device, once) for name in names)
+        for source, following in pairwise(chain(sources, (None,))):
+            assert source is not None  # noqa: S101
+            todo = [] if following is None else [(following, None)]
+            for owner, rows in (*todo, *((source, rows) for rows in source.blocks())):
                 yield _Block(owner, rows, slots[count % len(slots)])
                 count += 1
 
@@ -74,8 +70,6 @@ def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
 
 def _whole(plan: MergePlan, name: str) -> torch.Tensor:
     """Return one tensor, by its name in the files."""
-    import torch
-
     target = plan.targets[name]
     source, slot = _Source(target), _Slot()
     value = torch.empty(target.shape.shape, dtype=torch_dtype(target.dtype))
@@ -90,23 +84,17 @@ class _Slot:
     """Memory for one block, reused for the next: new pages would cost as much time as the arithmetic."""
 
     def __init__(self) -> None:
-        import torch
-
         self._raw = torch.empty(0, dtype=torch.uint8)
         self._part = torch.empty(0, dtype=torch.float32)
 
     def raw(self, size: int) -> torch.Tensor:
         """Return the buffer for bytes read, later for bytes to be written: (size,) uint8."""
-        import torch
-
         if len(self._raw) < size:
             self._raw = torch.empty(size, dtype=torch.uint8)
         return self._raw[:size]
 
     def part(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the buffer for values being changed, fp32."""
-        import torch
-
         if len(self._part) < prod(shape):
             self._part = torch.empty(prod(shape), dtype=torch.float32)
         return self._part[: prod(shape)].view(shape)
@@ -179,8 +167,6 @@ class _Block:
 
     def make(self) -> tuple[str, torch.Tensor] | None:
         """Return the tensor's name and the merged rows, in the slot's memory."""
-        import torch
-
         source, target, rows = self.source, self.source.target, self.rows
         edits = source.ready()
         if rows is None:
@@ -207,17 +193,4 @@ class _Block:
 
 def _finite(value: torch.Tensor) -> bool:
     """Return whether every element is finite: a finite sum proves it, several times faster than testing each."""
-    import torch
-
     return bool(torch.isfinite(value.sum(dtype=torch.float32)) or torch.isfinite(value).all())
-
-
-def _with_next(sources: Iterable[_Source]) -> Iterator[tuple[_Source, _Source | None]]:
-    """Yield each source with the next one."""
-    before: _Source | None = None
-    for source in sources:
-        if before is not None:
-            yield before, source
-        before = source
-    if before is not None:
-        yield before, None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
 
 from finetune.utils.safetensors_io import torch_dtype
-
-if TYPE_CHECKING:
-    import torch
 
 SLICE_ELEMENTS = 1 << 18
 BLOCK = 64  # weights per scale, the value that transformers passes to bitsandbytes
@@ -32,8 +38,6 @@ class RoundTrip:
 
     def scales(self, slices: Iterable[torch.Tensor]) -> torch.Tensor | None:
         """Return all scales of a weight, if they depend on each other, so that `apply` can process it in parts."""
-        import torch
-
         if not self.double:
             return None
         dtype = torch_dtype(self.dtype)
@@ -47,8 +51,6 @@ class RoundTrip:
 
         `stored_scales` are those of these rows, from `scales`; without them `weight` must be the whole weight.
         """
-        import torch
-
         value = weight.to(device=self.device, dtype=torch_dtype(self.dtype))
         value = (value.T if transposed else value).clone(memory_format=torch.contiguous_format)
         # Slices of whole blocks give the same bits as the whole in a fraction of the memory. If a row does not end with
@@ -66,8 +68,6 @@ class RoundTrip:
 
     def _quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return packed codes and the largest magnitude of each block (fp32)."""
-        from bitsandbytes.functional import quantize_4bit
-
         if self.type == "nf4" and values.device.type == "cpu" and values.shape[-1] % BLOCK == 0:
             return quantize_nf4(values)
         packed, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type=self.type)
@@ -75,9 +75,6 @@ class RoundTrip:
 
     def _stored_scales(self, scales: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the scales after double quantisation, which rounds them to 8 bits around their mean."""
-        import torch
-        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
         if not self.double:
             return scales
         every = torch.cat(list(scales))
@@ -86,8 +83,6 @@ class RoundTrip:
         return torch.split(dequantize_blockwise(rounded, state) + offset, [len(s) for s in scales])
 
     def _dequantize(self, packed: torch.Tensor, scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
         state = QuantState(scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, quant_type=self.type)
         return dequantize_4bit(packed, state).reshape(like.shape)
 
@@ -100,9 +95,6 @@ def quantize_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The kernel finds each value among the 15 midpoints by bisection, which branches; counting midpoints does not.
     """
-    import torch
-    from bitsandbytes.functional import get_4bit_type
-
     code = get_4bit_type("nf4", device="cpu")
     blocks = values.reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(dim=1)

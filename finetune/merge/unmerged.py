@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from finetune.errors import InputError
 from finetune.merge.blocks import merged_tensor
 from finetune.merge.deltas import PREFIX
 from finetune.merge.plan import MergePlan
 from finetune.models.device import widen_saved
+from finetune.models.layerwise import Weights
 from finetune.utils.safetensors_io import read_file
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from finetune.models.layerwise import Weights
 
 INSIDE = (
     ".token_adapter.base_layer",
@@ -33,8 +31,6 @@ def attach_empty(model: PreTrainedModel, adapter: Path, plan: MergePlan) -> Weig
     (bitsandbytes multiplies by the dequantised weight, so a plain layer with those values is the same model). The
     adapter's tensors are in fp32, as trained. Raises InputError if the model has no module for one of them.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
     for target in plan.targets.values():

@@ -1,7 +1,7 @@
-"""Which attention a training uses, and torch's variable-length kernel as transformers calls one.
+"""Which attention a training uses, and kernels that take the bounds of documents, as transformers calls one.
 
-Packed rows need a kernel that takes the bounds of documents: with SDPA each micro-batch carries a dense (T, T) mask,
-which no fused kernel takes and which grows with the square of its tokens.
+With SDPA each micro-batch of packed rows carries a dense (T, T) mask, which no fused kernel takes and which grows with
+the square of its tokens. A GPU has torch's variable-length kernel; a CPU computes one document after the other.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     Kernel = Callable[..., torch.Tensor]
 
 VARLEN = "torch_varlen"  # transformers looks for a package of its own where a name holds "flash"
+BY_DOCUMENT = "by_document"  # on a CPU
+SHORT = (
+    256  # tokens of a document whose attention is computed in fp32 on a CPU: torch 2.13's bf16 kernel is slower there
+)
 LEAST_CAPABILITY = (8, 0)  # of the GPU: flash kernels need Ampere
 HEAD_SIZES = 256  # the largest head that torch's flash kernel has
 BEYOND_SOFTMAX = ("softcap", "s_aux")  # what transformers hands to an attention for capped scores and for sinks
@@ -33,7 +37,7 @@ TRIAL_TOLERANCE = 0.03  # of outputs and gradients, relative: bf16 has 8 bits
 
 def is_varlen(name: str) -> bool:
     """Return whether attention `name` gets the document ends of a packed row, and so supports several rows at once."""
-    return name == VARLEN or name.startswith("flash_attention")
+    return name in (VARLEN, BY_DOCUMENT) or name.startswith("flash_attention")
 
 
 def choose(
@@ -63,6 +67,11 @@ def _choice(
     plainly = ordinary(base, trust_remote_code=trust_remote_code)
     if not packed:
         return plainly, "the rows are not packed"
+    if device == "cpu" and plainly == "sdpa" and not trust_remote_code:
+        wrong = _model_trial(BY_DOCUMENT, base, device, precision)
+        if wrong is None:
+            return BY_DOCUMENT, "each packed document alone"
+        return plainly, f"one packed row at a time with a dense mask: documents one by one failed ({wrong})"
     missing = _missing(device, precision, settings)
     if trust_remote_code:
         missing = "the model brings its own code"
@@ -160,6 +169,30 @@ def torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
     return adapted(varlen_attn, inspect.signature(varlen_attn).parameters)
+
+
+def by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """A kernel for CPUs: causal SDPA of one document after the other."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    dtype, lengths = query.dtype, bounds.diff().tolist()
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    done = []
+    for own in zip(*(t.transpose(0, 1)[None].split(lengths, 2) for t in (query, key, value)), strict=True):
+        count = own[0].shape[2]
+        q, k, v = (t.float() for t in own) if count <= SHORT else own
+        mask = None if window is None or count <= window else _seen(torch.arange(count)[None], window)
+        done.append(scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale).to(dtype))
+    return torch.cat(done, 2)[0].transpose(0, 1)
 
 
 def adapted(varlen_attn: Callable[..., Any], parameters: Collection[str]) -> Kernel:
@@ -264,11 +297,13 @@ def _one_document(
 
 
 def prepared(name: str | None, base: Path, *, trust_remote_code: bool = False) -> str:
-    """The `attn_implementation` to load `base` with; if that is torch's kernel, it is registered first."""
+    """The `attn_implementation` to load `base` with; a kernel of this module is registered first."""
     if name is None:
         return ordinary(base, trust_remote_code=trust_remote_code)
     if name == VARLEN:
         register(VARLEN, torch_kernel())
+    if name == BY_DOCUMENT:
+        register(BY_DOCUMENT, by_document)
     return name
 
 

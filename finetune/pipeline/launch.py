@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from finetune.errors import FinetuneError, InputError, Stopped, how_it_ended
 from finetune.train.oom import SMALLER
@@ -79,14 +80,8 @@ def _launch_once(arguments: Sequence[str], processes: int, asked: Path) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 SMALLER: str(asked),
-                "PYTHONSAFEPATH": "1",
             }
-            # A new session: otherwise Ctrl-C in a terminal would reach each process twice, directly and from here.
-            # -P, and the variable for its own children: a json.py in the working folder is data, not a module.
-            command = [sys.executable, "-P", "-m", "finetune", *arguments]
-            started.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            if received:
-                started[-1].send_signal(received[0])
+            _start(started, received, arguments, environment)
         rank, status = _wait(started, received)
     if received and status == 128 + received[0]:
         raise Stopped(received[0])
@@ -107,21 +102,28 @@ def run_alone(arguments: Sequence[str]) -> int:
     """
     started: list[subprocess.Popen[bytes]] = []
     with _handing_on(started) as received:
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "finetune", *arguments],
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
-                stdout=2,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-        )
-        if received:
-            started[0].send_signal(received[0])
+        _start(started, received, arguments, os.environ, stdout=2, preexec_fn=end_with_parent)
         status = started[0].wait()
     if received:
         raise Stopped(received[0])
     return status
+
+
+def _start(
+    started: list[subprocess.Popen[bytes]],
+    received: Sequence[int],
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    **options: Any,  # noqa: ANN401 - of Popen
+) -> None:
+    """Start `finetune ARGUMENTS`, and hand a signal on that came before."""
+    # -P, and the variable for its own children: a json.py in the working folder is data, not a module. A new session:
+    # otherwise Ctrl-C in a terminal would reach each process twice, directly and from here.
+    command = [sys.executable, "-P", "-m", "finetune", *arguments]
+    environment = {**environment, "PYTHONSAFEPATH": "1"}
+    started.append(subprocess.Popen(command, env=environment, start_new_session=True, **options))
+    if received:
+        started[-1].send_signal(received[0])
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], No
     """
     token = uuid.uuid4().hex
     watch: dict[Path, tuple[bytes, float]] = {}
-    waiting = _Waiting(on_wait)
+    reported, reported_at = ("", ""), 0.0
     while True:
         check()
         held = sorted(_leases(folder))
@@ -113,27 +113,13 @@ def acquire(folder: Path, on_wait: Callable[[str], None], check: Callable[[], No
                 mine.unlink(missing_ok=True)
             time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - jitter, so that two runs do not collide again
             continue
-        waiting.look(before)
+        who, note = _owner_and_note(before)
+        unreadable = who == SOMEBODY and (reported[0] or not before)  # being written or removed: try again later
+        recently = time.monotonic() - reported_at < WAIT_SECONDS
+        if not unreadable and (who != reported[0] or (note != reported[1] and not recently)):
+            reported, reported_at = (who, note), time.monotonic()
+            on_wait(f"waiting for {_owner(before)}")
         time.sleep(0.25)
-
-
-class _Waiting:
-    """Prints the owner that a run waits for: immediately if it is another process, then its progress at intervals."""
-
-    def __init__(self, on_wait: Callable[[str], None]) -> None:
-        self._on_wait = on_wait
-        self._who = self._note = ""
-        self._last = 0.0
-
-    def look(self, content: bytes) -> None:
-        """Report the current lease."""
-        who, note = _owner_and_note(content)
-        if who == SOMEBODY and (self._who or not content):
-            return  # read while it was being written or removed: try again later
-        if who == self._who and (note == self._note or time.monotonic() - self._last < WAIT_SECONDS):
-            return
-        self._who, self._note, self._last = who, note, time.monotonic()
-        self._on_wait(f"waiting for {_owner(content)}")
 
 
 def _is_dead(path: Path, content: bytes, watch: dict[Path, tuple[bytes, float]]) -> bool:

@@ -16,15 +16,13 @@ from finetune.errors import InputError
 from finetune.estimate.choice import ASSUMED_UTILISATION, DEVICES, Choice, Options
 from finetune.estimate.memory import OTHER_LAYERS, Training, disk, ram, windowed
 from finetune.estimate.rows import expect
-from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_known_modules, read_shapes
+from finetune.estimate.shapes import Shapes, adapter_parameters, read_config, read_shapes
 from finetune.eval.verdict import few_steps
 from finetune.gguf.support import window_note
-from finetune.lora.config import check_modules, check_targets
 from finetune.models.architecture import positions
 from finetune.models.device import machine_notes
-from finetune.models.inventory import notes, why_not_packed, why_not_trained
-from finetune.pipeline.preflight import refuse_start
-from finetune.pipeline.recipe_checks import base_problem, refuse_tokenizer
+from finetune.models.inventory import notes, why_not_packed
+from finetune.pipeline.preflight import check_adapter
 from finetune.recipe import Recipe
 from finetune.serve.engines import adapter_limits
 from finetune.synth.forecast import generation, generation_in_words
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.pipeline.runner import Step
 
 DEFAULT_DEVICE = "t4"  # the device used if none is given
+STATUS_WORDS = {"done": "there", "missing": "to run", "partial": "to go on with", "unknown": "to run", "off": "off"}
 
 
 def predict(
@@ -49,32 +48,23 @@ def predict(
     by_name = {s.stage.name: s for s in steps}
     base = by_name["base"]
     pinned = base.folder if base.manifest else None
-    refuse_start(recipe, pinned, scratch)
-    if (config := read_config(recipe, pinned)) is not None and (why := base_problem(recipe, config)):
-        raise InputError(why)
-    refuse_tokenizer(recipe, pinned)
-    if (
-        recipe.train is not None
-        and pinned
-        and (why := why_not_trained(pinned, quantized=recipe.quantization is not None))
-    ):
-        raise InputError(f"{recipe.model.id}: {why}")
-    if recipe.train is not None and (modules := read_known_modules(recipe, pinned)) is not None:
-        check_modules(recipe.lora, modules)
-    if recipe.train is not None and recipe.tokens and pinned:
-        check_targets(recipe.lora, pinned, recipe.model.trust_remote_code)
+    check_adapter(recipe, pinned, scratch, load=recipe.tokens is not None)
     shapes = read_shapes(recipe, pinned)
+    access = "no download of a base" if recipe.model.kind != "hub" else "open (not checked online)"
+    if recipe.model.kind == "hub" and shapes and shapes.gated:
+        access = f"gated: accept the terms at https://huggingface.co/{recipe.model.id} and log in (`hf auth login`)"
+    written = by_name["generate"].manifest if "generate" in by_name else None
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "model": recipe.model.id,
         "stages": {s.stage.name: s.status for s in steps},
         "older_versions": {s.stage.name: s.older_version for s in steps if s.older_version},
-        "access": _access(recipe, shapes),
+        "access": access,
         "parameters": shapes.parameters if shapes else None,
         **_data_figures(recipe, by_name),
         "embedding": _embedding(by_name, scratch),
         "preference": _pairs(recipe, by_name),
-        "generate": generation(recipe, by_name.get("generate")),
+        "generate": generation(recipe, written.metrics if written else None),
     }
     if recipe.preference is not None and shapes is not None:
         result["alignment"] = _alignment(recipe, shapes, by_name, device)
@@ -92,10 +82,14 @@ def predict(
     result["trainable_parameters"] = adapter_parameters(shapes, recipe)
     result["memory_bytes"] = {**chosen.parts, "total": chosen.total}
     result["memory_device"] = named
-    result["sliding_window"] = shapes.window if _warns(shapes, options.run, chosen) else None
+    # Only if the window alone causes a dense mask: packed rows and several padded rows always have one.
+    warns = windowed(shapes, options.run) and not options.run.packed and chosen.rows == 1
+    result["sliding_window"] = shapes.window if warns else None
     result["ram_bytes"] = ram(shapes, recipe, chosen.rows, chosen.policy)
     result["disk_bytes"] = disk(shapes, recipe)
-    tokens = _tokens_trained(recipe, result)
+    tokens = None
+    if result["rows"]:  # their tokens are those of one epoch
+        tokens = float(result["steps"] * recipe.training.batch_rows * result["tokens"] / result["rows"])
     result["devices"] = {name: _on_device(choice, recipe, tokens) for name, choice in choices.items()}
     return result
 
@@ -141,19 +135,16 @@ def _notes(recipe: Recipe, shapes: Shapes, pinned: Path | None) -> list[str]:
     if recipe.pack and pinned and (why := why_not_packed(pinned)):
         lines.append(f"packing is off: {why}")
     longest = Training.of(recipe, pinned).row_tokens
-    if (known := _positions(recipe, shapes)) and longest > known:
+    known = positions({"max_position_embeddings": shapes.positions or None}, recipe.model.rope_scaling)
+    if known and longest > known:
         lines.append(
             f"WARNING: rows may have {longest:,} tokens, the base knows {known:,} positions "
             "(max_position_embeddings): lower render.max_length_tokens, or set model.rope_scaling"
         )
     if limits := _not_served(recipe):
         lines.append(f"vLLM will not serve this adapter on its base ({'; '.join(limits)}): serve the merged model")
-    if (
-        recipe.export
-        and recipe.export.gguf
-        and recipe.merge
-        and (note := window_note(read_config(recipe, pinned) or {}))
-    ):
+    to_gguf = recipe.merge and recipe.export and recipe.export.gguf
+    if to_gguf and (note := window_note(read_config(recipe, pinned) or {})):
         lines.append(f"export.gguf: {note}")
     return [*lines, *machine_notes()]
 
@@ -163,19 +154,6 @@ def _not_served(recipe: Recipe) -> list[str]:
     config = {"r": lora.r, "rank_pattern": lora.rank_pattern, "modules_to_save": lora.modules_to_save}
     added = {"embed_tokens": recipe.tokens.add} if recipe.tokens else None
     return adapter_limits({**config, "use_dora": lora.dora, "trainable_token_indices": added})
-
-
-def _positions(recipe: Recipe, shapes: Shapes) -> int | None:
-    known = {"max_position_embeddings": shapes.positions or None}
-    return positions(known, recipe.model.rope_scaling)
-
-
-def _access(recipe: Recipe, shapes: Shapes | None) -> str:
-    if recipe.model.kind != "hub":
-        return "no download of a base"
-    if shapes and shapes.gated:
-        return f"gated: accept the terms at https://huggingface.co/{recipe.model.id} and log in (`hf auth login`)"
-    return "open (not checked online)"
 
 
 def _embedding(by_name: dict[str, Step], scratch: Path) -> dict[str, Any] | None:
@@ -200,13 +178,6 @@ def _pairs(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any] | None:
     return figures | {"pairs": pairs, "tokens": manifest.metrics["tokens"], "steps": steps}
 
 
-def _pairs_in_words(figures: dict[str, Any]) -> str:
-    name = f"{figures['method']} ({figures['loss']})"
-    if figures["pairs"] is None:
-        return f"{name}; pairs and steps unknown until the stage pairs has run"
-    return f"{name}; {figures['tokens']:,} tokens in {figures['pairs']:,} pairs; {figures['steps']:,} steps"
-
-
 def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     """Return rows, tokens and optimiser steps: counted by render and pack, or estimated from local files."""
     pack, render = by_name["pack"], by_name["render"]
@@ -225,18 +196,6 @@ def _data_figures(recipe: Recipe, by_name: dict[str, Step]) -> dict[str, Any]:
     return {**counted, "steps": steps, "few_steps": few}
 
 
-def _tokens_trained(recipe: Recipe, figures: dict[str, Any]) -> float | None:
-    """Return the tokens of all steps; the rows' count is for one epoch."""
-    if not figures["rows"]:
-        return None
-    return float(figures["steps"] * recipe.training.batch_rows * figures["tokens"] / figures["rows"])
-
-
-def _warns(shapes: Shapes, run: Training, choice: Choice) -> bool:
-    """Return whether only the window causes a dense mask: packed rows and several padded rows always have one."""
-    return windowed(shapes, run) and not run.packed and choice.rows == 1
-
-
 def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str, Any]:
     """Return the training settings on a device: the fastest that fits, or the smallest if `fits` is false."""
     return {
@@ -253,91 +212,25 @@ def _on_device(choice: Choice, recipe: Recipe, tokens: float | None) -> dict[str
 
 def describe(result: dict[str, Any]) -> str:
     """Return the plan as text."""
-    lines = [f"{result['recipe']}  {result['model']}", ""]
-    width = max(len(n) for n in result["stages"])
-    for name, status in result["stages"].items():
-        older = result["older_versions"].get(name)
-        note = f" (the artifact in the store is of an earlier version, {older}, of this stage)" if older else ""
-        lines.append(f"  {name:<{width}}  {_status(status)}{note}")
-    lines += ["", f"  access      {result['access']}"]
-    aligning = _describe_alignment(result["alignment"]) if "alignment" in result else []
-    if "imports" in result:
-        lines.append(f"  adapter     imported from {result['imports']}; nothing is trained")
-        lines += aligning
-        lines += [f"  preference  {_pairs_in_words(result['preference'])}"] if result.get("preference") else []
-        lines += _wrapped("disk", "", result["disk_bytes"]) if result["disk_bytes"] else []
-        return "\n".join(lines)
-    if result["parameters"] is None:
-        lines.append("  base        pre-trained here first, about a minute on two quiet cores; memory is known then")
-    else:
-        lines.append(f"  parameters  {result['parameters']:,} ({result['trainable_parameters']:,} trained)")
-        parts = {k: v for k, v in result["memory_bytes"].items() if k != "total"}
-        lines += _wrapped(
-            "GPU memory", f"{gb(result['memory_bytes']['total'])} at the peak on {_device(result)}:", parts
-        )
-        for note in result["notes"]:
-            lines += textwrap.wrap(note, 100, initial_indent=f"  {'note':<12}", subsequent_indent=" " * 14)
-        if result["sliding_window"]:
-            window = f"sliding window of {result['sliding_window']:,} tokens"
-            lines.append(f"  WARNING     rows reach the base's {window}: a dense mask, which shorter ones do not need")
-        lines += _wrapped("RAM", f"{gb(max(result['ram_bytes'].values()))} at the most:", result["ram_bytes"])
-        lines += _wrapped("disk", "", result["disk_bytes"])
-    lines += aligning
-    if result["tokens"] is None:
-        lines.append("  tokens      unknown until ingest … pack have run; so are steps and time")
-    else:
-        about, why = ("about ", ", estimated from the files") if result["estimated"] else ("", "")
-        lines.append(
-            f"  tokens      {about}{result['tokens']:,} in {result['rows']:,} rows; {result['steps']:,} steps{why}"
-        )
-        if result["few_steps"]:
-            lines.append(f"  WARNING     {result['few_steps']}")
-    if result["generate"]:
-        lines += textwrap.wrap(
-            generation_in_words(result["generate"]),
-            100,
-            initial_indent=f"  {'generate':<12}",
-            subsequent_indent=" " * 14,
-        )
-    if result["embedding"]:
-        lines.append(f"  embedding   {embedding_time_in_words(result['embedding'])}")
-    if result.get("preference"):
-        lines.append(f"  preference  {_pairs_in_words(result['preference'])}")
-    if result["devices"]:
-        lines += ["", *_table(result["devices"])]
-    return "\n".join(lines)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(  # noqa: S701 - text for a terminal
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        embedding_time_in_words=embedding_time_in_words, gb=gb, generation_in_words=generation_in_words,
+        labelled=_labelled, parts=_parts, status_words=STATUS_WORDS, utilisation=ASSUMED_UTILISATION,
+    )  # fmt: skip
+    return environment.get_template("plan.jinja").render(**result).rstrip("\n")
 
 
-def _describe_alignment(figures: dict[str, Any]) -> list[str]:
-    """The lines on preference training."""
-    on = figures["devices"][figures["memory_device"]]
-    unit = "pair" if figures["method"] == "dpo" else "answer"
-    at_once = f"{on['micro_batch_pairs']} {unit}{'s' if on['micro_batch_pairs'] > 1 else ''} at once"
-    how = f"{at_once}, checkpointing {on['checkpointing']}"
-    parts = {k: v for k, v in figures["memory_bytes"].items() if k != "total"}
-    fits = "" if on["fits"] else ", which it has not"
-    peak = f"{gb(on['peak_bytes'])} at the peak on a {figures['memory_device']} ({how}){fits}:"
-    lines = _wrapped("alignment", f"{figures['method']}: {peak}", parts)
-    lines.append(f"{'':14}the reference is a frozen copy of the start adapter: no second base in memory")
-    others = [
-        f"{name} {gb(d['peak_bytes'])}{'' if d['fits'] else ' (too much)'}" for name, d in figures["devices"].items()
-    ]
-    if len(others) > 1:
-        lines += textwrap.wrap(f"peaks: {', '.join(others)}", 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
-    if figures["pairs"] is not None:
-        lines.append(f"{'':14}{figures['pairs']:,} {unit}s, {figures['steps']:,} steps")
-    return lines
+def _labelled(label: str, text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=f"  {label:<12}", subsequent_indent=" " * 14)
 
 
-def _device(result: dict[str, Any]) -> str:
-    on = result["devices"][result["memory_device"]]
-    rows = f"{on['micro_batch_rows']} row{'s' if on['micro_batch_rows'] > 1 else ''}"
-    return f"a {result['memory_device']} ({rows} at once, checkpointing {on['checkpointing']})"
-
-
-def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) -> list[str]:
+def _parts(label: str, first: str, parts: dict[str, int], width: int = 100) -> str:
     """Format `first` and parts above 50 MB, largest first, in lines of at most `width` columns."""
-    largest = sorted(((k, v) for k, v in parts.items() if v > 50e6), key=lambda part: -part[1])
+    largest = sorted(((k, v) for k, v in parts.items() if v > 50e6 and k != "total"), key=lambda part: -part[1])
     lines: list[str] = []
     line = f"  {label:<12}{first}".rstrip() if first else f"  {label:<11}"
     for number, (name, size) in enumerate(largest):
@@ -345,23 +238,4 @@ def _wrapped(label: str, first: str, parts: dict[str, int], width: int = 100) ->
         if len(line) + len(word) > width:
             lines, line = [*lines, line], " " * 13
         line += word
-    return [*lines, line]
-
-
-def _table(devices: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line per device: whether it fits, its memory, the peak, and the training settings."""
-    lines = ["  GPU         fits    usable      peak  rows x steps  checkpointing  tokens/s   training"]
-    for name, on in devices.items():
-        shape = f"{on['micro_batch_rows']} x {on['accumulation']}"
-        minutes = f"{on['train_seconds'] / 60:,.0f} min" if on["train_seconds"] else "unknown"
-        lines.append(
-            f"  {name:<11} {'yes' if on['fits'] else 'no':<4} {gb(on['memory_bytes']):>9} {gb(on['peak_bytes']):>9}"
-            f"  {shape:>12}  {on['checkpointing']:<13} {on['tokens_per_second']:>9,.0f}  {minutes:>9}"
-        )
-    note = "the fastest way that fits, estimated for full rows at"
-    return [*lines, f"  {note} {ASSUMED_UTILISATION:.0%} of the datasheet's 16-bit rate"]
-
-
-def _status(status: str) -> str:
-    words = {"done": "there", "missing": "to run", "partial": "to go on with", "unknown": "to run", "off": "off"}
-    return words[status]
+    return "\n".join([*lines, line])

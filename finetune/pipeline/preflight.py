@@ -28,7 +28,6 @@ from finetune.quantized import formats
 from finetune.recipe import HubSource, Recipe
 from finetune.recipe.keys import key_form
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.messages import in_file_order
 from finetune.train import batch, distributed, tracking
 from finetune.train.batch import batch_shape
 from finetune.utils.files import read_json
@@ -91,11 +90,12 @@ def _check_writers(recipe: Recipe, to_build: set[str]) -> list[str]:
     return [*filter(None, notes)]
 
 
-def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None) -> None:
+def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None, *, load: bool = True) -> None:
     """Refuse a base that the recipe cannot use, or a lora section that does not fit the base or lora.start_from.
 
     `base` is the finished stage's folder; without one the check is made if the modules are known, otherwise after the
-    base stage. `scratch`: folder for files of the Hub; None for no network access.
+    base stage. `scratch`: folder for files of the Hub; None for no network access. Without `load` the targets are
+    compared with the known modules only, not with the model on the meta device, for which torch is imported.
     """
     if (config := read_config(recipe, base)) is not None and (why := base_problem(recipe, config)):
         raise InputError(why)
@@ -111,9 +111,9 @@ def check_adapter(recipe: Recipe, base: Path | None, scratch: Path | None = None
         raise InputError(f"{recipe.model.id}: {why}")
     if recipe.train is None and recipe.lora.start_from is not None:
         return  # the adapter decides what is trained
-    if base is not None:
+    if base is not None and load:
         lora_config.check_targets(recipe.lora, base, recipe.model.trust_remote_code)
-    elif (modules := read_known_modules(recipe)) is not None:
+    elif (modules := read_known_modules(recipe, base)) is not None:
         lora_config.check_modules(recipe.lora, modules)
 
 
@@ -146,7 +146,7 @@ def start_mismatches(loaded: LoadedRecipe, store: Store) -> list[str]:
         problems = start_problems(run_view.with_start(loaded.recipe, store), None)
     except InputError as error:
         problems = [(("lora", "start_from"), str(error).removeprefix("lora.start_from: "))]
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(at)}: {why}" for at, why in problems)
+    return loaded.located(problems)
 
 
 def _start(recipe: Recipe, scratch: Path | None) -> lora_start.Adapter | None:
@@ -307,19 +307,16 @@ def _check_access(recipe: Recipe, to_build: set[str]) -> list[str]:
 
 
 def _check_device(recipe: Recipe, shapes: Shapes) -> None:
-    if shapes.parameters < LARGEST_ON_CPU:
+    if shapes.parameters < LARGEST_ON_CPU or pick_device(recipe.runtime.device) != "cpu":
         return
-    if pick_device(recipe.runtime.device) == "cpu" and recipe.train is None and recipe.preference is None:
-        raise GateRefused(
-            f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
-            "evaluating it would take days; set evaluate: null (certify and merge work without a GPU)"
-        )
-    if pick_device(recipe.runtime.device) == "cpu":
-        raise GateRefused(
-            f"{recipe.model.id} has {shapes.parameters / 1e9:.1f} billion parameters and this machine has no GPU: "
+    why = "evaluating it would take days; set evaluate: null (certify and merge work without a GPU)"
+    if recipe.train is not None or recipe.preference is not None:
+        why = (
             "training would take weeks. Run the data stages here with --until pack, the whole on a GPU (Colab's free "
             "T4 fits a 7B), or the default recipe: make sft"
         )
+    size = f"{shapes.parameters / 1e9:.1f} billion parameters"
+    raise GateRefused(f"{recipe.model.id} has {size} and this machine has no GPU: {why}")
 
 
 def _too_small(recipe: Recipe, shapes: Shapes, world: int, base: Path | None) -> str | None:

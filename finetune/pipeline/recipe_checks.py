@@ -15,10 +15,9 @@ from typing import Any
 from finetune.errors import InputError
 from finetune.quantized import formats
 from finetune.recipe import LocalSource, Recipe, Source
-from finetune.recipe.data import glob_parts
+from finetune.recipe.data import Contradiction, glob_parts
 from finetune.recipe.filters import LanguageRule, Own, Rule, parse_condition
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.messages import in_file_order
 from finetune.utils.files import read_json
 from finetune.utils.format import did_you_mean, nearest
 from finetune.utils.links import require_model
@@ -30,21 +29,16 @@ CHECKED_ROWS = 1000  # of each source, by `validate`
 
 def absent(loaded: LoadedRecipe) -> list[str]:
     """Return a message with file and line for each missing file."""
-    problems = _absent(loaded)
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in problems)
+    return loaded.located(_absent(loaded))
 
 
-def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _absent(loaded: LoadedRecipe) -> Iterator[Contradiction]:
     recipe = loaded.recipe
     folder = recipe.model.folder
     yield from _model_problems(recipe, folder) if folder is not None else ()
     encoder = recipe.dedup.embedding_folder if recipe.dedup else None
-    named = (
-        (("model",), folder),
-        (("lora", "start_from"), recipe.lora.start_folder),
-        (("dedup", "embedding"), encoder),
-    )
-    yield from ((at, why) for at, place in named if place is not None for why in _not_its_own(place))
+    for at, place in (("model", folder), ("lora.start_from", recipe.lora.start_folder), ("dedup.embedding", encoder)):
+        yield from ((tuple(at.split(".")), why) for why in _not_its_own(place))
     for listed, sources in source_lists(recipe):
         for number, source in enumerate(sources):
             path: tuple[str | int, ...] = (*listed, number, "path")
@@ -75,7 +69,7 @@ def _absent(loaded: LoadedRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield from ((("render", "template"), why) for why in _no_template(recipe.render.template))
 
 
-def _writers(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _writers(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what is missing for the models that write and judge: folders, packages, prompts."""
     judge = recipe.evaluate.judge if recipe.evaluate else None
     for at, asked in ((("generate", "model"), recipe.generate), (("evaluate", "judge", "model"), judge)):
@@ -86,7 +80,7 @@ def _writers(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
             yield (*at, "endpoint"), "openai is not installed (pip install 'finetune-recipes[synthetic]')"
         if folder is not None and not (folder / "config.json").is_file():
             yield (*at, "local"), f"{folder} {'holds no config.json' if folder.is_dir() else 'is not a folder'}"
-        elif folder is not None:
+        else:
             yield from (((*at, "local"), why) for why in _not_its_own(folder))
     if recipe.generate is not None:
         from finetune.synth.prompts import problem
@@ -101,7 +95,7 @@ def unreadable(loaded: LoadedRecipe) -> list[str]:
     Only the first CHECKED_ROWS rows of a source are read.
     """
     recipe = loaded.recipe
-    problems: list[tuple[tuple[str | int, ...], str]] = []
+    problems: list[Contradiction] = []
     columns: set[str] = set()
     for listed, sources in source_lists(recipe):
         for number, source in enumerate(sources):
@@ -116,7 +110,7 @@ def unreadable(loaded: LoadedRecipe) -> list[str]:
         problems += [
             (("filter", "keep_where", n), why) for n, w in enumerate(wheres) if (why := _no_column(w, columns))
         ]
-    return in_file_order(f"{loaded.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in problems)
+    return loaded.located(problems)
 
 
 def _columns(recipe: Recipe, listed: tuple[str, ...], source: LocalSource) -> set[str]:
@@ -160,7 +154,7 @@ def source_lists(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Sequence[Sou
         yield ("preference", name), getattr(recipe.preference, name, None) or []
 
 
-def _model_problems(recipe: Recipe, folder: Path) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _model_problems(recipe: Recipe, folder: Path) -> Iterator[Contradiction]:
     if not (folder / "config.json").is_file():
         yield ("model",), f"{folder} {'holds no config.json' if folder.is_dir() else 'is not a folder'}"
     elif why := base_problem(recipe, read_json(folder / "config.json")):
@@ -169,9 +163,10 @@ def _model_problems(recipe: Recipe, folder: Path) -> Iterator[tuple[tuple[str | 
         yield from _tokenizer_problems(recipe, folder)
 
 
-def _not_its_own(folder: Path) -> Iterator[str]:
+def _not_its_own(folder: Path | None) -> Iterator[str]:
     try:
-        require_model(folder, "found")
+        if folder is not None:
+            require_model(folder, "found")
     except InputError as error:
         yield str(error)
 
@@ -207,9 +202,7 @@ def refuse_tokenizer(recipe: Recipe, base: Path | None) -> None:
         raise InputError("\n".join(f"{'.'.join(map(str, at))}: {why}" for at, why in problems))
 
 
-def _tokenizer_problems(
-    recipe: Recipe, folder: Path, *, given: bool = False
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _tokenizer_problems(recipe: Recipe, folder: Path, *, given: bool = False) -> Iterator[Contradiction]:
     if recipe.tokens is None or given:
         return
     from finetune.models.new_tokens import present_in_file

@@ -62,7 +62,11 @@ def finished(
     else:
         value = usable[0] if usable else read(store, name)
     if value["folder"] != folders[0]:
-        say(f"{recipe}: {_why_passed_over(store, recipe, folders[0].name)}; using {recipe}@{value['run']}")
+        try:
+            why = f"is {status_of(read(store, f'{recipe}@{folders[0].name}'))}"
+        except InputError:
+            why = "cannot be read"
+        say(f"{recipe}: the newest run {folders[0].name} {why}; using {recipe}@{value['run']}")
     return value
 
 
@@ -79,6 +83,15 @@ def adapter_stage(stages: Mapping[str, Mapping[str, Any]]) -> str:
 def adapter_needs(value: dict[str, Any]) -> Collection[str]:
     """For `finished`: the base and the stage with the adapter."""
     return ("base", adapter_stage(value["stages"]))
+
+
+def done_folders(value: dict[str, Any], stages: Collection[str], name: str) -> list[Path]:
+    """Return the folders of these stages of the run `name`. Raises InputError for the first that is not finished."""
+    for stage in stages:
+        if (status := value["stages"][stage]["status"]) != "done":
+            command = f"finetune run {name.partition('@')[0]}"
+            raise InputError(f"{stage} of {value['recipe']}@{value['run']} is {status}: run `{command}` first")
+    return [Path(value["stages"][stage]["path"]) for stage in stages]
 
 
 def chosen_by_commands(store: Store, folders: Sequence[Path], stages: Collection[str]) -> set[Path]:
@@ -127,12 +140,11 @@ def with_start(recipe: Recipe, store: Store, say: Callable[[str], None] = lambda
 
 def unfinished_stage(value: dict[str, Any]) -> str | None:
     """Return the stage in which a run ended early (failed, refused, or half built); None if it finished."""
-    return next((n for n, s in value["stages"].items() if _ended_early(s)), None)
-
-
-def _ended_early(record: dict[str, Any]) -> bool:
-    begun = record["status"] == "missing" and record.get("key") and not record["metrics"]  # its folder was cleaned away
-    return bool(begun) or record["status"] in ("failed", "refused", "partial")
+    for name, record in value["stages"].items():
+        cleaned_away = record["status"] == "missing" and record.get("key") and not record["metrics"]
+        if cleaned_away or record["status"] in ("failed", "refused", "partial"):
+            return name
+    return None
 
 
 def status_of(value: dict[str, Any]) -> str:
@@ -156,13 +168,6 @@ def newer_than_finished(store: Store, value: dict[str, Any], name: str) -> str:
         return ""
     other = f"{value['recipe']}@{value['run']} is {status_of(value)}"
     return f"{other}; the newest finished run is {value['recipe']}@{done['run']}"
-
-
-def _why_passed_over(store: Store, recipe: str, run: str) -> str:
-    try:
-        return f"the newest run {run} is {status_of(read(store, f'{recipe}@{run}'))}"
-    except InputError:
-        return f"the newest run {run} cannot be read"
 
 
 def _as_now(store: Store, value: dict[str, Any]) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
     if ctx.rank != 0:
         if stage.collective and _begins(folder, store, ctx):
             stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)
-        return _finished(step, _wait_for(folder, store, ctx))
+        return dataclasses.replace(step, status="done", manifest=_wait_for(folder, store, ctx))
     with store.lease(folder, lambda line: ctx.say(f"{stage.name}: {line}"), ctx.stop.check) as lease:
         manifest = store.find(folder)  # the previous owner may have finished it
         if manifest is None:
@@ -225,14 +225,12 @@ def build(step: Step, recipe: Recipe, store: Store, ctx: Context, *, fresh: bool
                 manifest = _build_leased(step, recipe, store, ctx.heard_by(lease.say), fresh, lease)
             finally:
                 lease.on_lost, ctx.stop.require_own = (lambda error: None), (lambda: None)
-    return _finished(step, manifest)
-
-
-def _finished(step: Step, manifest: Manifest) -> Step:
     return dataclasses.replace(step, status="done", manifest=manifest)
 
 
 def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh: bool, lease: Lease) -> Manifest:
+    import pyarrow.parquet as pq
+
     stage, folder = step.stage, step.folder
     assert folder is not None and step.spec is not None  # noqa: S101
     _verify_inputs(step, store)
@@ -271,7 +269,8 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
         raise FinetuneError(
             f"{stage.name}: a file or Hub revision that it reads changed meanwhile; run again to read the new one"
         )
-    files = store.read_files(folder, _row_counts(folder), skip=stage.working, hashed=hashed)
+    rows = {p.relative_to(folder).as_posix(): pq.read_metadata(p).num_rows for p in folder.rglob("*.parquet")}
+    files = store.read_files(folder, rows, skip=stage.working, hashed=hashed)
     manifest = Manifest(
         stage=stage.name,
         version=stage.version,
@@ -304,12 +303,6 @@ def _verify_inputs(step: Step, store: Store) -> None:
                 f"{step.stage.name}: refuses to build on {name}, whose files differ from its manifest: "
                 f"{'; '.join(problems[:3])}. Remove {output.folder} and run again: it is then rebuilt"
             )
-
-
-def _row_counts(folder: Path) -> dict[str, int]:
-    import pyarrow.parquet as pq
-
-    return {p.relative_to(folder).as_posix(): pq.read_metadata(p).num_rows for p in folder.rglob("*.parquet")}
 
 
 def _begins(folder: Path, store: Store, ctx: Context) -> bool:

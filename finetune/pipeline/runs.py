@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field
 
 from finetune.errors import MACHINE, FinetuneError, InputError, not_written
 from finetune.pipeline.store import Manifest
@@ -54,6 +56,24 @@ class StageRecord:
             "metrics": self.metrics,
         }
         return value | ({"message": self.message} if self.message else {})
+
+
+class _RecordedStage(BaseModel):
+    """A stage of run.json; other fields are ignored."""
+
+    status: str
+    metrics: dict[str, Any]
+    message: str = ""
+    seconds: float | None = None
+    path: str | None = None
+    key: Annotated[str, Field(pattern=r"^\w+$")] | None = None
+
+
+class _Recorded(BaseModel):
+    """The parts of run.json that are read."""
+
+    sets: list[str]
+    stages: dict[str, _RecordedStage]
 
 
 class Run:
@@ -190,7 +210,7 @@ def find_run(artifacts: Path, name: str) -> Path:
         folders = [p.parent for p in sorted((artifacts / "runs").glob("*/*/run.json")) if p.parent.name == name]
         if len(folders) != 1:
             parent = artifacts / "runs" / name
-            there = [f.name for f in run_folders(parent)] if _is_plain(name) else []
+            there = [f.name for f in run_folders(parent)] if PLAIN.fullmatch(name) else []
             what = f"{name} is a recipe; name one of its runs" if there else f"no run {name!r} under {artifacts}"
             names = ", ".join(f"{name}@{r}" for r in there[:5])
             also = ", ".join(f"{f.parent.name}@{f.name}" for f in folders)
@@ -222,11 +242,6 @@ def remove_run(folder: Path) -> None:
         raise FinetuneError(f"{folder}: cannot be removed: {error.strerror or error}") from None
 
 
-def _is_plain(recipe: str) -> bool:
-    """Return whether `recipe` is the name of a folder directly below runs/."""
-    return recipe not in ("", ".", "..") and Path(recipe).name == recipe
-
-
 def read_run(artifacts: Path, recipe: str, run: str | None) -> dict[str, Any]:
     """Return run.json of a run (the newest by default). Raises InputError with the names of existing runs."""
     folder = named_run(artifacts, recipe, run)
@@ -239,8 +254,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(links.read_regular(path))
         stages = value["stages"]
-        if not all(_is_stage(s) for s in stages.values()) or not all(isinstance(s, str) for s in value["sets"]):
-            raise TypeError
+        _Recorded.model_validate({**value, "stages": stages}, strict=True)
         return {"recipe": str(value["recipe"]), "run": folder.name, "sets": list(value["sets"]), "stages": stages}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE:
@@ -251,14 +265,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _is_stage(value: dict[str, Any]) -> bool:
-    """Return whether a stage of run.json has all fields of a record with the right types."""
-    seconds, key = value.get("seconds"), value.get("key")
-    number = seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool))
-    texts = all(isinstance(value.get(name, ""), str) for name in ("status", "message"))
-    path = value.get("path") is None or isinstance(value["path"], str)
-    named = key is None or (isinstance(key, str) and bool(re.fullmatch(r"\w+", key)))
-    return number and texts and path and named and isinstance(value["metrics"], dict) and "status" in value
+def begun_at(run: str) -> datetime.datetime | None:
+    """Return the time in a run's name, 20261130T114606Z-2a8ecdb6; None for another name."""
+    try:
+        return datetime.datetime.strptime(run.split("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        return None
 
 
 def recipe_text(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -36,6 +36,7 @@ from finetune.stages import (
 )
 
 Spec = Any  # each stage's own model; the pipeline only passes it on
+TRAINING: dict[str, Any] = {"collective": True, "logs": ("metrics.jsonl",), "working": "checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -58,62 +59,47 @@ class Stage:
     replaces: str = ""  # a stage before it: what needs that later is given this one's output, unless this one is off
 
 
+class _Module(Protocol):
+    """A module of finetune/stages, named after its stage."""
+
+    def spec(self, recipe: Recipe, /) -> BaseModel | None:
+        """Return the only part of the recipe that the stage sees; None turns the stage off."""
+
+    def fingerprint(self, spec: Spec, /) -> Mapping[str, object]:
+        """Return what the spec names outside itself."""
+
+    def run(self, spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context, /) -> Mapping[str, Any]:
+        """Write the output and return the metrics."""
+
+    def headline(self, metrics: Any, /) -> Headline:  # noqa: ANN401 - each stage's own TypedDict
+        """Return the stage's row in a table of stages."""
+
+
+def _stage(name: str, module: _Module, version: int, needs: tuple[str, ...] = (), **more: Any) -> Stage:  # noqa: ANN401
+    return Stage(name, version, needs, module.spec, module.fingerprint, module.run, module.headline, **more)
+
+
 STAGES: tuple[Stage, ...] = (
-    Stage("base", 2, (), base.spec, base.fingerprint, base.run, base.headline),
-    Stage("generate", 1, (), generate.spec, generate.fingerprint, generate.run, generate.headline, also=generate.also),
-    Stage("ingest", 2, ("generate",), ingest.spec, ingest.fingerprint, ingest.run, ingest.headline, rows="any"),
-    Stage(
-        "filter", 2, ("ingest", "base"), filter.spec, filter.fingerprint, filter.run, filter.headline,
-        rows="training", working="parts",
-    ),
-    Stage(
-        "embed", 3, ("filter",), embed.spec, embed.fingerprint, embed.run, embed.headline,
-        rows="training", working="parts",
-    ),
-    Stage("dedup", 3, ("filter", "embed"), dedup.spec, dedup.fingerprint, dedup.run, dedup.headline, rows="training"),
-    Stage(
-        "decontaminate", 3, ("dedup",), decontaminate.spec, decontaminate.fingerprint, decontaminate.run,
-        decontaminate.headline, rows="training", also=decontaminate.also,
-    ),
-    Stage(
-        "sample", 2, ("decontaminate", "base", "embed"), sample.spec, sample.fingerprint, sample.run, sample.headline,
-        rows="training",
-    ),
-    Stage(
-        "split", 1, ("sample", "embed"), split.spec, split.fingerprint, split.run, split.headline,
-        rows="any", also=split.also,
-    ),
-    Stage(
-        "render", 4, ("split", "base"), render.spec, render.fingerprint, render.run, render.headline,
-        rows="any", working="parts",
-    ),
-    Stage(
-        "pack", 2, ("render", "base"), pack.spec, pack.fingerprint, pack.run, pack.headline,
-        rows="training", working="parts",
-    ),
+    _stage("base", base, 2),
+    _stage("generate", generate, 1, also=generate.also),
+    _stage("ingest", ingest, 2, ("generate",), rows="any"),
+    _stage("filter", filter, 2, ("ingest", "base"), rows="training", working="parts"),
+    _stage("embed", embed, 3, ("filter",), rows="training", working="parts"),
+    _stage("dedup", dedup, 3, ("filter", "embed"), rows="training"),
+    _stage("decontaminate", decontaminate, 3, ("dedup",), rows="training", also=decontaminate.also),
+    _stage("sample", sample, 2, ("decontaminate", "base", "embed"), rows="training"),
+    _stage("split", split, 1, ("sample", "embed"), rows="any", also=split.also),
+    _stage("render", render, 4, ("split", "base"), rows="any", working="parts"),
+    _stage("pack", pack, 2, ("render", "base"), rows="training", working="parts"),
     # Before train, so that bad preference data are refused before hours of SFT.
-    Stage("pairs", 2, ("base", "split"), pairs.spec, pairs.fingerprint, pairs.run, pairs.headline),
-    Stage(
-        "train", 1, ("pack", "render", "base"), train.spec, train.fingerprint, train.run, train.headline,
-        collective=True, logs=("metrics.jsonl",), working="checkpoints",
-    ),
-    Stage(
-        "align", 1, ("train", "pairs", "base", "render"), align.spec, align.fingerprint, align.run, align.headline,
-        collective=True, logs=("metrics.jsonl",), working="checkpoints", replaces="train",
-    ),
-    Stage(
-        "evaluate", 3, ("train", "render", "base"), evaluate.spec, evaluate.fingerprint, evaluate.run,
-        evaluate.headline, rows="any",
-    ),
-    Stage(
-        "certify", 3, ("train", "render", "base"), certify.spec, certify.fingerprint, certify.run, certify.headline,
-        rows="any",
-    ),
-    Stage(
-        "merge", 3, ("certify", "train", "base"), merge.spec, merge.fingerprint, merge.run, merge.headline, large=True
-    ),
-    Stage("export", 3, ("merge", "render"), export.spec, export.fingerprint, export.run, export.headline, large=True),
-)  # fmt: skip
+    _stage("pairs", pairs, 2, ("base", "split")),
+    _stage("train", train, 1, ("pack", "render", "base"), **TRAINING),
+    _stage("align", align, 1, ("train", "pairs", "base", "render"), **TRAINING, replaces="train"),
+    _stage("evaluate", evaluate, 3, ("train", "render", "base"), rows="any"),
+    _stage("certify", certify, 3, ("train", "render", "base"), rows="any"),
+    _stage("merge", merge, 3, ("certify", "train", "base"), large=True),
+    _stage("export", export, 3, ("merge", "render"), large=True),
+)
 
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -172,11 +172,10 @@ class Store:
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
         """Mark the folder complete. The manifest is written last; a truncated one is not valid JSON."""
-        _write_synced(folder / MANIFEST, manifest.model_dump_json(indent=1))
+        utils_files.write_bytes(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
         _sync_folder(folder)
-        (folder / BUILDING).unlink(
-            missing_ok=True
-        )  # after the manifest: with neither, hours of training would be cleared
+        # After the manifest: with neither, hours of training would be cleared.
+        (folder / BUILDING).unlink(missing_ok=True)
 
     def read_files(
         self, folder: Path, rows: Mapping[str, int], skip: str = "", hashed: Hashed | None = None
@@ -233,13 +232,6 @@ def _raise_fault(path: Path, error: OSError) -> None:
     """Raise FinetuneError if the cause of `error` is the machine, not the absence of a file."""
     if error.errno in MACHINE:
         raise FinetuneError(f"{path}: cannot be read: {error.strerror}; see to it, and run the same command again")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, KTOConfig
 
 from finetune.context import Context
 from finetune.errors import GateRefused
-from finetune.preference import batches
+from finetune.models import loading
+from finetune.preference import batches, reference
+from finetune.preference.follower import AlignFollower
+from finetune.preference.records import SIDES
 from finetune.preference.reference import Objective, expected_loss
+from finetune.preference.trainers import JudgedTrainer, PairTrainer
+from finetune.train import oom, recipe_trainer, sanity_checks
 from finetune.train.arguments import Job
 from finetune.train.trainer import Result, Task, run
 from finetune.utils.upstream import use_one_gpu
-
-if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import DPOConfig, KTOConfig
-
-    from finetune.preference.trainers import JudgedTrainer, PairTrainer
 
 PROVED_PAIRS = 4  # of the first batch, before step 1
 
@@ -42,12 +44,7 @@ def align(
     `ref` (the start). Raises GateRefused if the reference is not the start adapter or the first batch has other tokens
     or labels than the pairs, and what `finetune.train.trainer.train` raises.
     """
-    import datasets
-
-    from finetune.preference.follower import AlignFollower
-    from finetune.train import oom
-
-    dataset = datasets.Dataset(batches.read_pairs(pairs, objective.method, job.train.batch_rows, job.seed))
+    dataset = Dataset(batches.read_pairs(pairs, objective.method, job.train.batch_rows, job.seed))
     asked = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batches.batch_of(job.train.batch_rows, asked, ctx.world, objective.method, objective.loss)
     start: dict[str, torch.Tensor] = {}
@@ -87,14 +84,11 @@ def _trainer(
     start: dict[str, torch.Tensor],
 ) -> PairTrainer | JudgedTrainer:
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
-    from finetune.models import loading
-    from finetune.preference import reference
-    from finetune.preference.trainers import JudgedTrainer, PairTrainer
-    from finetune.train.recipe_trainer import agreed, keeps_logits, score_supervised
-
-    rows = int(shared["per_device_train_batch_size"]) * len(batches.SIDES[objective.method])
-    own_logits = keeps_logits(base, rows * batches.longest(dataset, objective.method))
+    rows = int(shared["per_device_train_batch_size"]) * len(SIDES[objective.method])
+    own_logits = recipe_trainer.keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
+    pieces = own_logits and recipe_trainer.in_pieces(base)
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
+    config: Any = model.peft_config["default"]
     start |= reference.start_values(cast("torch.nn.Module", model))
     pad_id = int(cast("int", tokenizer.pad_token_id))
     dpo = objective.method == "dpo"
@@ -107,15 +101,13 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=partial(collate, pad_id=pad_id),
     )
-    if agreed(trainer.accelerator, own_logits):
-        score_supervised(base)
+    if recipe_trainer.agreed(trainer.accelerator, own_logits):
+        recipe_trainer.score_supervised(base, pieces and not config.lora_dropout)
     reference.restore(trainer.model, start)
     return trainer
 
 
 def _arguments(objective: Objective, shared: Mapping[str, Any]) -> DPOConfig | KTOConfig:
-    from trl import DPOConfig, KTOConfig
-
     if objective.method == "kto":
         return KTOConfig(
             **shared,
@@ -142,18 +134,13 @@ def prove(
     adapters give them bitwise equal log-probabilities, so that every margin is exactly 0; TRL's loss is what equal
     policies give (ln 2 for sigmoid); gradients are the same after an evaluation (train/sanity_checks.py).
     """
-    import torch
-
-    from finetune.preference import reference
-    from finetune.train import sanity_checks
-
     model = cast("PeftModel", trainer.model)
     sanity_checks.prove_adapters(model)
     reference.require_start(model, start, resumed=False)
     count = min(PROVED_PAIRS, int(trainer.args.per_device_train_batch_size), len(dataset))
     rows = [dataset[i] for i in range(count)]
     collated = trainer.data_collator(rows)
-    reference.check_labels(collated, rows, batches.SIDES[objective.method])
+    reference.check_labels(collated, rows, SIDES[objective.method])
     with sanity_checks.undisturbed(model), trainer.accelerator.autocast():
         batch = sanity_checks.on_device(collated, trainer.accelerator.device)
         model.eval()

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.errors import GateRefused, InputError
+from finetune.preference.records import SIDES
 from finetune.train.batch import batch_shape
 from finetune.train.divergence import ROW
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
-    from datasets import Dataset
 
-SIDES: Mapping[str, tuple[str, ...]] = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
 FIELD = "preference.batch_pairs"
 WHOLE_BATCH = ("aot", "aot_unpaired")  # losses that sort the pairs of a batch: it must be the whole step's
 MISMATCHED = "kl"  # KTO: another row's answer, from which the distance to the reference is estimated
@@ -79,11 +78,10 @@ def read_pairs(path: Path, method: str, batch: int, seed: int) -> pa.Table:
     return table
 
 
-def longest(dataset: Dataset, method: str) -> int:
-    """Tokens of the longest prompt with an answer."""
+def longest(table: pa.Table, method: str) -> int:
+    """Tokens of the longest prompt with an answer in rendered pairs."""
     import pyarrow.compute as pc
 
-    table = dataset.data.table
     prompt = pc.list_value_length(table["prompt_ids"])
     answers = [pc.list_value_length(table[f"{side}_ids"]) for side in SIDES[method]]
     return max(int(pc.max(pc.add(prompt, answer)).as_py()) for answer in answers)

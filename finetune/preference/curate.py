@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.context import Context
 from finetune.data.records import Example, Message, Reject
 from finetune.data.text import field_text, text_key
 from finetune.dedup.holdout import Names, choose, count_leaks
@@ -21,12 +20,9 @@ from finetune.dedup.select import groups, repeats_of, select
 from finetune.errors import FinetuneError
 from finetune.filters.basic import Drop, Verdict
 from finetune.filters.overlap import Against, find_overlaps
-from finetune.preference.records import Pair, context_text, question, said
+from finetune.preference.records import Pair, Repeats, context_text, question, said
 from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe import Split
-
-if TYPE_CHECKING:
-    from finetune.context import Context
 
 PROMPT_JACCARD = JaccardSection()  # by words two prompts are near-duplicates from here on, without dedup.jaccard
 MOST_PROMPTS = 32  # of a held-out conversation's answers whose prompts are compared: the first ones and the last
@@ -37,19 +33,6 @@ WORDS = Names(
     "preference.max_eval_pairs",
     "or name held-out pairs of your own under preference.eval_data",
 )
-
-
-@dataclass(frozen=True)
-class Alike:
-    """Settings for when two texts count as repeats: the recipe's dedup section; `group_threshold` is for prompts."""
-
-    exact: bool = True
-    minhash: JaccardSection | None = None
-    embedding: str | None = None
-    folder: Path | None = None
-    threshold: float = 1.0
-    group_threshold: float = 0.9
-    by: Literal["pair", "prompt"] = "pair"
 
 
 @dataclass
@@ -146,7 +129,7 @@ class Parts:
 
 
 def embed_parts(
-    pairs: Sequence[Pair], held_rows: Sequence[str], alike: Alike, ctx: Context, made_by: Mapping[str, object] | None
+    pairs: Sequence[Pair], held_rows: Sequence[str], alike: Repeats, ctx: Context, made_by: Mapping[str, object] | None
 ) -> Parts | None:
     """Return the vectors of all parts, or None without an embedding.
 
@@ -164,7 +147,7 @@ def embed_parts(
     return Parts(vectors[:count], answers, vectors[count * (1 + sides) :])
 
 
-def drop_repeats(curation: Curation, alike: Alike, parts: Parts | None, ctx: Context) -> None:
+def drop_repeats(curation: Curation, alike: Repeats, parts: Parts | None, ctx: Context) -> None:
     """Leave out pairs that repeat a kept one by exact text, words or vectors; the longest of several stays.
 
     Which pair stays depends on the texts alone, not on their order. Pairs of different labels never repeat each other.
@@ -231,7 +214,7 @@ def _note_answer(answers: dict[bytes, str], name: str, answer: tuple[Message, ..
 
 def drop_held_out(
     curation: Curation,
-    alike: Alike,
+    alike: Repeats,
     parts: Parts | None,
     held: HeldRows,
     ctx: Context,
@@ -279,7 +262,7 @@ def drop_contaminated(curation: Curation, against: Against, ctx: Context) -> Non
 
 
 def hold_out(
-    curation: Curation, parts: Parts | None, alike: Alike, fraction: float, most: int, seed: int, ctx: Context
+    curation: Curation, parts: Parts | None, alike: Repeats, fraction: float, most: int, seed: int, ctx: Context
 ) -> tuple[list[int], list[int], int]:
     """Numbers of the pairs to train on and of those held out, by whole groups of near-duplicate prompts; the groups.
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.context import Context
 from finetune.errors import GateRefused
 from finetune.preference import reference
 from finetune.preference.reference import Objective, expected_loss
 from finetune.train.callbacks import Follower
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 MARGIN_TOLERANCE = {"cpu": 0.0, "cuda": 0.01}  # of step 1, in β-scaled nats: a GPU may take another kernel for backward
 
@@ -47,7 +46,8 @@ class AlignFollower(Follower):
     ) -> None:
         """Check, after the checkpoint is loaded, that the reference is still the start adapter."""
         if model is not None:
-            reference.require_start(_inner(model), self.start, resumed=self.resumed_from > 0)
+            inner: torch.nn.Module = getattr(model, "module", model)  # of DistributedDataParallel
+            reference.require_start(inner, self.start, resumed=self.resumed_from > 0)
         super().on_train_begin(args, state, control, model=model, **more)
 
     def on_log(
@@ -79,9 +79,3 @@ class AlignFollower(Follower):
         if self.ctx.rank == 0:
             shutil.rmtree(self.checkpoints / f"checkpoint-{state.global_step}" / "ref", ignore_errors=True)
         super().on_save(args, state, control, **more)
-
-
-def _inner(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel."""
-    inner: torch.nn.Module = getattr(model, "module", model)
-    return inner

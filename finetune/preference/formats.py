@@ -11,15 +11,22 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.chat_text import parse_chat_text
-from finetune.data.formats import MEANINGFUL, NUMBERED, STRUCTURE, FormatError, scalar_columns
+from finetune.data.formats import (
+    MEANINGFUL,
+    FormatError,
+    check_mapping,
+    refuse_lost,
+    resolve,
+    scalar_columns,
+    with_system,
+)
 from finetune.data.records import Message
 from finetune.data.single_turn import optional_text
 from finetune.data.tool_calls import tools_of
 from finetune.data.turns import turn_notation, turns_of
-from finetune.data.values import ABSENT, RowError, is_blank, kind, leaves, listed, text_of
+from finetune.data.values import ABSENT, RowError, is_blank, kind, listed, text_of
 from finetune.preference.records import Pair
 from finetune.utils.files import canonical_json
-from finetune.utils.format import nearest
 
 RawRow = Mapping[str, object]
 Messages = tuple[Message, ...]
@@ -70,9 +77,9 @@ def decide_pairs(
     everything = list(dict.fromkeys(name for row in sample for name in row))
     present = [name for name in everything if name not in ignored]
     formats = [asked] if asked != "auto" else ["preference", "kto"]
-    _check_mapping(columns, present, formats)
+    check_mapping(columns, [n for name in formats for n in COLUMNS[name]], present)
     for name in formats:
-        resolved = _resolve(name, columns, present)
+        resolved = resolve(COLUMNS[name], ALIASES, columns, present)
         lacking = [n for n in REQUIRED[name] if n not in resolved]
         if name == "kto" and not {"prompt", "completion"} & set(resolved):
             lacking.append("completion")
@@ -86,26 +93,6 @@ def decide_pairs(
     wanted = " or ".join(f"{' and '.join(REQUIRED[n])} ({n})" for n in formats)
     first = REQUIRED[formats[0]][0]
     raise FormatError(f"needs the columns {wanted}; the columns are {listed(present)}. Say which: {{{first}: NAME}}")
-
-
-def _check_mapping(columns: Mapping[str, str], present: Sequence[str], formats: Sequence[str]) -> None:
-    known = list(dict.fromkeys(n for name in formats for n in COLUMNS[name]))
-    for ours, theirs in columns.items():
-        for name, names, where in ((ours, known, "columns"), (theirs, present, f"columns.{ours}")):
-            if name not in names:
-                near = nearest(name, names)
-                hint = f" (did you mean {near!r}?)" if near else ""
-                raise FormatError(f"{where}: there is no {name!r}{hint}; there is {listed(names)}")
-
-
-def _resolve(name: str, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
-    resolved: dict[str, str] = {}
-    for canonical in COLUMNS[name]:
-        taken = {*resolved.values(), *(v for k, v in columns.items() if k != canonical)}
-        options = [columns[canonical]] if canonical in columns else [canonical, *ALIASES.get(canonical, ())]
-        if matches := [o for o in options if o in present and o not in taken]:
-            resolved[canonical] = matches[0]
-    return resolved
 
 
 def to_pairs(row: RawRow, layout: Layout, row_id: str, source: str, method: str) -> list[Pair]:
@@ -184,13 +171,8 @@ def _prompt(get: Cells, notes: Counter[str]) -> Messages | None:
 
 
 def _with_system(messages: Messages, get: Cells, notes: Counter[str]) -> Messages:
-    """Put the column `system` in front of a conversation that begins with a user turn."""
-    system = optional_text(*get["system"]) if "system" in get else ""
-    if not system.strip() or not messages or messages[0].role != "user":
-        if system.strip() and messages and messages[0].role == "system" and messages[0].content != system:
-            notes[f"the column {get['system'][0]!r} is not used where a row has a system turn of its own"] += 1
-        return messages
-    return (Message("system", system), *messages)
+    """Put the column `system` in front of a conversation; an answer alone is left as it is."""
+    return messages if not messages or messages[0].role == "assistant" else with_system(messages, get, notes)
 
 
 def _side(where: str, value: object, has_prompt: bool, notes: Counter[str], role: str = "assistant") -> Messages:
@@ -341,23 +323,10 @@ def _check_scores(where: str, chosen: float | None, rejected: float | None) -> N
 def _check_unused(row: RawRow, layout: Layout, prompt: Messages, answers: Sequence[Messages]) -> None:
     """Raise RowError if a column that is not read (and has a known meaning) has text that the pair lacks."""
     used = set(layout.columns.values()) | layout.ignored
-    replaced = {n for ours in layout.mapped for n in (ours, *ALIASES.get(ours, ()))}
-    ours = ""
+    used |= {n for ours in layout.mapped for n in (ours, *ALIASES.get(ours, ()))}
+    turns = (*prompt, *(m for a in answers for m in a))
+    parts = [part for m in turns for part in (m.content, m.extra or "")]
+    free = [n for n in COLUMNS[layout.format] if n not in layout.columns]
     for name, value in row.items():
-        if name in used or name in replaced or name.lower() not in MEANINGFUL or is_blank(value):
-            continue
-        ours = ours or "\n".join(
-            part for m in (*prompt, *(m for a in answers for m in a)) for part in (m.content, m.extra or "")
-        )
-        held = {k: v for k, v in value.items() if k not in NUMBERED} if isinstance(value, Mapping) else value
-        texts = [value.strip()] if isinstance(value, str) else [*leaves(held)]
-        if any(text not in ours and text.lower() not in STRUCTURE for text in texts):
-            free = [n for n in COLUMNS[layout.format] if n not in layout.columns]
-            use = f"use it (columns: {{{free[0]}: {name}}}, or another of {listed(free)}), or " if free else ""
-            raise RowError(
-                "unused_column",
-                name,
-                kind(value),
-                f"nothing there, since format {layout.format} does not read this column; {use}leave it out with "
-                f"ingest.ignore: [{name}]",
-            )
+        if name not in used and name.lower() in MEANINGFUL:
+            refuse_lost(name, value, parts, layout.format, free)

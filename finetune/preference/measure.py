@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 
 from finetune.context import Context
+from finetune.eval.generation import Answer, greedy
 from finetune.eval.metrics import Interval, paired_interval, perplexity, perplexity_ratio_interval, ratio_interval
-from finetune.preference.batches import SIDES
+from finetune.eval.scoring import POSITIONS, batches, padded, row_nll
+from finetune.preference.records import SIDES
+from finetune.preference.reference import as_reference
 from finetune.tokenization.token_rows import TokenRow
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from finetune.eval.generation import Answer
 
 Floats = NDArray[np.float64]
 BATCH_TOKENS = 4096  # scored at once, padding included
@@ -48,8 +49,6 @@ def held_out_sides(path: Path, method: str) -> tuple[dict[str, list[TokenRow]], 
     """The held-out answers by side, and the source of each row: chosen and rejected of dpo, row for row; of kto the
     answers with label true (chosen) and false (rejected).
     """
-    import pyarrow.parquet as pq
-
     rows = pq.read_table(path).to_pylist()
     by_side: dict[str, list[TokenRow]] = {"chosen": [], "rejected": []}
     for row in rows:
@@ -70,8 +69,6 @@ def measure_pairs(model: PeftModel, path: Path, method: str, beta: float, seed: 
     by source too; drift_chosen and drift_rejected (nats a token), displacement (both fell, by their intervals),
     mean_kl_from_start (nats a token).
     """
-    from finetune.preference.reference import as_reference
-
     sides, sources = held_out_sides(path, method)
     if not sides["chosen"] or not sides["rejected"]:
         return {"eval_pairs": 0}
@@ -100,8 +97,6 @@ def measure_pairs(model: PeftModel, path: Path, method: str, beta: float, seed: 
 
 
 def _log_probabilities(model: PeftModel, rows: Sequence[TokenRow], ctx: Context, label: str) -> tuple[Floats, Floats]:
-    from finetune.eval.scoring import row_nll
-
     nll, counts = row_nll(model, rows, BATCH_TOKENS, ctx, label)
     return -nll, counts.astype(np.float64)
 
@@ -144,11 +139,6 @@ def _figures(right: Interval, margin: Interval) -> dict[str, Any]:
 
 def _mean_kl(model: PeftModel, rows: Sequence[TokenRow], ctx: Context) -> float:
     """KL(policy ‖ start) in nats, over the whole vocabulary, mean over the supervised tokens of up to KL_ROWS rows."""
-    import torch
-
-    from finetune.eval.scoring import POSITIONS, batches, padded
-    from finetune.preference.reference import as_reference
-
     rows = rows[:: -(-len(rows) // KL_ROWS)]
     total, count = 0.0, 0
     todo = list(batches([len(r.ids) for r in rows], BATCH_TOKENS // 4))
@@ -179,8 +169,6 @@ def measure_answers(
     `rows` are whole held-out rows; {} without any. Keys: perplexity_start, perplexity_aligned, perplexity_ratio and its
     paired interval (null for one row); answers, stop_rate_start, stop_rate, answer_tokens_start, answer_tokens (mean).
     """
-    from finetune.preference.reference import as_reference
-
     if not rows:
         return {}
     rows = rows[:SFT_ROWS]
@@ -208,8 +196,6 @@ def _answers(
     pad_id: int,
     ctx: Context,
 ) -> list[Answer]:
-    from finetune.eval.generation import greedy
-
     prompts = [r.ids[: r.answer_start] for r in rows]
     limits = [2 * (len(r.ids) - r.answer_start) + 64 for r in rows]
     return greedy(model, prompts, limits, template["terminators"], pad_id, ctx, 4 * BATCH_TOKENS)

@@ -6,22 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from finetune.context import Context
 from finetune.data.files import skipped_files
 from finetune.data.formats import FormatError
-from finetune.data.json_files import RawRow
 from finetune.data.records import Reject
-from finetune.data.sources import first_rows, place_of, printable, raw_rows, row_id, row_text
-from finetune.data.values import RowError, listed
+from finetune.data.sources import converted, first_rows, place_of, raw_rows
+from finetune.data.values import listed
 from finetune.errors import InputError
 from finetune.preference.formats import CURATED, Layout, decide_pairs, to_pairs
 from finetune.preference.pydoc_pairs import pydoc_pairs
 from finetune.preference.records import Pair
 from finetune.recipe import LocalSource, PydocSource, Source
-
-if TYPE_CHECKING:
-    from finetune.context import Context
 
 SHOWN_ROWS = 3
 KIND = "kind"  # a column of the built-in pairs: it becomes part of the source's name, so that each kind is measured
@@ -43,25 +39,12 @@ def read_pairs(
         raise InputError(f"preference data {label}: {error}{place_of(source)}") from error
     if isinstance(source, LocalSource) and (skipped := skipped_files(source.paths)):
         layout.notes[f"not read, by their names: {listed(skipped)}"] += len(skipped)
-    made_here = isinstance(source, PydocSource)
-    return layout, _converted(chain(head, raw), layout, label, method, made_here)
 
+    def convert(row: dict[str, object], pair_id: str) -> list[Pair]:
+        name = f"{label}/{row[KIND]}" if isinstance(source, PydocSource) else label
+        return to_pairs(row, layout, pair_id, name, method)
 
-def _converted(
-    rows: Iterator[tuple[str, RawRow]], layout: Layout, label: str, method: str, made_here: bool
-) -> Iterator[Pair | Reject]:
-    for file, raw in rows:
-        pair_id = row_id(label, file, raw)
-        if raw.row is None:
-            yield Reject(pair_id, label, "unreadable", raw.problem, printable(raw.text))
-            continue
-        name = f"{label}/{raw.row[KIND]}" if made_here else label
-        try:
-            yield from to_pairs(raw.row, layout, pair_id, name, method)
-        except RowError as error:
-            yield Reject(pair_id, name, error.reason, printable(str(error)), printable(row_text(raw.row)))
-        except RecursionError:
-            yield Reject(pair_id, name, "nested", "a column is nested too deeply", printable(row_text(raw.row)))
+    return layout, converted(chain(head, raw), label, convert)
 
 
 class Reading:

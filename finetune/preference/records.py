@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from finetune.data.records import REJECTED_CHARACTERS, Example, Message, Reject
 from finetune.data.text import field_text
+from finetune.recipe import Jaccard as JaccardSection
+from finetune.recipe import Section
+from finetune.tokenization.chat import chat_of
 
 SIDES = {"dpo": ("chosen", "rejected"), "kto": ("completion",)}
+GROUP_THRESHOLD = 0.9  # of prompts, without a split section
+
+
+class Repeats(Section):
+    """By what pairs, and prompts, repeat each other: the dedup section, and the split section's threshold."""
+
+    drop: bool = True  # False: the recipe drops no repeated rows
+    exact: bool = True
+    minhash: JaccardSection | None = None
+    embedding: str | None = None
+    threshold: float = 1.0
+    group_threshold: float = GROUP_THRESHOLD
+    by: Literal["pair", "prompt"] = "pair"
+    folder: Annotated[Path | None, Field(exclude=True)] = None
+
+
+class Rendering(Section):
+    """Settings of the render section that decide a pair's tokens."""
+
+    template: str
+    system: Literal["merge", "refuse"]
+    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
+    template_file: Annotated[Path | None, Field(exclude=True)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +101,4 @@ def context_text(pair: Pair) -> str:
 
 def as_json(messages: Sequence[Message]) -> str:
     """Return messages as JSON text, as chat templates read them."""
-    turns: list[dict[str, Any]] = [
-        {**(json.loads(m.extra) if m.extra else {}), "role": m.role, "content": m.content} for m in messages
-    ]
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True)
+    return json.dumps(chat_of(messages), ensure_ascii=False, sort_keys=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateRefused
+from finetune.recipe import Section
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,7 @@ POLICY, REFERENCE = ".default.", ".ref."
 LOSS_TOLERANCE = 1e-5  # of what the loss is at equal policies, relative: rounding of one fp32 mean
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(Section):
     """Settings of the preference section that decide the loss."""
 
     method: str  # dpo or kto

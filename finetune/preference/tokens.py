@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.data.records import Example
 from finetune.errors import GateRefused, InputError
 from finetune.filters.basic import Drop
-from finetune.preference.records import Pair
-from finetune.tokenization.audit import Tally, shared_length
+from finetune.preference.records import SIDES, Pair
+from finetune.tokenization.audit import Tally, check_prompt, shared_length
 from finetune.tokenization.chat import chat_of
 from finetune.tokenization.chat_template import tools_of
 from finetune.tokenization.rendering import Rendered, render_prompt
 from finetune.tokenization.row_tokenizer import RowTokenizer, TokenizedRow
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 UNLIMITED = 1 << 30  # tokens: pairs are dropped by their length as a whole, never cut
 Ids = NDArray[np.int32]
@@ -111,7 +109,7 @@ def _checked(
         if shared_length(prompt, row.ids.tolist()) < len(prompt) and not _begins(pair, side, tokenizer):
             what = f"{row.id}: the template writes the prompt differently when this answer follows"
             return Drop("template", what)
-        check_pair_prompt(row.id, prompt, row.ids.tolist(), tokenizer.template.name)
+        check_prompt(row.id, prompt, row.ids.tolist(), tokenizer.template.name)
         check_labels(row.id, row.ids.tolist(), row.mask.tolist(), len(prompt), stops, decode)
     start = len(prompt)
     answers = tuple((row.ids[start:], row.mask[start:].astype(np.int8)) for row in rows)
@@ -129,17 +127,6 @@ def _begins(pair: Pair, side: int, tokenizer: RowTokenizer) -> bool:
     row = pair.example(side)
     prompt = render_prompt(tokenizer.template.profile, tokenizer.encoder.controls, chat_of(pair.prompt), tools_of(row))
     return tokenizer.render(row).text.startswith(prompt.text)
-
-
-def check_pair_prompt(name: str, prompt: Sequence[int], full: Sequence[int], template: str) -> None:
-    """Raise GateRefused unless the prompt's ids begin the ids of the prompt with an answer."""
-    shared = shared_length(prompt, full)
-    if shared < len(prompt):
-        raise GateRefused(
-            f"pairs: row {name}: the ids of the prompt alone differ at token {shared} of {len(prompt)} from those of "
-            "the prompt with its answer, so its log-probability would be that of another answer; set render.template "
-            f"to a template other than {template}"
-        )
 
 
 def check_labels(
@@ -178,9 +165,7 @@ def check_labels(
 
 def pair_table(pairs: Sequence[TokenizedPair], method: str) -> pa.Table:
     """Pairs as the columns of train.parquet and eval.parquet (docs/preference.md)."""
-    import pyarrow as pa
-
-    names = ("chosen", "rejected") if method == "dpo" else ("completion",)
+    names = SIDES[method]
     ids, masks = pa.list_(pa.int32()), pa.list_(pa.int8())
     columns: dict[str, Any] = {
         "pair_id": pa.array([p.pair.id for p in pairs], pa.string()),

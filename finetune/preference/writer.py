@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from finetune.context import Context
 from finetune.preference.curate import Curation
-from finetune.preference.records import Pair, as_json
+from finetune.preference.records import Pair, Rendering, as_json
 from finetune.preference.tokens import UNLIMITED, TokenizedPair, pair_table, tokenize
 from finetune.tokenization.chat import verification_sample
 from finetune.tokenization.chat_template import Template, choose_template
 from finetune.tokenization.encoder import Encoder
 from finetune.tokenization.id_check import IdCheck
 from finetune.tokenization.row_tokenizer import RowTokenizer, Rules
-from finetune.tokenization.template_profile import Reasoning
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from finetune.context import Context
 
 BATCH = 256  # pairs rendered and tokenised together
 SAMPLE = 200  # sides that the template is tried on, and whose ids are compared with apply_chat_template's
@@ -39,22 +37,18 @@ class PairWriter:
 
     @classmethod
     def proved_on(
-        cls,
-        pairs: Sequence[Pair],
-        tokenizer: PreTrainedTokenizerBase,
-        base: Path,
-        template: str,
-        file: Path | None = None,
-        system: Literal["merge", "refuse"] = "merge",
-        reasoning: Reasoning = "auto",
+        cls, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, base: Path, asked: Rendering
     ) -> PairWriter:
-        """Return a writer for `template`, after comparing the token ids of a sample with apply_chat_template's.
+        """Return a writer for the template, after comparing the token ids of a sample with apply_chat_template's.
 
         Raises GateRefused if choose_template does, or if ids or prompts differ.
         """
         every = (pair.example(side) for pair in pairs for side in range(len(pair.answers)))
         sample = verification_sample(every, SAMPLE)
-        made = cls(tokenizer, choose_template(template, file, tokenizer, sample, system, reasoning, base))
+        template = choose_template(
+            asked.template, asked.template_file, tokenizer, sample, asked.system, asked.reasoning, base
+        )
+        made = cls(tokenizer, template)
         for row in sample:
             made.ids.compare(row, made.worker)
         made.proved = made.worker.check_prompts(sample)
@@ -67,8 +61,6 @@ class PairWriter:
 
         Those over `most` tokens, and those that the template refuses, are left out in `curation` with a reason.
         """
-        import pyarrow.parquet as pq
-
         kept: list[TokenizedPair] = []
         groups = [numbers[at : at + BATCH] for at in range(0, len(numbers), BATCH)]
         with pq.ParquetWriter(target, pair_table([], method).schema, compression="zstd") as writer:
@@ -90,9 +82,6 @@ class PairWriter:
 
 def write_texts(path: Path, train: Sequence[TokenizedPair], held: Sequence[TokenizedPair]) -> None:
     """Write texts.parquet, the pairs as messages: pair_id, split, prompt, an answer a side, tools (JSON texts)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     sides = train[0].pair.sides
     rows = []
     for split, pairs in (("train", train), ("eval", held)):

@@ -6,19 +6,21 @@ quoted in code blocks whose fences no content can close. Metadata: https://huggi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import InputError
+from finetune.eval.metrics import never_stops
+from finetune.eval.verdict import BAD, REPEATS, few_steps
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.preference.words import figures_of
 from finetune.publish import card_sections as sections
 from finetune.publish.adapter_summary import trained
 from finetune.publish.card_curve import training_curve
-from finetune.publish.card_loading import loading
 from finetune.publish.facts import Card, Facts
 from finetune.publish.markdown import Markdown, code, escaped, fence
 from finetune.recipe import HubSource, Recipe
-from finetune.utils.format import number
+from finetune.utils.format import duration, number
 from finetune.utils.secrets import find_secrets
 
 if TYPE_CHECKING:
@@ -27,185 +29,15 @@ if TYPE_CHECKING:
 # A model merged into one base is a finetune of it; the Hub's "merge" means a merge of several models.
 RELATION = {"adapter": "adapter", "merged": "finetune", **dict.fromkeys(("gguf", *HF_KINDS), "quantized")}
 LIBRARY = {"adapter": "peft", "gguf": "gguf", **dict.fromkeys(("merged", *HF_KINDS), "transformers")}
-HF_WORDS = {
-    "fp8": "linear weights in float8_e4m3fn with a scale per output channel, inputs rounded to the same per token "
-    "(compressed-tensors)",
-    "w4a16": "linear weights in 4-bit integers with a scale per 128, rounded to nearest (compressed-tensors)",
-    "nf4": "linear weights in NF4 with a scale per 64 (bitsandbytes)",
-}
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 CURVE = "assets/training.svg"
-
-_MODEL = """\
----
-{{ metadata }}
----
-
-# {{ repo }}
-
-{{ summary }}
-{% for line in warnings %}
-**{{ line }}**
-{% endfor %}
-- Base: {{ base_words }}
-- Kind: {{ kind_words }}
-{%- if template %}
-- Chat template: {{ template.name | code }}, sha256 {{ template.sha256 | code }}; a turn ends with token \
-{{ template.terminators | code }}
-{%- endif %}
-{%- for what, where in siblings %}
-- {{ what }}: {{ where }}
-{%- endfor %}
-
-## Data
-
-{% if sources %}
-{%- for source in sources %}
-- {{ source }}
-{%- endfor %}
-{% endif %}
-{%- if funnel %}
-| stage | rows left | what happened |
-|---|---:|---|
-{%- for stage, rows, detail in funnel %}
-| {{ stage | code }} | {{ rows }} | {{ detail }} |
-{%- endfor %}
-{% endif %}
-## Training
-{% if curve_words %}
-![Loss while training]({{ curve }})
-
-{{ curve_words }}
-{% endif %}
-{%- if machine %}
-{% for line in machine -%}
-- {{ line }}
-{% endfor %}
-{%- endif %}
-{%- if training %}
-| figure | value |
-|---|---:|
-{%- for name, value in training %}
-| {{ name | code }} | {{ value }} |
-{%- endfor %}
-{% else %}
-No figures were recorded.
-{% endif %}
-{%- if preference %}
-## Preference training
-
-| figure | value |
-|---|---:|
-{%- for name, value in preference %}
-| {{ name }} | {{ value }} |
-{%- endfor %}
-{% endif %}
-## Evaluation
-{% if verdict %}
-{%- for line in verdict %}
-- {{ line.question }} {{ line.answer }}: {{ line.words }}
-{%- endfor %}
-{% endif %}
-{%- if evaluation %}
-On held-out rows of the same data. Perplexity is exp(sum of negative log-likelihoods / supervised tokens); `stop_rate` \
-is the share of greedy generations that end by themselves.
-{%- if measured_on %} Measured: {{ measured_on }}.{% endif %}
-
-| figure | value |
-|---|---:|
-{%- for name, value in evaluation %}
-| {{ name | code }} | {{ value }} |
-{%- endfor %}
-{% else %}
-Not evaluated.
-{% endif %}
-{%- if samples %}
-## Sample answers
-
-Greedy answers to held-out prompts, the first of them, not chosen; long texts are cut.
-{% for sample in samples %}
-### {{ sample.id }}
-
-{{ sample.prompt | fence("text") }}
-
-Base{{ sample.base_end }}:
-
-{{ sample.base | fence("text") }}
-
-Adapter{{ sample.adapter_end }}:
-
-{{ sample.adapter | fence("text") }}
-{% endfor %}
-{%- endif %}
-## Certificate
-
-{{ certificate }}
-
-## How to load it
-{% for note, language, lines in loading %}
-{%- if note %}
-{{ note }}
-{% endif %}
-{{ lines | fence(language) }}
-{% endfor %}
-## Limits
-
-{% for limit in limits -%}
-- {{ limit }}
-{% endfor %}
-## Recipe
-
-{{ recipe_text | fence("yaml") }}
-"""
-
-_DATASET = """\
----
-{{ metadata }}
----
-
-# {{ repo }}
-
-The curated rows that {{ name | code }} was trained on and evaluated with: chat messages, each with its id and source.
-
-## Sources
-
-{% for source in sources -%}
-- {{ source }}
-{% endfor %}
-Their licences go on holding for their rows.
-
-## Curation
-
-{% if funnel -%}
-| stage | rows left | what happened |
-|---|---:|---|
-{%- for stage, rows, detail in funnel %}
-| {{ stage | code }} | {{ rows }} | {{ detail }} |
-{%- endfor %}
-{% endif %}
-The rows that were left out, and the pairs of near-duplicates, are not part of this repository.
-
-## Files
-
-| split | file | rows |
-|---|---|---:|
-{%- for split, rows in splits %}
-| {{ split | code }} | {{ ("data/" + split + ".parquet") | code }} | {{ rows }} |
-{%- endfor %}
-
-{% for column, words in columns -%}
-- {{ column | code }}: {{ words }}
-{% endfor %}
-{{ load | fence("python") }}
-
-## Recipe
-
-{{ recipe_text | fence("yaml") }}
-"""
+CARDS = Path(__file__).parent / "cards"
 COLUMNS = {
     "id": "SOURCE:N, the N-th row of that source, counted from 1",
     "source": "the source's name",
     "messages": "the turns in order, each with `role` (system, user, assistant, tool) and `content`",
     "text": "the whole of a raw-text row, whose messages are empty",
+    "tools": "the tools on offer, as JSON",
 }
 
 
@@ -230,38 +62,54 @@ def write_card(kind: Kind, repo: str, facts: Facts) -> Card:
 
 
 def _model_card(kind: Kind, repo: str, facts: Facts, curve_words: str) -> str:
+    recipe, measured, train = facts.recipe, facts.metrics.get("evaluate") or {}, facts.metrics.get("train") or {}
+    refusal = facts.verdict.refusal if facts.verdict else ""
     evaluation, measured_on = sections.evaluation(facts.metrics)
     siblings = [(f"Also published, {other}", where) for other, where in facts.siblings.items() if other != kind]
-    return _template(_MODEL).render(
+    return _template("model.jinja").render(
         metadata=Markdown(_metadata(kind, repo, facts)),
         repo=repo,
-        summary=_summary(kind, facts),
+        kind=kind,
+        name=recipe.name,
+        base=facts.base,
+        lora=recipe.lora,
+        quantization=recipe.quantization,
+        gguf=recipe.export.gguf if recipe.export else [],
+        longest=recipe.render.max_length_tokens,
+        licence=recipe.publish.license,
+        measured=measured,
+        certified=facts.certificate is not None,
+        exported=(facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {},
+        never_stops=never_stops(measured, "Give a limit of new tokens."),
         base_words=sections.base_words(facts.base, facts.licences),
-        kind_words=_kind_words(kind, facts.recipe),
         template=facts.template,
         siblings=siblings,
         sources=sections.sources(facts),
         funnel=sections.funnel(facts.metrics),
         curve=CURVE,
         curve_words=curve_words,
-        machine=trained(facts.recipe) + sections.machine(facts),
+        trained=trained(recipe),
+        train=train,
+        seconds=facts.seconds,
+        versions={name: facts.versions[name] for name in LIBRARIES if name in facts.versions},
+        refusal=refusal,
+        few_steps=isinstance(train.get("steps"), int) and few_steps(train["steps"]),
+        memorised=not refusal.startswith(REPEATS)
+        and any(line.question == "Memorised?" and line.level == BAD for line in sections.verdict_lines(facts)),
         training=sections.training(facts.metrics),
         preference=figures_of(facts.metrics.get("align") or {}),
         evaluation=evaluation,
         verdict=sections.verdict_lines(facts),
-        warnings=sections.warnings(facts),
         measured_on=Markdown(measured_on),
         samples=sections.samples(facts),
         certificate=sections.certificate_words(facts.certificate),
-        loading=loading(kind, repo, facts),
-        limits=sections.limits(kind, facts),
         recipe_text=sections.without_folders(facts.recipe_text, facts.recipe),
     )
 
 
 def _dataset_card(repo: str, facts: Facts) -> str:
     columns = dict.fromkeys(name for split in facts.rows.values() for name in split["columns"])
-    return _template(_DATASET).render(
+    return _template("dataset.jinja").render(
         metadata=Markdown(_dataset_metadata(facts)),
         repo=repo,
         name=facts.recipe.name,
@@ -274,14 +122,20 @@ def _dataset_card(repo: str, facts: Facts) -> str:
     )
 
 
-def _template(text: str) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(  # noqa: S701 - jinja2 escapes HTML; `finalize` escapes Markdown, with its HTML
-        undefined=jinja2.StrictUndefined, finalize=escaped, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(CARDS),
+        undefined=jinja2.StrictUndefined,
+        finalize=escaped,
+        keep_trailing_newline=True,
     )
-    environment.filters.update(code=code, fence=fence)
-    return environment.from_string(text)
+    literal, verbatim = (lambda value: Markdown(repr(value))), Markdown
+    environment.filters.update(
+        code=code, duration=duration, fence=fence, literal=literal, number=number, verbatim=verbatim
+    )
+    return environment.get_template(name)
 
 
 def _metadata(kind: Kind, repo: str, facts: Facts) -> str:
@@ -331,25 +185,3 @@ def _size(rows: int) -> str:
 
 def _datasets(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(s.id for s in recipe.data if isinstance(s, HubSource)))
-
-
-def _summary(kind: Kind, facts: Facts) -> str:
-    trained = "QLoRA" if facts.recipe.quantization else "LoRA"
-    what = "adapter for" if kind == "adapter" else "fine-tune of"
-    forms = {"gguf": ", as GGUF files for llama.cpp and Ollama"} | {k: f", quantised to {k}" for k in HF_KINDS}
-    form = forms.get(kind, "")
-    return f"{facts.recipe.name}: a {trained} {what} {facts.base['id']}, trained by supervised fine-tuning{form}."
-
-
-def _kind_words(kind: Kind, recipe: Recipe) -> str:
-    if kind == "merged":
-        return "the whole model, the adapter merged into its weights"
-    if kind in HF_WORDS:
-        return f"the merged model, {HF_WORDS[kind]}; embeddings and head are not quantised"
-    if kind == "gguf":
-        kinds: list[str] = list(recipe.export.gguf) if recipe.export else []
-        return f"the merged model as {', '.join(kinds)}, with an Ollama Modelfile for the first"
-    lora, quantization = recipe.lora, recipe.quantization
-    stored = f"{quantization.type}{' with double quantisation' if quantization.double else ''}" if quantization else ""
-    over = f", trained over the base in {stored}" if stored else ""
-    return f"a LoRA adapter of rank {lora.r}, alpha {number(lora.alpha)}, on {lora.targets}{over}"

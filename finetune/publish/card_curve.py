@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from finetune.utils import svg as plots
 
 STYLE = (
@@ -22,18 +24,33 @@ STYLE = (
 HELD_OUT = ("held_out_loss", "eval_loss")
 
 
-def training_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[bytes, str]:
-    """Return (SVG file, caption) of the loss over optimiser steps; (b"", "") with fewer than two steps."""
-    loss, held = _points(steps, "loss"), _points(steps, *HELD_OUT)
-    if len(loss) < 2:
-        return b"", ""
-    window = max(2, len(loss) // 15)
+def points(steps: Sequence[Mapping[str, Any]], *names: str, scale: float = 1.0) -> list[tuple[float, float]]:
+    """Return (step, value) of the lines of metrics.jsonl that have one of these figures."""
+    return [
+        (float(s["step"]), float(s[n]) * scale) for s in steps if "step" in s for n in names if s.get(n) is not None
+    ]
+
+
+def loss_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[Markup, str]:
+    """Return (chart, caption) of the loss over optimiser steps, both empty without a finite loss."""
+    loss, held = [p for p in points(steps, "loss") if math.isfinite(p[1])], points(steps, *HELD_OUT)
+    if not loss:
+        return Markup(""), ""
+    window, run = max(2, len(loss) // 15), plots.thinning(len(loss))
     lines = [plots.Line(loss, "faint"), plots.Line(plots.smoothed(loss, window))]
     lines += [plots.Line(held, "dots")] if held else []
-    words = f"Loss over {len(loss)} logged steps: first {loss[0][1]:.4g}, last {loss[-1][1]:.4g}"
-    svg = standalone(str(plots.lines(words, lines, "optimiser step", "loss, nats per token")))
-    note = f"{words}. Thin: as logged; bold: the mean of the last {window}." + (" Dots: held-out rows." if held else "")
-    return svg.encode(), note
+    label = f"Loss over {len(loss)} logged steps: first {loss[0][1]:.4g}, last {loss[-1][1]:.4g}"
+    thin = "as logged" if run == 1 else f"the mean of every {run} steps"
+    words = f"{label}. Thin: {thin}; bold: the mean of the last {window}." + (" Dots: held-out rows." if held else "")
+    return plots.lines(label, lines, "optimiser step", "loss, nats per token"), words
+
+
+def training_curve(steps: Sequence[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """Return (SVG file, caption) of the loss over optimiser steps; (b"", "") with fewer than two steps."""
+    if sum(math.isfinite(y) for _, y in points(steps, "loss")) < 2:
+        return b"", ""
+    chart, words = loss_curve(steps)
+    return standalone(str(chart)).encode(), words
 
 
 def standalone(drawn: str) -> str:
@@ -42,8 +59,3 @@ def standalone(drawn: str) -> str:
     size = f'xmlns="http://www.w3.org/2000/svg" width="{2 * plots.WIDTH:.0f}" height="{2 * plots.HEIGHT:.0f}"'
     ground = '<rect width="100%" height="100%" fill="#fff"/>'
     return f"{head.replace('<svg', f'<svg {size}', 1)}><style>{STYLE}</style>{ground}{body}\n"
-
-
-def _points(steps: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[float, float]]:
-    points = [(float(s["step"]), float(s[n])) for s in steps if "step" in s for n in names if s.get(n) is not None]
-    return [p for p in points if math.isfinite(p[1])]

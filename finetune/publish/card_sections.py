@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from finetune.eval.answer_metrics import words_of
-from finetune.eval.metrics import never_stops
-from finetune.eval.verdict import BAD, REPEATS, Line, few_steps
+from finetune.eval.verdict import Line
 from finetune.hub.client import HF_KINDS, Kind
 from finetune.publish.facts import Facts, Json
 from finetune.publish.markdown import Markdown, code, escaped
 from finetune.recipe import Generate, HubSource, LocalSource, Recipe
 from finetune.synth.judge import words_of as judge_words
-from finetune.utils.format import number, task_figures
+from finetune.utils.format import clipped, number, task_figures
 
 FUNNEL = ("ingest", "filter", "dedup", "decontaminate", "sample", "split")
 ROWS = ("rows_out", "rows", "rows_kept", "kept", "train_rows")
 EVALUATION = ("perplexity_base", "perplexity_adapter", "perplexity_merged", "stop_rate")
-TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # reported in the machine section
+TRAINED_ELSEWHERE = ("device", "processes", "peak_memory_bytes", "tokens_per_second")  # reported in the template
 LONGEST_LIST, LONGEST_SAMPLE = 12, 600
 
 
@@ -89,28 +88,8 @@ def funnel(metrics: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def machine(facts: Facts) -> list[str]:
-    """On what the training ran, how long it took and how much memory it held."""
-    train = facts.metrics.get("train") or {}
-    lines = []
-    if train.get("device"):
-        processes = train.get("processes", 1)
-        lines.append(f"Hardware: {train['device']}" + (f", {processes} processes" if processes != 1 else ""))
-    if "train" in facts.seconds:
-        speed = f", {number(train['tokens_per_second'])} tokens a second" if train.get("tokens_per_second") else ""
-        lines.append(f"Time: {_duration(facts.seconds['train'])} for the training stage{speed}")
-        if others := sum(s for stage, s in facts.seconds.items() if stage != "train"):
-            lines.append(f"Time of the other stages together: {_duration(others)}")
-    if isinstance(peak := train.get("peak_memory_bytes"), int) and peak:
-        lines.append(f"Peak memory while training: {peak / 1e9:.2f} GB")
-    if facts.versions:
-        names = [n for n in ("torch", "transformers", "trl", "peft", "bitsandbytes") if n in facts.versions]
-        lines.append("Libraries: " + ", ".join(f"{n} {facts.versions[n]}" for n in names))
-    return lines
-
-
 def training(metrics: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """Return the training metrics that `machine` does not report."""
+    """Return the training metrics that the lines on the machine do not report."""
     return figures({k: v for k, v in (metrics.get("train") or {}).items() if k not in TRAINED_ELSEWHERE})
 
 
@@ -175,13 +154,6 @@ def _value_text(value: object) -> str:
     return number(value) if isinstance(value, (str, int, float)) else ""
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def certificate_words(certificate: Json | None) -> str:
     """Return the certificate in one or two sentences."""
     if certificate is None:
@@ -207,64 +179,17 @@ def samples(facts: Facts) -> list[dict[str, str]]:
     """Return prompt and answers of base and adapter, each with at most LONGEST_SAMPLE characters."""
     lines = []
     for line in facts.samples:
-        answers = {who: f"{_clipped(line[who]['text'])}" for who in ("base", "adapter")}
+        answers = {who: clipped(line[who]["text"].strip("\n"), LONGEST_SAMPLE) for who in ("base", "adapter")}
         ends = {f"{who}_end": "" if line[who]["finish"] == "stop" else " (did not end)" for who in ("base", "adapter")}
-        lines.append({"id": str(line["id"]), "prompt": _clipped(line["prompt"]), **answers, **ends})
+        lines.append(
+            {"id": str(line["id"]), "prompt": clipped(line["prompt"].strip("\n"), LONGEST_SAMPLE), **answers, **ends}
+        )
     return lines
 
 
 def verdict_lines(facts: Facts) -> tuple[Line, ...]:
     """Return the verdict without its last line, which is advice for the publisher."""
     return facts.verdict.lines[:-1] if facts.verdict else ()
-
-
-def warnings(facts: Facts) -> list[str]:
-    """Return warnings for the reader: no difference from the base, few steps, memorised rows."""
-    lines = []
-    train, evaluate = (facts.metrics.get(stage) or {} for stage in ("train", "evaluate"))
-    if facts.verdict and facts.verdict.refusal:
-        lines.append(f"Warning: {facts.verdict.refusal}.")
-    if isinstance(train.get("steps"), int) and few_steps(train["steps"]):
-        lines.append(f"Warning: trained for {train['steps']} optimiser steps only.")
-    has_warned = facts.verdict is not None and facts.verdict.refusal.startswith(REPEATS)
-    if (
-        not has_warned
-        and facts.verdict
-        and any(line.question == "Memorised?" and line.level == BAD for line in facts.verdict.lines)
-    ):
-        lines.append("Warning: it repeats its training rows (see Evaluation).")
-    return lines if evaluate or train else []
-
-
-def _clipped(text: str) -> str:
-    printable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text).strip("\n")
-    return printable if len(printable) <= LONGEST_SAMPLE else printable[:LONGEST_SAMPLE] + " …"
-
-
-def limits(kind: Kind, facts: Facts) -> list[str]:
-    """Return limits: what was not tried, measured or stated."""
-    recipe = facts.recipe
-    scored = (facts.metrics.get("evaluate") or {}).get("tasks")
-    lines = [
-        f"Trained on sequences of at most {recipe.render.max_length_tokens:,} tokens; longer ones were not tried.",
-        f"Neither truthfulness nor safety{'' if scored else ', nor any public benchmark,'} was measured.",
-        "The base's own licence and limits apply, and those of the data.",
-    ]
-    if recipe.publish.license is None:
-        lines.append("No licence was stated for this repository.")
-    if not facts.metrics.get("evaluate"):
-        lines.append("Nothing was measured on held-out rows.")
-    if words := never_stops(facts.metrics.get("evaluate") or {}, "Give a limit of new tokens."):
-        lines.insert(0, words)
-    if kind != "adapter" and facts.certificate is None:
-        lines.append("The merge is not certified.")
-    exported = (facts.metrics.get("export") or {}) if kind in ("gguf", *HF_KINDS) else {}
-    if kind == "gguf" and not exported.get("tokenizer_exact", True):
-        text = exported.get("tokenizer_differs", "some text")
-        lines.append(f"llama.cpp reads {text} in other tokens than the tokenizer that was trained with.")
-    if why := exported.get("perplexity_unknown"):
-        lines.append(f"What the quantisation costs was not measured: {why}.")
-    return lines
 
 
 def without_folders(text: str, recipe: Recipe) -> str:

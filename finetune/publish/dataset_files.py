@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.data.records import Example, batches, read_rows
+from finetune.data.records import batches, read_rows
 from finetune.errors import InputError
 from finetune.utils.secrets import find_secrets
 
@@ -28,7 +29,7 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with_extra, with_text, with_tools, with_learn = False, False, False, False
+    used = set()  # optional columns that some row has
     for row in read_rows(source):
         scanned = [
             row.joined("system", "user", "assistant", "tool"),
@@ -39,24 +40,16 @@ def write_curated(source: Path, target: Path) -> dict[str, Any]:
             raise InputError(
                 f"cannot publish the rows: {row.id} holds {secrets[0].split(' in line')[0]}; remove it and run again"
             )
-        with_extra = with_extra or any(m.extra is not None for m in row.messages)
-        with_text = with_text or row.text is not None
-        with_tools = with_tools or row.tools is not None
-        with_learn = with_learn or not all(m.learn for m in row.messages)
-    fields = [("role", pa.string()), ("content", pa.string())] + ([("extra", pa.string())] if with_extra else [])
-    fields += [("learn", pa.bool_())] if with_learn else []
+        used |= {name for name in ("text", "tools") if getattr(row, name) is not None}
+        used |= {"extra" for m in row.messages if m.extra is not None} | {"learn" for m in row.messages if not m.learn}
+    optional = [("extra", pa.string()), ("learn", pa.bool_())]
+    fields = [("role", pa.string()), ("content", pa.string()), *(field for field in optional if field[0] in used)]
     columns = [("id", pa.string()), ("source", pa.string()), ("messages", pa.list_(pa.struct(fields)))]
-    texts = [("text", with_text), ("tools", with_tools)]
-    schema = pa.schema(columns + [(name, pa.string()) for name, there in texts if there])
+    schema = pa.schema(columns + [(name, pa.string()) for name in ("text", "tools") if name in used])
     target.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for batch in batches(read_rows(source), CHUNK):
             count += len(batch)
-            writer.write_table(pa.Table.from_pylist([_as_dict(row) for row in batch], schema))
+            writer.write_table(pa.Table.from_pylist([asdict(row) for row in batch], schema))
     return {"rows": count, "columns": schema.names}
-
-
-def _as_dict(row: Example) -> dict[str, object]:
-    messages = [{"role": m.role, "content": m.content, "extra": m.extra, "learn": m.learn} for m in row.messages]
-    return {"id": row.id, "source": row.source, "messages": messages, "text": row.text, "tools": row.tools}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.eval.verdict import Verdict
 from finetune.hub.client import Kind
@@ -18,16 +18,14 @@ class Facts:
     """Facts about a run that the model card needs. Unknown values are absent."""
 
     recipe: Recipe
-    recipe_text: str  # as it was written
+    recipe_text: str  # as it was written, with the `--set` options of the run
     metrics: Mapping[str, Json]  # stage → its metrics
-    base: Json  # base.json: id, kind, revision, parameters
+    base: Json = field(default_factory=dict)  # base.json: id, kind, revision, parameters
     certificate: Json | None = None
     template: Json | None = None  # template.json: name, sha256, terminators (token ids), pad_token
     seconds: Mapping[str, float] = field(default_factory=dict)  # stage → how long it took
     versions: Mapping[str, str] = field(default_factory=dict)  # library → version, while training
-    sources: Sequence[
-        Json
-    ] = ()  # for each of recipe.data and eval_data what pinned it: commit, digest or version of Python
+    sources: Sequence[Json] = ()  # what pinned each of data and eval_data: commit, digest or version of Python
     licences: Mapping[str, str] = field(default_factory=dict)  # "model ID" or "dataset ID" → its licence on the Hub
     steps: Sequence[Json] = ()  # the lines of metrics.jsonl
     samples: Sequence[Json] = ()  # the lines of samples.jsonl that may be shown
@@ -36,16 +34,14 @@ class Facts:
     verdict: Verdict | None = None  # on the run as a whole
 
 
+def with_sets(text: str, sets: Sequence[str]) -> str:
+    """Return a recipe's text with the `--set` options of its run as comments."""
+    return "\n".join([text.rstrip("\n"), *(f"# --set {s}" for s in sets)]) + "\n"
+
+
 @dataclass(frozen=True)
 class Card:
     """README.md and the files that it shows."""
 
     text: str
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-class CardWriter(Protocol):
-    """Type of `publish.card.write_card`, which is passed as an argument."""
-
-    def __call__(self, kind: Kind, repo: str, facts: Facts) -> Card:
-        """Return the card of one push."""

@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,14 @@ from finetune.errors import GateRefused, InputError
 from finetune.eval.verdict import REPEATS, verdict_of
 from finetune.hub.client import Kind, require_token
 from finetune.publish import private_rows
+from finetune.publish.card import write_card
 from finetune.publish.contents import CARD, collect
-from finetune.publish.facts import CardWriter, Facts
+from finetune.publish.facts import Facts
 from finetune.recipe import HubSource, Recipe
 from finetune.utils.files import read_json, write_json
 from finetune.utils.limits import require_space
 
 RECEIPT = "publish.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Facts about the published run from `run.json` and the manifests."""
-
-    folder: Path  # the run's folder, for the receipt
-    recipe_text: str  # text of the user's file
-    metrics: Mapping[str, Mapping[str, Any]]  # stage → its metrics
-    sets: Sequence[str] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    sources: Sequence[Mapping[str, Any]] = ()  # ingest's fingerprint of each source, those of eval_data last
 
 
 @dataclass(frozen=True)
@@ -70,26 +58,24 @@ def repositories(recipe: Recipe, repo: str | None) -> dict[Kind, str]:
 
 
 def publish(
-    recipe: Recipe,
-    run: Run,
+    facts: Facts,
+    run_folder: Path,
     folders: Mapping[str, Path],
     repo: str | None,
     dry_run: bool,
     ctx: Context,
-    card: CardWriter,
     *,
     force: bool = False,
 ) -> dict[str, Any]:
     """Stage each kind in a separate folder under `ctx.scratch`, push it, compare, load it, and write the receipt.
 
     Args:
-        recipe: the recipe of the run with its `publish` section.
-        run: facts about the run.
+        facts: the recipe with its `publish` section, and the records of its run; the rest is read from `folders`.
+        run_folder: where the receipt is written.
         folders: stage → finished folder; contents.NEEDED lists those that a kind needs.
         repo: instead of `publish.repo`.
         dry_run: only list what would be pushed, with the cards; no network, no receipt.
         ctx: scratch folder and progress output.
-        card: writes README.md.
         force: push although the adapter does not differ from its base, or is worse.
 
     Returns:
@@ -102,12 +88,12 @@ def publish(
             trained one.
         FinetuneError: other errors of the Hub; the disk is too small for a copy.
     """
-    targets = repositories(recipe, repo)
+    recipe, targets = facts.recipe, repositories(facts.recipe, repo)
     if not dry_run:
         require_token(next(iter(targets.values())))
     ctx.scratch.mkdir(parents=True, exist_ok=True)
-    with _folder(ctx, "publish-made-") as made:
-        facts = _facts(recipe, run, folders, targets)
+    with _folder(ctx, "publish-made") as made:
+        facts = _with_files(facts, folders, targets)
         _check_worth(facts, list(targets), ctx, force=force, dry_run=dry_run)
         if line := private_rows.private_text(recipe, folders, "this push"):
             ctx.say(line)
@@ -115,14 +101,16 @@ def publish(
         facts = replace(facts, licences=_licences(facts, list(targets), ctx, ask=not dry_run))
         prepared = []
         for kind, (contents, rows) in collected.items():
-            written = card(kind, targets[kind], replace(facts, rows=rows))
-            prepared.append(
-                Prepared(kind, targets[kind], contents | _written(written.files, made / kind), written.text)
-            )
+            card = write_card(kind, targets[kind], replace(facts, rows=rows))
+            for name, content in card.files.items():
+                contents[name] = made / kind / name
+                contents[name].parent.mkdir(parents=True, exist_ok=True)
+                contents[name].write_bytes(content)
+            prepared.append(Prepared(kind, targets[kind], contents, card.text))
         receipt: dict[str, Any] = {"recipe": recipe.name, "dry_run": dry_run, "licences": dict(facts.licences)}
         receipt["pushes"] = [_push_summary(push, ctx) for push in prepared] if dry_run else []
         for push in [] if dry_run else prepared:
-            _push(push, recipe, folders, receipt, run.folder / RECEIPT, ctx)
+            _push(push, recipe, folders, receipt, run_folder / RECEIPT, ctx)
     return receipt
 
 
@@ -133,8 +121,13 @@ def _push(
     from finetune.publish.verify import check_loaded
 
     template = folders["render"] / "template" if "render" in folders else None
-    with _staged(push, ctx) as folder:
-        ctx.say(f"pushing {push.kind} to {push.repo}: {len(push.contents) + 1} files, {_megabytes(folder)}")
+    with _folder(ctx, "publish") as folder:
+        for name, source in push.contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source.resolve(), folder / name)
+        (folder / CARD).write_text(push.card, encoding="utf-8")
+        total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        ctx.say(f"pushing {push.kind} to {push.repo}: {len(push.contents) + 1} files, {total / 1e6:,.1f} MB")
         private, message = recipe.publish.private, f"{recipe.name}: {push.kind}"
         done = push_folder(folder, push.repo, push.kind, private, message, ctx.say)
         receipt["pushes"].append(done)
@@ -145,27 +138,19 @@ def _push(
     ctx.say(f"{'pushed' if done['new_commit'] else 'already there'}, every hash equal: {done['url']}{also}")
 
 
-def _facts(recipe: Recipe, run: Run, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
-    """Return the input of the cards; the recipe's text includes the `--set` options of the run."""
-    text = "\n".join([run.recipe_text.rstrip("\n"), *(f"# --set {s}" for s in run.sets)]) + "\n"
-    template = _optional_json(folders.get("render"), "template/template.json")
+def _with_files(facts: Facts, folders: Mapping[str, Path], targets: Mapping[Kind, str]) -> Facts:
+    """Return the input of the cards: the records of a run, with what its stages' files hold."""
     if "base" not in folders:
         raise InputError("cannot publish: stage base is not finished; run the recipe first")
-    samples = _lines(folders.get("evaluate"), "samples.jsonl")[: private_rows.samples_shown(recipe)]
-    return Facts(
-        recipe=recipe,
-        recipe_text=text,
-        metrics=run.metrics,
+    return replace(
+        facts,
         base=read_json(folders["base"] / "base.json"),
         certificate=_optional_json(folders.get("certify"), "certificate.json"),
-        template=template,
-        seconds=run.seconds,
-        versions=run.versions,
-        sources=run.sources,
+        template=_optional_json(folders.get("render"), "template/template.json"),
         steps=_lines(folders.get("train"), "metrics.jsonl"),
-        samples=samples,
+        samples=_lines(folders.get("evaluate"), "samples.jsonl")[: private_rows.samples_shown(facts.recipe)],
         siblings=targets,
-        verdict=verdict_of(run.metrics, folders),
+        verdict=verdict_of(facts.metrics, folders),
     )
 
 
@@ -211,33 +196,12 @@ def _licences(facts: Facts, kinds: list[Kind], ctx: Context, *, ask: bool) -> di
     return licences
 
 
-def _written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
-    """Write the files that a card shows; used only in the push."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return {name: folder / name for name in files}
-
-
 @contextmanager
-def _folder(ctx: Context, prefix: str) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=ctx.scratch))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _staged(push: Prepared, ctx: Context) -> Iterator[Path]:
-    """Yield a folder under scratch with the files to push: hard links, or copies if links are not supported."""
-    with _folder(ctx, "publish-") as folder:
-        for name, source in push.contents.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source.resolve(), place)
-        (folder / CARD).write_text(push.card, encoding="utf-8")
-        yield folder
+def _folder(ctx: Context, kind: str) -> Iterator[Path]:
+    """Yield a new folder under scratch, named after this process: `clean` removes it if the process was killed."""
+    prefix = f"{kind}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=ctx.scratch, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _link_or_copy(source: Path, place: Path) -> None:
@@ -255,10 +219,6 @@ def _push_summary(push: Prepared, ctx: Context) -> dict[str, Any]:
     ctx.say(f"would push {push.kind} to {push.repo}: {len(sizes)} files, {total / 1e6:,.1f} MB; nothing was sent")
     files = [{"path": name, "bytes": size} for name, size in sorted(sizes.items())]
     return {"kind": push.kind, "repo": push.repo, "files": files, "bytes": total, "card": push.card}
-
-
-def _megabytes(folder: Path) -> str:
-    return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any] | None:

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from finetune.context import Context
 from finetune.errors import FinetuneError
+from finetune.eval.scoring import row_nll
+from finetune.tokenization.token_rows import TokenRow
 from finetune.utils.files import read_json
 from finetune.utils.quiet import quiet
 from finetune.utils.safetensors_io import read_folder, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from finetune.context import Context
-    from finetune.tokenization.token_rows import TokenRow
 
 # Appendix E of the QLoRA paper, https://arxiv.org/abs/2305.14314
 NF4 = (
@@ -60,8 +61,6 @@ class QuantizedWeights:
         return self._int4(name, scale)
 
     def _int4(self, name: str, scale: torch.Tensor) -> torch.Tensor:
-        import torch
-
         rows, width = self._refs[f"{name}_shape"].load().tolist()
         packed = self._refs[f"{name}_packed"].load()
         weight = torch.empty(rows, width)
@@ -71,8 +70,6 @@ class QuantizedWeights:
         return weight
 
     def _nf4(self, name: str) -> torch.Tensor:
-        import torch
-
         state = json.loads(bytes(self._refs[f"{name}.quant_state.bitsandbytes__nf4"].load().tolist()))
         packed, scale = self._refs[name].load().view(-1), self._refs[f"{name}.absmax"].load()
         weight = torch.empty(len(packed), 2)
@@ -89,8 +86,6 @@ class QuantizedWeights:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make the linear layers of `model` round their inputs as the format does: fp8, one scale per token."""
-        from torch import nn
-
         groups = self.settings.get("config_groups") or {}
         if not any(group["input_activations"] for group in groups.values()):
             return
@@ -105,10 +100,6 @@ class QuantizedWeights:
         compressed-tensors and bitsandbytes turn what is stored into weights, which must be those read here; `rows` must
         have the perplexity that was computed here, to 1 %. Raises FinetuneError if one differs.
         """
-        import torch
-
-        from finetune.eval.scoring import row_nll
-
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(redirect_stderr(StringIO()))  # bars and lines of compressed-tensors
@@ -136,9 +127,6 @@ class QuantizedWeights:
 
 def load(folder: Path) -> PreTrainedModel:
     """Return the model of a quantised folder as transformers loads it, computing in fp32 on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     # typed Any: transformers' auto classes carry no annotations
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     for module in model.modules():
@@ -149,8 +137,6 @@ def load(folder: Path) -> PreTrainedModel:
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the weights of a loaded model by name, fp32, decompressed by its own library."""
-    from bitsandbytes.functional import dequantize_4bit
-
     weights = {}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
@@ -161,7 +147,5 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _through_fp8(values: torch.Tensor) -> torch.Tensor:
     """Round to float8_e4m3fn and back, with the scale of each token's (last dimension's) largest magnitude."""
-    import torch
-
     scale = (values.abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(values.dtype).tiny)
     return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(values.dtype) * scale

@@ -11,20 +11,29 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from finetune.context import Context
 from finetune.errors import InputError
+from finetune.merge.nf4_round_trip import quantize_nf4
 from finetune.models.loading import copy_clean, more_templates
+from finetune.models.skeleton import read_skeleton
 from finetune.quantized import formats
 from finetune.quantized.formats import GROUP, Stored
 from finetune.recipe.outlets import HfKind
 from finetune.utils.files import read_json, write_json
 from finetune.utils.limits import require_space
-from finetune.utils.safetensors_io import ITEM_BYTES, TensorRef, TensorShape, plan_shards, read_folder, write_shards
-
-if TYPE_CHECKING:
-    import torch
+from finetune.utils.safetensors_io import (
+    ITEM_BYTES,
+    TensorRef,
+    TensorShape,
+    plan_shards,
+    read_folder,
+    torch_dtype,
+    write_shards,
+)
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MB in fp32
 SHARD_BYTES = 5_000_000_000
@@ -53,19 +62,12 @@ class Plan:
             for name, (ref, part) in self.parts.items()
         ]
 
-    @property
-    def needed_bytes(self) -> int:
-        """Return the bytes of the folder, at most."""
-        return plan_shards(self.shapes, SHARD_BYTES).file_bytes + SPARE_BYTES
-
 
 def plan(folder: Path, kind: HfKind) -> Plan:
     """Plan the quantised copy of the merged model in `folder` from its headers and config.json.
 
     Raises InputError for a model that has no such format.
     """
-    from finetune.models.skeleton import read_skeleton
-
     config = read_json(folder / "config.json")
     if why := formats.problem(config, [kind]):
         raise InputError(f"export.hf: {why}")
@@ -93,8 +95,8 @@ def plan(folder: Path, kind: HfKind) -> Plan:
 def write(folder: Path, out: Path, planned: Plan, ctx: Context) -> int:
     """Write the planned copy of `folder` to the new folder `out`, synced to disk; return the bytes of its weights."""
     out.mkdir()
-    require_space(out, planned.needed_bytes, f"export: {planned.kind}", "ask for fewer formats")
     shards = plan_shards(planned.shapes, SHARD_BYTES)
+    require_space(out, shards.file_bytes + SPARE_BYTES, f"export: {planned.kind}", "ask for fewer formats")
     names = [t.name for t in shards.tensors]
     tracked = ctx.track(names, f"export {planned.kind}", len(names))
     pieces = ((name, piece) for name in tracked for piece in _pieces(planned.kind, *planned.parts[name]))
@@ -116,8 +118,6 @@ def write(folder: Path, out: Path, planned: Plan, ctx: Context) -> int:
 
 def _pieces(kind: HfKind, ref: TensorRef, part: Stored | None) -> Iterator[torch.Tensor]:
     """Yield one written tensor in pieces of whole rows."""
-    import torch
-
     if part is None:
         yield from _rows(ref) if len(ref.shape) == 2 else [ref.load()]
     elif part.suffix == "_shape":
@@ -137,10 +137,6 @@ def _pieces(kind: HfKind, ref: TensorRef, part: Stored | None) -> Iterator[torch
 
 def _rows(ref: TensorRef) -> Iterator[torch.Tensor]:
     """Yield a matrix in blocks of rows, in its own dtype."""
-    import torch
-
-    from finetune.utils.safetensors_io import torch_dtype
-
     rows, width = ref.shape
     row_bytes = width * ITEM_BYTES[ref.dtype]
     step = max(1, BLOCK_ELEMENTS // max(1, width))
@@ -153,15 +149,11 @@ def _rows(ref: TensorRef) -> Iterator[torch.Tensor]:
 
 def _scale(highest: torch.Tensor, largest: float, dtype: torch.dtype) -> torch.Tensor:
     """Return the scale that maps `highest` to `largest`, rounded to `dtype`, never 0."""
-    import torch
-
     return (highest / largest).to(dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _fp8(rows: torch.Tensor, suffix: str) -> torch.Tensor:
     """float8_e4m3fn with one scale per output channel."""
-    import torch
-
     values = rows.float()
     scale = _scale(values.abs().amax(dim=1, keepdim=True), FP8_MAX, rows.dtype)
     if suffix == "_scale":
@@ -171,9 +163,6 @@ def _fp8(rows: torch.Tensor, suffix: str) -> torch.Tensor:
 
 def _int4(rows: torch.Tensor, suffix: str) -> torch.Tensor:
     """Integers -8 … 7 with one scale per GROUP inputs; eight per int32, the first in the lowest bits, offset by 8."""
-    import numpy as np
-    import torch
-
     groups = rows.float().view(len(rows), -1, GROUP)
     scale = _scale(groups.abs().amax(dim=2), INT4_HALF, rows.dtype)
     if suffix == "_scale":
@@ -185,7 +174,5 @@ def _int4(rows: torch.Tensor, suffix: str) -> torch.Tensor:
 
 def _nf4(rows: torch.Tensor, suffix: str) -> torch.Tensor:
     """NF4 as bitsandbytes stores it, with one fp32 scale per 64 weights, without double quantisation."""
-    from finetune.merge.nf4_round_trip import quantize_nf4
-
     packed, scales = quantize_nf4(rows)
     return packed if suffix == "" else scales

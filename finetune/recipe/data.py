@@ -7,9 +7,9 @@ docs/recipe-reference.md from it by parsing this file (pydantic's `use_attribute
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -59,13 +59,25 @@ Format = Literal[
 PAIR_FORMATS = ("preference", "kto")
 
 
+Contradiction = tuple[tuple[str | int, ...], str]  # the field's path, and what is wrong with it
+T = TypeVar("T")
+
+
 class Section(BaseModel):
-    """Base class of all recipe sections."""
+    """Base class of all recipe sections; `_contradictions` yields what is wrong with fields that are valid alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
 
+    def _contradictions(self) -> Iterator[Contradiction]:
+        yield from ()
 
-def refuse(mistakes: Sequence[tuple[tuple[str | int, ...], str]]) -> None:
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        refuse(list(self._contradictions()))
+        return self
+
+
+def refuse(mistakes: Sequence[Contradiction]) -> None:
     """Raise one validation error for each (field's path, sentence); call it inside a validator. No effect if empty."""
     if mistakes:
         details: list[InitErrorDetails] = [
@@ -87,11 +99,6 @@ def local_path(text: str) -> Path:
     return path
 
 
-def is_folder_name(name: str) -> bool:
-    """Return whether a model's name is a local folder: it has a form that Hub names cannot have."""
-    return name.startswith(("/", "./", "../", "~")) or not re.fullmatch(HUB_NAME, name)
-
-
 def resolve_path(value: str, info: ValidationInfo) -> Path:
     """Return a path of the recipe as an absolute one: next to the recipe, else under the working directory.
 
@@ -100,7 +107,8 @@ def resolve_path(value: str, info: ValidationInfo) -> Path:
     path = local_path(value)
     if path.is_absolute():
         return path
-    stays_inside(path, value)
+    if ".." in path.parts:
+        raise ValueError(f"{value!r} leaves the recipe's folder; use a path inside it or an absolute path, /…")
     context = info.context or {}
     beside = Path(context.get("folder", ".")).absolute() / path
     return beside if beside.exists() else Path(context.get("working_folder", ".")).absolute() / path
@@ -130,19 +138,51 @@ def resolve_paths(value: object, info: ValidationInfo) -> object:
     return beside if parts and next(parts[0].glob(parts[1]), None) is not None else path
 
 
-def path_of(field: str, value: str, info: ValidationInfo, written: str | None = None) -> Path:
-    """`resolve_path` whose error names the field; `written` is the value in the file if it has a prefix."""
+def with_path(
+    value: object,
+    info: ValidationInfo,
+    field: str,
+    into: str,
+    *,
+    how: str,
+    is_path: Callable[[str], bool] = lambda text: True,
+    prefix: str = "",
+    kind: str = "",
+) -> object:
+    """Return a section's raw fields with the path in `field` resolved into `into`, and `kind` and its name in `field`.
+
+    A file may not set `into`: the error tells `how` to write the path. Text for which `is_path` is false stays.
+    `prefix` stands before the path and is kept.
+    """
+    if not isinstance(value, dict):
+        return value
+    if info.context and into in value:  # only a file has a context
+        refuse([((into,), f"unknown field; write {how}")])
+    text = value.get(field)
+    if into in value or not isinstance(text, str) or not is_path(text.removeprefix(prefix)):
+        return value
     try:
-        return resolve_path(value, info)
+        path = resolve_path(text.removeprefix(prefix), info)
     except ValueError as error:
-        refuse([((field,), f"found {(written or value)[:60]!r}; {error}")])
+        refuse([((field,), f"found {text[:60]!r}; {error}")])
         raise
+    return {**value, field: f"{prefix}{kind}{path.name}", into: path}
 
 
-def stays_inside(path: Path, written: str) -> None:
-    """Raise ValueError for a relative path that leaves the recipe's folder."""
-    if not path.is_absolute() and ".." in path.parts:
-        raise ValueError(f"{written!r} leaves the recipe's folder; use a path inside it or an absolute path, /…")
+def used_once(at: tuple[str | int, ...], sources: Sequence[Source], what: str) -> Iterator[Contradiction]:
+    """Yield a contradiction for each source that limits or repeats rows which are used once each."""
+    for number, source in enumerate(sources):
+        for name in ("rows", "weight"):
+            if getattr(source, name) != type(source).model_fields[name].default:
+                yield (*at, number, name), f"{what} are used once each; limit them with take, or leave this out"
+
+
+def each_once(values: list[T]) -> list[T]:
+    """Return a list without repeats as it is. Raises ValueError with the first value that is repeated."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{value} is listed twice; keep one")
+    return values
 
 
 def _compiles(pattern: str) -> str:
@@ -180,15 +220,13 @@ class _SourceFields(Section):
     raw: bool = False
     """With `format: text`: learn the whole text, including user turns and control tokens of a chat template in it."""
 
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.rows is not None and self.weight != 1:
-            refuse([(("rows",), "rows and weight both set how many rows are used; keep one")])
-        if self.rows is not None and self.take is not None and self.rows > self.take:
-            refuse([(("rows",), f"{self.rows} rows are to be used and only take {self.take} are read")])
+            yield ("rows",), "rows and weight both set how many rows are used; keep one"
+        elif self.rows is not None and self.take is not None and self.rows > self.take:
+            yield ("rows",), f"{self.rows} rows are to be used and only take {self.take} are read"
         if self.raw and getattr(self, "format", "auto") != "text":
-            refuse([(("raw",), "raw needs format: text; set that, or remove raw")])
-        return self
+            yield ("raw",), "raw needs format: text; set that, or remove raw"
 
 
 class HubSource(_SourceFields):
@@ -300,18 +338,14 @@ class Dedup(Section):
     @model_validator(mode="before")
     @classmethod
     def _embedding_path(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, dict) and info.context and "embedding_folder" in value:
-            refuse([(("embedding_folder",), "unknown field; write the folder as embedding: /path or ./path")])
-        if not isinstance(value, dict) or not isinstance(value.get("embedding"), str) or "embedding_folder" in value:
-            return value
-        kind = STATIC if value["embedding"].startswith(STATIC) else ""
-        name = value["embedding"].removeprefix(kind)
-        if kind and not name:
-            refuse([(("embedding",), f"found {kind!r}; write a Hub model or a folder after it")])
-        if not name or not is_folder_name(name):
-            return value
-        path = path_of("embedding", name, info, value["embedding"])
-        return {**value, "embedding": f"{kind}folder:{path.name}", "embedding_folder": path}
+        written = value.get("embedding") if isinstance(value, dict) else None
+        static = STATIC if isinstance(written, str) and written.startswith(STATIC) else ""
+        if static and written == static:
+            refuse([(("embedding",), f"found {static!r}; write a Hub model or a folder after it")])
+        return with_path(  # a folder's name has a form that Hub names cannot have
+            value, info, "embedding", "embedding_folder", how="the folder as embedding: /path or ./path",
+            is_path=lambda name: name != "" and not re.fullmatch(HUB_NAME, name), prefix=static, kind="folder:",
+        )  # fmt: skip
 
 
 class Decontaminate(Section):
@@ -339,26 +373,17 @@ class Sample(Section):
     clusters: Annotated[int, Field(ge=2)] | None = None
     """Clusters for diverse; null takes the square root of the number of rows, at most `diverse`."""
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        rules = {"top_k": self.top_k, "random": self.random, "diverse": self.diverse}
-        asked = [name for name, rows in rules.items() if rows]
+    def _contradictions(self) -> Iterator[Contradiction]:
+        asked = [name for name in ("top_k", "random", "diverse") if getattr(self, name)]
         if len(asked) > 1:
-            raise ValueError(f"{' and '.join(asked)} are {('two', 'three')[len(asked) - 2]} different rules: keep one")
+            yield (), f"{' and '.join(asked)} are different rules: keep one"
         if self.by != "tokens" and not self.top_k:
-            refuse([(("by",), "only top_k ranks rows; add top_k, or remove by")])
+            yield ("by",), "only top_k ranks rows; add top_k, or remove by"
         if self.clusters is not None and not self.diverse:
-            refuse([(("clusters",), "only diverse makes clusters; add diverse, or remove clusters")])
+            yield ("clusters",), "only diverse makes clusters; add diverse, or remove clusters"
         if self.clusters and self.diverse and self.clusters > self.diverse:
-            refuse(
-                [
-                    (
-                        ("clusters",),
-                        f"{self.clusters} clusters are more than diverse {self.diverse} rows; allowed: at most diverse",
-                    )
-                ]
-            )
-        return self
+            why = f"{self.clusters} clusters are more than diverse {self.diverse} rows; allowed: at most diverse"
+            yield ("clusters",), why
 
 
 class Split(Section):

@@ -6,13 +6,14 @@ The string below a field is its documentation, as in `recipe/data.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, ValidationInfo, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from finetune.recipe.data import LANGUAGE, OWN, Count, Fraction, Pattern, Section, refuse
+from finetune.recipe.data import LANGUAGE, OWN, Contradiction, Count, Fraction, Pattern, Section, refuse
 
 Language = Annotated[str, Field(pattern=LANGUAGE)]
 CONDITION = re.compile(r"\s*([^<>=!\s].*?)\s*(>=|<=|==|!=|>|<|=)\s*(.*?)\s*")
@@ -51,11 +52,9 @@ class Turns(Section):
     max_turns: Count | None = 40
     """Most turns; null sets no limit."""
 
-    @model_validator(mode="after")
-    def _some_row_can_pass(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.max_turns is not None and self.max_turns < self.min_turns:
-            refuse([(("max_turns",), f"{self.max_turns} is under min_turns {self.min_turns}: no row would be kept")])
-        return self
+            yield ("max_turns",), f"{self.max_turns} is under min_turns {self.min_turns}: no row would be kept"
 
 
 class Repetition(Section):
@@ -146,9 +145,8 @@ class Own(Section):
         if not isinstance(value, dict) or not info.context:
             return value
         if "folder" in value:
-            refuse(
-                [(("folder",), "unknown field; a module is searched next to the recipe, then among installed packages")]
-            )
+            why = "unknown field; a module is searched next to the recipe, then among installed packages"
+            refuse([(("folder",), why)])
         return {**value, "folder": Path(info.context.get("folder", ".")).absolute()}
 
 
@@ -197,24 +195,12 @@ class Filter(Section):
     rules: list[Rule] = []
     """Rules by name, in order; a bare name takes the defaults, as in [refusals, {rule: links, max_share: 0.3}]."""
 
-    @model_validator(mode="after")
-    def _some_row_can_pass(self) -> Self:
-        limits = (
-            ("length_tokens", self.min_length_tokens or 0, self.max_length_tokens),
-            ("user_characters", self.min_user_characters, self.max_user_characters),
-            ("assistant_characters", self.min_assistant_characters, self.max_assistant_characters),
-        )
-        refuse(
-            [
-                ((f"max_{what}",), f"{most} is under min_{what} {least}: no row would be kept")
-                for what, least, most in limits
-                if most is not None and most < least
-            ]
-        )
-        return self
-
-    @model_validator(mode="after")
-    def _each_rule_once(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
+        for what in ("length_tokens", "user_characters", "assistant_characters"):
+            least, most = getattr(self, f"min_{what}") or 0, getattr(self, f"max_{what}")
+            if most is not None and most < least:
+                yield (f"max_{what}",), f"{most} is under min_{what} {least}: no row would be kept"
         names = [rule.function if isinstance(rule, Own) else rule.rule for rule in self.rules]
-        refuse([(("rules", i), f"{n} is listed twice; keep one") for i, n in enumerate(names) if n in names[:i]])
-        return self
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                yield ("rules", number), f"{name} is listed twice; keep one"

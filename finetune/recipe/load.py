@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from finetune.errors import InputError
 from finetune.recipe import Recipe
-from finetune.recipe.data import local_path
+from finetune.recipe.data import Contradiction, local_path
 from finetune.recipe.messages import Location, Where, explain, in_file_order, line_of, shortened
 from finetune.utils.format import clipped, did_you_mean
 from finetune.utils.resources import known_recipes
@@ -45,6 +45,10 @@ class LoadedRecipe:
     def line_of(self, *at: str | int) -> str:
         """Return `file:line` (or the --set option) of this field, else of the section it is in."""
         return line_of(at, self.where, str(self.path))
+
+    def located(self, problems: Iterable[Contradiction]) -> list[str]:
+        """Return `file:line: field: sentence` for each problem, in the order of the file."""
+        return in_file_order(f"{self.line_of(*at)}: {'.'.join(map(str, at))}: {why}" for at, why in problems)
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,15 +6,27 @@ The string below a field is its documentation, as in recipe/data.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from finetune.recipe.data import REPOSITORY, REVISION, Count, Pattern, Positive, Section, path_of, refuse
+from finetune.recipe.data import (
+    REPOSITORY,
+    REVISION,
+    Contradiction,
+    Count,
+    Pattern,
+    Positive,
+    Section,
+    each_once,
+    with_path,
+)
 
 RUN_OF_RECIPE = r"\w[\w.-]*(@[\w-]+)?"
+ModuleName = Annotated[str, Field(pattern=r"^\w[\w.]*$", max_length=200)]
 
 
 class Lora(Section):
@@ -38,7 +50,7 @@ class Lora(Section):
     """Another alpha for modules whose name matches."""
     last_layers: Count | None = None
     """Adapt only the last N decoder layers; null adapts all. Not with a regular expression as targets."""
-    modules_to_save: list[Annotated[str, Field(pattern=r"^\w[\w.]*$", max_length=200)]] = []
+    modules_to_save: Annotated[list[ModuleName], AfterValidator(each_once)] = []
     """Modules trained fully in fp32: embed_tokens, lm_head or norms; all others stay frozen."""
     start_from: Annotated[str, Field(min_length=1, max_length=400)] | None = None
     """Adapter to continue: RECIPE (its newest run), RECIPE@RUN, a folder (/… or ./…) or OWNER/NAME@REVISION."""
@@ -49,27 +61,10 @@ class Lora(Section):
     @model_validator(mode="before")
     @classmethod
     def _start(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, dict) and info.context and "start_folder" in value:
-            refuse([(("start_folder",), "unknown field; write the folder as start_from: /path or ./path")])
-        if not isinstance(value, dict) or not isinstance(value.get("start_from"), str) or "start_folder" in value:
-            return value
-        name = value["start_from"]
-        if name.startswith(("/", "./", "~")):
-            path = path_of("start_from", name, info)
-            return {**value, "start_from": f"folder:{path.name}", "start_folder": path}
-        if re.fullmatch(RUN_OF_RECIPE, name):
-            return value  # pipeline/run_view.py resolves it among the recorded runs and sets start_folder
-        repository, _, revision = name.partition("@")
-        if not re.fullmatch(REPOSITORY, repository) or not re.fullmatch(REVISION, revision or "main"):
-            refuse(
-                [
-                    (
-                        ("start_from",),
-                        f"found {name[:60]!r}; allowed: RECIPE, RECIPE@RUN, folder (/… or ./…) or OWNER/NAME@REVISION",
-                    )
-                ]
-            )
-        return value
+        return with_path(
+            value, info, "start_from", "start_folder", how="the folder as start_from: /path or ./path",
+            is_path=lambda name: name.startswith(("/", "./", "~")), kind="folder:",
+        )  # fmt: skip
 
     @property
     def start_run(self) -> tuple[str, str | None] | None:
@@ -79,25 +74,18 @@ class Lora(Section):
         recipe, _, run = self.start_from.partition("@")
         return recipe, run or None
 
-    @model_validator(mode="after")
-    def _layers_of_names(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.last_layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
             why = "allowed only with all-linear or a list of names; put the layers into the regular expression"
-            refuse([(("last_layers",), why)])
-        return self
-
-    @model_validator(mode="after")
-    def _base_of_a_start(self) -> Self:
+            yield ("last_layers",), why
         if self.start_base is not None and self.start_from is None:
-            refuse([(("start_base",), "it describes the adapter of lora.start_from, which is null; remove it")])
-        return self
-
-    @field_validator("modules_to_save")
-    @classmethod
-    def _each_once(cls, names: list[str]) -> list[str]:
-        if twice := [n for i, n in enumerate(names) if n in names[:i]]:
-            raise ValueError(f"{twice[0]} is listed twice; keep one")
-        return names
+            yield ("start_base",), "it describes the adapter of lora.start_from, which is null; remove it"
+        # pipeline/run_view.py resolves the name of a run and sets start_folder
+        if self.start_from is not None and self.start_folder is None and self.start_run is None:
+            repository, _, revision = self.start_from.partition("@")
+            if not re.fullmatch(REPOSITORY, repository) or not re.fullmatch(REVISION, revision or "main"):
+                allowed = "allowed: RECIPE, RECIPE@RUN, folder (/… or ./…) or OWNER/NAME@REVISION"
+                yield ("start_from",), f"found {self.start_from[:60]!r}; {allowed}"
 
     @field_validator("targets")
     @classmethod
@@ -108,18 +96,9 @@ class Lora(Section):
         expression = targets if isinstance(targets, str) and targets != "all-linear" else None
         if expression and re.fullmatch(r"\w+", expression):
             raise ValueError(f"a single name must be a list: [{expression}]")
-        for whole, short, why in (
-            (
-                "lm_head",
-                "lm_head",
-                "TRL cannot train LoRA on lm_head; to train it whole, name it in modules_to_save",
-            ),
-            (
-                "model.embed_tokens",
-                "embed_tokens",
-                "LoRA on it is not supported; to train it whole, name it in modules_to_save",
-            ),
-        ):
-            if any(short in n for n in names) or (expression and re.fullmatch(expression, whole)):
-                raise ValueError(why)
+        for module, why in (("lm_head", "TRL cannot train LoRA on lm_head"),
+                            ("model.embed_tokens", "LoRA on it is not supported")):  # fmt: skip
+            short = module.rpartition(".")[2]
+            if any(short in n for n in names) or (expression and re.fullmatch(expression, module)):
+                raise ValueError(f"{why}; to train it whole, name it in modules_to_save")
         return targets

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from finetune.recipe import Recipe
 from finetune.recipe.data import PATTERN_WORDS
 from finetune.recipe.filters import RULES
-from finetune.utils.format import nearest
+from finetune.utils.format import did_you_mean, nearest
 
 Location = tuple[str | int, ...]
 Where = dict[Location, str]  # a field's path → "file:line" or the --set option that wrote it
@@ -113,7 +113,7 @@ def _allowed(error: ErrorDetails) -> str:
     message = re.sub(r"^(Input|String|List|Dictionary) should (be|have) ", "", error["msg"])
     if kind == "literal_error":
         options = [o.strip("'") for o in re.findall(r"'[^']*'|\d+", message)]
-        return message + _near(str(value), options, "; did you mean {}?")
+        return message + did_you_mean(value, options)
     if kind == "string_pattern_mismatch":
         return PATTERN_WORDS.get(error.get("ctx", {}).get("pattern", ""), message)
     if isinstance(value, float) and math.isnan(value):
@@ -141,7 +141,8 @@ def _unknown(name: str, model: type[BaseModel] | None) -> str:
     names = sorted(written_fields(model)) if model else []
     sections = [(n, m) for n, f in written_fields(Recipe).items() for m in _models(f.annotation)]
     homes = dict.fromkeys(n for n, m in sections if name in written_fields(m))
-    hint = f"it belongs in {' or '.join(homes)}; " if homes else _near(name, names, "did you mean {}? ")
+    near = nearest(name, names)
+    hint = f"it belongs in {' or '.join(homes)}; " if homes else f"did you mean {near}? " if near else ""
     return f"unknown field; {hint}allowed: {', '.join(names)}"
 
 
@@ -149,23 +150,15 @@ def _no_source(value: object) -> str:
     if not isinstance(value, dict):
         return f"found {shortened(value)}; allowed: a source, as in {{source: local, path: rows.jsonl}}"
     tag = value.get("source")
-    if tag is None:
-        return "the field `source` is missing; allowed: source: hub, local or pydoc"
-    near = _near(str(tag), ["hub", "local", "pydoc"], "; did you mean {}?")
-    return f"found source {tag!r}; allowed: source: hub, local or pydoc{near}"
+    found = "the field `source` is missing" if tag is None else f"found source {tag!r}"
+    return f"{found}; allowed: source: hub, local or pydoc{did_you_mean(tag, ['hub', 'local', 'pydoc'])}"
 
 
 def _no_rule(value: object) -> str:
     tag = value.get("rule") if isinstance(value, dict) else value
     if isinstance(value, dict) and tag is None:
         return "the field `rule` is missing; write it as in {rule: repetition}"
-    near = _near(str(tag), list(RULES), "; did you mean {}?")
-    return f"found {shortened(tag)}; allowed: {', '.join(RULES)}, or module:function{near}"
-
-
-def _near(name: str, known: list[str], sentence: str) -> str:
-    near = nearest(name, known)
-    return sentence.format(near) if near else ""
+    return f"found {shortened(tag)}; allowed: {', '.join(RULES)}, or module:function{did_you_mean(tag, RULES)}"
 
 
 def shortened(value: object) -> str:
@@ -183,25 +176,19 @@ def _real_location(loc: Location, where: Mapping[Location, str]) -> tuple[Locati
     holder: type[BaseModel] | None = None
     for step in loc:
         members = _models(annotation)
-        if isinstance(step, int):
-            annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
-            at = (*at, step)
-            continue
         tagged = [m for m in members if len(members) > 1 and step in _tags(m)]
         if tagged:  # the tag of a discriminated union is not a field of the file
             annotation = tagged[0]
             continue
-        named = [m for m in members if step in written_fields(m)]
-        if len(members) == 1 or named:  # a contradiction's path has no tags
-            holder = members[0] if len(members) == 1 else named[0]
-            fields = {f.alias or n: f.annotation for n, f in holder.model_fields.items()}
-            annotation = fields.get(step, Any)
-            at = (*at, step)
-            continue
+        inner, model = _step(annotation, step)
         dicts = [m for m in _members(annotation) if get_origin(m) is dict]
-        if dicts and step != "[key]" and (*at, step) in where:
-            annotation, at = get_args(dicts[0])[1], (*at, step)
-        # the rest are names of union members ("list[str]", "function-before[…]"), not in the file
+        if model or len(members) == 1:  # a contradiction's path has no tags
+            holder = model or members[0]
+        elif dicts and step != "[key]" and (*at, step) in where:
+            inner = get_args(dicts[0])[1]
+        elif isinstance(step, str):
+            continue  # the name of a union's member ("list[str]", "function-before[…]"), not in the file
+        annotation, at = inner, (*at, step)
     return at, holder
 
 
@@ -209,13 +196,19 @@ def _model_at(at: Location) -> type[BaseModel] | None:
     """Return the section expected at a location of the file."""
     annotation: Any = Recipe
     for step in at:
-        if isinstance(step, int):
-            annotation = next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any)
-        else:
-            holders = _models(annotation)
-            field = next((w[step] for w in map(written_fields, holders) if step in w), None)  # a union has several
-            annotation = field.annotation if field else Any
+        annotation, _ = _step(annotation, step)
     return next(iter(_models(annotation)), None)
+
+
+def _step(annotation: object, step: str | int) -> tuple[Any, type[BaseModel] | None]:
+    """Return the annotation of a field or of a list's items, Any if there is none, and the section with the field."""
+    if isinstance(step, int):
+        return next((get_args(m)[0] for m in _members(annotation) if get_origin(m) is list), Any), None
+    for model in _models(annotation):  # a union has several
+        for name, field in model.model_fields.items():
+            if step == (field.alias or name):
+                return field.annotation, model
+    return Any, None
 
 
 def _models(annotation: object) -> list[type[BaseModel]]:

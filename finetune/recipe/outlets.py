@@ -5,11 +5,12 @@ The string below a field is its documentation, as in recipe/data.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
-from finetune.recipe.data import REPOSITORY, Section
+from finetune.recipe.data import REPOSITORY, Contradiction, Section
 
 GgufKind = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
@@ -33,11 +34,9 @@ class Export(Section):
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.5
     """Stop (exit 3) if a file's perplexity / the merged model's is larger; 1000 lets every finite one pass."""
 
-    @model_validator(mode="after")
-    def _at_least_one(self) -> Export:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if not self.gguf and not self.hf:
-            raise ValueError("names no format; write gguf: [q8_0], hf: [fp8], or set export: null")
-        return self
+            yield (), "names no format; write gguf: [q8_0], hf: [fp8], or set export: null"
 
 
 class Publish(Section):

@@ -6,11 +6,11 @@ The sentence below a field is its documentation, as in recipe/data.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune.recipe.data import Count, Fraction, Positive, Section, Source, refuse
+from finetune.recipe.data import Contradiction, Count, Fraction, Positive, Section, Source, used_once
 
 # TRL 1.16: DPOConfig.loss_type and KTOConfig.loss_type
 DpoLoss = Literal[
@@ -72,12 +72,7 @@ class Preference(Section):
         """TRL's name of the loss."""
         return self.loss or LOSSES[self.method][0]
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        refuse([*self._contradictions(), *self._sources()])
-        return self
-
-    def _contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.loss_type not in LOSSES[self.method]:
             other = "kto" if self.method == "dpo" else "dpo"
             why = f"{self.loss_type} is a loss of method {other}; method {self.method} has "
@@ -95,8 +90,9 @@ class Preference(Section):
             for name in ("eval_fraction", "max_eval_pairs"):
                 if name in self.model_fields_set:
                     yield (name,), "with eval_data nothing else is held out; leave it out"
+        yield from self._sources()
 
-    def _sources(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    def _sources(self) -> Iterator[Contradiction]:
         allowed = ("preference", "kto") if self.method == "kto" else ("preference",)
         for part, sources in (("data", self.data), ("eval_data", self.eval_data or [])):
             for number, source in enumerate(sources):
@@ -104,6 +100,4 @@ class Preference(Section):
                     hint = "; single answers with a label need method: kto" if source.format == "kto" else ""
                     why = f"found {source.format}; allowed here: {' or '.join(allowed)}{hint}"
                     yield (part, number, "format"), why
-                for name in ("rows", "weight"):
-                    if getattr(source, name) != type(source).model_fields[name].default:
-                        yield (part, number, name), "pairs are used once each; limit them with take, or leave this out"
+            yield from used_once((part,), sources, "pairs")

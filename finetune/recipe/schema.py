@@ -9,13 +9,14 @@ modules of `recipe/`, and are imported from here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from finetune.recipe.data import (
     PAIR_FORMATS,
     RECIPE_NAME,
+    Contradiction,
     Decontaminate,
     Dedup,
     Ingest,
@@ -23,7 +24,7 @@ from finetune.recipe.data import (
     Section,
     Source,
     Split,
-    refuse,
+    used_once,
 )
 from finetune.recipe.filters import Filter
 from finetune.recipe.lora import Lora
@@ -42,8 +43,6 @@ from finetune.recipe.training import (
     Tokens,
     Train,
 )
-
-Contradiction = tuple[tuple[str | int, ...], str]  # the field's path, and what is wrong with it
 
 
 class Recipe(Section):
@@ -136,39 +135,34 @@ class Recipe(Section):
         """Return whether there are held-out rows to evaluate on."""
         return self.split is not None or self.eval_data is not None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        contradictions = (
-            self._sizes, self._trained_from, self._asked_and_not_made, self._held_out_whole, self._pairs_apart,
-            self._tokens_apart, self._built_in_writer,
-        )  # fmt: skip
-        refuse([problem for problems in contradictions for problem in problems()])
-        return self
+    def _contradictions(self) -> Iterator[Contradiction]:
+        yield from self._sizes()
+        yield from self._trained_from()
+        yield from self._asked_and_not_made()
+        yield from used_once(("eval_data",), self.eval_data or [], "held-out rows")
+        yield from self._apart()
 
     def _sizes(self) -> Iterator[Contradiction]:
         micro, batch, longest = self.runtime.micro_batch_rows, self.training.batch_rows, self.render.max_length_tokens
         if micro != "auto" and batch % micro:
             fits = ", ".join(str(d) for d in range(1, min(batch, 4096) + 1) if batch % d == 0)
-            yield (
-                ("runtime", "micro_batch_rows"),
-                f"{micro} does not divide train.batch_rows {batch}; take one of {fits}",
-            )
+            why = f"{micro} does not divide train.batch_rows {batch}; take one of {fits}"
+            yield ("runtime", "micro_batch_rows"), why
         if self.pack and self.pack.length_tokens and self.pack.length_tokens < longest:
-            yield (
-                ("pack", "length_tokens"),
-                f"{self.pack.length_tokens} is less than render.max_length_tokens {longest}: "
-                "a whole document would not fit a row",
-            )
+            why = f"{self.pack.length_tokens} is less than render.max_length_tokens {longest}"
+            yield ("pack", "length_tokens"), f"{why}: a whole document would not fit a row"
 
-    def _tokens_apart(self) -> Iterator[Contradiction]:
+    def _apart(self) -> Iterator[Contradiction]:
+        against = self.decontaminate.against if self.decontaminate else []
+        for place, sources in (("data", self.data), ("eval_data", self.eval_data), ("decontaminate.against", against)):
+            for number, source in enumerate(sources or []):
+                if source.format in PAIR_FORMATS:
+                    why = f"rows of format {source.format} belong under preference.data"
+                    yield (*place.split("."), number, "format"), why
         if self.tokens is not None and self.preference is not None:
-            yield (
-                ("preference",),
-                "new tokens (tokens.add) cannot be trained on preferences yet: TRL's reference copy leaves out their "
-                "rows; train with tokens.add first, merge, and name the merged folder as model here",
-            )
-
-    def _built_in_writer(self) -> Iterator[Contradiction]:
+            why = "new tokens (tokens.add) cannot be trained on preferences yet: TRL's reference copy leaves out their "
+            way = "rows; train with tokens.add first, merge, and name the merged folder as model here"
+            yield ("preference",), why + way
         judge = self.evaluate.judge if self.evaluate else None
         for at, asked in ((("generate", "model"), self.generate), (("evaluate", "judge", "model"), judge)):
             local = asked.model.local if asked else None
@@ -181,21 +175,15 @@ class Recipe(Section):
         if not self.has_rows and self.eval_data and self.split is not None:
             yield ("split",), "there is no data to hold rows out of: eval_data is held out whole; leave split out"
         if self.train is None and self.lora.start_from is None and self.preference is None:
-            yield (
-                ("train",),
-                "null imports the adapter of lora.start_from, which is null; set it, or train: {}",
-            )
+            yield ("train",), "null imports the adapter of lora.start_from, which is null; set it, or train: {}"
         if self.train is None and self.lora.start_from is None and self.preference is not None:
             for name in ("dora", "modules_to_save"):
                 if getattr(self.lora, name):
                     why = "with train: null preference training begins at zero, and this begins at the base's values"
                     yield ("lora", name), f"{why}; drop it, or name an adapter in lora.start_from"
         if self.lora.start_run == (self.name, None):
-            yield (
-                ("lora", "start_from"),
-                f"found {self.name}, this recipe itself, whose newest run changes; name one run, {self.name}@RUN "
-                "(`finetune runs` lists them)",
-            )
+            why = f"found {self.name}, this recipe itself, whose newest run changes"
+            yield ("lora", "start_from"), f"{why}; name one run, {self.name}@RUN (`finetune runs` lists them)"
 
     def _asked_and_not_made(self) -> Iterator[Contradiction]:
         if self.merge is None and self.export is not None:
@@ -220,22 +208,3 @@ class Recipe(Section):
             yield ("train", "eval_steps"), "it needs held-out rows, but split is null; set split: {}"
         if self.runtime.device == "cpu" and self.training.precision == "fp16":
             yield ("train", "precision"), "fp16 needs a GPU, but runtime.device is cpu; allowed: auto, fp32, bf16"
-
-    def _held_out_whole(self) -> Iterator[Contradiction]:
-        for number, source in enumerate(self.eval_data or []):
-            for name in ("rows", "weight"):
-                if getattr(source, name) != type(source).model_fields[name].default:
-                    why = "held-out rows are used once each; limit them with take, or leave this out"
-                    yield ("eval_data", number, name), why
-
-    def _pairs_apart(self) -> Iterator[Contradiction]:
-        against = self.decontaminate.against if self.decontaminate else []
-        lists = (
-            (("data",), self.data),
-            (("eval_data",), self.eval_data or []),
-            (("decontaminate", "against"), against),
-        )
-        for at, sources in lists:
-            for number, source in enumerate(sources):
-                if source.format in PAIR_FORMATS:
-                    yield (*at, number, "format"), f"rows of format {source.format} belong under preference.data"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from finetune.recipe.data import Count, Fraction, NotNegative, Section, Source, path_of, refuse
+from finetune.recipe.data import Contradiction, Count, Fraction, NotNegative, Section, Source, used_once, with_path
 from finetune.recipe.training import LanguageModel
 
 # Requests of a row that passes every check: evol asks for instruction, comparison and answer; self-instruct for the
@@ -58,19 +58,9 @@ class Generate(Section):
     @model_validator(mode="before")
     @classmethod
     def _prompts_folder(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, dict) and info.context and "prompts_path" in value:
-            refuse([(("prompts_path",), "unknown field; write the folder as prompts: NAME")])
-        if isinstance(value, dict) and isinstance(value.get("prompts"), str) and "prompts_path" not in value:
-            path = path_of("prompts", value["prompts"], info)
-            return {**value, "prompts": path.name, "prompts_path": path}
-        return value
+        return with_path(value, info, "prompts", "prompts_path", how="the folder as prompts: NAME")
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        refuse([*self._contradictions()])
-        return self
-
-    def _contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.method == "self_instruct" and self.rows is None:
             yield ("rows",), "missing; self_instruct needs the number of rows to write"
         if self.samples > 1 and self.temperature == 0:
@@ -85,9 +75,7 @@ class Generate(Section):
         for number, source in enumerate(self.seeds):
             if source.format in ("preference", "kto"):
                 yield ("seeds", number, "format"), f"rows of format {source.format} belong under preference.data"
-            for name in ("rows", "weight"):
-                if getattr(source, name) != type(source).model_fields[name].default:
-                    yield ("seeds", number, name), "seeds are used once each; limit them with take, or leave this out"
+        yield from used_once(("seeds",), self.seeds, "seeds")
 
     @property
     def answer_requests(self) -> int:

@@ -8,26 +8,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from finetune.recipe.data import (
     ENDPOINT,
     HUB_NAME,
+    Contradiction,
     Count,
     Fraction,
     NotNegative,
     Positive,
     Revision,
     Section,
-    path_of,
+    each_once,
     refuse,
     resolve_path,
+    with_path,
 )
 
 BUILTIN_MODELS = ("builtin:tiny-mistral",)
+TaskName = Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]
 AnswerMetric = Literal["exact_match", "f1", "rouge_l", "bleu", "chrf", "json_valid", "tool_call_match"]
 
 
@@ -99,17 +102,10 @@ class Model(Section):
 class Tokens(Section):
     """Tokens added to the base's vocabulary: one id each, their rows of the embedding and the head trained."""
 
-    add: Annotated[list[NewToken], Field(min_length=1, max_length=MOST_NEW_TOKENS)]
+    add: Annotated[list[NewToken], Field(min_length=1, max_length=MOST_NEW_TOKENS), AfterValidator(each_once)]
     """Their texts, none of which the base has. In rows and in the template each is one id, wherever it stands."""
     special: bool = False
     """Whether they are control tokens, which decoding with skip_special_tokens leaves out."""
-
-    @field_validator("add")
-    @classmethod
-    def _each_once(cls, texts: list[str]) -> list[str]:
-        if twice := [t for i, t in enumerate(texts) if t in texts[:i]]:
-            raise ValueError(f"{twice[0]!r} is there twice")
-        return texts
 
 
 class Render(Section):
@@ -140,12 +136,10 @@ class Render(Section):
     @model_validator(mode="before")
     @classmethod
     def _template_path(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, dict) and info.context and "template_file" in value:
-            refuse([(("template_file",), "unknown field; write the file as template: NAME.jinja")])
-        if isinstance(value, dict) and isinstance(value.get("template"), str) and value["template"].endswith(".jinja"):
-            path = path_of("template", value["template"], info)
-            return {**value, "template": path.name, "template_file": path}
-        return value
+        how = "the file as template: NAME.jinja"
+        return with_path(
+            value, info, "template", "template_file", how=how, is_path=lambda name: name.endswith(".jinja")
+        )
 
 
 class Pack(Section):
@@ -206,17 +200,9 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype: auto is bf16 on a GPU from Ampere on, else fp16; on a CPU fp32, or bf16 if a trial is faster."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        refuse([*self._contradictions()])
-        return self
-
-    def _contradictions(self) -> Iterator[tuple[tuple[str], str]]:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.schedule == "wsd" and self.warmup_fraction + (self.decay_fraction or 0.1) > 1:
-            yield (
-                ("decay_fraction",),
-                f"with warmup_fraction {self.warmup_fraction} it is more than all the steps",
-            )
+            yield ("decay_fraction",), f"with warmup_fraction {self.warmup_fraction} it is more than all the steps"
         if self.schedule != "wsd" and self.decay_fraction is not None:
             yield ("decay_fraction",), f"only the schedule wsd has one, found {self.schedule}"
         for name, asked in (("keep_best", self.keep_best), ("patience", self.patience is not None)):
@@ -240,18 +226,16 @@ class LanguageModel(Section):
     timeout_seconds: Positive = 120.0
     """Time after which a request is given up and tried again."""
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if (self.endpoint is None) == (self.local is None):
             what = "both are there; keep one" if self.local else "neither is there"
-            refuse([((), f"endpoint (with name) or local says where the model is; {what}")])
-        if self.endpoint is not None and self.name is None:
-            refuse([(("name",), "missing; the endpoint needs the model's name there")])
-        if self.local is not None and self.name is not None:
-            refuse([(("name",), "only an endpoint has names; remove it")])
+            yield (), f"endpoint (with name) or local says where the model is; {what}"
+        elif self.endpoint is not None and self.name is None:
+            yield ("name",), "missing; the endpoint needs the model's name there"
+        elif self.local is not None and self.name is not None:
+            yield ("name",), "only an endpoint has names; remove it"
         if self.local is not None and (self.local.trust_remote_code or self.local.rope_scaling):
-            refuse([(("local",), "trust_remote_code and rope_scaling are not used for writing; serve it (endpoint)")])
-        return self
+            yield ("local",), "trust_remote_code and rope_scaling are not used for writing; serve it (endpoint)"
 
     @property
     def without_speed(self) -> LanguageModel:
@@ -283,11 +267,11 @@ class Evaluate(Section):
     """Maximum held-out rows scored."""
     generations: Annotated[int, Field(ge=0, le=10_000)] = 32
     """Held-out prompts answered, to check whether answers end; 0: none."""
-    metrics: list[AnswerMetric] = []
+    metrics: Annotated[list[AnswerMetric], AfterValidator(each_once)] = []
     """Metrics of those answers, for base and adapter; rouge_l, bleu and chrf need the extra `metrics`."""
     batch_tokens: Count = 4096
     """Tokens per batch, with padding; a trade-off of memory and speed."""
-    tasks: list[Annotated[str, Field(pattern=r"^\w[\w.+:-]*$", max_length=200)]] = []
+    tasks: Annotated[list[TaskName], AfterValidator(each_once)] = []
     """Benchmarks for base and adapter: tasks, groups or tags of lm-evaluation-harness (pip install '.[harness]')."""
     task_folder: str | None = None
     """A folder with your own task files, next to the recipe; data files in it are part of the key."""
@@ -300,31 +284,17 @@ class Evaluate(Section):
     @model_validator(mode="before")
     @classmethod
     def _task_folder(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, dict) and info.context and "task_path" in value:
-            refuse([(("task_path",), "unknown field; write the folder as task_folder: NAME")])
-        if isinstance(value, dict) and isinstance(value.get("task_folder"), str) and "task_path" not in value:
-            path = path_of("task_folder", value["task_folder"], info)
-            return {**value, "task_folder": path.name, "task_path": path}
-        return value
+        return with_path(value, info, "task_folder", "task_path", how="the folder as task_folder: NAME")
 
-    @model_validator(mode="after")
-    def _answers_to_measure(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.metrics and not self.generations:
-            refuse([(("metrics",), "they need answers, but generations is 0; set it to the number of answers")])
-        return self
+            yield ("metrics",), "they need answers, but generations is 0; set it to the number of answers"
 
     @property
     def with_slow_judge(self) -> Evaluate:
         """This section with the judge's speed at its defaults, which changes no verdict. It enters the stage's key."""
         judge = self.judge and self.judge.model_copy(update={"model": self.judge.model.without_speed})
         return self.model_copy(update={"judge": judge})
-
-    @field_validator("tasks", "metrics")
-    @classmethod
-    def _each_once(cls, tasks: list[str]) -> list[str]:
-        if twice := [t for i, t in enumerate(tasks) if t in tasks[:i]]:
-            raise ValueError(f"{twice[0]} is listed twice; keep one")
-        return tasks
 
 
 class Certify(Section):
@@ -375,8 +345,6 @@ class Runtime(Section):
     memory_budget_gb: Positive | None = None
     """GPU memory assumed by `finetune plan`, in 10⁹ bytes; null: all of the device."""
 
-    @model_validator(mode="after")
-    def _traceable(self) -> Self:
+    def _contradictions(self) -> Iterator[Contradiction]:
         if self.compile and self.checkpointing == "offload":
-            refuse([(("compile",), "torch cannot compile with runtime.checkpointing offload; remove one of them")])
-        return self
+            yield ("compile",), "torch cannot compile with runtime.checkpointing offload; remove one of them"

@@ -18,7 +18,7 @@ from finetune.report.row_lookup import (
 from finetune.report.stage_view import Stages, rows_before
 from finetune.utils import svg
 from finetune.utils.files import read_json
-from finetune.utils.format import clipped, number, percent
+from finetune.utils.format import clipped, number
 
 GROUPS = 10
 SHOWN_OF_A_GROUP = 4
@@ -48,7 +48,6 @@ def data_section(stages: Stages, recipe: Recipe | None) -> dict[str, Any]:
         "groups_absent": stages["dedup"].absence if not stages["dedup"].file("pairs.parquet") else "",
         "template": template(stages),
         "template_absent": stages["render"].absence,
-        "rendered": rendered(stages),
     }
 
 
@@ -215,39 +214,13 @@ def groups(stages: Stages) -> list[dict[str, Any]]:
     ]
 
 
-def template(stages: Stages) -> list[tuple[str, str]]:
-    """Return name, hash and terminators of the trained template."""
+def template(stages: Stages) -> dict[str, Any]:
+    """Return template.json of the trained template; empty if it is not there."""
     path = stages["render"].file("template/template.json")
     if path is None:
-        return []
+        return {}
     try:
-        facts = read_json(path)
+        facts: dict[str, Any] = read_json(path)
     except ValueError:
         raise FinetuneError(f"{path}: is not JSON any more; `finetune show --verify` says what else changed") from None
-    return [
-        ("template", str(facts.get("name"))),
-        ("its sha256", str(facts.get("sha256"))),
-        ("an answer ends with", f"{stages['render'].metrics.get('terminator', '')} (token {facts.get('terminators')})"),
-        ("padding", str(facts.get("pad_token"))),
-    ]
-
-
-def rendered(stages: Stages) -> list[tuple[str, str]]:
-    """Return the supervised share, truncated and dropped rows, and packing."""
-    render, pack = stages["render"].metrics, stages["pack"].metrics
-    lines = []
-    if render:
-        lines += [
-            ("supervised", f"{percent(render.get('supervised_fraction'))} of {number(render.get('tokens'))} tokens"),
-            ("longest row", f"{number(render.get('longest'))} tokens"),
-            ("cut to fit", f"{number(render.get('truncated'))} rows"),
-            ("left out", f"{number(render.get('dropped'))} rows"),
-        ]
-    if pack.get("off"):
-        lines.append(("packed", f"no: {pack['off']}"))
-    elif pack:
-        full = percent(pack.get("efficiency"))
-        lines.append(("packed", f"{number(pack.get('documents'))} rows into {number(pack.get('bins'))}, {full} full"))
-    elif stages["pack"].status == "off":
-        lines.append(("packed", "no: the recipe turns pack off"))
-    return lines
+    return facts

@@ -17,7 +17,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from finetune.utils.format import visible
+from finetune.utils.format import duration, interval, number, percent, size, visible
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -35,6 +35,7 @@ def render_page(name: str, facts: Mapping[str, Any]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters.update(duration=duration, interval=interval, number=number, percent=percent, size=size)
     own = {"style": Markup(style), "policy": policy}  # noqa: S704 - a file of this package
     return environment.get_template(name).render(**facts, **own).encode()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from finetune.pipeline.runs import Run, StageRecord
@@ -14,12 +13,10 @@ from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
 from finetune.report.stage_view import StageView
 from finetune.utils.files import replace_bytes
-from finetune.utils.format import duration, number, size
 
 EVERY_SECONDS = 30.0
 RELOAD_SECONDS = 15
 TRAINING = ("align", "train")  # the later one first
-STATES = {"partial": "running", "missing": "waiting"}
 
 
 class Live:
@@ -88,11 +85,12 @@ class Live:
             "every": round(EVERY_SECONDS),
             "current": current.name if current else "",
             "position": self._position if current else "",
-            "tiles": tiles(steps, self._predicted) if current is training else [],
+            "steps": steps if current is training else [],
+            "predicted": self._predicted,
             "funnel": funnel(stages),
             "training": training.name,
             "plots": model_sections.curves(steps, self._predicted) if len(steps) > 1 else [],
-            "stage_table": [self._line(view, current) for view in stages.values()],
+            "stages": [(view, headline_of(view.name, view.metrics)) for view in stages.values()],
         }
 
     def _views(self) -> dict[str, StageView]:
@@ -104,37 +102,5 @@ class Live:
                 record = StageRecord(stage.name, "off" if off else "missing")
             folder = record.folder or stage_folder(self._store, stage.name, record.as_json())
             manifest = self._store.find(folder) if folder and record.status == "done" else None
-            views[stage.name] = StageView(
-                record.name, record.status, folder, record.metrics, record.seconds, record.message, manifest
-            )
+            views[stage.name] = StageView(**vars(record) | {"folder": folder}, manifest=manifest)
         return views
-
-    def _line(self, view: StageView, current: StageView | None) -> dict[str, str]:
-        headline = headline_of(view.name, view.metrics)
-        return {
-            "name": view.name,
-            "kind": view.status,
-            "status": STATES.get(view.status, view.status),
-            "rows": headline.rows,
-            "seconds": duration(view.seconds) if view.seconds is not None else "",
-            "figure": view.message or (self._position if view is current else headline.figure)
-            if view.status not in ("off", "missing")
-            else "",
-        }
-
-
-def tiles(steps: list[dict[str, Any]], predicted: Mapping[str, int] | None) -> list[tuple[str, str, str]]:
-    """Return (label, value, small print) of the last line of metrics.jsonl."""
-    if not steps:
-        return []
-    last = steps[-1]
-    plan = f"{size(predicted['total'])} predicted for a GPU" if predicted else ""
-    entries = [
-        ("Time left", duration(last.get("eta_seconds")), f"of this training; {duration(last.get('seconds'))} so far"),
-        ("Loss", number(last.get("loss")), f"step {number(last.get('step'))}, {number(steps[0].get('loss'))} at first"),
-        ("Tokens per second", number(last.get("tokens_per_second")), f"{number(last.get('tokens'))} tokens so far"),
-        ("Peak memory", size(last.get("peak_memory_bytes")), plan),
-    ]
-    if (held := next((s["held_out_loss"] for s in reversed(steps) if "held_out_loss" in s), None)) is not None:
-        entries.insert(2, ("Held-out loss", number(held), "nats per token"))
-    return entries

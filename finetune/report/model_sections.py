@@ -1,4 +1,4 @@
-"""The report's sections on training, evaluation, certificate, merge and export."""
+"""The report's sections on training, evaluation, certificate and export."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from finetune.eval.answer_metrics import verdict
 from finetune.eval.metrics import never_stops
+from finetune.publish.card_curve import loss_curve, points
 from finetune.report.stage_view import Stages, StageView
 from finetune.synth.judge import words_of as judge_words
 from finetune.utils import svg
-from finetune.utils.format import NONE, clipped, duration, interval, number, percent, size, task_figures
+from finetune.utils.format import NONE, clipped, interval, number, percent, size, task_figures
 
 SAMPLES, OPEN_SAMPLES, MOVED_SAMPLES = 24, 4, 5
 LONGEST_TEXT = 700
 MEMORY_KEYS = ("memory_bytes", "peak_memory_bytes")
-HELD_OUT_KEYS = ("held_out_loss", "eval_loss")
 MEMORY_WORDS = {"device": "driver, buffers", "layer_inputs": "layers' inputs", "unused": "allocated, not filled"}
 HIDDEN_TRAIN_FIGURES = ("loss", "first_loss", "tokens_per_second", "peak_memory_bytes")
 
@@ -52,23 +52,9 @@ def read_lines(path: Path | None) -> list[dict[str, Any]]:
 
 def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | None) -> list[tuple[Any, str]]:
     """Return (chart, caption) of metrics.jsonl over optimiser steps."""
-
-    def points(*names: str, scale: float = 1.0) -> list[tuple[float, float]]:
-        return [(float(s["step"]), float(s[n]) * scale) for s in steps if "step" in s for n in names if n in s]
-
-    if not steps:
-        return []
-    loss, held = [p for p in points("loss") if math.isfinite(p[1])], points(*HELD_OUT_KEYS)
-    window, run = max(2, len(loss) // 15), svg.thinning(len(loss))
+    charts: list[tuple[Any, str]] = [loss_curve(steps)]
     x = "optimiser step"
-    drawn = [svg.Line(loss, "faint"), svg.Line(svg.smoothed(loss, window))]
-    thin = "each step" if run == 1 else f"the mean of every {run} steps"
-    words = f"Loss of the training batches: thin, {thin}; bold, the mean of the last {window}."
-    if held:
-        drawn.append(svg.Line(held, "dots"))
-        words += " Dots: loss on held-out rows."
-    charts = [(svg.lines(_range("loss", loss), drawn, x, "loss, nats per token"), words)] if loss else []
-    norm = points("grad_norm")
+    norm = points(steps, "grad_norm")
     lost = sum(not math.isfinite(y) for _, y in norm)
     skipped = f" {lost} steps overflowed and are not drawn." if lost else ""
     for label, name, unit, words in (
@@ -76,10 +62,10 @@ def curves(steps: Sequence[Mapping[str, Any]], predicted: Mapping[str, int] | No
         ("learning rate", "learning_rate", "learning rate", "Learning rate."),
         ("tokens per second", "tokens_per_second", "tokens / s", "Tokens trained on in a second, step by step."),
     ):
-        if values := points(name):
+        if values := points(steps, name):
             plot = svg.lines(_range(label, values), [svg.Line(values)], x, unit, from_zero=True)
             charts.append((plot, words))
-    if used := points(*MEMORY_KEYS, scale=1e-9):
+    if used := points(steps, *MEMORY_KEYS, scale=1e-9):
         level = svg.Level(predicted["total"] / 1e9, "predicted for a GPU") if predicted else None
         plot = svg.lines(_range("memory", used), [svg.Line(used)], x, "memory, GB", level=level, from_zero=True)
         charts.append((plot, "Memory while training: the peak so far, step by step."))
@@ -270,25 +256,15 @@ def certificate_section(stages: Stages) -> dict[str, Any]:
     view = stages["certify"]
     figures = certificate(view)
     if figures is None:
-        return {"absent": view.absence, "refused": "", "words": "", "rows": [], "difference": ""}
-    rows = [
-        (
-            name,
-            name == figures["base"],
-            number(c.get("perplexity")),
-            interval(c.get("perplexity_interval")),
-            f"{c.get('perplexity_ratio', math.nan):.6g}",
-            f"{c.get('mean_kl', math.nan):.2g}",
-            percent(c.get("agreement")),
-        )
-        for name, c in figures.get("candidates", {}).items()
-    ]
+        return {"absent": view.absence}
     words = str(figures.get("words", ""))
     return {
         "absent": "",
         "refused": view.absence if view.status == "refused" else "",
         "words": f"The adapter, {words}." if words else "",
-        "rows": rows,
+        "base": figures["base"],
+        "candidates": figures.get("candidates", {}),
+        "nan": math.nan,
         "difference": _difference(figures.get("dequantized_minus_original")),
     }
 
@@ -306,45 +282,10 @@ def _difference(apart: Mapping[str, Any] | None) -> str:
     )
 
 
-def merge_section(view: StageView) -> dict[str, Any]:
-    """Return the files written and the memory used."""
-    m = view.metrics
-    lines = [
-        ("merged into", f"the {m.get('base')} base, as {m.get('dtype')}"),
-        ("tensors", f"{number(m.get('tensors'))}, {number(m.get('changed_tensors'))} of them changed"),
-        ("size", f"{size(m.get('bytes'))} in {number(m.get('files'))} file{'' if m.get('files') == 1 else 's'}"),
-        ("memory for it", size(m.get("peak_anon_bytes"))),
-        ("time", duration(m.get("seconds"))),
-        ("folder", str(view.folder)),
-    ]
-    return {"absent": "" if m else view.absence, "figures": lines if m else []}
-
-
 def export_section(view: StageView) -> dict[str, Any]:
-    """Return for each exported file its size, and its perplexity next to the merged model's; bits against perplexity as
-    a plot.
-    """
+    """Return notes on the exported files, and a plot of bits against perplexity."""
     m = view.metrics
-    apart, scores, same, kl, bits = (
-        m.get(key, {}) for key in ("reload_difference", "perplexity", "agreement", "mean_kl", "bits_per_weight")
-    )
-    rows = []
-    for name, count in m.get("bytes", {}).items():
-        kind = name.removeprefix("model-").removesuffix(".gguf")
-        difference = number(apart[name]) if name in apart else "in blocks"
-        measured = number(scores[kind]) if kind in scores else NONE
-        agreed, divergence = (values.get(kind) for values in (same, kl))
-        rows.append(
-            (
-                name,
-                size(count),
-                number(bits[kind]) if kind in bits else NONE,
-                difference,
-                measured,
-                NONE if agreed is None else percent(agreed),
-                NONE if divergence is None else f"{divergence:.2g}",
-            )
-        )
+    scores, bits = m.get("perplexity", {}), m.get("bits_per_weight", {})
     notes = []
     if not m.get("tokenizer_exact", True):
         text = m.get("tokenizer_differs", "some text")
@@ -358,4 +299,4 @@ def export_section(view: StageView) -> dict[str, Any]:
         notes.append(f"Perplexity not measured: {m['perplexity_unknown']}.")
     points = [(kind, bits[kind], scores[kind]) for kind in scores if kind in bits]
     plot = svg.points("perplexity against bits per weight", points, "bits per weight", "perplexity")
-    return {"absent": "" if m else view.absence, "rows": rows, "note": " ".join(notes), "plot": plot}
+    return {"absent": "" if m else view.absence, "note": " ".join(notes), "plot": plot}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from finetune.errors import FinetuneError, InputError
 from finetune.eval.metrics import never_stops
 from finetune.eval.verdict import BAD, DEFINITIONS, Verdict, verdict_of
 from finetune.pipeline import run_view
-from finetune.pipeline.runs import recorded
+from finetune.pipeline.runs import begun_at, recorded
 from finetune.pipeline.stage_list import STAGES, spec_of
 from finetune.pipeline.store import Store
 from finetune.recipe import Recipe
@@ -19,7 +18,7 @@ from finetune.recipe.load import parse_recipe
 from finetune.report.html import render_page
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils.files import replace_bytes
-from finetune.utils.format import NONE, duration, number, percent, size
+from finetune.utils.format import percent
 from finetune.utils.links import read_regular
 
 REPORT = "report.html"
@@ -48,31 +47,29 @@ def read_facts(store: Store, value: Mapping[str, Any]) -> dict[str, Any]:
 
     stages = _views(store, value)
     text = read_regular(value["folder"] / "recipe.yaml").decode(errors="replace")
-    recipe = _recipe(text, value)
+    recipe, moment = _recipe(text, value), begun_at(value["run"])
     judged = verdict_of({n: v.metrics for n, v in stages.items()}, {n: v.folder for n, v in stages.items()})
     predicted = predicted_memory(recipe, stages)
     return {
         "recipe": value["recipe"],
         "run": value["run"],
-        "date": _date(value["run"]),
+        "date": moment.strftime("%Y-%m-%d %H:%M UTC") if moment else "unknown date",
         "model": recipe.model.id if recipe else "",
         "device": str(stages["train"].metrics.get("device", "")),
         "result": _shaded(result(stages, recipe), judged),
         "verdict": judged,
         "definitions": DEFINITIONS,
-        "tiles": tiles(stages),
+        "stages": stages,
         "synthetic": synthetic_section.synthetic_section(stages.get("generate")),
         "data": data_section.data_section(stages, recipe),
         "training": model_sections.training_section(stages["train"], predicted),
         "preference": preference_section.preference_section(stages),
         "evaluation": model_sections.evaluation_section(stages),
         "certificate": model_sections.certificate_section(stages),
-        "merge": model_sections.merge_section(stages["merge"]),
         "export": model_sections.export_section(stages["export"]),
         "recipe_text": text,
         "sets": value["sets"],
-        "environment": environment(stages),
-        "stage_table": [_stage_line(v) for v in stages.values()],
+        "manifests": [v.manifest for v in stages.values() if v.manifest is not None],
         "folder": str(value["folder"]),
     }
 
@@ -129,15 +126,6 @@ def predicted_memory(recipe: Recipe | None, stages: Stages) -> dict[str, int] | 
     return {**parts, "total": sum(parts.values())}
 
 
-def _date(run: str) -> str:
-    """Return the UTC time at the beginning of a run's name."""
-    try:
-        moment = datetime.datetime.strptime(run.split("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
-    except ValueError:
-        return "unknown date"
-    return moment.strftime("%Y-%m-%d %H:%M UTC")
-
-
 def result(stages: Stages, recipe: Recipe | None) -> dict[str, str]:
     """Return a sentence on how the run ended; `kind` is done, stopped, refused or failed."""
     for view in stages.values():
@@ -177,62 +165,3 @@ def _outcome(stages: Stages) -> str:
     if not words:
         return "Finished. Nothing was measured on held-out rows."
     return f"Finished: {', and '.join(words)}."
-
-
-def tiles(stages: Stages) -> list[tuple[str, str, str]]:
-    """Return (label, value, small print) of the available key metrics."""
-    train, evaluated, certified = (stages[n].metrics for n in ("train", "evaluate", "certify"))
-    tiles_made = []
-    if evaluated:
-        change = f"{evaluated['perplexity_base']:.3g} → {evaluated['perplexity_adapter']:.3g}"
-        tiles_made.append(
-            ("Perplexity, trained", change, f"base → adapter, {number(evaluated.get('rows'))} held-out rows")
-        )
-    if certified:
-        apart = f"{certified['perplexity_trained']:.3g} → {certified['perplexity_merged']:.3g}"
-        tiles_made.append(
-            ("Perplexity, merged", apart, f"adapter → merged, {number(certified.get('rows'))} held-out rows")
-        )
-        kl = f"merged as trained; mean KL {certified['mean_kl']:.2g} nats"
-        tiles_made.append(("Same next token", percent(certified["agreement"]), kl))
-    if train and "imported" not in train:
-        device = train.get("device")
-        tiles_made.append(("Tokens per second", number(train.get("tokens_per_second")), f"training on {device}"))
-        where = "RAM of the process" if device == "cpu" else "GPU memory"
-        tiles_made.append(("Peak memory", size(train.get("peak_memory_bytes")), f"training, {where}"))
-    seconds = [v.seconds for v in stages.values() if v.seconds is not None]
-    if seconds:
-        trained = stages["train"].seconds
-        part = f"all stages, {duration(trained)} of it training" if trained else "all stages"
-        tiles_made.append(("Time", duration(sum(seconds)), part))
-    return tiles_made
-
-
-def environment(stages: Stages) -> list[tuple[str, str]]:
-    """Return code, machine and library versions of the last complete stage."""
-    manifests = [v.manifest for v in stages.values() if v.manifest is not None]
-    if not manifests:
-        return []
-    e = manifests[-1].environment
-    commits = sorted({str(m.environment.get("git_commit")) for m in manifests})
-    changed = ", with changes not committed" if e.get("git_dirty") else ""
-    lines = [
-        ("code", ", ".join(c if c != "None" else "no git" for c in commits) + changed),
-        ("device", str(stages["train"].metrics.get("device", NONE))),
-        ("machine", f"{e.get('system')} on {e.get('machine')}, {number(e.get('cpu_count'))} cores"),
-        ("Python", str(e.get("python"))),
-    ]
-    versions = e.get("versions") or {}
-    return [*lines, ("libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))]
-
-
-def _stage_line(view: StageView) -> dict[str, str]:
-    gone = view.status == "missing" and bool(view.metrics)
-    return {
-        "name": view.name,
-        "kind": view.status,
-        "status": "done, files gone" if gone else view.status if view.status != "missing" else "not run",
-        "seconds": duration(view.seconds) if view.seconds is not None else "",
-        "memory": size(view.manifest.peak_memory_bytes) if view.manifest else "",
-        "folder": str(view.folder) if view.folder and not gone else "",
-    }

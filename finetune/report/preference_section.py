@@ -11,7 +11,7 @@ from finetune.preference.words import figures_of, words_of
 from finetune.report.model_sections import curves, read_lines
 from finetune.report.stage_view import Stages, StageView
 from finetune.utils import svg
-from finetune.utils.format import clipped, number, percent
+from finetune.utils.format import clipped
 
 CURVES = (
     ("margin", "margin", "nats", "Margin: β times by how much more the chosen answers gained than the rejected ones."),
@@ -33,9 +33,7 @@ def preference_section(stages: Stages) -> dict[str, Any] | None:
         "absent": [view.absence for view in (pairs, align) if not view.metrics and not (view is align and steps)],
         "unfinished": align.absence if steps and align.status != "done" else "",
         "funnel": _funnel(pairs.metrics),
-        "sources": _sources(pairs.metrics),
         "rejects": _rejects(pairs),
-        "pairs": _pairs(pairs.metrics),
         "words": words_of(align.metrics) if "eval_pairs" in align.metrics else [],
         "figures": figures_of(align.metrics),
         "plots": [*curves(steps, None)[:1], *_curves(steps), *_intervals(align.metrics)],
@@ -83,28 +81,6 @@ def _funnel(m: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         (name, f"{kept + gone:,}", svg.bar(f"{name}: {kept + gone:,}", kept, gone, m["rows_in"]))
         for name, kept, gone in lines
     ]
-
-
-def _sources(m: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(source, format, pairs, rows left out while reading)."""
-    formats = m.get("formats", {})
-    return [
-        (label, str(formats.get(label, "")), number(counts["rows"]), number(counts["refused"]))
-        for label, counts in m.get("sources", {}).items()
-    ]
-
-
-def _pairs(m: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not m:
-        return []
-    sides = [(f"tokens of {side} answers", number(m[f"{side}_tokens"])) for side in ("chosen", "rejected", "completion")
-             if f"{side}_tokens" in m]  # fmt: skip
-    found = [("longest pair", f"{number(m.get('longest'))} tokens"), *sides]
-    if m.get("length_bias") is not None:
-        found.append(("chosen answer is the longer one", percent(m["length_bias"])))
-    if m.get("labels"):
-        found.append(("labels", ", ".join(f"{name} {count:,}" for name, count in m["labels"].items())))
-    return [*found, ("contradictions", number(m.get("contradictions")))]
 
 
 def _rejects(view: StageView) -> list[dict[str, str]]:

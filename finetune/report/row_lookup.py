@@ -6,8 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.data.records import Example
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COUNTED_ROWS = 20_000  # of a larger file every k-th row is counted: a histogram looks the same
 BATCH_ROWS = 10_000
@@ -23,39 +27,32 @@ class Dropped:
     score: float
 
 
-def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
-    """Return the rows with those ids, read in batches; missing ids are left out."""
+def _read(path: Path, column: str, values: Collection[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the rows of a Parquet file whose `column` is one of `values`; row groups are read one by one."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    wanted = pc.field(column).isin(pa.array(sorted(values), pa.string()))
+    return pq.read_table(path, columns=columns, filters=wanted)
+
+
+def rows_by_id(path: Path, ids: Collection[str]) -> dict[str, Example]:
+    """Return the rows with those ids; missing ids are left out."""
     from finetune.data.records import examples_of
 
-    wanted = pa.array(sorted(ids), pa.string())
-    rows = {}
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            for row in examples_of(batch.filter(pc.is_in(batch.column("id"), value_set=wanted))):
-                rows[row.id] = row
-    return rows
+    return {row.id: row for batch in _read(path, "id", ids).to_batches() for row in examples_of(batch)}
 
 
 def dropped_for(pairs: Path, kept: Collection[str]) -> dict[str, list[Dropped]]:
     """Return per kept id the rows dropped as its duplicates, nearest first; an id of a copy (`~2`) means its row."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     from finetune.dedup.select import original_id
 
     originals = {row_id: original_id(row_id) for row_id in kept}
-    table = pq.read_table(pairs)
-    table = table.filter(pc.is_in(table["kept_id"], value_set=pa.array(sorted(set(originals.values())), pa.string())))
     groups: dict[str, list[Dropped]] = {}
-    for row in table.to_pylist():
-        groups.setdefault(row["kept_id"], []).append(
-            Dropped(row["dropped_id"], row["kept_id"], row["method"], row["score"])
-        )
+    for row in _read(pairs, "kept_id", set(originals.values())).to_pylist():
+        one = Dropped(row["dropped_id"], row["kept_id"], row["method"], row["score"])
+        groups.setdefault(one.kept_id, []).append(one)
     for group in groups.values():
         group.sort(key=lambda d: (-d.score, d.id))
     return {row_id: groups.get(original, []) for row_id, original in originals.items()}
@@ -75,29 +72,14 @@ def sources_of(paths: Sequence[Path]) -> list[Counter[str]]:
     """Return for each rows file the number of rows per source."""
     import pyarrow.parquet as pq
 
-    sources = []
-    for path in paths:
-        counts: Counter[str] = Counter()
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["source"]):
-                counts.update(batch.column("source").to_pylist())
-        sources.append(counts)
-    return sources
+    counted = (pq.read_table(path, columns=["source"])["source"].value_counts().to_pylist() for path in paths)
+    return [Counter({entry["values"]: entry["counts"] for entry in counts}) for counts in counted]
 
 
 def source_by_id(paths: Sequence[Path], ids: Collection[str]) -> dict[str, str]:
     """Return the source of each of those rows."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    wanted = pa.array(sorted(ids), pa.string())
-    sources: dict[str, str] = {}
-    for path in paths:
-        table = pq.read_table(path, columns=["id", "source"])
-        table = table.filter(pc.is_in(table["id"], value_set=wanted))
-        sources.update(zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True))
-    return sources
+    rows = [row for path in paths for row in _read(path, "id", ids, ["id", "source"]).to_pylist()]
+    return {row["id"]: row["source"] for row in rows}
 
 
 def rendered_lengths(paths: Sequence[Path]) -> list[int]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from finetune.pipeline.runs import StageRecord
 from finetune.pipeline.store import Manifest
 
 
 @dataclass(frozen=True)
-class StageView:
+class StageView(StageRecord):
     """One stage: `manifest` is None if its folder is incomplete or was removed."""
 
-    name: str
-    status: str
-    folder: Path | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    message: str = ""
     manifest: Manifest | None = None
 
     def file(self, name: str) -> Path | None:

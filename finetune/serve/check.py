@@ -105,7 +105,8 @@ def _ids(server: Server, chat: Sequence[Any], tools: Sequence[Any] | None, expec
     asked |= {"tools": list(tools)} if tools else {}
     answer = _post(f"{root}/tokenize", asked, server)
     if isinstance(answer, dict) and isinstance(answer.get("tokens"), list) and answer["tokens"]:
-        return EQUAL if answer["tokens"] == expected.ids else _first_difference(expected.ids, answer["tokens"])
+        theirs = answer["tokens"]
+        return EQUAL if theirs == expected.ids else _first_difference("token", expected.ids, theirs, 4)
     answer = _post(f"{root}/apply-template", {k: v for k, v in asked.items() if k in ("messages", "tools")}, server)
     if isinstance(answer, dict) and isinstance(answer.get("prompt"), str):
         return EQUAL if _ends(expected.text, answer["prompt"]) else _same(expected.text, answer["prompt"])
@@ -132,13 +133,10 @@ def _post(address: str, body: object, server: Server) -> object:
 
 
 def _same(ours: str, theirs: str) -> str:
-    if ours.strip() == theirs.strip():
-        return EQUAL
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"differs at character {at}: expected {ours[at : at + 30]!r}, found {theirs[at : at + 30]!r}"
+    return EQUAL if ours.strip() == theirs.strip() else _first_difference("character", ours, theirs, 30)
 
 
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
+def _first_difference(what: str, ours: Sequence[Any], theirs: Sequence[Any], most: int) -> str:
     pairs = enumerate(zip(ours, theirs, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    return f"differs at token {at}: expected {list(ours[at : at + 4])}, found {list(theirs[at : at + 4])}"
+    return f"differs at {what} {at}: expected {ours[at : at + most]!r}, found {theirs[at : at + most]!r}"

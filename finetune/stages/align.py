@@ -11,8 +11,9 @@ from pydantic import Field
 from finetune.context import Context
 from finetune.metrics import AlignMetrics, Headline
 from finetune.preference.reference import Objective
-from finetune.recipe import Lora, Model, Quantization, Recipe, Section, Train
-from finetune.utils.files import read_json, write_json
+from finetune.recipe import Lora, Model, Quantization, Recipe, Train
+from finetune.utils import runtime
+from finetune.utils.files import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     from finetune.models.device import Precision
@@ -22,19 +23,13 @@ FIGURES = "preference.json"
 CHECKPOINT_FROM_PARAMETERS = 500_000_000
 
 
-class Spec(Section):
+class Spec(Objective):
     """Settings that decide the adapter, beside the pairs, the adapter that it begins from and the base."""
 
     seed: int
     model: Model
     quantization: Quantization | None
     train: Train
-    method: str
-    loss: str
-    beta: float
-    label_smoothing: float = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
     lora: Annotated[Lora, Field(exclude=True)] = Lora()  # for the memory only: the adapter itself is an input
 
 
@@ -75,7 +70,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Alig
     from finetune.train import cpu_precision
     from finetune.train.arguments import Job
     from finetune.train.trainer import save_adapter
-    from finetune.utils import runtime
 
     adapter = inputs["train"] / "adapter"
     device = pick_device(ctx.device)
@@ -107,11 +101,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Alig
         documents=inputs["pairs"] / "train.parquet",
         stage="align",
     )
-    objective = Objective(
-        spec.method, spec.loss, spec.beta, spec.label_smoothing, spec.desirable_weight, spec.undesirable_weight
-    )
     with runtime.fitting(inputs["base"], device):
-        result = align(job, objective, base, tokenizer, inputs["pairs"] / "train.parquet", adapter, ctx)
+        result = align(job, spec, base, tokenizer, inputs["pairs"] / "train.parquet", adapter, ctx)
         if ctx.rank != 0:
             return {}
         figures = _measure(spec, result, inputs, facts, int(tokenizer.pad_token_id), precision, ctx)
@@ -133,9 +124,12 @@ def headline(m: AlignMetrics) -> Headline:
 
 def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -> tuple[str, int | None]:
     """The checkpointing policy, and the pairs at once (None: as runtime has it); as stage train decides them."""
+    import pyarrow.parquet as pq
+
     from finetune.estimate.choice import Options, device_like, this_gpu
     from finetune.estimate.memory import Training
     from finetune.estimate.shapes import shapes_in
+    from finetune.preference.batches import longest
 
     asked = ctx.runtime.checkpointing
     shapes = shapes_in(inputs["base"])
@@ -148,24 +142,13 @@ def _decide(spec: Spec, inputs: Mapping[str, Path], device: str, ctx: Context) -
         train=spec.train,
         runtime=ctx.runtime,
         packed=False,
-        row_tokens=longest(inputs["pairs"] / "train.parquet"),
+        row_tokens=longest(pq.read_table(inputs["pairs"] / "train.parquet"), spec.method),
         sequences=2 if spec.method == "dpo" else 1,
         reference=True,
     )
     choice = Options(shapes, run, ctx.world).best(device_like(*this_gpu(device, ctx.world)))
     ctx.say(f"align: {choice.describe()}")
     return choice.policy, choice.rows
-
-
-def longest(pairs: Path) -> int:
-    """Tokens of the longest prompt with an answer in a rendered file of pairs."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    names = [n for n in pq.read_schema(pairs).names if n in ("chosen_ids", "rejected_ids", "completion_ids")]
-    table = pq.read_table(pairs, columns=["prompt_ids", *names])
-    prompt = pc.list_value_length(table["prompt_ids"])
-    return max(int(pc.max(pc.add(prompt, pc.list_value_length(table[n]))).as_py() or 1) for n in names)
 
 
 def _measure(
@@ -227,8 +210,6 @@ def _copy_beside(start: Path, template: Path, adapter: Path) -> None:
     """Tokenizer and template travel with the aligned adapter as with the one it began from; an adapter that was
     imported without rows has no template, and gets that of the pairs.
     """
-    from finetune.utils.files import write_bytes
-
     copied = {p.relative_to(start): p for p in sorted(start.rglob("*")) if p.is_file()}
     copied |= {Path("template") / p.name: p for p in sorted(template.iterdir())}
     copied.setdefault(Path("chat_template.jinja"), template / "inference.jinja")

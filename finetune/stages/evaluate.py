@@ -203,7 +203,10 @@ def _measure(
         base_nll, _ = scoring.row_nll(model, rows, settings.batch_tokens, ctx, "perplexity (base)")
     own = [with_prompt(r, r) for r in rows]
     shuffled = under_other_prompts(rows, spec.seed)
-    true_nll, answer_counts = scoring.row_nll(model, own, settings.batch_tokens, ctx, "own prompts")
+    if all(_same(a, b) for a, b in zip(own, rows, strict=True)):  # one answer each: scored above
+        true_nll, answer_counts = nll, counts
+    else:
+        true_nll, answer_counts = scoring.row_nll(model, own, settings.batch_tokens, ctx, "own prompts")
     other_nll, _ = scoring.row_nll(model, shuffled, settings.batch_tokens, ctx, "other prompts")
     prompt_use = _prompt_use(true_nll, other_nll, answer_counts, spec.seed)
 
@@ -224,6 +227,10 @@ def _measure(
     if settings.metrics:
         result["metrics"] = _score_answers(lines, settings.metrics, spec.seed)
     return result, lines
+
+
+def _same(a: TokenRow, b: TokenRow) -> bool:
+    return a.ids.tolist() == b.ids.tolist() and a.mask.tolist() == b.mask.tolist()
 
 
 def _judge(

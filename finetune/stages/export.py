@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
+from finetune.eval.compare import first_rows
 from finetune.metrics import ExportMetrics, Headline
 from finetune.recipe import Certify, Export, Recipe, Section
 from finetune.utils.files import read_json, write_bytes
@@ -154,14 +155,15 @@ def _write_gguf(
     gguf_writer.require_gguf()
     folder = inputs["merge"]
     config: dict[str, Any] = read_json(folder / "config.json")
-    gguf_writer.architecture(config)
     kinds: list[str] = list(dict.fromkeys(spec.export.gguf))
     quantizer = llama_cpp.require_quantizer(kinds)
-    exact = gguf_writer.plan(folder, config, gguf_writer.exact_kind(folder))
+    exact_kind = gguf_writer.exact_kind(folder)
+    exact = gguf_writer.plan(folder, config, exact_kind)
     plans = {kind: gguf_writer.plan(folder, config, kind) for kind in kinds if kind in gguf_writer.TYPES}
     tokenizer = loading.load_tokenizer(folder)
     header = _header(folder, config, tokenizer)
-    require_space(out, _bytes_needed(kinds, plans, exact), "export: the set of GGUF files", "ask for fewer kinds")
+    needed = _bytes_needed(kinds, {exact_kind: exact, **plans}, exact_kind)
+    require_space(out, needed, "export: the set of GGUF files", "ask for fewer kinds")
     differs = header.vocabulary.differs
     if differs:
         ctx.say(
@@ -173,7 +175,7 @@ def _write_gguf(
         tracked = ctx.track(planned, f"export {kind}", len(planned))
         gguf_writer.write(out / f"model-{kind}.gguf", header, planned, kind, tracked)
     if others := [kind for kind in kinds if kind not in plans]:
-        _quantize(quantizer, others, out, header, exact, ctx)
+        _quantize(quantizer, others, out, header, exact_kind, exact, ctx)
     sizes = {f"model-{kind}.gguf": (out / f"model-{kind}.gguf").stat().st_size for kind in kinds}
     _refuse_other_chats([out / name for name in sizes], header, tokenizer, inputs)
     template = _write_modelfile(out, f"model-{kinds[0]}.gguf", header, tokenizer)
@@ -184,22 +186,19 @@ def _write_gguf(
     return files, {**metrics, **read}
 
 
-def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: list[Planned]) -> int:
-    from finetune.gguf.writer import bytes_of_kinds, exact_kind_of, file_bytes
+def _bytes_needed(kinds: Sequence[str], plans: Mapping[str, list[Planned]], exact: str) -> int:
+    from finetune.gguf.writer import bytes_of_kinds, file_bytes
 
-    kind = exact_kind_of(exact)
-    files = {kind: exact, **plans}
-    return bytes_of_kinds(kinds, kind, _parameters(exact), lambda kind: file_bytes(files[kind]))
+    return bytes_of_kinds(kinds, exact, _parameters(plans[exact]), lambda kind: file_bytes(plans[kind]))
 
 
 def _quantize(
-    program: str, kinds: Sequence[str], out: Path, header: Header, exact: list[Planned], ctx: Context
+    program: str, kinds: Sequence[str], out: Path, header: Header, kind: str, exact: list[Planned], ctx: Context
 ) -> None:
     """Write the K-quants from a GGUF that holds the merged weights exactly, which goes unless it was asked for."""
     from finetune.gguf import llama_cpp
     from finetune.gguf import writer as gguf_writer
 
-    kind = gguf_writer.exact_kind_of(exact)
     asked = out / f"model-{kind}.gguf"
     source = asked if asked.exists() else out / "source.gguf"
     if source != asked:
@@ -245,7 +244,6 @@ def _read_again(
 
 def _rows(spec: Spec, path: Path, parameters: int, ctx: Context) -> list[TokenRow]:
     """Return the held-out rows to score; a large model (`parameters`) is scored on fewer tokens."""
-    from finetune.eval.compare import first_rows
     from finetune.tokenization.token_rows import read_token_rows
 
     if not spec.export.perplexity_rows:

@@ -15,8 +15,8 @@ from finetune.context import Context
 from finetune.data.records import Example, Reject, RowRange, batches, reject_writer, row_ranges, write_rows
 from finetune.engine.local import Local
 from finetune.errors import GateRefused, InputError
-from finetune.filters import basic
-from finetune.filters.section import rules_of
+from finetune.filters import basic, custom
+from finetune.filters.registry import rules_of
 from finetune.metrics import FilterMetrics, Headline
 from finetune.recipe import Filter, Recipe, Section
 from finetune.recipe.filters import Own
@@ -69,8 +69,6 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> dict[str, object]:
     """The digests of a template and of own rules' files that the recipe names; the base's own is part of the base."""
-    from finetune.filters import custom
-
     own = {rule.function: custom.digest(rule) for rule in spec.rules.rules if isinstance(rule, Own)}
     outside: dict[str, object] = {"own_rules": own} if own else {}
     if spec.rendering is None or spec.rendering.template == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from finetune.data.sources import source_fingerprint
 from finetune.errors import GateRefused
 from finetune.metrics import GenerateMetrics, Headline
 from finetune.recipe import Generate, Recipe, Section
+from finetune.synth.asking import Budget, BudgetUsed, identity, open_asker
+from finetune.synth.prompts import Prompts, digests
 from finetune.utils.files import canonical_json, replace_bytes, write_json
 from finetune.utils.format import clipped
 
@@ -50,9 +53,6 @@ def also(spec: Spec) -> tuple[str, ...]:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """Return digests of the seeds and the prompts, and the identity of the model."""
-    from finetune.synth.asking import identity
-    from finetune.synth.prompts import digests
-
     section = spec.asked
     judged = section.best == "judge" and section.samples > 1
     prefix = section.method.split("_")[0] + "_"  # of the prompts of this method
@@ -71,10 +71,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
     or generate.max_requests or max_tokens is used up: the rows so far are then in rows-so-far.jsonl.
     """
     from finetune.synth.answers import answer_seeds
-    from finetune.synth.asking import Budget, BudgetUsed, open_asker
     from finetune.synth.evolve import evolve
     from finetune.synth.job import Job
-    from finetune.synth.prompts import Prompts
     from finetune.synth.seeds import read_seeds, require_seeds
     from finetune.synth.self_instruct import write_tasks
 
@@ -116,7 +114,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Gene
         "rows_out": rows,
         "rejected": job.reasons(),
         "rounds": job.rounds(),
-        "operations": _operations(job.made),
+        "operations": dict(sorted(Counter(row.operation for row in job.made).items())),
         "requests": budget.requests,
         "prompt_tokens": budget.prompt_tokens,
         "tokens": budget.tokens,
@@ -143,13 +141,6 @@ def _budget_used(limit: str, job: Job, out: Path) -> GateRefused:
         f"{len(lines):,} rows so far are in {path}. Every response is kept: raise it and run again to go on, or take "
         "those rows as a local source"
     )
-
-
-def _operations(made: Sequence[Made]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in made:
-        counts[row.operation] = counts.get(row.operation, 0) + 1
-    return dict(sorted(counts.items()))
 
 
 def _lineage(made: Sequence[Made], seeds: Sequence[Seed]) -> list[list[dict[str, Any]]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.context import Context
-from finetune.data.records import RowRange
+from finetune.data.records import RowRange, write_table
 from finetune.errors import FinetuneError
 from finetune.metrics import Headline, PackMetrics
 from finetune.recipe import Recipe, Section
+from finetune.utils.files import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,10 +53,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pack
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from finetune.data.records import write_table
     from finetune.models.inventory import why_not_packed
     from finetune.tokenization.packing import lower_bound, packed_schema
-    from finetune.utils.files import write_json
 
     source = inputs["render"] / "train.parquet"
     sizes = pq.read_table(source, columns=["length"])["length"].to_numpy().astype(np.int64)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal, cast
 
 from finetune.context import Context
 from finetune.data.formats import unique_labels
@@ -15,44 +13,23 @@ from finetune.data.records import read_rows, reject_writer
 from finetune.data.sources import source_fingerprint
 from finetune.dedup.embedding_names import model_fingerprint
 from finetune.errors import GateRefused
+from finetune.filters import custom
 from finetune.filters.overlap import Against
+from finetune.filters.registry import rules_of
 from finetune.metrics import Headline, PairsMetrics
+from finetune.preference.records import GROUP_THRESHOLD, Pair, Rendering, Repeats
 from finetune.recipe import Filter, Recipe, Section, Source
-from finetune.recipe import Jaccard as JaccardSection
 from finetune.recipe.filters import Own
+from finetune.utils.files import write_json
 
 if TYPE_CHECKING:
-    from finetune.preference.curate import Alike, Curation
+    from finetune.preference.curate import Curation
     from finetune.preference.read import Reading
-    from finetune.preference.records import Pair
     from finetune.preference.tokens import TokenizedPair
     from finetune.preference.writer import PairWriter
 
 SHOWN_ROWS = 3
-GROUP_THRESHOLD = 0.9  # of prompts, without a split section
 Made = Mapping[str, Sequence["TokenizedPair"]]  # "train" and "eval"
-
-
-class Rendering(Section):
-    """Settings of the render section that decide a pair's tokens."""
-
-    template: str
-    system: Literal["merge", "refuse"]
-    reasoning: Literal["auto", "keep", "last", "strip"] = "auto"
-    template_file: Annotated[Path | None, Field(exclude=True)] = None
-
-
-class Repeats(Section):
-    """By what pairs, and prompts, repeat each other: the dedup section, and the split section's threshold."""
-
-    drop: bool = True  # False: the recipe drops no repeated rows
-    exact: bool = True
-    minhash: JaccardSection | None = None
-    embedding: str | None = None
-    threshold: float = 1.0
-    group_threshold: float = GROUP_THRESHOLD
-    by: Literal["pair", "prompt"] = "pair"
-    folder: Annotated[Path | None, Field(exclude=True)] = None
 
 
 class Spec(Section):
@@ -118,7 +95,6 @@ def spec(recipe: Recipe) -> Spec | None:
 
 def fingerprint(spec: Spec) -> Mapping[str, object]:
     """Return digests of the sources, custom rules, template and embedding model."""
-    from finetune.filters import custom
     from finetune.tokenization.chat_template import fingerprint_of
 
     outside: dict[str, object] = {"sources": [source_fingerprint(source) for source in spec.data]}
@@ -151,16 +127,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pair
     _check_both_labels(own, spec)
     curation = Curation([*own, *held], len(held), unread=reading.rejects)
     train, evaluated, figures = _curate(spec, curation, inputs.get("split"), ctx)
-    asked, base = spec.rendering, inputs["base"]
-    writer = PairWriter.proved_on(
-        [curation.pairs[i] for i in (*train, *evaluated)],
-        load_tokenizer(base),
-        base,
-        asked.template,
-        asked.template_file,
-        asked.system,
-        asked.reasoning,
-    )
+    chosen = [curation.pairs[i] for i in (*train, *evaluated)]
+    writer = PairWriter.proved_on(chosen, load_tokenizer(inputs["base"]), inputs["base"], spec.rendering)
     made = {
         name: writer.write(curation, numbers, out / f"{name}.parquet", spec.method, spec.max_length_tokens, ctx)
         for name, numbers in (("train", train), ("eval", evaluated))
@@ -200,13 +168,12 @@ def _curate(
     spec: Spec, curation: Curation, split: Path | None, ctx: Context
 ) -> tuple[list[int], list[int], PairsMetrics]:
     """Leave pairs out and choose which are held out: the numbers of both splits, and figures."""
-    from finetune.filters.section import rules_of
     from finetune.preference import curate
 
     if spec.rules is not None:
         curate.apply_rules(curation, rules_of(spec.rules))
     figures: PairsMetrics = {"contradictions": curate.drop_contradictions(curation)}
-    alike = _alike(spec.repeats)
+    alike = spec.repeats
     file = split / "eval.parquet" if split is not None else None
     held_rows = curate.held_prompts(read_rows(file) if file is not None and file.is_file() else ())
     parts = curate.embed_parts(curation.pairs, held_rows.prompts, alike, ctx, _made_by(spec.repeats))
@@ -230,12 +197,6 @@ def _require_some(curation: Curation, left: Sequence[int], which: str) -> None:
     if not left:
         total = len(curation.pairs) + len(curation.unread)
         raise GateRefused(f"pairs: no pair {which} is left of {total} rows:{curation.reasons()}")
-
-
-def _alike(repeats: Repeats) -> Alike:
-    from finetune.preference.curate import Alike
-
-    return Alike(**{name: getattr(repeats, name) for name in type(repeats).model_fields if name != "drop"})
 
 
 def _made_by(repeats: Repeats) -> Mapping[str, object] | None:
@@ -279,7 +240,6 @@ def _written(
     from finetune.tokenization.audit import check_pad
     from finetune.tokenization.chat_template import write_template
     from finetune.tokenization.encoder import choose_pad
-    from finetune.utils.files import write_json
 
     row_tokenizer, template, tokenizer, train = writer.worker, writer.template, writer.tokenizer, made["train"]
     pad = choose_pad(tokenizer, template.text, row_tokenizer.labels)

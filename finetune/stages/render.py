@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.context import Context
+from finetune.data.records import Example, Reject, RowRange, read_rows, reject_writer, row_ranges
+from finetune.errors import FinetuneError
 from finetune.metrics import Headline, RenderMetrics
 from finetune.recipe import Recipe, Render
+from finetune.utils.files import canonical_json, read_json, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.data.records import Example, Reject, RowRange
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.chat_template import Template
     from finetune.tokenization.id_check import IdCheck
@@ -45,14 +47,14 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
     Without training rows (`train: null` beside `eval_data`) the template is proved on the held-out ones.
     Raises GateRefused (with row ids) if training on the result would ruin the model.
     """
-    from finetune.data.records import read_rows, reject_writer
     from finetune.models.loading import load_tokenizer
     from finetune.models.new_tokens import meant
-    from finetune.tokenization.audit import check_pad, check_shares
+    from finetune.tokenization.audit import Tally, check_pad, check_shares
     from finetune.tokenization.chat import verification_sample
     from finetune.tokenization.chat_template import write_template
     from finetune.tokenization.encoder import choose_pad
     from finetune.tokenization.id_check import IdCheck
+    from finetune.tokenization.inspection import first_row_text
 
     folder = inputs["split"]
     train = folder / "train.parquet" if (folder / "train.parquet").exists() else folder / "rows.parquet"
@@ -82,28 +84,27 @@ def run(spec: Render, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Re
         "held-out" if only_held_out else "training",
     )
     ctx.say(f"render: template {template.name}; {check.equal} sampled rows have the ids of the base's own template")
-    for line in (*check.notes(), *_notes(tallies), *_unseen(out, inputs["base"]), *_too_long(out, inputs["base"])):
+    total = Tally()
+    for tally in tallies.values():
+        total.add(tally)
+    for line in (*check.notes(), *_notes(total), *_unseen(out, inputs["base"]), *_too_long(out, inputs["base"])):
         ctx.say(f"render: {line}")
     part = "eval" if only_held_out else "train"
-    ctx.say(_first_row(tokenizer, out / f"{part}.parquet"))
+    ctx.say(first_row_text(tokenizer, out / f"{part}.parquet"))
     pad = choose_pad(tokenizer, template.text, row_tokenizer.labels, own_special)
     check_pad(tokenizer.get_vocab()[pad], row_tokenizer.labels)
     terminators = sorted(row_tokenizer.terminators)
     write_template(out / "template", template, terminators, pad, row_tokenizer.starts_with_bos, sorted(own_special))
     _write_audit(out / "audit.json", tallies, row_tokenizer, proved, check)
     done = tallies[part]
-    dropped: dict[str, int] = {}
-    for tally in tallies.values():
-        for reason, count in tally.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
     return {
         "supervised_fraction": done.supervised / done.tokens,
-        "truncated": sum(t.truncated for t in tallies.values()),
-        "unterminated": sum(t.unterminated for t in tallies.values()),
-        "dropped": sum(dropped.values()),
-        "dropped_because": dropped,
-        "masked_turns": sum(sum(t.masked.values()) for t in tallies.values()),
-        "special_text": {s: rows for s, (rows, _) in sorted(_special_text(tallies).items())},
+        "truncated": total.truncated,
+        "unterminated": total.unterminated,
+        "dropped": total.dropped.total(),
+        "dropped_because": dict(total.dropped),
+        "masked_turns": total.masked.total(),
+        "special_text": {s: rows for s, (rows, _) in sorted(total.special_text.items())},
         "rows": tallies["train"].rows,
         "tokens": done.tokens,
         "longest": done.longest,
@@ -192,18 +193,16 @@ def _rules(spec: Render, tokenizer: PreTrainedTokenizerBase, template: Template)
     )
 
 
-def _notes(tallies: Mapping[str, Tally]) -> Iterator[str]:
+def _notes(total: Tally) -> Iterator[str]:
     """Return warnings on the written rows: turns without labels, typed special tokens."""
-    answers = sum(t.answers for t in tallies.values())
-    for reason in sorted({r for t in tallies.values() for r in t.masked}):
-        count = sum(t.masked.get(reason, 0) for t in tallies.values())
-        yield f"{count:,} of {answers:,} assistant turns carry no label: {reason}"
-    if ends := sum(t.open_ends for t in tallies.values()):
+    for reason, count in sorted(total.masked.items()):
+        yield f"{count:,} of {total.answers:,} assistant turns carry no label: {reason}"
+    if total.open_ends:
         yield (
-            f"the end of {ends:,} of {answers:,} assistant turns carries no label: the template ends these "
-            "earlier turns otherwise than it asks for them"
+            f"the end of {total.open_ends:,} of {total.answers:,} assistant turns carries no label: the template ends "
+            "these earlier turns otherwise than it asks for them"
         )
-    for string, (rows, ids) in sorted(_special_text(tallies).items()):
+    for string, (rows, ids) in sorted(total.special_text.items()):
         yield (
             f"{rows:,} rows hold the text {string!r}, a special token of this base; typed text is encoded as text: "
             f"{ids:,} of these rows hold it as a token"
@@ -232,7 +231,6 @@ def _too_long(out: Path, base: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     from finetune.models.architecture import positions
-    from finetune.utils.files import read_json
 
     pinned, config = (read_json(p) if p.is_file() else {} for p in (base / "base.json", base / "config.json"))
     known = pinned["positions"] if "positions" in pinned else positions(config)
@@ -244,20 +242,6 @@ def _too_long(out: Path, base: Path) -> Iterator[str]:
             f"(max_position_embeddings; the longest has {every.max():,} tokens): lower render.max_length_tokens, or "
             "set model.rope_scaling"
         )
-
-
-def _special_text(tallies: Mapping[str, Tally]) -> dict[str, tuple[int, int]]:
-    """Special token -> rows of all splits with its text, and those of them with its id."""
-    strings = {s for t in tallies.values() for s in t.special_text}
-    every = {s: [t.special_text.get(s, [0, 0]) for t in tallies.values()] for s in strings}
-    return {s: (sum(rows for rows, _ in counts), sum(ids for _, ids in counts)) for s, counts in every.items()}
-
-
-def _first_row(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> str:
-    """One training row as the model sees it: the supervised part between » and «, number of ids, first and last ids."""
-    from finetune.tokenization.inspection import first_row_text
-
-    return first_row_text(tokenizer, rendered)
 
 
 def _write(
@@ -274,8 +258,6 @@ def _write(
     """
     import pyarrow.parquet as pq
 
-    from finetune.data.records import row_ranges
-    from finetune.errors import FinetuneError
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.row_tokenizer import table
 
@@ -304,8 +286,6 @@ def _write(
 
 def _note_masked(path: Path, tally: Tally) -> None:
     """Append the assistant turns without a label: {"id", "turn", "reason"}; no file without any."""
-    from finetune.utils.files import canonical_json
-
     if tally.masked_turns:
         with path.open("a", encoding="utf-8") as file:
             for row_id, turn, reason in tally.masked_turns:
@@ -315,8 +295,6 @@ def _note_masked(path: Path, tally: Tally) -> None:
 
 def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reject:
     """A row that was left out; its tokens and their limit if it was counted."""
-    from finetune.data.records import Reject
-
     counted = "" if length is None else f", {length} tokens of at most {rules.max_length}"
     detail = f"{counted.removeprefix(', ')}: {reason}" if counted else reason
     limit = None if length is None else rules.max_length
@@ -326,8 +304,6 @@ def _reject(row: Example, reason: str, length: int | None, rules: Rules) -> Reje
 def _write_audit(
     path: Path, tallies: Mapping[str, Tally], row_tokenizer: RowTokenizer, proved: int, check: IdCheck
 ) -> None:
-    from finetune.utils.files import write_json
-
     content = {
         "splits": {name: tally.as_json() for name, tally in tallies.items()},
         "template": row_tokenizer.template.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.context import Context
 from finetune.errors import FinetuneError, GateRefused, InputError
@@ -15,26 +15,11 @@ from finetune.synth.asking import local_folder, server_of
 from finetune.synth.seeds import read_seeds, require_seeds
 
 
-class Finished(Protocol):
-    """The manifest of a finished stage."""
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        """Counts of the stage."""
-
-
-class Planned(Protocol):
-    """A planned stage."""
-
-    @property
-    def manifest(self) -> Finished | None:
-        """The finished stage's manifest, or None."""
-
-
-def generation(recipe: Recipe, step: Planned | None) -> dict[str, Any] | None:
+def generation(recipe: Recipe, metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return rows, requests and tokens of stage generate: what it took, or what it needs at least and may take at most.
 
-    `seeds` is None if they are on the Hub and not counted yet; the figures that depend on them are then None as well.
+    `metrics` are those of the finished stage, None before. `seeds` is None if they are on the Hub and not counted yet;
+    the figures that depend on them are then None as well.
     Raises InputError if the rows that are asked for, or seeds without a number of rows, exceed max_requests or
     max_tokens even if every candidate is used, and for seeds that do not fit.
     """
@@ -49,8 +34,7 @@ def generation(recipe: Recipe, step: Planned | None) -> dict[str, Any] | None:
         "max_requests": section.max_requests,
         "max_tokens": section.max_tokens,
     }
-    if step is not None and step.manifest is not None:
-        metrics = step.manifest.metrics
+    if metrics is not None:
         return figures | {
             "done": True,
             "seeds": metrics["seeds"],

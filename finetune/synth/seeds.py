@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from finetune.data.formats import FormatError, decide, to_example, unique_labels
+from finetune.data.formats import Decision, FormatError, decide, to_example, unique_labels
 from finetune.data.records import Example, Reject
-from finetune.data.sources import SAMPLE_ROWS, first_rows, place_of, printable, raw_rows, row_id, row_text
-from finetune.data.values import RowError
+from finetune.data.sources import SAMPLE_ROWS, converted, first_rows, place_of, raw_rows
 from finetune.errors import InputError
 from finetune.eval.prompts import prompt_of, with_answer
 from finetune.recipe import Source
@@ -55,17 +55,12 @@ def read_seeds(
             decision = decide(source.format, source.columns, sample, ignore, raw=source.raw)
         except FormatError as error:
             raise InputError(f"generate.seeds {label}: {error}{place_of(source)}") from None
-        for file, row in chain(head, rows):
-            found_id = row_id(label, file, row)
-            if row.row is None:
-                yield Reject(found_id, label, "unreadable", row.problem, printable(row.text))
-                continue
-            try:
-                yield _seed(to_example(row.row, decision, found_id, label), single=single)
-            except RowError as error:
-                yield Reject(found_id, label, error.reason, printable(str(error)), printable(row_text(row.row)))
-            except RecursionError:
-                yield Reject(found_id, label, "nested", "a column is nested too deeply", printable(row_text(row.row)))
+        for row in converted(chain(head, rows), label, partial(_examples, decision, label)):
+            yield _seed(row, single=single) if isinstance(row, Example) else row
+
+
+def _examples(decision: Decision, label: str, row: dict[str, object], row_id: str) -> tuple[Example]:
+    return (to_example(row, decision, row_id, label),)
 
 
 def _seed(row: Example, *, single: bool) -> Seed | Reject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from finetune.tokenization.answers import Answer
 from finetune.tokenization.chat import Chat, Span, answer_core, reasoning_of, text_of
 
 EXAMPLES = 20  # row ids kept for each reason
+SUMS = (  # the counts of a Tally that add up over its parts
+    "rows_in", "rows", "tokens", "supervised", "truncated", "unterminated", "answers", "open_ends", "masked", "dropped",
+)  # fmt: skip
 
 
 @dataclass
@@ -26,10 +30,10 @@ class Tally:
     unterminated: int = 0  # rows that hold part of a supervised turn, but not its end
     answers: int = 0  # assistant turns of the rows that are written
     open_ends: int = 0  # learned answers whose end the template writes otherwise than it asks for it
-    masked: dict[str, int] = field(default_factory=dict)  # reason -> assistant turns without a label
+    masked: Counter[str] = field(default_factory=Counter)  # reason -> assistant turns without a label
     special_text: dict[str, list[int]] = field(default_factory=dict)  # special token -> rows with its text, with its id
     longest: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first row ids
     masked_turns: list[tuple[str, int, str]] = field(default_factory=list)  # until the caller has written them down
     left_out: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # until the caller has written them down
@@ -49,7 +53,7 @@ class Tally:
 
     def mask(self, row_id: str, turn: int, reason: str) -> None:
         """Count an assistant turn (1-based in its conversation) that carries no label."""
-        self.masked[reason] = self.masked.get(reason, 0) + 1
+        self.masked[reason] += 1
         self.masked_turns.append((row_id, turn, reason))
 
     def note_special(self, string: str, has_id: bool) -> None:
@@ -61,18 +65,15 @@ class Tally:
     def drop(self, row_id: str, reason: str, length: int | None = None) -> None:
         """Count a row that is left out; `length` is its tokens, if they were counted."""
         self.rows_in += 1
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.dropped[reason] += 1
         self.left_out[row_id] = (reason, length)
         self._remember(reason, row_id)
 
     def add(self, later: Tally) -> None:
         """Add the counts of the rows that come after these."""
-        for name in ("rows_in", "rows", "tokens", "supervised", "truncated", "unterminated", "answers", "open_ends"):
+        for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.longest = max(self.longest, later.longest)
-        for counts, more in ((self.masked, later.masked), (self.dropped, later.dropped)):
-            for reason, count in more.items():
-                counts[reason] = counts.get(reason, 0) + count
         for string, (text, ids) in later.special_text.items():
             tally = self.special_text.setdefault(string, [0, 0])
             self.special_text[string] = [tally[0] + text, tally[1] + ids]
@@ -84,21 +85,8 @@ class Tally:
 
     def as_json(self) -> dict[str, object]:
         """Every figure, for audit.json."""
-        return {
-            "rows_in": self.rows_in,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "supervised": self.supervised,
-            "truncated": self.truncated,
-            "unterminated": self.unterminated,
-            "longest": self.longest,
-            "answers": self.answers,
-            "masked": self.masked,
-            "open_ends": self.open_ends,
-            "special_text": {s: {"rows_with_text": t, "rows_with_id": i} for s, (t, i) in self.special_text.items()},
-            "dropped": self.dropped,
-            "examples": self.examples,
-        }
+        special = {s: {"rows_with_text": t, "rows_with_id": i} for s, (t, i) in self.special_text.items()}
+        return {**{name: getattr(self, name) for name in (*SUMS, "longest", "examples")}, "special_text": special}
 
     def _remember(self, reason: str, row_id: str) -> None:
         ids = self.examples.setdefault(reason, [])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from finetune.data.records import Example
 from finetune.errors import GateRefused, InputError
 from finetune.tokenization.answers import Finder, NoEnd
 from finetune.tokenization.audit import check_system
@@ -22,7 +23,6 @@ from finetune.utils.upstream import compile_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.data.records import Example
     from finetune.tokenization.template_sandbox import MarkedEnvironment
 
 # What a template's own expressions raise beside TemplateError: None + text where a turn lacks what is added, a role

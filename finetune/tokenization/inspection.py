@@ -12,7 +12,7 @@ from finetune.tokenization.audit import shared_length
 from finetune.utils.format import visible
 
 
-class Decoder(Protocol):
+class Tokenizer(Protocol):
     """The part of a tokenizer needed to show tokens."""
 
     @property
@@ -21,10 +21,6 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: list[int], **kwargs: bool) -> str | list[str]:
         """The text of the tokens."""
-
-
-class Tokenizer(Decoder, Protocol):
-    """The part of a tokenizer needed to show tokens with their names."""
 
     def convert_ids_to_tokens(self, ids: list[int]) -> str | list[str]:
         """Return the name of each token."""
@@ -39,7 +35,7 @@ class Segment:
     special: bool
 
 
-def segments(tokenizer: Decoder, ids: list[int], mask: Sequence[int]) -> list[Segment]:
+def segments(tokenizer: Tokenizer, ids: list[int], mask: Sequence[int]) -> list[Segment]:
     """The row as runs of equal (supervised, special); their texts joined are the decoded row.
 
     A run is shown as what it adds to the text before it, since SentencePiece drops the space of a first token. Raises

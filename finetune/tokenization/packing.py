@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.errors import FinetuneError, GateRefused
 from finetune.utils.quiet import no_bars
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +26,6 @@ class Packed:
 
 def packed_schema() -> pa.Schema:
     """Return the columns of packed rows."""
-    import pyarrow as pa
-
     return pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")])
 
 
@@ -43,7 +38,6 @@ def pack(input_ids: pa.ListArray, mask: pa.ListArray, length: int, first: int = 
     Raises GateRefused for a document that is longer than a bin or a bin without a label, FinetuneError if a token or
     a document was lost.
     """
-    import pyarrow as pa
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
@@ -99,8 +93,6 @@ def _proved(
     length: int,
     first: int,
 ) -> Packed:
-    import pyarrow as pa
-
     columns = {name: _list(packed[name]) for name in ("input_ids", "labels", "row", "seq_lengths")}
     flat = {name: column.flatten().to_numpy() for name, column in columns.items()}
     bins, counts = columns["input_ids"].offsets.to_numpy(), columns["seq_lengths"].offsets.to_numpy()
@@ -127,8 +119,6 @@ def _proved(
 
 def _list(column: pa.ChunkedArray) -> pa.ListArray:
     """One list array whose offsets begin at 0."""
-    import pyarrow as pa
-
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)

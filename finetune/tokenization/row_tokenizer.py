@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from finetune.tokenization.audit import (
     check_terminator,
     lost_text,
 )
-from finetune.tokenization.chat import ControlStrings, Span, chat_of
+from finetune.tokenization.chat import Span, chat_of
 from finetune.tokenization.chat_template import Template, tools_of
 from finetune.tokenization.label_mask import (
     Mask,
@@ -37,21 +37,7 @@ from finetune.utils.limits import memory
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
-class Encoder(Protocol):
-    """Text to ids; see tokenization/encoder.py."""
-
-    controls: ControlStrings
-    special_ids: frozenset[int]
-
-    def encode_rendered(self, rows: Sequence[Rendered], names: Sequence[str] = ()) -> list[tuple[list[int], Offsets]]:
-        """Ids and offsets of each row; typed control strings stay text. An error names a row as `names` does."""
-
-    def typed_specials(self, row: Rendered) -> Mapping[str, int]:
-        """How often each special token's text was typed in a row."""
-
-    def special_id(self, string: str) -> int:
-        """The id of a special token."""
+    from finetune.tokenization.encoder import Encoder
 
 
 RENDER_BYTES = 1 << 30  # that rendering a batch of rows may add to this process

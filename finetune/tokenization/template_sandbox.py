@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -11,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from finetune.errors import FinetuneError, InputError, from_outside, how_it_ended
 from finetune.tokenization.chat import strip_markers
+from finetune.utils.limits import cpu_time
 
 MOST_CHARACTERS = 100_000  # the longest that any base has is about 30,000
 PROBE = Path(__file__).with_name("template_sandbox_child.py")
@@ -80,26 +79,18 @@ def problem_of(template: str, special: tuple[tuple[str, str], ...]) -> str | Non
 def limited(turns: int) -> Iterator[None]:
     """Raise RenderingTooLong inside once this process has worked too long on one conversation.
 
-    It counts work, not the clock, so a busy machine changes nothing. Without a timer of that kind (Windows, another
-    thread than the main one) nothing is limited.
+    It counts work, not the clock (utils/limits.py: cpu_time).
     """
     global _armed
-    if _armed or sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+    if _armed or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise RenderingTooLong
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS + turns / TURNS_PER_SECOND, 1)
     _armed = True
     try:
-        yield
+        with cpu_time(ROW_SECONDS + turns / TURNS_PER_SECOND, RenderingTooLong):
+            yield
     finally:
         _armed = False
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 _Track = Callable[[list[str], list[tuple[int, int]]], AbstractContextManager[None]]

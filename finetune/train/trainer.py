@@ -71,11 +71,16 @@ def train(
     (train/divergence.py) or does not fit the device, Stopped after a signal (with a checkpoint written).
     """
     from finetune.train import callbacks, oom, sanity_checks
+    from finetune.train.recipe_trainer import TOKENS_AT_ONCE
 
     packed = isinstance(rows, Path)
     dataset = _dataset(rows)
     rows_at_once = job.micro_batch_rows or ctx.runtime.micro_batch_rows
     micro, accumulate = batch_shape(job.train.batch_rows, rows_at_once, ctx.world, packed)
+    if rows_at_once == "auto" and _in_pieces(job, base):
+        share, longest = micro * accumulate, longest_row(dataset.data.table)
+        micro = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * longest <= TOKENS_AT_ONCE))
+        accumulate = share // micro
     task = Task(
         build=lambda shared: _trainer(job, base, tokenizer, dataset, _arguments(shared, packed)),
         prove=lambda trainer: sanity_checks.prove(
@@ -168,6 +173,7 @@ def _trainer(
 
     longest = longest_row(dataset.data.table)
     own_logits = keeps_logits(base, arguments.per_device_train_batch_size * longest)
+    pieces = own_logits and _in_pieces(job, base)
     adapter = lora_config.lora_config(job.lora, base, job.tokens)
     if job.fused_adapters:
         fused_adapters.use(adapter)
@@ -180,12 +186,19 @@ def _trainer(
     )
     trainer.lora_plus_ratio = job.train.lora_plus_ratio
     if agreed(trainer.accelerator, own_logits):
-        score_supervised(base)
+        score_supervised(base, pieces)
     recast_adapters(cast("torch.nn.Module", trainer.model))
     lora_config.restore_saved(cast("torch.nn.Module", trainer.model))
     if job.start is not None:
         lora_resume.load(cast("PeftModel", trainer.model), job.start)
     return trainer
+
+
+def _in_pieces(job: Job, base: PreTrainedModel) -> bool:
+    from finetune.train.recipe_trainer import TOKENS_AT_ONCE, in_pieces, keeps_logits
+
+    noise = job.train.neftune_alpha or job.lora.dropout
+    return not noise and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
 
 
 def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:

@@ -70,12 +70,10 @@ def first_line(error: BaseException) -> str:
 def bounded(what: str, *, cpu_seconds: float, memory_bytes: int) -> Iterator[None]:
     """Raise InputError if the work inside takes more CPU time, or more additional memory, than allowed.
 
-    CPU time is counted, not wall time, so a busy machine changes nothing. Nothing is bounded on Windows and outside the
-    main thread. Native threads that abort on a failed allocation must not run inside.
+    Native threads that abort on a failed allocation must not run inside.
     """
     with ExitStack() as stack:
-        if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
-            stack.enter_context(_seconds(cpu_seconds))
+        stack.enter_context(cpu_time(cpu_seconds, OutOfTime))
         stack.enter_context(memory(memory_bytes))
         try:
             yield
@@ -109,16 +107,13 @@ def memory(more_bytes: int) -> Iterator[None]:
 
     Linux only (RLIMIT_DATA counts private writable memory since 4.7). Costs 0.1 ms: enter it once for many rows.
     """
-    if sys.platform != "linux":
+    used = _data_bytes() if sys.platform == "linux" else 0
+    if not used:
         yield
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = _data_bytes()
-    if not used:
-        yield
-        return
     wanted = used + more_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft < 0 else min(wanted, soft), hard))
     try:
@@ -174,9 +169,18 @@ def _data_bytes() -> int:
 
 
 @contextmanager
-def _seconds(cpu_seconds: float) -> Iterator[None]:
+def cpu_time(cpu_seconds: float, error: type[BaseException]) -> Iterator[None]:
+    """Raise `error` inside once this process has used so much CPU time.
+
+    CPU time is counted, not wall time, so a busy machine changes nothing. No limit on Windows and outside the main
+    thread.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
     def stop(number: int, frame: FrameType | None) -> None:
-        raise OutOfTime
+        raise error
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, 1)

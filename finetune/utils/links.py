@@ -144,16 +144,5 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         return file.read() if most is None else file.read(most)
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of the files in `folder`; links and files that disappear meanwhile count as 0."""
-    total = 0
-    for entry in _walk(folder):
-        try:
-            total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
-        except OSError:
-            continue
-    return total
-
-
 def _inside(target: str, root: str) -> bool:
     return target == root or target.startswith(root.rstrip(os.sep) + os.sep)

@@ -46,12 +46,12 @@ def no_bars(library: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Drop progress bars, warnings and log lines of the training libraries inside the block; errors still pass."""
+def quiet(*more: str) -> Iterator[None]:
+    """Drop progress bars, warnings and log lines of the training libraries, and of `more`; errors still pass."""
     from transformers.utils import logging as transformers_logging
 
-    before = {name: logging.getLogger(name).level for name in _NOISY}
-    for name in _NOISY:
+    before = {name: logging.getLogger(name).level for name in (*_NOISY, *more)}
+    for name in before:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     if "datasets" in sys.modules:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import random
 import resource
@@ -53,7 +54,7 @@ def describe_environment() -> dict[str, object]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
-        "cpu_count": _cpu_count(),
+        "cpu_count": os.cpu_count() or 1,
         "git_commit": commit,
         "git_dirty": dirty,
     }
@@ -65,17 +66,9 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 
 
-def _cpu_count() -> int:
-    import os
-
-    return os.cpu_count() or 1
-
-
 def usable_cpus() -> int:
     """Return the number of processors that this process may use, at least 1: its affinity and the container's quota."""
-    import os
-
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cpu_count()
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no cgroup v2, or the word max
         quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="ascii").split())
         count = min(count, quota // period)

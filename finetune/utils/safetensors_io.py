@@ -8,7 +8,6 @@ private mapping of a 14 GB file counts against the commit limit, and a 12.7 GB m
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -39,19 +38,25 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
-    """Position of one tensor in a file; nothing is read before `load`."""
+class TensorShape:
+    """Name, dtype and shape of a tensor."""
 
     name: str
     dtype: str  # safetensors code: "BF16", "F32", …
     shape: tuple[int, ...]
-    file: Path
-    offset: int  # bytes from the start of the file
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's data."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef(TensorShape):
+    """Position of one tensor in a file; nothing is read before `load`."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
 
     def load(self) -> torch.Tensor:
         """Return a copy of the tensor on the CPU, in the dtype of the file."""
@@ -69,9 +74,11 @@ class TensorRef:
         """
         if not len(raw):
             return
-        with self.file.open("rb", buffering=0) as file:
+        with self.file.open("rb") as file:
             begin = self.offset + start
-            _read_fully(file.fileno(), memoryview(raw.numpy()), begin, self.file)  # type: ignore[arg-type]
+            file.seek(begin)
+            if file.readinto(raw.numpy().data) != len(raw):
+                raise InputError(f"{self.file}: ended early: the file was truncated while it was read")
             if once:
                 forget_pages(file.fileno(), begin, len(raw))
 
@@ -173,20 +180,6 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
     if weight_map and (missing := sorted(set(weight_map) ^ set(refs))):
         raise InputError(f"{index}: the index and the shards differ in {missing[0]} ({len(missing)} names in all)")
     return refs
-
-
-@dataclass(frozen=True, slots=True)
-class TensorShape:
-    """Name, dtype and shape of a tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,12 +301,3 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
-
-
-def _read_fully(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done : done + (1 << 30)]], offset + done)
-        if not count:
-            raise InputError(f"{path}: ended early: the file was truncated while it was read")
-        done += count

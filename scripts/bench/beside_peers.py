@@ -143,7 +143,12 @@ def install(folder: Path, package: str) -> None:
         [sys.executable, "-c", "import torch; print(torch.__version__.partition('+')[0])"],
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
-    subprocess.run([str(folder / "bin" / "pip"), "install", "-q", f"torch=={torch}", package], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip"]
+    subprocess.run([*pip, "install", "-q", f"torch=={torch}", package], check=True)
+    # PyPI's builds belong to torch's CUDA build: beside a CPU build their import fails, and transformers' too
+    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision"], check=True)
+    for library in folder.glob("lib/python*/site-packages/torchaudio/lib/*.so"):  # imports without them
+        library.unlink()
 
 
 def write_rows(folder: Path, base: Path, count: int) -> int:
@@ -152,7 +157,8 @@ def write_rows(folder: Path, base: Path, count: int) -> int:
 
     folder.mkdir(parents=True)  # an old one would be a run that is done already
     tokenizer = AutoTokenizer.from_pretrained(base)
-    chats = (row["messages"] for row in documentation())
+    chats = [row["messages"] for row in documentation()]
+    chats = [c for c in chats if not c[-1]["content"][:1].isspace()]  # fuses with a template's last line break
     fitting = (c for c in chats if len(tokenizer.apply_chat_template(c, return_dict=False)) <= LENGTH)
     kept = list(islice(fitting, count))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in kept), encoding="utf-8")
@@ -193,7 +199,7 @@ def ran(folder: Path, *commands: list[str]) -> str:
 
 def train_runtime(log: str) -> float:
     """Return the seconds of training that transformers' Trainer reported."""
-    found = re.findall(r"""['"]?train_runtime['"]?\s*[:=]\s*['"]?([\d.]+)""", log)
+    found = re.findall(r"""['"]?train_runtime['"]?\s*[:=]\s*['"]?([\d.]+)(?![\d:])""", log)  # not 0:00:04
     if not found:
         raise SystemExit("no train_runtime in the log")
     return float(found[-1])

@@ -145,7 +145,7 @@ def our_step(
     from finetune.train import divergence
     from finetune.train.callbacks import replace_printers
 
-    objective = Objective("dpo", "sigmoid", 0.1)
+    objective = Objective(method="dpo", loss="sigmoid", beta=0.1)
     dataset = datasets.Dataset(batches.read_pairs(asked.pairs, "dpo", asked.micro * asked.accumulate, 0))
     start: dict[str, Any] = {}
     trainer = align._trainer(objective, base, tokenizer, dataset, adapter, settings(asked, folder / "ours"), start)

@@ -146,8 +146,6 @@ def load_length(device):
         ({"data": "gone.jsonl"}, "no file"),
         ({"data": "a b/c"}, "data.0.id"),
         ({"data": "~nobody-here/x"}, "no home folder ~nobody-here"),
-        ({"model": "~nobody-here/x"}, "no home folder ~nobody-here"),
-        ({"out": Path("~nobody-here/x.yaml")}, "no home folder ~nobody-here"),
         ({"model": "./gone"}, "no such folder"),
         ({"model": "builtin:large"}, "no builtin model"),
         ({"name": "a b"}, "name: found 'a b'"),

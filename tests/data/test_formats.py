@@ -70,8 +70,8 @@ def test_columns_map_our_names_to_the_files() -> None:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"instructon": "q"}, "did you mean 'instruction'"),
-        ({"instruction": "quest"}, "did you mean 'question'"),
+        ({"instructon": "q"}, "did you mean instruction"),
+        ({"instruction": "quest"}, "did you mean question"),
         ({"prompt": "question"}, "unknown key 'prompt'"),
     ],
 )

@@ -66,10 +66,10 @@ def test_importing_this_package_does_not_import_the_library(entries: list[Entry]
 
 
 def test_answers_follow_from_the_question() -> None:
-    entry = Entry("method", "json.decoder", "JSONDecoder", "decode", "(self, s)", "Return the value of a text. More.")
+    entry = Entry("method", "json.decoder", "JSONDecoder", "decode", "Return the value of a text. More.", "(self, s)")
     found = {}
     for number in range(40):
-        same = Entry(entry.kind, f"m{number}", entry.owner, entry.name, entry.signature, f"{entry.doc} {number}")
+        same = Entry(entry.kind, f"m{number}", entry.owner, entry.name, f"{entry.doc} {number}", entry.signature)
         (row,) = rows([same])
         question, answer = (turn["content"] for turn in row["messages"])  # type: ignore[attr-defined]
         found[row["form"]] = (question, answer)
@@ -81,12 +81,12 @@ def test_answers_follow_from_the_question() -> None:
 
 def test_an_answer_that_others_share_stays_as_it_is() -> None:
     doc = "Common base class of a great many things."
-    made = list(rows(Entry("class", "m", "", f"C{i}", "()", doc, ("B",)) for i in range(30)))
+    made = list(rows(Entry("class", "m", "", f"C{i}", doc, "()", ("B",)) for i in range(30)))
     assert {row["form"] for row in made} == {"doc"}
 
 
 def test_short_docstrings_are_left_out() -> None:
-    assert not list(rows([Entry("function", "m", "", "f", "()", "See g.")]))
+    assert not list(rows([Entry("function", "m", "", "f", "See g.", "()")]))
 
 
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(5, 60))

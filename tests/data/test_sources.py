@@ -53,7 +53,7 @@ def test_take_and_skip_count_rows_of_the_file(tmp_path: Path) -> None:
     ("rows", "how", "says"),
     [
         ([{"q": 1}], {}, "data source lab: no format fits the columns q"),
-        ([PAIR], {"columns": {"prompt": "Prompt"}}, "did you mean 'prompt'"),
+        ([PAIR], {"columns": {"prompt": "Prompt"}}, "did you mean prompt"),
         (["{,}", "[]"], {}, "nothing in it can be read as a row: line 1"),
         ([PAIR], {"skip": 1}, "no row at all"),
     ],

@@ -241,7 +241,7 @@ def test_where_nothing_sensible_is_left_a_gate_refuses(lab: Laboratory, fault: s
     ("source", "says"),
     [
         ({"columns": {"instruction": "quest"}}, r"x\.jsonl.*no column 'quest'; there is instruction, output"),
-        ({"columns": {"instructoin": "output"}}, r"unknown key 'instructoin' .did you mean 'instruction'"),
+        ({"columns": {"instructoin": "output"}}, r"unknown key 'instructoin'; .*; did you mean instruction"),
         ({"format": "messages"}, r"format messages needs the column 'messages'; the columns are instruction, output"),
         ({"weight": 0}, r"data\.0\.weight: found 0; allowed: greater than 0"),
         ({"skip": 4}, r"x\.jsonl.*no row at all"),

@@ -149,12 +149,14 @@ def test_the_room_for_gguf_files_is_what_the_export_stage_asks_for(name, tmp_pat
     folder = save_tiny(tmp_path, kind, dtype=dtype, **config)
     config = read_json(folder / "config.json") | {"tie_word_embeddings": "tied" in name}
     shapes, plain = shapes_of(config), load_recipe("mistral-guanaco").recipe
-    exact = gguf_writer.plan(folder, config, gguf_writer.exact_kind(folder))
+    exact = gguf_writer.exact_kind(folder)
     for kinds in (["q8_0"], ["q4_0", "f16"], ["q4_k_m"], ["q4_k_m", "q6_k", "bf16", "f32", "q8_0", "q8_0"]):
-        plans = {k: gguf_writer.plan(folder, config, k) for k in kinds if k in gguf_writer.TYPES}
+        plans = {k: gguf_writer.plan(folder, config, k) for k in (exact, *kinds) if k in gguf_writer.TYPES}
         asked = export._bytes_needed(kinds, plans, exact)
         predicted = estimate_memory.disk(shapes, plain.model_copy(update={"export": Export(gguf=kinds)}))["export"]
-        vectors = 32 * len(exact) * (len(set(kinds)) + 1)  # the padding of norms and biases, which are one sum here
+        vectors = (
+            32 * len(plans[exact]) * (len(set(kinds)) + 1)
+        )  # the padding of norms and biases, which are one sum here
         assert asked - vectors <= predicted <= asked
 
 

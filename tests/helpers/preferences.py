@@ -77,7 +77,7 @@ def job(tmp_path, name="run", **train):
     )  # fmt: skip
 
 
-DPO, KTO = Objective("dpo", "sigmoid", 0.1), Objective("kto", "kto", 0.1)
+DPO, KTO = (Objective(method=method, loss=loss, beta=0.1) for method, loss in (("dpo", "sigmoid"), ("kto", "kto")))
 
 
 def aligned(job, model, base, pairs, adapter, ctx, objective=DPO):

@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune.context import Context
 from finetune.data.records import Example, Message, write_rows
-from finetune.publish.card import write_card
-from finetune.publish.publish import Run, publish
+from finetune.publish.facts import Facts, with_sets
+from finetune.publish.publish import publish
 from finetune.recipe import Recipe
 from tests.helpers.base_templates import CHATML
 from tests.helpers.tiny_tokenizers import build
@@ -82,8 +82,8 @@ class Act:
 
     def __call__(self, recipe: Recipe, repo: str | None = None, dry_run: bool = False) -> dict[str, Any]:
         metrics: dict[str, dict[str, object]] = {"train": {"loss": 1.5}, "evaluate": {}}
-        run = Run(self.run_folder, "name: tiny\n", metrics, self.sets)
-        return publish(recipe, run, self.folders, repo, dry_run, self.ctx, write_card)
+        facts = Facts(recipe, with_sets("name: tiny\n", self.sets), metrics)
+        return publish(facts, self.run_folder, self.folders, repo, dry_run, self.ctx)
 
     def licence_lines(self) -> list[str]:
         """What was said of licences."""

@@ -24,6 +24,7 @@ BACKENDS = [
     "sdpa",
     "eager",
     varlen_reference.NAME,
+    attention.BY_DOCUMENT,
     *(
         pytest.param(name, marks=NEEDS_GPU)
         for name in (attention.VARLEN, "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -48,6 +49,8 @@ def usable(name):
         varlen_reference.register()
     if name == attention.VARLEN:
         attention.register(name, attention.torch_kernel())
+    if name == attention.BY_DOCUMENT:
+        attention.register(name, attention.by_document)
     return name
 
 
@@ -66,7 +69,7 @@ def flattened(ids, device="cpu"):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_logits_and_gradients_are_those_of_each_document_alone(tmp_path, backend, kind):
     name = usable(backend)
-    on_gpu = name not in ("sdpa", "eager", varlen_reference.NAME)
+    on_gpu = name not in ("sdpa", "eager", varlen_reference.NAME, attention.BY_DOCUMENT)
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     if kind == "gemma2" and name == "sdpa":
         pytest.skip("transformers has no SDPA for it")
@@ -161,14 +164,26 @@ def said(tmp_path, *arguments, **config):
     return attention.choose(*arguments, folder, lines.append), lines
 
 
-def test_without_a_gpu_it_is_sdpa_and_says_so(tmp_path):
+def test_on_a_cpu_packed_documents_are_computed_one_by_one(tmp_path):
     name, lines = said(tmp_path, "cpu", True, "fp32")
-    assert name == "sdpa" and not attention.is_varlen(name)
-    assert lines == [
-        "attention sdpa: one packed row at a time with a dense mask, for a variable-length kernel needs a GPU "
-        "of sm80 or newer"
-    ]
+    assert name == attention.BY_DOCUMENT and attention.is_varlen(name)
+    assert lines == ["attention by_document: each packed document alone"]
     assert said(tmp_path, "cpu", False, "fp32") == ("sdpa", ["attention sdpa: the rows are not packed"])
+
+
+def test_a_base_whose_tiny_copy_differs_keeps_its_dense_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "deviation", lambda *_: 0.4)
+    name, lines = said(tmp_path, "cpu", True, "fp32")
+    assert name == "sdpa" and "40% off" in lines[0]
+
+
+@pytest.mark.parametrize("window", [None, 4, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_one_by_one_are_sdpa_of_each(window, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 6)
+    place = {"device": "cpu", "dtype": dtype}
+    off = attention.deviation(attention.by_document, 4, 2, 16, place, window)
+    assert off < (1e-5 if dtype is torch.float32 else 0.02)
 
 
 def test_capped_scores_take_eager(tmp_path):
@@ -215,8 +230,8 @@ def test_a_tiny_copy_of_the_base_must_compute_the_same(off, name, tmp_path, monk
 
 
 def test_names_that_are_told_where_documents_end():
-    assert [attention.is_varlen(n) for n in (attention.VARLEN, "flash_attention_2", "sdpa", "eager")] == [
-        True, True, False, False,
+    assert [attention.is_varlen(n) for n in (attention.VARLEN, attention.BY_DOCUMENT, "flash_attention_2", "sdpa")] == [
+        True, True, True, False,
     ]  # fmt: skip
 
 

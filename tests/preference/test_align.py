@@ -83,7 +83,9 @@ def test_the_logits_of_supervised_positions_train_as_trls_head_does(
 ):
     rows, kept = judged if objective is KTO else pairs, []
     score = recipe_trainer.score_supervised
-    monkeypatch.setattr(recipe_trainer, "score_supervised", lambda model: kept.append(model) or score(model))
+    monkeypatch.setattr(
+        recipe_trainer, "score_supervised", lambda model, pieces: kept.append(model) or score(model, pieces)
+    )
     own = aligned(job(tmp_path, "own"), load(), base, rows, adapter, ctx, objective)[1]
     assert len(kept) == 1
     monkeypatch.setattr(recipe_trainer, "keeps_logits", lambda *_: False)
@@ -143,7 +145,8 @@ def test_the_reference_log_probabilities_are_those_of_a_second_model(load, base,
     assert (policy - expected).abs().max() > 0.1
 
 
-def test_a_full_device_halves_the_pairs_and_keeps_the_batch(load, base, adapter, pairs, ctx, tmp_path):
+def test_a_full_device_halves_the_pairs_and_keeps_the_batch(load, base, adapter, pairs, ctx, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_trainer, "in_pieces", lambda _: False)  # as on a GPU
     own = on(ctx, micro_batch_rows=4, save_steps=1)
     result, weights = aligned(job(tmp_path, "full"), full(load(), 2, after=10), base, pairs, adapter, own)
     _, expected = aligned(job(tmp_path, "roomy"), load(), base, pairs, adapter, on(ctx, micro_batch_rows=4))
@@ -225,4 +228,6 @@ def test_every_loss_begins_where_equal_policies_put_it(load, base, adapter, pair
         trainer.loss_types, trainer.label_smoothing = [loss], 0.1 if loss in SMOOTHED else 0.0
         with torch.no_grad():
             found = float(trainer.compute_loss(trainer.model, dict(batch)))
-        assert found == pytest.approx(expected_loss(Objective("dpo", loss, 0.2, trainer.label_smoothing), None)), loss
+        assert found == pytest.approx(
+            expected_loss(Objective(method="dpo", loss=loss, beta=0.2, label_smoothing=trainer.label_smoothing), None)
+        ), loss

@@ -199,8 +199,8 @@ def test_ignored_columns_are_not_missed():
         ({"a": 1}, {}, "needs the columns chosen and rejected .preference. or label .kto."),
         ({"a": 1}, {"asked": "preference"}, "Say which"),
         ({"prompt": "a", "completion": "b", "label": 1}, {}, "set method: kto"),
-        (SAME["texts"], {"columns": {"promt": "prompt"}}, "did you mean 'prompt'"),
-        (SAME["texts"], {"columns": {"chosen": "chose"}}, "did you mean 'chosen'"),
+        (SAME["texts"], {"columns": {"promt": "prompt"}}, "did you mean prompt"),
+        (SAME["texts"], {"columns": {"chosen": "chose"}}, "did you mean chosen"),
     ],
 )
 def test_columns_that_no_format_fits(row, more, words):

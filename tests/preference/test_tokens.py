@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.errors import GateRefused
-from finetune.preference.tokens import check_labels, check_length_bias, check_pair_prompt, length_bias
+from finetune.preference.tokens import check_labels, check_length_bias, length_bias
 
 # ids: 1 = BOS, 2 = the terminator, 9 = an end of line, others words
 IDS, PROMPT = [1, 5, 6, 7, 8, 2, 9], 3
@@ -41,14 +41,6 @@ def test_labels_elsewhere_are_refused_with_the_row(mask, ids, words):
     with pytest.raises(GateRefused, match=words) as error:
         check(mask, ids)
     assert "row r:1 (chosen)" in str(error.value)
-
-
-def test_the_prompts_ids_begin_those_of_the_whole():
-    check_pair_prompt("r:1", [1, 5, 6], IDS, "base")
-    with pytest.raises(GateRefused, match=r"row r:1: .* differ at token 2 of 3"):
-        check_pair_prompt("r:1", [1, 5, 4], IDS, "base")
-    with pytest.raises(GateRefused, match="at token 7 of 8"):
-        check_pair_prompt("r:1", [*IDS, 3], IDS, "base")
 
 
 def test_length_bias_is_the_share_of_pairs_with_the_longer_answer_chosen():

@@ -242,8 +242,8 @@ def test_machine_revisions_and_licences() -> None:
     )
     for words in (
         "- Hardware: Tesla T4\n",
-        "- Time: 96 min for the training stage, 2,413 tokens a second\n",
-        "- Time of the other stages together: 92 s\n",
+        "- Time: 1 h 36 min for the training stage, 2,413 tokens a second\n",
+        "- Time of the other stages together: 1 min 32 s\n",
         "- Peak memory while training: 13.10 GB\n",
         "- Libraries: torch 2.13.0\n",
         f"revision `{SHA[::-1]}`, licence: cc-by-nc-4.0",

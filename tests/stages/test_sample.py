@@ -181,7 +181,7 @@ def test_diverse_counts_copies_last_and_needs_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"sample": {"top_k": 1, "diverse": 1}}, "top_k and diverse are two different rules"),
+        ({"sample": {"top_k": 1, "diverse": 1}}, "top_k and diverse are different rules"),
         ({"sample": {"random": 1, "by": "column:x"}}, "only top_k ranks rows"),
         ({"sample": {"by": "column:x"}}, "only top_k ranks rows"),
         ({"sample": {"top_k": 1, "by": "x"}}, "by"),

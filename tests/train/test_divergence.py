@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import FinetuneError
 from finetune.recipe import Lora, Runtime
-from finetune.train import oom
+from finetune.train import oom, recipe_trainer
 from finetune.train.checkpoint import last_checkpoint
 from finetune.train.divergence import IN_A_ROW, MOST_OVERFLOWS, ROW, Recorder, Watchdog, name_rows
 from tests.helpers.trainings import assert_close, documents, job, packed, trained, unpacked
@@ -171,6 +171,12 @@ def test_a_gradient_that_stays_zero_stops(load, base, ctx, tmp_path):
 
 
 # --- a full device
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch):
+    """As on a GPU, the device that these tests fill."""
+    monkeypatch.setattr(recipe_trainer, "in_pieces", lambda _: False)
 
 
 def full(model, most, after=0):

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 
 from finetune.recipe import Lora, Runtime
-from finetune.train import arguments
+from finetune.train import arguments, recipe_trainer
 from finetune.train import trainer as train_trainer
 from tests.helpers.trainings import documents, job, trained, unpacked
 from tests.train.test_divergence import full
@@ -18,6 +18,12 @@ OPTIMIZERS = [
     "adamw_8bit",
     *(pytest.param(n, marks=pytest.mark.slow) for n in arguments.OPTIMIZERS if n != "adamw_8bit"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch):
+    """As on a GPU, the device that these tests fill."""
+    monkeypatch.setattr(recipe_trainer, "in_pieces", lambda _: False)
 
 
 @pytest.fixture

@@ -89,3 +89,61 @@ def test_a_row_without_a_supervised_token_adds_nothing_to_the_loss(load, base, c
         settings = job(tmp_path, name, max_steps=1, batch_rows=len(table))
         losses.append(trained(settings, load(), base, unpacked(table), one)[0].loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def taken_from(trainer, batch):
+    """Loss and gradients of one micro-batch."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=31)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_pieces_in_threads_are_the_whole(layout, checkpointing, load, base, ctx, tmp_path, monkeypatch):
+    made, taken = [], []
+    monkeypatch.setattr(recipe_trainer, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(recipe_trainer.RecipeTrainer, "train", lambda trainer, **_: made.append(trainer))
+    divide = recipe_trainer.divided
+    monkeypatch.setattr(recipe_trainer, "divided", lambda named: taken.append(divide(named)) or taken[-1])
+    rows = [*documents(4), (list(range(5, 15)), [-100] * 10)]
+    table = packed(rows, tmp_path) if layout == "packed" else unpacked(rows)
+    with pytest.raises(Exception, match="logged no loss"):
+        trained(replace(job(tmp_path, max_steps=1), checkpointing=checkpointing), load(), base, table, ctx)
+    trainer = made[0]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    pieces = taken_from(trainer, batch)
+    assert len(taken[-1]) > (2 if layout == "packed" else 1)
+    again = taken_from(trainer, batch)
+    assert again[0] == pieces[0] and all(torch.equal(again[1][n], g) for n, g in pieces[1].items())
+    monkeypatch.setattr(recipe_trainer, "divided", lambda named: [named])
+    whole = taken_from(trainer, batch)
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-6)
+    assert pieces[1].keys() == whole[1].keys()
+    assert_close(pieces[1], whole[1], 1e-5)
+
+
+def test_documents_that_are_predicted_from_the_one_before_stay_together():
+    ids = torch.arange(1200)[None]
+    positions = torch.cat([torch.arange(600), torch.arange(600)])[None]
+    named = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+    assert len(recipe_trainer.divided(named)) == 1
+    named["labels"][positions == 0] = -100
+    first, second = recipe_trainer.divided(named)
+    assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]], 1), ids)
+    assert int(second["position_ids"][0, 0]) == 0
+
+
+def test_random_numbers_and_large_models_are_not_divided(load, monkeypatch):
+    model = load()
+    assert recipe_trainer.in_pieces(model)
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    before = torch.get_rng_state()
+    assert not recipe_trainer.in_pieces(model)
+    assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(recipe_trainer, "SMALL_PARAMETERS", 1)
+    assert not recipe_trainer.in_pieces(load())

@@ -6,27 +6,12 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.utils import svg as plots
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False, width=32)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 10, [0, 2, 4, 6, 8, 10]),
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (3, 3, [3]),
-        (95, 105, [96, 98, 100, 102, 104]),
-        (0, 5e-324, [0]),
-    ],
-)
-def test_ticks_are_round_and_inside(low, high, expected) -> None:
-    assert plots.ticks(low, high) == pytest.approx(expected)
 
 
 def test_a_smoothed_curve_is_a_trailing_mean_and_a_thinned_one_keeps_the_mean() -> None:
@@ -80,22 +65,6 @@ def test_a_label_is_text_wherever_it_is_written() -> None:
         names = {element.tag for element in ElementTree.fromstring(svg).iter()}
         assert names <= {"svg", "g", "line", "text", "polyline", "path", "circle", "rect"}
         svg.encode()
-
-
-@pytest.mark.parametrize(("measured", "above"), [(0.68, True), (0.78, False)])
-def test_the_words_of_a_level_stand_where_no_curve_runs(measured, above) -> None:
-    curve = plots.Line([(float(i), measured) for i in range(1, 12)])
-    svg = plots.lines("memory", [curve], "step", "GB", level=plots.Level(0.75, "predicted"), from_zero=True)
-    level = float(re.search(r'class="level"[^>]* y1="([\d.]+)"', svg)[1])
-    words = float(re.search(r'class="note"[^>]* y="([\d.]+)"', svg)[1])
-    assert (words < level) == above
-
-
-def test_a_number_at_the_edge_is_not_cut() -> None:
-    svg = str(plots.intervals("perplexity", [("base", 350.0, 316.0, 388.5), ("adapter", 215.0, 195.0, 235.0)], "p"))
-    for x, anchor in re.findall(r'class="tick" x="([\d.]+)"[^>]*text-anchor="(\w+)"', svg):
-        assert anchor == ("end" if float(x) > plots.WIDTH - 20 else "start" if float(x) < 20 else "middle")
-    assert 'text-anchor="end">400<' in svg
 
 
 def test_points_have_their_names_and_none_that_is_not_finite():
