@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from finetune.data.records import Example
 from finetune.data.text import field_text, text_key
 from finetune.errors import GateRefused
 
 FEWEST = 50  # rows with different questions below which nothing is checked
+KEY_BYTES = 16
 MOST_LOST = (0.5, 0.75)  # limits of the share of different rows dropped: if most answers repeat, and always
+
+
+def answer_key(row: Example) -> bytes:
+    """Return the keys of a row's question and answer, joined; empty for a raw text and a row without an answer."""
+    answer = b"" if row.text is not None else text_key(field_text(row, "output"))
+    return answer and text_key(field_text(row, "instruction")) + answer
 
 
 class AnswerCheck:
@@ -24,11 +32,10 @@ class AnswerCheck:
         self._answers: Counter[bytes] = Counter()
         self._rows: set[bytes] = set()
 
-    def add(self, row: Example) -> None:
-        """Count one row; raw texts and rows without an answer are ignored."""
-        if row.text is None and (answer := text_key(field_text(row, "output"))):
-            key = text_key(field_text(row, "instruction")) + answer
-            self._answers[answer] += key not in self._rows
+    def add(self, keys: Iterable[bytes]) -> None:
+        """Count the rows with these keys (of `answer_key`)."""
+        for key in filter(None, keys):
+            self._answers[key[-KEY_BYTES:]] += key not in self._rows
             self._rows.add(key)
 
     def require_varied(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.dedup.index import MAX_PAIRS, MIN_QUERIES, FlatIndex, Pairs, Queries, sorted_pairs
-from finetune.dedup.measures import Cosine, Rows
+from finetune.dedup.index import MAX_PAIRS, FlatIndex, Pairs, Queries, sorted_pairs
+from finetune.dedup.measures import Cosine, Rows, Sharding
 from finetune.utils.runtime import usable_cpus
 
 DIRECTIONS = 64
@@ -27,8 +27,9 @@ TRAINED_ON = 24  # rows per cell
 ROUNDS = 5  # of k-means
 PROBES = 16
 PLACED_TOGETHER = 8192  # rows
-FIRST_QUERIES, MOST_QUERIES = 1024, 1 << 17  # compared together
+FIRST_QUERIES, MOST_QUERIES, LEAST_QUERIES = 1024, 1 << 17, 8  # compared together
 MOST_PAIRS = 4 * MAX_PAIRS  # of them; a chunk with more is asked again in quarters
+SIDE = 4096  # most queries and most rows of a cell in one product: 64 MB, however many rows a cell has
 SEED = 0  # of the algorithm, not of the recipe
 
 
@@ -116,7 +117,7 @@ class CellCosine(Cosine):
     """
 
     near: NDArray[np.int16]
-    size: Queries = field(default_factory=lambda: Queries(FIRST_QUERIES, MOST_QUERIES), compare=False)
+    size: Queries = field(default_factory=lambda: Queries(FIRST_QUERIES, MOST_QUERIES, LEAST_QUERIES), compare=False)
 
     @classmethod
     def of(cls, vectors: NDArray[np.float32], threshold: float, cells: Cells) -> CellCosine:
@@ -131,6 +132,14 @@ class CellCosine(Cosine):
     def features(self, rows: Rows) -> Any:  # noqa: ANN401 - what its search takes
         """Return `rows`."""
         return rows
+
+    def sharding(self) -> Sharding:
+        """Whole cells: a query finds each of its cells in one shard."""
+
+        def sent(rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+            return self.vectors.take(rows, axis=0), self.near[rows]
+
+        return Sharding(CellShard, sent, self.near[:, 0], Queries(FIRST_QUERIES, MOST_QUERIES, LEAST_QUERIES))
 
 
 class CellIndex:
@@ -173,20 +182,20 @@ class CellIndex:
         """Return the pairs of one chunk of queries; not all, if there are more than MOST_PAIRS and it can shrink."""
         from threadpoolctl import threadpool_limits
 
-        there, threads, shrinks = self._cells or {}, usable_cpus(), len(block) > MIN_QUERIES
+        there, threads, shrinks = self._cells or {}, usable_cpus(), len(block) > self._size.least
         groups = [(cell, places) for cell, places in _by_cell(self._near[block]) if cell in there]
         total = 0
 
         def compared(part: list[tuple[int, NDArray[np.int64]]]) -> list[Pairs]:
             nonlocal total
             found = []
-            for cell, places in part:
+            for asked, held in ((q, h) for cell, places in part for h in _slices(there[cell]) for q in _slices(places)):
                 if shrinks and total > MOST_PAIRS:
                     break
-                scores = self._of(block[places]) @ self._of(self._rows[there[cell]]).T
+                scores = self._of(block[asked]) @ self._of(self._rows[held]).T
                 i, j = np.nonzero(scores > score)
                 if len(i):
-                    found.append((places[i], there[cell][j], scores[i, j]))
+                    found.append((asked[i], held[j], scores[i, j]))
                     total += len(i)
             return found
 
@@ -195,6 +204,41 @@ class CellIndex:
 
     def _of(self, rows: Rows) -> NDArray[np.float32]:
         return self._vectors.take(rows, axis=0)
+
+
+class CellShard(CellIndex):
+    """A `CellIndex` that holds its rows itself; it takes (vectors, nearest cells) instead of row numbers."""
+
+    def __init__(self) -> None:
+        """An empty index."""
+        queries = Queries(FIRST_QUERIES, MOST_QUERIES, LEAST_QUERIES)
+        super().__init__(np.empty((0, 0), np.float32), np.empty((0, 0), np.int16), queries)
+
+    def add(self, features: Any) -> None:  # noqa: ANN401 - the pair
+        """Append rows; they get the next numbers."""
+        super().add(self._placed(features))
+
+    def pairs(self, queries: Any, score: float) -> Iterator[Pairs]:  # noqa: ANN401 - the pair
+        """As `CellIndex.pairs`."""
+        yield from super().pairs(self._placed(queries), score)
+
+    def _placed(self, features: tuple[NDArray[np.float32], NDArray[np.int16]]) -> Rows:
+        """Write rows behind those that are held, over the last queries; returns their numbers."""
+        vectors, near = features
+        stop = len(self) + len(vectors)
+        if stop > len(self._vectors):
+            room = max(stop, 2 * len(self))
+            kept = self._vectors[: len(self)], self._near[: len(self)]
+            self._vectors = np.empty((room, vectors.shape[1]), np.float32)
+            self._near = np.empty((room, near.shape[1]), np.int16)
+            if len(self):
+                self._vectors[: len(self)], self._near[: len(self)] = kept
+        self._vectors[len(self) : stop], self._near[len(self) : stop] = vectors, near
+        return np.arange(len(self), stop)
+
+
+def _slices(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [places[start : start + SIDE] for start in range(0, len(places), SIDE)]
 
 
 def _by_cell(cells: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -40,8 +40,8 @@ class Queries:
     A chunk of 128 queries with 60,000 hits each is as large as one of 4,096 with 2,000 each.
     """
 
-    def __init__(self, first: int = MIN_QUERIES, most: int = MAX_QUERIES) -> None:
-        self._size, self._most = first, most
+    def __init__(self, first: int = MIN_QUERIES, most: int = MAX_QUERIES, least: int = MIN_QUERIES) -> None:
+        self._size, self._most, self.least = first, most, least
 
     @property
     def rows(self) -> int:
@@ -50,7 +50,7 @@ class Queries:
 
     def shrink(self) -> bool:
         """Quarter the size after a chunk with too many pairs; return whether that is possible."""
-        before, self._size = self._size, max(MIN_QUERIES, self._size // 4)
+        before, self._size = self._size, max(self.least, self._size // 4)
         return self._size < before
 
     def parts(self, count: int) -> Iterator[tuple[int, int]]:
@@ -64,7 +64,7 @@ class Queries:
     def report(self, queries: int, pairs: int) -> None:
         """Set the size of the next chunk from the pairs of the last one."""
         room = MAX_PAIRS * queries // (2 * max(1, pairs))  # the next may be twice as full
-        self._size = max(MIN_QUERIES, min(4 * self._size, room, self._most))
+        self._size = max(self.least, min(4 * self._size, room, self._most))
 
 
 class FlatIndex:

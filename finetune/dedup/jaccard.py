@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.text import normalised
-from finetune.dedup.measures import Rows, Scores
+from finetune.data.text import field_text, normalised
+from finetune.dedup.measures import HERE, Rows, Scores, Sharding
+
+if TYPE_CHECKING:
+    from finetune.data.records import RowRange
+    from finetune.engine.interface import Engine
 
 WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")  # punctuation counts: `a < b` and `a <= b` are two different answers
 CHUNK_WORDS = 1 << 20
-SHARD_NGRAMS = 1 << 24  # sorted together: 0.7 GB
+PART_ROWS = 8192
 MAX_CANDIDATES = 4_000_000  # per batch; 16 bytes each
 SLACK = 1e-9  # rounding of t·|x| in float64 must not shorten a prefix
 Tokens = NDArray[np.int32]
@@ -54,26 +61,20 @@ class Sets:
         return Sets(self.tokens[ranges(self.starts[rows], lengths)], starts, self.sizes[rows], self.kinds)
 
 
-def word_sets(texts: Iterable[str], ngram: int) -> Sets:
+def word_sets(texts: Sequence[str], ngram: int, engine: Engine = HERE) -> Sets:
     """Return the set of n-grams of `ngram` words or signs of each text (NFKC, case folded).
 
        A shorter text is one n-gram.
     A text without words is the empty set, whose similarity with any set is 0.
     """
-    codes: dict[str, int] = {}
-    hashes: list[NDArray[np.uint64]] = []
-    owners: list[NDArray[np.int32]] = []
-    batch: list[list[int]] = []
-    first = pending = count = 0
-    for count, text in enumerate(texts, start=1):
-        words = WORD_OR_SIGN.findall(normalised(text))
-        batch.append([codes[w] if w in codes else codes.setdefault(w, _code(w)) for w in words])
-        pending += len(words)
-        if pending >= CHUNK_WORDS:
-            _add_runs(batch, first, ngram, hashes, owners)
-            batch, first, pending = [], count, 0
-    _add_runs(batch, first, ngram, hashes, owners)
-    return _numbered(np.concatenate(hashes), np.concatenate(owners), count)
+    parts = [texts[start : start + PART_ROWS] for start in range(0, len(texts), PART_ROWS)]
+    return _numbered(engine.map(partial(_hasher, ngram), parts, len(texts)), engine)
+
+
+def row_sets(parts: Sequence[RowRange], field: str, ngram: int, engine: Engine = HERE) -> Sets:
+    """Return the sets of the texts that `field` compares, of all rows of `parts`."""
+    rows = sum(part.stop - part.start for part in parts)
+    return _numbered(engine.map(partial(_hasher, ngram, field), parts, rows), engine)
 
 
 def jaccard(left: Sets, i: Rows, right: Sets, j: Rows) -> Scores:
@@ -202,6 +203,10 @@ class Jaccard:
         """Return the sets of `rows`."""
         return self.sets.take(rows)
 
+    def sharding(self) -> Sharding:
+        """Rows by turns, each with the postings of its prefix."""
+        return Sharding(partial(SetSearch, self.threshold), self.features)
+
     def settled(self, a: Rows, b: Rows, scores: Scores) -> Scores:
         """Return the scores unchanged: they are exact."""
         return scores
@@ -218,10 +223,31 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _add_runs(
-    batch: list[list[int]], first: int, ngram: int, hashes: list[NDArray[np.uint64]], owners: list[NDArray[np.int32]]
-) -> None:
-    """Append each different n-gram of each text of `batch`, the first of which is row `first`."""
+def _hasher(ngram: int, field: str | None = None) -> Callable[[Any], tuple[NDArray[np.uint64], Rows]]:
+    """Build the function from texts, or from a range of rows, to their different n-grams and how many each text has."""
+    codes: dict[str, int] = {}
+
+    def hashed(part: Any) -> tuple[NDArray[np.uint64], Rows]:  # noqa: ANN401 - texts, or a RowRange
+        texts: Iterable[str] = part if field is None else (field_text(row, field) for row in part.read())
+        hashes, sizes = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        batch: list[list[int]] = []
+        pending = 0
+        for text in chain(texts, (None,)):
+            if text is None or pending >= CHUNK_WORDS:
+                found, row = _runs(batch, ngram)
+                hashes.append(found)
+                sizes.append(np.bincount(row, minlength=len(batch)))
+                batch, pending = [], 0
+            words = WORD_OR_SIGN.findall(normalised(text or ""))
+            batch.append([codes[w] if w in codes else codes.setdefault(w, _code(w)) for w in words])
+            pending += len(words)
+        return np.concatenate(hashes), np.concatenate(sizes)
+
+    return hashed
+
+
+def _runs(batch: list[list[int]], ngram: int) -> tuple[NDArray[np.uint64], Rows]:
+    """Return each different n-gram of each text of `batch`, and the text's place."""
     lengths = np.array([len(words) for words in batch], np.int64)
     words = np.fromiter((w for row in batch for w in row), np.uint64, int(lengths.sum()))
     ends = np.cumsum(lengths)
@@ -236,40 +262,22 @@ def _add_runs(
     code, row = code[order], row[order]
     new = np.ones(len(code), bool)
     new[1:] = (code[1:] != code[:-1]) | (row[1:] != row[:-1])
-    hashes.append(code[new])
-    owners.append((row[new] + first).astype(np.int32))
+    return code[new], row[new]
 
 
-def _numbered(hashes: NDArray[np.uint64], owners: NDArray[np.int32], rows: int) -> Sets:
-    sizes = np.bincount(owners, minlength=rows).astype(np.int64)
-    kind, frequency = _kinds(hashes)
+def _numbered(hashed: Iterable[tuple[NDArray[np.uint64], Rows]], engine: Engine) -> Sets:
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64)), *hashed]
+    sizes = np.concatenate([size for _, size in parts])
+    owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    kind, frequency = engine.group(np.concatenate([found for found, _ in parts]))
     rank = np.empty(len(frequency), np.int32)
     rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
     alone = int((frequency == 1).sum())
     shared = frequency[kind] > 1
     tokens, owners = rank[kind[shared]] - np.int32(alone), owners[shared]
     tokens = tokens[np.lexsort((tokens, owners))]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=rows))]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(sizes)))]).astype(np.int64)
     return Sets(tokens, starts, sizes, len(frequency) - alone)
-
-
-def _kinds(hashes: NDArray[np.uint64]) -> tuple[Tokens, Rows]:
-    """Return for each of `hashes` (M,) its place among the different ones, sorted, and how often each of those occurs.
-
-    Hashes are sorted SHARD_NGRAMS at a time, by ranges of their values: sorting all at once takes 40 bytes for each.
-    """
-    shards = -(-len(hashes) // SHARD_NGRAMS) or 1
-    shard = (hashes >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)
-    kind = np.empty(len(hashes), np.int32)
-    frequencies = [np.zeros(0, np.int64)]
-    before = 0
-    for number in range(shards):
-        here = np.flatnonzero(shard == number)
-        _, inverse, counts = np.unique(hashes[here], return_inverse=True, return_counts=True)
-        kind[here] = inverse + before
-        before += len(counts)
-        frequencies.append(counts)
-    return kind, np.concatenate(frequencies)
 
 
 def ranges(starts: Rows, lengths: Rows) -> Rows:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetune.dedup.cells import CellCosine, Cells
 from finetune.dedup.index import FlatIndex
 from finetune.dedup.jaccard import Jaccard
-from finetune.dedup.measures import Cosine, Rows, Vectors
+from finetune.dedup.measures import HERE, Cosine, Rows, Vectors
 from finetune.dedup.recall import missed_twins, wilson
 from finetune.dedup.select import Pair, select
+
+if TYPE_CHECKING:
+    from finetune.engine.interface import Engine
 
 LARGE_ROWS = 100_000  # more are searched by cells on a CPU, unless the recipe asks for every pair
 BLOCK_ROWS = 1 << 16  # compared together: several queries for each cell, and most twins were kept before
@@ -45,6 +49,7 @@ def select_measured(
     threshold: float,
     say: Callable[[str], None] = lambda line: None,
     check: Callable[[], None] = lambda: None,
+    engine: Engine = HERE,
 ) -> tuple[list[Pair], Recall]:
     """`select` by `measures` and by the cosine of `vectors`, with a search by cells whose recall is measured.
 
@@ -59,7 +64,7 @@ def select_measured(
     cells = Cells.of(vectors)
     while cells.probes < len(cells.centres):
         measure = CellCosine.of(vectors, threshold, cells)
-        pairs = select(order, keys, [*measures, measure], BLOCK_ROWS, check)
+        pairs = select(order, keys, [*measures, measure], BLOCK_ROWS, check, engine)
         stats = measured(measure, np.asarray(order, np.int64), pairs, check)
         if stats is None:
             say("dedup: too few rows repeat another by cosine to prove a search by a sample: comparing every pair")
@@ -73,7 +78,11 @@ def select_measured(
         )
         cells = cells.wider()
     exact = Cosine(vectors, threshold, FlatIndex)
-    return select(order, keys, [*measures, exact], check=check), {"recall": 1.0, "low": 1.0, "probed": 1.0}
+    return select(order, keys, [*measures, exact], check=check, engine=engine), {
+        "recall": 1.0,
+        "low": 1.0,
+        "probed": 1.0,
+    }
 
 
 def measured(

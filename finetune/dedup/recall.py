@@ -30,7 +30,7 @@ class Repeats(Protocol):
 
 
 def measured_recall(
-    order: Sequence[int],
+    order: Sequence[int] | Rows,
     dropped: set[int],
     keys: Sequence[Hashable] | None,
     measures: Sequence[Cosine | Jaccard],

@@ -6,10 +6,27 @@ import hashlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.dedup.measures import Best, Cosine, Measure, NewSearch, Rows, Scores, Search, Vectors, nonzero, reaches
+from finetune.dedup.measures import (
+    HERE,
+    Best,
+    Cosine,
+    Index,
+    Measure,
+    NewSearch,
+    Rows,
+    Scores,
+    Search,
+    Vectors,
+    nonzero,
+    reaches,
+)
+
+if TYPE_CHECKING:
+    from finetune.engine.interface import Engine
 
 MOST_PAIRS = 8_000_000  # within a block of rows; about 40 bytes each
 FEW_ROWS = 2048
@@ -36,6 +53,17 @@ def original_id(row_id: str) -> str:
     return COPY.sub("", row_id)
 
 
+def equal_texts(keys: Sequence[bytes], engine: Engine = HERE) -> list[int]:
+    """Return a number for every key (of `text_key`, 16 bytes), the same one for equal keys; 0 for an empty key."""
+    halves = np.frombuffer(b"".join(key or bytes(16) for key in keys), np.uint64).reshape(-1, 2)
+    number, _ = engine.group(halves[:, 0])
+    other = np.zeros(len(keys), np.uint64)
+    other[number] = halves[:, 1]
+    if (other[number] != halves[:, 1]).any():  # two keys that share their first half
+        number = np.unique(halves, axis=0, return_inverse=True)[1].ravel().astype(np.int32)
+    return [int(n) + 1 if key else 0 for n, key in zip(number, keys, strict=True)]
+
+
 def exact_duplicates(keys: Sequence[Hashable], order: Iterable[int]) -> list[Pair]:
     """Return rows whose key equals that of a row earlier in `order`; an empty key (`""`, None) equals nothing."""
     first: dict[Hashable, int] = {}
@@ -53,6 +81,7 @@ def select(
     measures: Sequence[Measure],
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
+    engine: Engine = HERE,
 ) -> list[Pair]:
     """Select rows greedily in `order`: a row is dropped exactly if it matches a row kept before it.
 
@@ -67,13 +96,14 @@ def select(
         block_rows: rows compared together; fewer, if many of them match each other. Memory is the features of the
             kept rows plus a block's pairs.
         check: called between blocks; may raise to stop.
+        engine: holds the kept rows.
 
     Returns:
         One Pair per dropped row, in `order`.
     """
     rows = np.asarray(order, dtype=np.int64)
     known: Sequence[Hashable] = keys if keys is not None else [None] * (int(rows.max(initial=-1)) + 1)
-    searches = [m.search() for m in measures]
+    searches = [Index(m, engine, len(rows)) for m in measures]
     kept = np.empty(len(rows), np.int64)  # row numbers in the order they were added to the searches
     count = 0
     by_key: dict[Hashable, int] = {}  # of the kept rows
@@ -85,7 +115,7 @@ def select(
         best = [Best(block, m) for m in measures]
         fresh = np.array([p for p, r in enumerate(block.tolist()) if known[r] not in by_key], np.int64)
         for matches, measure, search in zip(best, measures, searches, strict=True):
-            for i, j, scores in search.pairs(measure.features(block[fresh]), measure.threshold - measure.band):
+            for i, j, scores in search.pairs(block[fresh], measure.threshold - measure.band):
                 matches.take(fresh[i], kept[j], scores)
             fresh = fresh[matches.row[fresh] < 0]
         among = _greedy(block[fresh], known, measures)
@@ -99,7 +129,7 @@ def select(
         for matches, measure, search in zip(best, measures, searches, strict=True):
             _take_earlier(matches, measure, block, chosen, left)
             left = left[matches.row[left] < 0]
-            search.add(measure.features(block[chosen]))
+            search.add(block[chosen])
         kept[count : count + len(chosen)] = block[chosen]
         count += len(chosen)
         pairs += _named(block, twins, measures, best)
@@ -115,6 +145,7 @@ def groups(
     block_rows: int = 1024,
     check: Callable[[], None] = lambda: None,
     measure: Cosine | None = None,
+    engine: Engine = HERE,
 ) -> Rows:
     """Return the group of every row: rows are linked by an equal key or a cosine of at least `threshold`, transitively.
 
@@ -128,6 +159,7 @@ def groups(
         block_rows: rows compared together.
         check: called between blocks; may raise to stop.
         measure: the cosine of these vectors and threshold, if its search is not `new_search`.
+        engine: holds the vectors.
 
     Returns:
         (N,) int64, for every row the smallest row number in its group.
@@ -153,12 +185,12 @@ def groups(
     copies = _numbers(p.dropped for p in same)
     forest.join(alive[copies], alive[_numbers(p.kept for p in same)])
     nodes = np.delete(alive, copies)
-    search = measure.search()
+    search = Index(measure, engine, len(nodes))
     for start in range(0, len(nodes), block_rows):
         check()
         block = nodes[start : start + block_rows]
-        search.add(measure.features(block))
-        for i, j, scores in search.pairs(measure.features(block), threshold - measure.band):
+        search.add(block)
+        for i, j, scores in search.pairs(block, threshold - measure.band):
             forest.join_similar(measure, block[i], nodes[j], scores)
     return forest.roots()
 
@@ -185,7 +217,9 @@ def links_between(left: Vectors, right: Vectors, threshold: float, new_search: N
     return a[rows], b[partners - len(a)], scores
 
 
-def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measures: Sequence[Measure]) -> list[Pair]:
+def repeats_of(
+    rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measures: Sequence[Measure], engine: Engine = HERE
+) -> list[Pair]:
     """Return the `rows` that match one of `others`, each with the row it repeats, in order; the first measure decides.
 
     Rows match as in `select`: the same key, or the threshold of one of `measures`. Every pair counts, even if `others`
@@ -198,17 +232,19 @@ def repeats_of(rows: Rows, others: Rows, keys: Sequence[Hashable] | None, measur
             first.setdefault(keys[other], other)
         pair_of = {r: Pair(r, first[keys[r]], 1.0, "exact") for r in rows.tolist() if keys[r] and keys[r] in first}
     for measure in measures:
-        for row, other, score in zip(*(part.tolist() for part in _best_partners(measure, rows, others)), strict=True):
+        for row, other, score in zip(
+            *(part.tolist() for part in _best_partners(measure, rows, others, engine)), strict=True
+        ):
             pair_of.setdefault(row, Pair(row, other, score, measure.name))
     return [pair_of[row] for row in sorted(pair_of)]
 
 
-def _best_partners(measure: Measure, rows: Rows, others: Rows) -> tuple[Rows, Rows, Scores]:
+def _best_partners(measure: Measure, rows: Rows, others: Rows, engine: Engine = HERE) -> tuple[Rows, Rows, Scores]:
     """Return the `rows` that reach the threshold with one of `others`, the best one (the first on a tie), the score."""
-    search = measure.search()
-    search.add(measure.features(others))
+    search = Index(measure, engine, len(rows) + len(others))
+    search.add(others)
     best = Best(rows, measure)
-    for i, j, scores in search.pairs(measure.features(rows), measure.threshold - measure.band):
+    for i, j, scores in search.pairs(rows, measure.threshold - measure.band):
         best.take(i, others[j], scores)
     hits = np.flatnonzero(best.row >= 0)
     return rows[hits], best.row[hits], best.score[hits]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import pickle
 import secrets
@@ -19,7 +20,6 @@ import xxhash
 from finetune import __version__
 from finetune.errors import FinetuneError
 from finetune.utils.files import cache_file, canonical_json, hash_file
-from finetune.utils.runtime import describe_environment
 
 if TYPE_CHECKING:
     from finetune.engine.interface import Engine
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 SIGNATURE_BYTES = 32
+DISTRIBUTION = "finetune-recipes"
+DEVELOPERS = {"test", "check", "docs", "release"}  # extras that no worker imports
 ROOM = 2  # times the size of all partitions must be free: their results, and the files that are made of them
 
 
@@ -45,7 +47,9 @@ class Kept:
         self._secret = b""
         self._state = ""  # digest of what the running call was built with
 
-    def map(self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int) -> Iterator[R]:
+    def map(
+        self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int, part_bytes: int = 0
+    ) -> Iterator[R]:
         """As `Engine.map`; partitions that were finished are read, not computed."""
         self._calls += 1
         call = self._calls
@@ -53,11 +57,11 @@ class Kept:
         with suppress(Exception):  # what cannot be pickled runs in this process alone, and has no state to compare
             self._state = hashlib.blake2b(pickle.dumps(build)).hexdigest()
         if len(parts) < 2 or not self._secret:
-            yield from self._engine.map(build, parts, rows)
+            yield from self._engine.map(build, parts, rows, part_bytes)
             return
         there = {number for number in range(len(parts)) if self._read(call, number) is not None}
         left = [part for number, part in enumerate(parts) if number not in there]
-        done = self._engine.map(build, left, rows)
+        done = self._engine.map(build, left, rows, part_bytes)
         for number in range(len(parts)):
             if number in there:
                 if (content := self._read(call, number)) is None:
@@ -67,6 +71,9 @@ class Kept:
             result = next(done)
             self._write(call, number, pickle.dumps(result, protocol=5), len(parts))
             yield result
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - group, sort, workers, close: as the engine's own
+        return getattr(self._engine, name)
 
     def _place(self, call: int, number: int) -> Path:
         return self._folder / f"{call}-{number}"
@@ -101,14 +108,31 @@ class Kept:
 
 @cache
 def code_versions() -> Mapping[str, object]:
-    """Return the versions of the packages that a worker imports; for this package also a digest of its files."""
-    versions = describe_environment()["versions"]
+    """Return the installed versions of all packages that this one requires; of its own also a digest of its files.
+
+    It requires all that it imports directly, in an extra if that is optional.
+    """
     code = Path(__file__).parents[1]
     files = {path.relative_to(code).as_posix(): hash_file(path) for path in code.rglob("*.py")}
     digest = xxhash.xxh3_64(canonical_json(files).encode()).hexdigest()
-    found: dict[str, Any] = dict(versions) if isinstance(versions, Mapping) else {}
     python = ".".join(map(str, sys.version_info[:2]))
-    return {"finetune": f"{__version__} (files {digest})", **found, "python": python}
+    return {"finetune": f"{__version__} (files {digest})", **_required(), "python": python}
+
+
+def _required() -> dict[str, str]:
+    from packaging.requirements import Requirement
+
+    try:
+        about = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:  # run from its source: any package may be one that it needs
+        return {one.name: one.version for one in importlib.metadata.distributions()}
+    extras = {"", *(about.get_all("Provides-Extra") or ())} - DEVELOPERS
+    versions = {}
+    for one in map(Requirement, about.get_all("Requires-Dist") or ()):
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras):
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions[one.name] = importlib.metadata.version(one.name)
+    return versions
 
 
 def _secret() -> bytes:

@@ -1,29 +1,37 @@
-"""Run partitions on a Ray cluster (https://docs.ray.io): one task per partition, retried if its worker is lost."""
+"""Run partitions by Ray Data, and stateful workers as actors, on a Ray cluster (https://docs.ray.io)."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+import pickle
 import secrets
 import signal
 import socket
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.engine.kept import code_versions
+from finetune.engine.local import Here
 from finetune.errors import FinetuneError, InputError
 from finetune.utils.files import hash_file
 from finetune.utils.format import clipped
 from finetune.utils.runtime import usable_cpus
 from finetune.utils.upstream import silence_ray
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 2  # partitions per processor that are computed before they are taken
+SORTED_ROWS = 1 << 20  # keys of a block: 16 MB
+ACTORS_FROM_ROWS = 20_000  # fewer are compared in seconds, which is the time to start an actor
 CONNECT_SECONDS = 10.0
 CHECK_SECONDS = 60.0  # for a node to import the package and answer
 RETRIES = 10  # of a partition whose worker or node was lost
@@ -33,50 +41,132 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 class RayEngine:
     """Engine of a Ray cluster; made by `started`."""
 
-    def __init__(self, workers: int) -> None:
-        """Keep AHEAD × `workers` partitions in the cluster."""
-        self._workers = workers
+    def __init__(self, workers: int, memory: int) -> None:
+        """Use `workers` processors; no node has more than `memory` bytes for tasks."""
+        self._workers, self._memory = workers, memory
         self._calls = 0
 
-    def map(self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int) -> Iterator[R]:
-        """As `Engine.map`. Ray repeats the partitions of a lost process or node on the others; results are in order.
-
-        Tasks, not actors: a lost actor would wait for a processor that its node took with it.
-        """
+    def map(
+        self, build: Callable[[], Callable[[T], R]], parts: Sequence[T], rows: int, part_bytes: int = 0
+    ) -> Iterator[R]:
+        """As `Engine.map`. Ray Data repeats the partitions of a lost process or node on the others."""
         import ray
 
+        if not parts:
+            return
         self._calls += 1
-        task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        memory = min(part_bytes, self._memory) or None
+        options: Callable[[], dict[str, Any]] = partial(dict, max_retries=RETRIES)
         with _one_sentence("the state of the workers"):
-            built = ray.put(build)
-        waiting: deque[tuple[Any, str]] = deque()
-        try:
-            for number, part in enumerate(parts, 1):
-                which = f"partition {number} of {len(parts)}"
-                with _one_sentence(which):
-                    waiting.append((task.remote(self._calls, built, part), which))
-                if len(waiting) > AHEAD * self._workers:
-                    yield _taken(*waiting.popleft())
-            while waiting:
-                yield _taken(*waiting.popleft())
-        finally:
-            if ray.is_initialized():  # an abandoned map may end after its cluster, and would start another
-                for one, _ in waiting:
-                    ray.cancel(one, force=True)
+            work = partial(_work, self._calls, ray.put(build))
+            data = ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray 2.60 wants to remove this argument, and has no other for max_retries
+            done = iter(data.map(work, num_cpus=1, memory=memory, ray_remote_args_fn=options).iter_rows())
+        for number in range(1, len(parts) + 1):
+            with _one_sentence(f"partition {number} of {len(parts)}"):
+                result = pickle.loads(next(done)["result"])  # noqa: S301 - a worker made it
+            if isinstance(result, _Raised):
+                raise result.error
+            yield result
+
+    def group(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """As `Engine.group`."""
+        import numpy as np
+
+        kind, counts, before = np.empty(len(keys), np.int32), np.zeros(len(keys), np.int64), -1
+        last: object = None
+        for some, places in self._sorted(keys):
+            new = np.r_[some[0] != last, some[1:] != some[:-1]]
+            kind[places] = numbers = before + np.cumsum(new)
+            counts[numbers[0] : numbers[-1] + 1] += np.bincount(numbers - numbers[0])
+            before, last = int(numbers[-1]), some[-1]
+        return kind, counts[: before + 1]
+
+    def sort(self, keys: NDArray[Any]) -> NDArray[np.int64]:
+        """As `Engine.sort`."""
+        import numpy as np
+
+        return np.concatenate([np.zeros(0, np.int64), *(places for _, places in self._sorted(keys))])
+
+    def _sorted(self, keys: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Yield the keys in ascending order with their places, a block at a time."""
+        import numpy as np
+        import pyarrow as pa
+        import ray
+
+        starts = range(0, len(keys), SORTED_ROWS)
+        blocks = [pa.table({"key": keys[k : k + SORTED_ROWS],
+                            "place": np.arange(k, min(k + SORTED_ROWS, len(keys)))}) for k in starts]  # fmt: skip
+        if not blocks:
+            return
+        with _one_sentence("the sort of keys"):
+            for batch in ray.data.from_arrow(blocks).sort(["key", "place"]).iter_batches(batch_size=None):
+                if len(batch["key"]):
+                    yield batch["key"], batch["place"]
+
+    def workers(self, build: Callable[[], Any], rows: int) -> Here | _Actors:
+        """As `Engine.workers`: actors, one for each processor; one in this process for less than ACTORS_FROM_ROWS."""
+        return _Actors(build, self._workers) if rows >= ACTORS_FROM_ROWS else Here(build)
+
+    def close(self) -> None:
+        """As `Engine.close`: the cluster's own matter."""
+
+
+class _Actors:
+    """Stateful workers as actors. Ray starts a lost one again, on another node if need be, and repeats its call.
+
+    They reserve no processor: one that its node took with it would be waited for without end.
+    """
+
+    def __init__(self, build: Callable[[], Any], count: int) -> None:
+        import ray
+
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": RETRIES, "max_task_retries": RETRIES}
+        kind: Any = ray.remote(scheduling_strategy="SPREAD", **options)(_Actor)
+        self._actors = [kind.remote(build) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def call(self, method: str, each: Sequence[Any], shared: object = None) -> list[Any]:
+        """As `Workers.call`."""
+        import ray
+
+        with _one_sentence(f"{method} of the workers"):
+            sent = ray.put(shared)
+            asked = [
+                None if own is None else one.call.remote(method, own, sent)
+                for one, own in zip(self._actors, each, strict=True)
+            ]
+            return [None if reference is None else ray.get(reference) for reference in asked]
+
+
+class _Actor:
+    """A stateful worker in a process of its own."""
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._made = build()
+
+    def call(self, method: str, own: object, shared: object) -> object:
+        return getattr(self._made, method)(own, shared)
 
 
 _state: dict[int, Callable[[Any], Any]] = {}  # of a worker process: the number of a map -> its function
 
 
-def _work(call: int, build: Callable[[], Any], part: Any) -> Any:  # noqa: ANN401 - what the stage's function takes
+def _work(call: int, build: Any, row: Mapping[str, bytes]) -> dict[str, bytes]:  # noqa: ANN401 - a reference
     """Return the function's result, or the FinetuneError that it raised; the function is built once per process."""
+    import ray
+
     try:
         if call not in _state:
             _state.clear()
-            _state[call] = build()
-        return _state[call](part)
+            _state[call] = ray.get(build)()
+        result = _state[call](pickle.loads(row["part"]))  # noqa: S301 - the driver made it
     except FinetuneError as error:
-        return _Raised(error)
+        result = _Raised(error)
+    return {"result": pickle.dumps(result, protocol=5)}
 
 
 class _Raised:
@@ -84,16 +174,6 @@ class _Raised:
 
     def __init__(self, error: FinetuneError) -> None:
         self.error = error
-
-
-def _taken(reference: Any, which: str) -> Any:  # noqa: ANN401 - what the function returned
-    from ray import get
-
-    with _one_sentence(which):
-        result = get(reference)
-    if isinstance(result, _Raised):
-        raise result.error
-    return result
 
 
 @contextmanager
@@ -155,6 +235,8 @@ def started(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray's default is without end
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to Ray's makers
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # its lines on the screen
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the other workers, after the first one's error
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call without a cluster fails, it starts none
     import ray
 
@@ -180,9 +262,22 @@ def started(
         say(f"Ray's dashboard: {shown}")
         workers = _processors(ray.cluster_resources())
         _check_nodes(folders, files)
-        yield RayEngine(workers)
+        _quiet_data()
+        memory = max(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
+        yield RayEngine(workers, memory)
     finally:
         ray.shutdown()
+
+
+def _quiet_data() -> None:
+    """Let Ray Data keep the order of partitions, raise the errors of their functions, and print nothing."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = -1  # a partition may take longer than half an hour
 
 
 def _processors(resources: Mapping[str, float]) -> int:

@@ -258,6 +258,8 @@ def _build_leased(step: Step, recipe: Recipe, store: Store, ctx: Context, fresh:
     ctx.stop.check()
     start = time.monotonic()
     hashed = Hashed()
+    if stage.collective or "train" in stage.needs:
+        ctx.engine.close()  # the memory of idle workers is the model's
     engine = ctx.engine if stage.collective or not stage.working else Kept(ctx.engine, folder / stage.working, step.key)
     ctx = dataclasses.replace(ctx, hashed=hashed.note, engine=engine)
     metrics = stage.run(step.spec, {n: o.folder for n, o in step.inputs.items()}, folder, ctx)

@@ -100,8 +100,8 @@ def raw_lengths(rows: Path, tokenizer: Path) -> tuple[list[int], int]:
     step = max(1, -(-pq.read_metadata(rows).num_rows // COUNTED_ROWS))
     lengths: list[int] = []
     for texts in _turns(rows, step):
-        flat = counter.encode_batch([t for row in texts for t in row], add_special_tokens=False)
-        counts = iter([len(e.ids) for e in flat])
+        flat = counter.encode_batch_fast([t for row in texts for t in row], add_special_tokens=False)
+        counts = iter(map(len, flat))
         lengths += [sum(next(counts) for _ in row) for row in texts]
     return lengths, step
 

@@ -150,7 +150,7 @@ def _repeating(
     others = np.arange(len(ids) - held_out, len(ids), dtype=np.int64)
     measures: list[Measure] = []
     if repeats.minhash is not None:
-        measures.append(Jaccard(word_sets(texts, repeats.minhash.ngram), repeats.minhash.threshold))
+        measures.append(Jaccard(word_sets(texts, repeats.minhash.ngram, ctx.engine), repeats.minhash.threshold))
     if repeats.embedding is not None:
         # Together, since LSA makes its vectors of the texts it is given.
         made_by = model_fingerprint(repeats.embedding, repeats.folder)
@@ -158,7 +158,7 @@ def _repeating(
         measures.append(Cosine(vectors, repeats.threshold, exact_search(ctx.device, len(ids))))
     keys = [text_key(text) for text in texts] if repeats.exact else wholes
     pairs = {pair.dropped: pair for pair in repeats_of(ours, others, wholes, [])}
-    pairs |= {pair.dropped: pair for pair in repeats_of(ours, others, keys, measures)}
+    pairs |= {pair.dropped: pair for pair in repeats_of(ours, others, keys, measures, ctx.engine)}
     if len(ours) and len(pairs) == len(ours):
         raise GateRefused(
             f"decontaminate: every one of {len(ours):,} training rows repeats the {repeats.field} of a row of "

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.context import Context
-from finetune.data.records import Example, read_rows, write_rows, write_table
+from finetune.data.records import Example, RowRange, read_rows, row_ranges, write_rows, write_table
 from finetune.errors import GateRefused, InputError
 from finetune.metrics import DedupMetrics, Headline
 from finetune.recipe import Dedup, Recipe, Section
 from finetune.recipe import Jaccard as JaccardSection
 
-if TYPE_CHECKING:
-    from finetune.dedup.jaccard import Jaccard
-
+PART_ROWS = 10_000
 MEASURED_FROM = 100_000  # rows; tests compare fewer with brute force
 
 
@@ -60,44 +58,49 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Dedu
     import numpy as np
     import pyarrow as pa
 
-    from finetune.data.text import field_text, text_key
     from finetune.dedup.answers import AnswerCheck
     from finetune.dedup.index import exact_search
+    from finetune.dedup.jaccard import Jaccard, row_sets
     from finetune.dedup.large import searched_by_cells, select_measured
     from finetune.dedup.measures import Cosine
     from finetune.dedup.recall import measured_recall
-    from finetune.dedup.select import select
+    from finetune.dedup.select import equal_texts, select
 
     source = inputs["filter"] / "rows.parquet"
     ids: list[str] = []
     keys: list[bytes] = []
     ranks: list[float] = []
     answers = AnswerCheck()
-    for row in ctx.track(read_rows(source), "read rows"):
-        if spec.field == "output" and spec.max_dropped_fraction < 1:
-            answers.add(row)
-        ids.append(row.id)
-        keys.append(text_key(field_text(row, spec.field)))
-        ranks.append(_rank(row, spec.keep))
+    parts = row_ranges(source, PART_ROWS)
+    rows = parts[-1].stop if parts else 0
+    for part in ctx.track(ctx.engine.map(partial(_facts, spec), parts, rows), "read rows", len(parts)):
+        ids += part[0]
+        keys += part[1]
+        ranks += part[2]
+        answers.add(part[3])
     answers.require_varied()
     if spec.keep.startswith("column:") and ids and not any(math.isfinite(r) for r in ranks):
         name = spec.keep.removeprefix("column:")
         raise InputError(f"dedup.keep: no row has a column {name!r} that the format left over; use longest or first")
-    order = sorted(range(len(ids)), key=lambda i: (-ranks[i], i))
-    known = keys if spec.exact else None
-    words = _jaccard(spec, source, ctx)
+    order = ctx.engine.sort(-np.array(ranks))
+    known = equal_texts(keys, ctx.engine) if spec.exact else None
+    words = []
+    if (wording := spec.minhash) is not None:
+        words.append(Jaccard(row_sets(parts, spec.field, wording.ngram, ctx.engine), wording.threshold))
     vectors = inputs["embed"] / "vectors.npy"
     measures: list[Cosine | Jaccard] = [*words]
     recall: dict[str, object] = {}
     if vectors.exists() and searched_by_cells(len(ids), ctx.device, spec.exhaustive):
         mapped = np.load(vectors, mmap_mode="r", allow_pickle=False)
-        pairs, found_by_cells = select_measured(order, known, words, mapped, spec.threshold, ctx.say, ctx.stop.check)
+        pairs, found_by_cells = select_measured(
+            order, known, words, mapped, spec.threshold, ctx.say, ctx.stop.check, ctx.engine
+        )
         recall = {"embedding": found_by_cells}
     else:
         if vectors.exists():
             search = exact_search(ctx.device, len(ids))
             measures.append(Cosine(np.load(vectors, allow_pickle=False), spec.threshold, search))
-        pairs = select(order, known, measures, check=ctx.stop.check)
+        pairs = select(order, known, measures, check=ctx.stop.check, engine=ctx.engine)
     pair_of = {pair.dropped: pair for pair in pairs}
     if len(pair_of) > spec.max_dropped_fraction * len(ids):
         raise GateRefused(
@@ -136,15 +139,22 @@ def headline(m: DedupMetrics) -> Headline:
     return Headline(f"{m['exact']:,} exact, {near:,} near-duplicates dropped", m["rows_in"], m["rows_out"])
 
 
-def _jaccard(spec: Spec, source: Path, ctx: Context) -> list[Jaccard]:
-    """Return the similarity by wording, if the recipe asks for it."""
-    if spec.minhash is None:
-        return []
-    from finetune.data.text import field_text
-    from finetune.dedup.jaccard import Jaccard, word_sets
+Facts = tuple[list[str], list[bytes], list[float], list[bytes]]
+"""Ids, text keys, ranks and, if answers may be labels, the keys that `AnswerCheck` counts."""
 
-    texts = (field_text(row, spec.field) for row in ctx.track(read_rows(source), "read words"))
-    return [Jaccard(word_sets(texts, spec.minhash.ngram), spec.minhash.threshold)]
+
+def _facts(spec: Spec) -> Callable[[RowRange], Facts]:
+    """Build the function from a range of rows to what this stage compares of them."""
+    from finetune.data.text import field_text, text_key
+    from finetune.dedup.answers import answer_key
+
+    def facts(part: RowRange) -> Facts:
+        rows = part.read()
+        keys = [text_key(field_text(row, spec.field)) for row in rows]
+        checked = rows if spec.field == "output" and spec.max_dropped_fraction < 1 else ()
+        return [row.id for row in rows], keys, [_rank(row, spec.keep) for row in rows], [*map(answer_key, checked)]
+
+    return facts
 
 
 def _rank(row: Example, keep: str) -> float:

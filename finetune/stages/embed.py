@@ -50,7 +50,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Embe
     import numpy as np
 
     from finetune.data.text import field_text
-    from finetune.dedup.answers import AnswerCheck
+    from finetune.dedup.answers import AnswerCheck, answer_key
     from finetune.dedup.embed import embed_counted
 
     ids, texts = [], []
@@ -59,7 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Embe
         ids.append(row.id)
         texts.append(field_text(row, spec.field))
         if spec.varied_answers:
-            answers.add(row)
+            answers.add([answer_key(row)])
     answers.require_varied()
     start = time.monotonic()
     vectors, made = embed_counted(texts, spec.embedding, ctx, spec.folder, made_by=fingerprint(spec))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000  # tokenised at once
+COMPARED = 20  # texts of a batch that are tokenised in both ways
 PART_ROWS = 4000  # judged by one worker at a time
 
 Count = Callable[[Sequence[Example]], list[int | basic.Verdict]]
@@ -209,4 +210,12 @@ def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids: list[list[int]] = made["input_ids"]
         return ids
 
-    return [len(ids) for ids in watched_batch(encode, texts)]
+    def count(batch: list[str]) -> list[int]:
+        whole = [len(ids) for ids in encode(batch[:COMPARED])]  # also makes the backend neither cut nor pad
+        if not tokenizer.is_fast:
+            return whole + [len(ids) for ids in encode(batch[COMPARED:])]
+        # Without offsets and lists of ids: two thirds of the time.
+        fast = [len(made) for made in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+        return fast if fast[:COMPARED] == whole else [len(ids) for ids in encode(batch)]
+
+    return watched_batch(count, texts)

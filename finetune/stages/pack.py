@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-PART_TOKENS = 1 << 24  # packed together; about 40 bytes of memory each
+PART_TOKENS = 1 << 24  # packed together
+TOKEN_BYTES = 64  # of memory: 40 while it is packed, 8 in each of the results that wait
 
 
 class Spec(Section):
@@ -66,7 +67,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> Pack
     names: list[list[str]] = []
     lengths: list[int] = []
     with pq.ParquetWriter(out / "packed.parquet", packed_schema(), compression="zstd") as writer:
-        done = ctx.engine.map(partial(_packer, spec.length_tokens), parts, len(sizes))
+        largest = max((int(sizes[part.start : part.stop].sum()) for part in parts), default=0)
+        done = ctx.engine.map(partial(_packer, spec.length_tokens), parts, len(sizes), TOKEN_BYTES * largest)
         for table, part_names in ctx.track(done, f"pack {len(sizes)} rows", len(parts)):
             writer.write_table(table)
             names += part_names

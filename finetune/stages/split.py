@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.context import Context
-from finetune.data.records import Example, read_rows, write_rows
+from finetune.data.records import Example, RowRange, read_rows, row_ranges, write_rows
 from finetune.dedup.holdout import choose, count_leaks, near_links
 from finetune.errors import FinetuneError
 from finetune.metrics import Headline, SplitMetrics
 from finetune.recipe import Recipe, Section, Split
 
-if TYPE_CHECKING:
-    pass
-
+PART_ROWS = 10_000
 ALL_ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -94,23 +91,24 @@ def _divided(
     split: Split, spec: Spec, source: Path, embedded: Path, ctx: Context
 ) -> tuple[list[int], list[int], SplitMetrics]:
     """The numbers of the training and of the held-out rows, by whole groups, and the figures."""
-    from finetune.data.text import text_key
     from finetune.dedup.clusters import vectors_of
     from finetune.dedup.index import FlatIndex
     from finetune.dedup.large import BLOCK_ROWS, cell_measure, searched_by_cells
-    from finetune.dedup.select import groups, joined, original_id
+    from finetune.dedup.select import equal_texts, groups, joined
 
     ids: list[str] = []
     keys: list[bytes] = []
-    for row in ctx.track(read_rows(source), "read rows"):
-        ids.append(original_id(row.id))
-        keys.append(text_key(row.joined(*ALL_ROLES)))
+    parts = row_ranges(source, PART_ROWS)
+    for some_ids, some_keys in ctx.track(ctx.engine.map(_facts, parts, parts[-1].stop if parts else 0), "read rows"):
+        ids += some_ids
+        keys += some_keys
     vectors = vectors_of(embedded, ids)
     threshold = split.group_threshold
     measure, rows = None, 1024
     if vectors is not None and searched_by_cells(len(ids), ctx.device, spec.exhaustive):
         measure, rows = cell_measure(vectors, threshold), BLOCK_ROWS
-    group = groups(vectors, [ids, keys], threshold, FlatIndex, rows, ctx.stop.check, measure).tolist()
+    texts = equal_texts(keys, ctx.engine)
+    group = groups(vectors, [ids, texts], threshold, FlatIndex, rows, ctx.stop.check, measure, ctx.engine).tolist()
     names = [k or i.encode() for i, k in zip(ids, keys, strict=True)]
     while True:
         held_out = choose(group, names, split, spec.seed)
@@ -136,6 +134,18 @@ def _divided(
         "leaks": leaks,
         "compared_by": "text" if vectors is None else "text and vectors",
     }  # fmt: skip
+
+
+def _facts() -> Callable[[RowRange], tuple[list[str], list[bytes]]]:
+    """Build the function from a range of rows to the ids without the numbers of copies, and the text keys."""
+    from finetune.data.text import text_key
+    from finetune.dedup.select import original_id
+
+    def facts(part: RowRange) -> tuple[list[str], list[bytes]]:
+        rows = part.read()
+        return [original_id(row.id) for row in rows], [text_key(row.joined(*ALL_ROLES)) for row in rows]
+
+    return facts
 
 
 def _picked(source: Path, rows: set[int]) -> Iterator[Example]:

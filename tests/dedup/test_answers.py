@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.dedup.answers import AnswerCheck
+from finetune.dedup.answers import AnswerCheck, answer_key
 from finetune.errors import GateRefused
 from finetune.stages import dedup, embed
 from tests.stages.rows import chat, context, folder, recipe, sentences
@@ -14,8 +14,7 @@ INTENTS = [chat(i, f"Please help me with matter number {i}", f"label_{i % 77}") 
 
 def checked(rows):
     check = AnswerCheck()
-    for row in rows:
-        check.add(row)
+    check.add(map(answer_key, rows))
     check.require_varied()
 
 

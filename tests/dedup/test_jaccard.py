@@ -94,7 +94,7 @@ def test_a_set_is_the_runs_of_words_and_signs():
     assert sets.sizes.tolist() == [2, 2, 1, 1, 0, 1, 3]
     first = np.zeros(6, np.int64)
     assert jaccard(sets, first, sets, np.arange(1, 7)).tolist() == [1, 0, 0, 0, 0, 2 / 3]
-    assert len(word_sets([], 5)) == 0 and word_sets(iter([" "] * 3), 5).sizes.tolist() == [0, 0, 0]
+    assert len(word_sets([], 5)) == 0 and word_sets([" "] * 3, 5).sizes.tolist() == [0, 0, 0]
 
 
 def test_chunks_of_words_change_nothing(monkeypatch):
@@ -108,7 +108,7 @@ def test_chunks_of_words_change_nothing(monkeypatch):
 def test_shards_of_ngrams_change_nothing(monkeypatch):
     texts = [f"word{i % 9} and {i % 7} or sea {i} blue" for i in range(200)]
     whole = word_sets(texts, 2)
-    monkeypatch.setattr("finetune.dedup.jaccard.SHARD_NGRAMS", 100)
+    monkeypatch.setattr("finetune.engine.local.SORTED_TOGETHER", 100)
     shards = word_sets(texts, 2)
     assert all(np.array_equal(getattr(whole, f), getattr(shards, f)) for f in ("tokens", "starts", "sizes"))
     assert whole.kinds == shards.kinds > 0

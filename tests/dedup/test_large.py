@@ -1,11 +1,12 @@
 """Search by cells: every pair is true, recall is measured, a search that misses too much is widened."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from finetune.dedup import cells, index, large
+from finetune.dedup import cells, large
 from finetune.dedup import select as selecting
 from finetune.dedup.cells import CellCosine, Cells
 from finetune.dedup.index import FlatIndex
@@ -32,6 +33,10 @@ def small(monkeypatch):
     monkeypatch.setattr(cells, "ROWS_PER_CELL", 20)
     monkeypatch.setattr(cells, "FIRST_QUERIES", 50)
     monkeypatch.setattr(cells, "PLACED_TOGETHER", 70)
+
+
+def cell_measure(vectors):
+    return large.cell_measure(vectors, THRESHOLD)
 
 
 def measure_of(vectors, probes=None):
@@ -76,9 +81,8 @@ def test_blocks_and_threads_change_nothing(small, monkeypatch):
 def test_queries_with_many_pairs_are_asked_in_smaller_chunks(monkeypatch):
     vectors = corpus(noise=0.1, twins=0.99)
     whole = select(range(600), None, [measure_of(vectors)], 600)
-    for name, value in (("MOST_PAIRS", 300), ("MIN_QUERIES", 20), ("FIRST_QUERIES", 400)):
+    for name, value in (("MOST_PAIRS", 300), ("LEAST_QUERIES", 20), ("FIRST_QUERIES", 400)):
         monkeypatch.setattr(cells, name, value)
-    monkeypatch.setattr(index, "MIN_QUERIES", 20)
     measure = measure_of(vectors)
     search = measure.search()
     search.add(np.arange(600))
@@ -86,6 +90,21 @@ def test_queries_with_many_pairs_are_asked_in_smaller_chunks(monkeypatch):
     table = vectors @ vectors.T
     assert np.array_equal(found, np.stack(np.nonzero(table > THRESHOLD))) and measure.size.rows < 400
     assert select(range(600), None, [measure], 600) == whole
+
+
+@pytest.mark.parametrize("twins", [0.5, 1.0])
+def test_memory_is_bounded_however_many_rows_a_cell_has(monkeypatch, twins):
+    monkeypatch.setattr(cells, "ROWS_PER_CELL", 10**6)  # one cell
+    monkeypatch.setattr(cells, "MOST_PAIRS", 40_000)
+    monkeypatch.setattr(cells, "SIDE", 256)
+    vectors = corpus(20_000, twins=twins, dimension=4, noise=0.01)
+    search = cell_measure(vectors).search()
+    search.add(np.arange(20_000))
+    tracemalloc.start()
+    found = next(search.pairs(np.arange(5000), THRESHOLD))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found[0]) > 0 and peak < 30e6, peak  # 5,000 × 20,000 products of float32 would be 400 MB
 
 
 def test_a_block_whose_rows_all_match_is_halved(monkeypatch):

@@ -1,5 +1,7 @@
 """Finished partitions are kept until their stage is complete, for this user, key and version only."""
 
+import importlib.metadata
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -32,7 +34,7 @@ class Counted:
     def __init__(self):
         self.parts = []
 
-    def map(self, build, parts, rows):
+    def map(self, build, parts, rows, part_bytes=0):
         self.parts += parts
         yield from Local(1).map(build, parts, rows)
 
@@ -77,6 +79,18 @@ def test_nothing_is_unpickled_but_what_this_user_wrote_for_this_key_place_and_ve
     (tmp_path / "cache" / "finetune" / "parts.key").unlink()
     assert again() == [1, 2, 1, 2]
     assert (tmp_path / "cache" / "finetune" / "parts.key").stat().st_mode & 0o077 == 0
+
+
+def test_versions_are_those_of_all_packages_that_a_worker_may_import(monkeypatch):
+    found = kept.code_versions()
+    for line in importlib.metadata.requires("finetune-recipes"):
+        name, _, marker = line.partition(";")
+        if "extra" not in marker:
+            assert re.match(r"[\w.-]+", name)[0] in found, line
+    assert {"scipy", "jinja2", "faiss-cpu", "model2vec", "py3langid", "python"} <= set(found)
+    assert not {"pytest", "ruff"} & set(found)
+    monkeypatch.setattr(kept, "DISTRIBUTION", "a-distribution-that-nobody-has")
+    assert set(kept.code_versions.__wrapped__()) > {"scipy", "finetune", "pytest"}
 
 
 def test_without_a_place_to_write_the_results_are_the_same(tmp_path, monkeypatch):

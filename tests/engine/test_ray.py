@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from finetune.cli import run as cli_run
@@ -16,6 +18,7 @@ from finetune.engine import ray as engine
 from finetune.engine.local import Local
 from finetune.errors import FinetuneError, InputError
 from finetune.pipeline.store import Store
+from tests.dedup.test_large import corpus
 from tests.engine.test_local import squares
 from tests.stages.rows import context, recipe
 
@@ -169,6 +172,70 @@ def test_results_come_in_order_with_errors_and_a_killed_worker_is_replaced(tmp_p
     assert (tmp_path / "died-3").exists() and len({pid for _, pid in done}) >= 2
 
 
+class Numbers:
+    """A state that a lost process takes with it."""
+
+    def __init__(self):
+        self.held = []
+
+    def add(self, own, shared):
+        self.held.append(own + shared)
+        return os.getpid()
+
+    def all(self, own, shared):
+        return self.held
+
+    def fail(self, own, shared):
+        raise InputError("row 3 is wrong")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_keys_and_stateful_workers_on_ray(tmp_path, monkeypatch, capfd):
+    from finetune.dedup.index import FlatIndex
+    from finetune.dedup.jaccard import Jaccard, word_sets
+    from finetune.dedup.large import cell_measure
+    from finetune.dedup.measures import Cosine
+    from finetune.dedup.select import select
+
+    monkeypatch.setattr(engine, "SORTED_ROWS", 300)
+    monkeypatch.setattr(engine, "ACTORS_FROM_ROWS", 0)
+    keys = np.random.default_rng(0).integers(0, 2**64, 400, np.uint64)[np.arange(1000) % 400]
+    vectors = corpus(800)
+    words = [f"{i % 50} red sea {i % 7} is blue {i % 3}" for i in range(800)]
+    both = [Jaccard(word_sets(words, 2), 0.9), Cosine(vectors, 0.9, FlatIndex)]
+    with engine.started(None, [tmp_path], lambda line: None, workers=2) as cluster:
+        for ours, theirs in zip(cluster.group(keys), Local().group(keys), strict=True):
+            assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
+        ranks = -np.array([1.0, np.inf, 1.0, -np.inf] * 200)
+        assert np.array_equal(cluster.sort(ranks), Local().sort(ranks)) and not len(cluster.sort(ranks[:0]))
+        for measures in (both, [cell_measure(vectors, 0.9)]):
+            whole, killed = select(range(800), None, measures, 50), []
+
+            def check(killed=killed):
+                killed.append(1)
+                if len(killed) == 9:
+                    for pid in pids_of("_Actor"):
+                        os.kill(pid, signal.SIGKILL)
+
+            assert select(range(800), None, measures, 50, check, cluster) == whole and 9 < len(killed) and whole
+        state = cluster.workers(Numbers, 1)
+        pids = state.call("add", [1, 2], 10)
+        assert state.call("all", [0, None]) == [[11], None] and len(set(pids)) == len(state) == 2
+        os.kill(pids[0], signal.SIGKILL)
+        assert state.call("all", [0, 0]) == [[], [12]]
+        with pytest.raises(InputError, match="row 3 is wrong"):
+            state.call("fail", [0, 0])
+    assert "".join(capfd.readouterr()) == ""
+
+
+def pids_of(name):
+    """Processes of this machine's Ray that run an actor of the class `name`, by their titles."""
+    for process in psutil.process_iter(["cmdline"]):
+        if f"ray::{name}" in " ".join(process.info["cmdline"] or ()):
+            yield process.pid
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
@@ -187,6 +254,13 @@ def test_a_node_that_dies_takes_no_row_with_it(tmp_path):
                 if number == 1:
                     nodes.remove_node(second, allow_graceful=False)
             assert found == list(range(10))
+            state = started.workers(Numbers, 10**6)
+            assert len(state.call("add", [1, 2], 0)) == 2
+            third = nodes.add_node(num_cpus=1)
+            spread = started.workers(Numbers, 10**6)
+            spread.call("add", [1, 2], 0)
+            nodes.remove_node(third, allow_graceful=False)
+            assert all(held in ([], [1], [2]) for one in (state, spread) for held in one.call("all", [0, 0]))
             for number, value in enumerate(started.map(made_large, range(5), 5)):  # 240 MB in a store of 80: it spills
                 assert len(value) == 12_000_000 and value[0] == value[-1] == number
             with pytest.raises(InputError, match="cannot be written"):

@@ -13,6 +13,7 @@ from finetune.data.records import Example, Message, read_rows, write_rows
 from finetune.errors import GateRefused
 from finetune.recipe import Recipe, Runtime, Tracking
 from finetune.stages import filter as stage
+from tests.helpers.tiny_tokenizers import KINDS, build
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ ' ' + m['role'] + ' ' + m['content'] }}{% endfor %}"
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
@@ -203,3 +204,17 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     run(ROWS, tmp_path / "absent", tmp_path, rules=["echo"])
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == first
+
+
+def test_tokens_are_those_of_the_tokenizer_itself_whatever_its_backend_would_do(monkeypatch) -> None:
+    rows = [chat(i, "What is blue? " * (1 + i % 5), f"The sea, {i} </s> ") for i in range(50)]
+    for kind in KINDS:
+        tokenizer = build(kind)
+        texts = [[m.content for m in row.messages] for row in rows]
+        want = [sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in turns) for turns in texts]
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=50)
+        assert stage.raw_tokens(rows, tokenizer) == want, kind
+    one = [[1]] * (2 * len(rows))  # a tokenizer whose own class does something else
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, batch, **how: {"input_ids": one[: len(batch)]})
+    assert stage.raw_tokens(rows, tokenizer) == [2] * len(rows)

@@ -19,10 +19,10 @@ from tests.helpers.tiny_tokenizers import build
 from tests.stages.rows import context, recipe
 
 
-class Apart:
+class Apart(Local):
     """Engine with two workers in this process that share nothing with it but what is pickled."""
 
-    def map(self, build, parts, rows):
+    def map(self, build, parts, rows, part_bytes=0):
         workers = [pickle.loads(pickle.dumps(build))() for _ in range(2)]
         for number, part in enumerate(parts):
             yield pickle.loads(pickle.dumps(workers[number % 2](pickle.loads(pickle.dumps(part)))))
