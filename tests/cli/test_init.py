@@ -141,7 +141,7 @@ def load_length(device):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"device": "t5"}, "allowed: t4"),
+        ({"device": "t5"}, "allowed: rtx3070, t4"),
         ({"device": "cpu"}, "weeks"),
         ({"data": "gone.jsonl"}, "no file"),
         ({"data": "a b/c"}, "data.0.id"),

@@ -85,7 +85,7 @@ def test_what_the_base_has_or_would_lose_is_refused(text: str, words: str, tmp_p
     ("add", "words"),
     [
         ([], "tokens.add"),
-        (["<a>", "<a>"], "'<a>' is there twice"),
+        (["<a>", "<a>"], "<a> is listed twice"),
         ([""], "not only white space"),
         ([" \n"], "not only white space"),
         (["\ud800"], "unicode"),

@@ -45,4 +45,4 @@ def test_automatic_workers_need_memory(monkeypatch):
     monkeypatch.setattr(local, "usable_cpus", lambda: 8)
     for free, count in ((None, 8), (100 * GB, 8), (3 * GB, 3), (GB // 2, 0)):
         monkeypatch.setattr(local, "available_memory", lambda free=free: free)
-        assert local._affordable() == count
+        assert local.Local()._limit(local.PAYS_FROM_ROWS, 0) == count
