@@ -128,7 +128,7 @@ def test_the_length_is_the_longest_that_fits_the_device(folder, monkeypatch):
     monkeypatch.setitem(DEVICES, "t4", replace(DEVICES["t4"], memory_bytes=int(5.8e9)))
     assert load_length(device="t4") < roomy == 2048
     monkeypatch.setitem(DEVICES, "t4", replace(DEVICES["t4"], memory_bytes=int(3e9)))
-    with pytest.raises(InputError, match=r"needs .* GB even for rows of 256 tokens; take l4"):
+    with pytest.raises(InputError, match=r"needs .* GB even for rows of 256 tokens; take rtx3070, l4"):
         write("none", device="t4")
     assert not (folder / "none.yaml").exists()
 
