@@ -54,6 +54,7 @@ class Kept:
         self._calls += 1
         call = self._calls
         self._secret = self._secret or _secret()
+        self._state = ""
         with suppress(Exception):  # what cannot be pickled runs in this process alone, and has no state to compare
             self._state = hashlib.blake2b(pickle.dumps(build)).hexdigest()
         if len(parts) < 2 or not self._secret:

@@ -43,15 +43,13 @@ class Ledger:
 
 
 class Block:
-    """One storage."""
+    """One storage; its bytes are freed in the ledger once nothing refers to it."""
 
-    __slots__ = ("kind", "ledger", "size")
+    __slots__ = ("__weakref__", "kind", "ledger", "size")
 
     def __init__(self, ledger: Ledger, size: int, kind: str) -> None:
         self.ledger, self.size, self.kind = ledger, size, kind
-
-    def __del__(self) -> None:
-        self.ledger.free(self.size, self.kind)
+        weakref.finalize(self, ledger.free, size, kind).atexit = False
 
 
 class Slot:

@@ -102,7 +102,7 @@ def compile_layers(base: PreTrainedModel, say: Callable[[str], None], backend: s
                 return compiled(*inputs, **named)
             except errors as error:
                 for layer in layers:
-                    del vars(layer)["forward"]
+                    vars(layer).pop("forward", None)
                 cause = getattr(error, "inner_exception", None) or error
                 say(f"layers run uncompiled, for compiling failed: {first_line(cause)}")
             return plainly[number](*inputs, **named)

@@ -211,7 +211,8 @@ def _in_pieces(job: Job, base: PreTrainedModel) -> bool:
     from finetune.train.recipe_trainer import TOKENS_AT_ONCE, in_pieces, keeps_logits
 
     noise = job.train.neftune_alpha or job.lora.dropout
-    return not noise and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
+    shared = job.fused_adapters  # layers of a group keep results for each other: one thread at a time
+    return not noise and not shared and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
 
 
 def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:
