@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -114,10 +115,13 @@ class Local:
         return min(most, (free + self._size * WORKER_BYTES) // (WORKER_BYTES + part_bytes))
 
     def _started(self, limit: int) -> ProcessPoolExecutor:
-        if self._pool is None or self._size > limit:
-            self.close()
-            context = multiprocessing.get_context("spawn")
-            self._pool, self._size = ProcessPoolExecutor(limit, context, _start), limit
+        with suppress(BrokenProcessPool):  # a worker that was killed between two maps has taken nothing with it
+            if self._pool is not None and self._size <= limit:
+                self._pool.submit(os.getpid)
+                return self._pool
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        self._pool, self._size = ProcessPoolExecutor(limit, context, _start), limit
         return self._pool
 
 

@@ -17,9 +17,8 @@ from finetune.estimate.tape import Block, Slot, Value
 
 Policy = Literal["none", "every_2", "every_4", "selective", "full", "offload"]
 POLICIES: tuple[Policy, ...] = ("none", "every_4", "every_2", "selective", "full", "offload")
-OFFLOAD_BUFFERS = (
-    2  # layer inputs on the GPU, of those on their way to RAM and back (train/activation_checkpointing.py)
-)
+# Layer inputs that the GPU holds while they are on their way to RAM and back (train/activation_checkpointing.py).
+OFFLOAD_BUFFERS = 2
 HEAD_TOKENS, HEAD_WIDTH = (
     4096,
     32768,

@@ -16,6 +16,7 @@ from trl import DPOConfig, KTOConfig
 from finetune.context import Context
 from finetune.errors import GateRefused
 from finetune.models import loading
+from finetune.models.compile import is_compiled
 from finetune.preference import batches, reference
 from finetune.preference.follower import AlignFollower
 from finetune.preference.records import SIDES
@@ -86,7 +87,7 @@ def _trainer(
     """The trainer on `base` with the adapter in it; `start` is filled with the values it begins from."""
     rows = int(shared["per_device_train_batch_size"]) * len(SIDES[objective.method])
     own_logits = recipe_trainer.keeps_logits(base, rows * batches.longest(dataset.data.table, objective.method))
-    pieces = own_logits and recipe_trainer.in_pieces(base)
+    pieces = own_logits and not is_compiled(base) and recipe_trainer.in_pieces(base)
     model: PeftModel = loading.attach_adapter(base, adapter, trainable=True)
     config: Any = model.peft_config["default"]
     start |= reference.start_values(cast("torch.nn.Module", model))

@@ -208,11 +208,17 @@ def _fused(trainer: SFTTrainer, job: Job, ctx: Context) -> SFTTrainer:
 
 
 def _in_pieces(job: Job, base: PreTrainedModel) -> bool:
+    """Return whether a micro-batch is computed by several threads (`recipe_trainer.in_pieces`).
+
+    Noise would be drawn in no fixed order. Layers of a fused group keep results for each other, and compiled ones are
+    compiled in their first call: these are for one thread.
+    """
+    from finetune.models.compile import is_compiled
     from finetune.train.recipe_trainer import TOKENS_AT_ONCE, in_pieces, keeps_logits
 
-    noise = job.train.neftune_alpha or job.lora.dropout
-    shared = job.fused_adapters  # layers of a group keep results for each other: one thread at a time
-    return not noise and not shared and in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
+    if job.train.neftune_alpha or job.lora.dropout or job.fused_adapters or is_compiled(base):
+        return False
+    return in_pieces(base) and keeps_logits(base, TOKENS_AT_ONCE)
 
 
 def _held_out(job: Job, trainer: SFTTrainer, ctx: Context, steps: int, resume: Path | None) -> HeldOut | None:

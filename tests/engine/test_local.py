@@ -1,6 +1,7 @@
 """Partitions in several processes: the same results in the same order, errors as they are."""
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def test_the_processes_serve_the_next_map_and_end_when_closed():
     assert list(engine.map(partial(squares, 1), [2, 3], 2)) == [5, 10]
     engine.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+def test_a_process_that_was_killed_between_two_maps_is_replaced():
+    engine = Local(2)
+    assert list(engine.map(partial(squares, 0), [1, 2], 2)) == [1, 4]
+    pool = engine._pool
+    for pid in pool._processes:
+        os.kill(pid, signal.SIGKILL)
+    pool._executor_manager_thread.join(20)  # until it has seen the deaths
+    assert list(engine.map(partial(squares, 1), [2, 3], 2)) == [5, 10]
+    engine.close()
 
 
 def pid_of():
