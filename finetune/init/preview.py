@@ -69,7 +69,7 @@ def _rendered(recipe: Recipe, row: Example, base: Path) -> tuple[str, int, int]:
     from finetune.tokenization.audit import Tally
     from finetune.tokenization.chat_template import choose_template
     from finetune.tokenization.encoder import Encoder
-    from finetune.tokenization.inspection import segments
+    from finetune.tokenization.inspection import marked
     from finetune.tokenization.row_tokenizer import RowTokenizer
 
     spec = recipe.render
@@ -80,5 +80,4 @@ def _rendered(recipe: Recipe, row: Example, base: Path) -> tuple[str, int, int]:
     if not rows:
         raise FinetuneError(f"row {row.id} does not fit {spec.max_length_tokens} tokens or has no answer to learn")
     ids, mask = list(rows[0].ids), [int(m) for m in rows[0].mask]
-    parts = segments(tokenizer, ids, mask)
-    return "".join(f"»{s.text}«" if s.supervised else s.text for s in parts), sum(mask), len(ids)
+    return marked(tokenizer, ids, mask), sum(mask), len(ids)

@@ -57,6 +57,13 @@ def segments(tokenizer: Tokenizer, ids: list[int], mask: Sequence[int]) -> list[
     return parts
 
 
+def marked(tokenizer: Tokenizer, ids: list[int], mask: Sequence[int]) -> str:
+    """Return the decoded row with each supervised part between » and «."""
+    runs = groupby(segments(tokenizer, ids, mask), lambda s: s.supervised)
+    texts = ((supervised, "".join(s.text for s in run)) for supervised, run in runs)
+    return "".join(f"»{text}«" if supervised else text for supervised, text in texts)
+
+
 def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> str:
     """The first row of a rendered file for a person: its supervised parts between » and «, and its outer ids.
 
@@ -70,10 +77,7 @@ def first_row_text(tokenizer: Tokenizer, rendered: Path, most: int = 1200) -> st
         return "render: no row"
     row = table.to_pylist()[0]
     ids = row["input_ids"]
-    text = "".join(
-        f"»{''.join(s.text for s in run)}«" if supervised else "".join(s.text for s in run)
-        for supervised, run in groupby(segments(tokenizer, ids, row["mask"]), lambda s: s.supervised)
-    )
+    text = marked(tokenizer, ids, row["mask"])
     if len(text) > most:
         text = f"{text[: most // 2]} … {text[-most // 2 :]}"
     names = tokenizer.convert_ids_to_tokens(ids)

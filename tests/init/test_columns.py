@@ -119,7 +119,7 @@ def test_the_row_is_rendered_by_the_tokenizer_of_a_base_on_the_hub(tickets, hub,
     hub.plant(HUB_BASE, files)
     store = Store(tickets / "artifacts", tickets / "scratch")
     said = write(model=HUB_BASE, store=store)
-    assert "first row as the model sees it" in said and "Order 0 is on its way and comes soon.«" in said
+    assert "first row as the model sees it" in said and "Order 0 is on its way and comes soon.</s>«" in said
     assert not list((tickets / "scratch").rglob("model.safetensors"))  # the weights stay where they are
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "first row as the model sees it" in write(model=HUB_BASE, store=store)  # from the cache
